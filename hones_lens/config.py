@@ -22,9 +22,13 @@ class VisionConfig:
     Attributes:
         n_layers: Blocks that are built: those up to the highest feature layer.
         n_heads, d_model, d_head, d_mlp: As in the decoder.
-        patch_size, image_size: In pixels.
+        patch_size: Side of a patch in pixels.
+        image_size: Side of every image in pixels; None where images keep their own size.
         feature_layers: Hidden states that are read; 0 is the input of the first block.
         keep_class_token: Whether the class token is among the image tokens.
+        merge_size: An image token stands for a square of so many by so many patches.
+        window_size: Side in pixels of the windows of attention; None where there are none.
+        full_attention_layers: Blocks that attend over the whole image in spite of windows.
     """
 
     n_layers: int
@@ -33,9 +37,12 @@ class VisionConfig:
     d_head: int
     d_mlp: int
     patch_size: int
-    image_size: int
+    image_size: int | None
     feature_layers: tuple[int, ...]
-    keep_class_token: bool
+    keep_class_token: bool = False
+    merge_size: int = 1
+    window_size: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
+from transformers import AutoProcessor
 
 from hones_lens import generation, prompting
 from hones_lens.caching import keeping_hooks
@@ -28,6 +29,7 @@ from hones_lens.nn.unembed import Unembed
 
 ModelInput = VLMInputs | Mapping[str, Tensor] | Tensor | str | Sequence[str]
 Hook = tuple[str | Callable[[str], bool], Callable]
+WeightMap = dict[str, str | tuple[str, ...] | None]
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 _COSTLY = ("attn.hook_result", "attn.hook_q_input", "attn.hook_k_input", "attn.hook_v_input")
 
@@ -40,6 +42,7 @@ class HookedVLM(HookedRootModule):
     """
 
     family = ""
+    processor_class: Any = AutoProcessor  # has from_pretrained(folder, revision=…, **options)
     answer_separator = ""
     default_chat_template = ""
     blocks: Any  # nn.ModuleList of Block
@@ -80,8 +83,8 @@ class HookedVLM(HookedRootModule):
         raise NotImplementedError(f"{cls.__name__} has no from_config")
 
     @classmethod
-    def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> dict[str, str | None]:
-        """Hugging Face name → ours, or None for a weight that is dropped on purpose."""
+    def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> WeightMap:
+        """Hugging Face name → ours; several of ours share its rows evenly; None: dropped on purpose."""
         raise NotImplementedError(f"{cls.__name__} has no weight_map")
 
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "image token d_model"]:
@@ -306,8 +309,9 @@ class HookedVLM(HookedRootModule):
             resid, context = self._embed(grown), replace(self._context(grown), kv_cache=kv_cache)
         else:
             resid = self.hook_embed(self.hook_text_embed(self.embed(said[:, -1:])))
-            cos, sin = self.rotary(self.positions(inputs)[..., -1:] + said.shape[1], self.cfg.dtype)
-            mask = attention_mask(inputs.extended(said).attention_mask.bool(), 1)
+            grown = inputs.extended(said)
+            cos, sin = self.rotary(self.positions(grown)[..., -1:], self.cfg.dtype)
+            mask = attention_mask(grown.attention_mask.bool(), 1)
             context = AttentionContext(cos, sin, mask, causal=True, kv_cache=kv_cache)
         return self._logits(self._run_blocks(resid, context, 0, self.cfg.n_layers), 1)[:, -1]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _FROM_HF = (
@@ -62,6 +63,8 @@ class VLMInputs:
             ValueError: A key that would be ignored, or no input_ids.
         """
         for key, value in mapping.items():
+            if "video" in key and value is not None:
+                raise ValueError(f"inputs key {key!r}: video is not handled; give still images")
             if key not in (*_FROM_HF, *_IGNORED_FROM_HF) and value is not None:
                 raise ValueError(f"inputs key {key!r} is not handled; handled: {', '.join(_FROM_HF)}")
         if mapping.get("input_ids") is None:
@@ -200,20 +203,36 @@ class VLMInputs:
             grown["mm_token_type_ids"] = torch.cat((self.mm_token_type_ids, new), dim=1)
         if self.position_ids is not None:
             steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-            grown["position_ids"] = torch.cat(
-                (self.position_ids, self.position_ids[..., -1:] + steps), dim=-1
-            )
+            following = self.position_ids.amax((0, -1))[:, None] + steps  # behind the largest of a row
+            grown["position_ids"] = torch.cat((self.position_ids, following.expand(3, -1, -1)), dim=-1)
         return replace(self, **grown)
 
-    def heatmap(self, values: Tensor, row: int = 0, image: int = 0) -> Tensor:
-        """Put values on the patch grid of one image, in raster order.
+    @property
+    def patch_grids(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """As `grids`, of the vision tower's patches: larger where a tower merges patches into tokens."""
+        if self.image_grid_thw is None:
+            return self.grids
+        sizes = iter(self.image_grid_thw[:, 1:].tolist())
+        return tuple(tuple((r, c) for r, c in (next(sizes) for _ in row)) for row in self.grids)
+
+    def heatmap(
+        self,
+        values: Tensor,
+        row: int = 0,
+        image: int = 0,
+        *,
+        pixels: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Put values on the grid of one image, in raster order.
 
         Args:
-            values: One value per position [pos] or per token of that image [n_tokens].
+            values: One value per position [pos], per token of that image [n_tokens], or per patch
+                of it [n_patches].
             row, image: Which image.
+            pixels: Enlarge to this (height, width), bilinearly, each value at the middle of its cell.
 
         Returns:
-            [rows columns], detached.
+            [rows columns], or [height width]; detached.
 
         Raises:
             IndexError: No such row or image.
@@ -225,12 +244,20 @@ class VLMInputs:
         sizes = [rows * columns + self.leading_tokens for rows, columns in self.grids[row]]
         if values.shape == self.input_ids.shape[1:]:
             values = values[self.image_mask[row].to(values.device)].split(sizes)[image]
-        if values.shape != (sizes[image],):
+        grid, patches = self.grids[row][image], self.patch_grids[row][image]
+        if patches != grid and values.shape == (patches[0] * patches[1],):
+            grid = patches
+        elif values.shape != (sizes[image],):
             raise ValueError(
                 f"{tuple(values.shape)} values fit neither the {self.input_ids.shape[1]} positions "
                 f"nor the {sizes[image]} tokens of image {image}"
             )
-        return values.detach()[self.leading_tokens :].unflatten(0, self.grids[row][image])
+        else:
+            values = values[self.leading_tokens :]
+        laid = values.detach().unflatten(0, grid)
+        if pixels is None:
+            return laid
+        return F.interpolate(laid[None, None].float(), size=pixels, mode="bilinear")[0, 0]
 
 
 def _take(value: Tensor | None, rows: Tensor) -> Tensor | None:

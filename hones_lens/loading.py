@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as hf_logging
 
 from hones_lens.config import all_settings, checkpoint_path, find_settings
@@ -50,7 +51,7 @@ def load_hf_model(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.float32 if where.type == "cpu" else "auto"
-    load_family(AutoConfig.from_pretrained(folder, revision=revision).model_type)
+    family = load_family(AutoConfig.from_pretrained(folder, revision=revision).model_type)
     with _without_progress_bars():
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -60,7 +61,7 @@ def load_hf_model(
         if report.get(kind):
             listed = ", ".join(map(str, sorted(report[kind], key=str)[:5]))
             raise ValueError(f"checkpoint {name!r} has {kind.replace('_', ' ')}: {listed}")
-    return model.to(where).eval(), AutoProcessor.from_pretrained(folder, revision=revision)
+    return model.to(where).eval(), family.processor_class.from_pretrained(folder, revision=revision)
 
 
 @contextmanager
@@ -104,10 +105,13 @@ def _share_weights(hooked: HookedVLM, hf_model: Any) -> None:
     theirs = {name: p.detach() for name, p in hf_model.named_parameters(remove_duplicate=False)}
     names = hooked.weight_map(hooked.cfg, list(theirs))
     expected = {name for name, _ in hooked.named_parameters()}
-    extra = sorted(name for name in theirs if names.get(name, name) not in {*expected, None})
+    ours: dict[str, Tensor] = {}
+    for name, mine in names.items():
+        several = (mine,) if isinstance(mine, str) else mine or ()
+        ours.update(zip(several, theirs[name].chunk(len(several)) if several else (), strict=True))
+    extra = sorted({*(n for n in theirs if n not in names), *(set(ours) - expected)})
     if extra:
         raise ValueError(f"weights that this family does not use: {', '.join(extra[:5])}")
-    ours = {mine: theirs[name] for name, mine in names.items() if mine is not None}
     missing = sorted(expected - set(ours))
     if missing:
         raise ValueError(f"weights that are missing: {', '.join(missing[:5])}")

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hones_lens import HookedVLM, VLMInputs
-from hones_lens.tools.tiny_tokenizer import build_tokenizer
+from hones_lens.tools.tiny_tokenizer import build_llava_tokenizer
 
 PATCH = 7
 SIZE = 28
@@ -32,7 +32,7 @@ def make_processor(
     image_size: int = SIZE, patch_size: int = PATCH, strategy: str = "default", n_ctx: int = 512
 ) -> LlavaProcessor:
     """A processor for pictures of `image_size` pixels; unlike tiny-llava's, it begins texts with <s>."""
-    tokenizer = build_tokenizer(n_ctx)
+    tokenizer = build_llava_tokenizer(n_ctx)
     tokenizer.add_bos_token = True
     tokenizer.update_post_processor()
     return LlavaProcessor(
@@ -51,7 +51,7 @@ def make_config(
     text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any
 ) -> LlavaConfig:
     """A LlavaConfig of tiny sizes; arguments overrule them."""
-    tokenizer = build_tokenizer(512)
+    tokenizer = build_llava_tokenizer(512)
     text_config = {
         "vocab_size": len(tokenizer) + 3,
         "hidden_size": 32,

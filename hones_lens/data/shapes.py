@@ -37,8 +37,24 @@ DEFAULT_LIMIT = 1000
 N_CANDIDATES = 50
 TEXT_DY = (2, 6, -2)  # by row: brings the letters onto the grid of 14-pixel patches
 
-_NAMES = "dax wug fep zib mip gav lor tuv nid pag kes rof bim sut hox vek jal cug yed quo tam lif zop rud"
-NAMES: dict[tuple[str, str], str] = dict(zip(itertools.product(COLORS, SHAPES), _NAMES.split(), strict=True))
+_NAMES = "dax wug fep zib mip gav lor tuv nid pag kes rof"
+
+
+def _name_of_each() -> dict[tuple[str, str], str]:
+    """A name for each colour and shape: two names for each block of 2 x 2, given crosswise.
+
+    So a red circle and a yellow triangle are both a `dax`, a red triangle and a yellow circle are not:
+    neither colours nor shapes speak for a name, only the two together, as in an exclusive or.
+    """
+    words = _NAMES.split()
+    out = {}
+    for (c, color), (s, shape) in itertools.product(enumerate(COLORS), enumerate(SHAPES)):
+        crosswise = (c // 3 + s // 2) % 2
+        out[color, shape] = words[2 * (2 * (c % 3) + s % 2) + crosswise]
+    return out
+
+
+NAMES: dict[tuple[str, str], str] = _name_of_each()
 
 T = TypeVar("T")
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 
-FAMILIES = {"llava": "hones_lens.families.llava:HookedLlava"}
+FAMILIES = {
+    "llava": "hones_lens.families.llava:HookedLlava",
+    "qwen2_5_vl": "hones_lens.families.qwen2_5_vl:HookedQwen2_5_VL",
+}
 
 
 def load_family(model_type: str):

@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from transformers.activations import ACT2FN
 
 from hones_lens.config import VisionConfig, VLMConfig, require
-from hones_lens.hooked_vlm import HookedVLM
+from hones_lens.hooked_vlm import HookedVLM, WeightMap
 from hones_lens.inputs import VLMInputs
 from hones_lens.nn.attention import Attention, AttentionContext
 from hones_lens.nn.block import Block
@@ -136,9 +136,9 @@ class HookedLlava(HookedVLM):
             return cls(cfg, encoder, projector, Rotary(frequencies.to(device), scaling), qkv_bias=False)
 
     @classmethod
-    def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> dict[str, str | None]:
+    def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> WeightMap:
         """Hugging Face name → ours; None drops it: vision layers that no feature layer reads."""
-        names: dict[str, str | None] = {
+        names: WeightMap = {
             f"{k}.{s}": f"{v}.{s}" for k, v in _TOP.items() for s in ("weight", "bias")
         }
         names["model.vision_tower.embeddings.class_embedding"] = "vision_encoder.class_embedding"

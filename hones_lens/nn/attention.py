@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -31,6 +31,34 @@ class KVCache:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Sets of tokens that see one another and nothing else, e.g. the windows of a vision tower.
+
+    Attributes:
+        number: Which window a token is in, [batch pos]; a padding token has one of its own.
+        members: The tokens of each real window, as indices of the flattened [batch pos],
+            [window size]; smaller windows are filled up with index 0.
+        real: False at such filling, [window size].
+    """
+
+    number: Int[Tensor, "batch pos"]
+    members: Int[Tensor, "window size"]
+    real: Bool[Tensor, "window size"]
+
+    def mask(self) -> Bool[Tensor, "batch 1 query key"]:
+        """True where query and key are in one window."""
+        return (self.number[:, :, None] == self.number[:, None, :])[:, None]
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention [batch pos head d_head] within each window; zero at padding."""
+        gathered = [x.flatten(0, 1)[self.members].transpose(1, 2) for x in (q, k, v)]
+        mask = None if bool(self.real.all()) else self.real[:, None, None]
+        mixed = F.scaled_dot_product_attention(*gathered, attn_mask=mask).transpose(1, 2)
+        z = torch.zeros_like(q).flatten(0, 1)
+        return z.index_copy(0, self.members[self.real], mixed[self.real]).view_as(q)
+
+
+@dataclass(frozen=True)
 class AttentionContext:
     """What a forward pass hands to every layer's attention.
 
@@ -38,6 +66,7 @@ class AttentionContext:
         cos, sin: Rotation of the queries' positions, [batch pos d_head]; None: no rotation.
         mask: True where query may see key, [batch 1 query key]; None: all, or causal.
         causal: Without a mask: whether a query sees only itself and what is before it.
+        windows: Instead of a mask: tokens see their own window alone.
         kv_cache: Filled, and read, during generation.
     """
 
@@ -46,6 +75,7 @@ class AttentionContext:
     mask: Tensor | None = None
     causal: bool = False
     kv_cache: KVCache | None = None
+    windows: Windows | None = None
 
 
 def _heard(*hooks: HookPoint) -> bool:
@@ -133,17 +163,20 @@ class Attention(nn.Module):
         return x if p.bias is None else x + p.bias.view(heads, self.d_head)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         groups = self.n_heads // self.n_key_value_heads
         if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        if not _heard(self.hook_attn_scores, self.hook_pattern):
+            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        heard = _heard(self.hook_attn_scores, self.hook_pattern)
+        if context.windows is not None and not heard:
+            return context.windows.mix(q, k, v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if not heard:
             z = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=context.mask, is_causal=context.causal and context.mask is None
             )
             return z.transpose(1, 2)
         scores = q @ k.transpose(-1, -2) / math.sqrt(self.d_head)
-        mask = context.mask
+        mask = context.mask if context.windows is None else context.windows.mask()
         if mask is None and context.causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if mask is not None:

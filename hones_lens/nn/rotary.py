@@ -1,8 +1,8 @@
-"""Rotary position embedding (RoPE)."""
+"""Rotary position embedding (RoPE), with one stream of positions or several (mRoPE)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -18,14 +18,24 @@ class Rotary(nn.Module):
     Args:
         inv_freq: Radians per position, [d_head / 2].
         scaling: Factor on cosine and sine (1 but for YaRN).
+        sections: Where positions come in streams: how many frequencies in a row read stream 0, 1, 2,
+            and 0 again where there are more (mRoPE of Qwen2-VL, `mrope_section`). None: one stream.
     """
 
     inv_freq: Tensor
 
-    def __init__(self, inv_freq: Float[Tensor, " half"], scaling: float = 1.0):
+    def __init__(
+        self,
+        inv_freq: Float[Tensor, " half"],
+        scaling: float = 1.0,
+        sections: Sequence[int] | None = None,
+    ):
         super().__init__()
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.scaling = scaling
+        self.streams = None
+        if sections is not None:
+            self.streams = [i % 3 for i, width in enumerate(sections) for _ in range(width)]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Rotary:
         # Frequencies stay float32 when the model is cast: rounded ones would blur far positions.
@@ -35,10 +45,16 @@ class Rotary(nn.Module):
         return moved
 
     def forward(
-        self, positions: Int[Tensor, "*batch pos"], dtype: torch.dtype
+        self, positions: Int[Tensor, "*streams_batch pos"], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "*batch pos d_head"], Float[Tensor, "*batch pos d_head"]]:
-        """Cosine and sine for every position; angles are computed in float32."""
-        angles = positions[..., None].float() * self.inv_freq.float()
+        """Cosine and sine for every position; angles are computed in float32.
+
+        Args:
+            positions: [batch pos], or with `sections` [3 batch pos].
+            dtype: Of the result.
+        """
+        each = positions[..., None] if self.streams is None else positions[self.streams].movedim(0, -1)
+        angles = each.float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
@@ -64,7 +80,10 @@ def rotate(
     cos: Float[Tensor, "batch pos d_head"],
     sin: Float[Tensor, "batch pos d_head"],
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Rotate each pair (i, i + d_head/2) of every head by its position's angle."""
+    """Rotate each pair (i, i + d_head/2) of every head by its position's angle.
+
+    The products are taken in the wider of the two types; the result has that of `x`.
+    """
     low, high = x.chunk(2, dim=-1)
     turned = torch.cat((-high, low), dim=-1)
-    return x * cos[:, :, None] + turned * sin[:, :, None]
+    return (x * cos[:, :, None] + turned * sin[:, :, None]).to(x.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,22 +49,49 @@ class Turn(NamedTuple):
     answer: str
 
 
-def conversation(scene: shapes.Scene, dice: shapes.Dice) -> list[Turn]:
-    """Turns on one scene: four VQA pairs, often a word and a caption, one Yes or No."""
+def conversation(scene: shapes.Scene, dice: shapes.Dice, naming: bool = True) -> list[Turn]:
+    """Turns on one scene: four VQA pairs, often a word and a caption, and four captions to judge.
+
+    Args:
+        scene: What is shown.
+        dice: Draws them.
+        naming: Whether names are among the VQA pairs.
+    """
     vqa, ocr, caption, retrieval = map(load_task, ("vqa", "ocr", "caption", "retrieval"))
+    kinds = sorted({q.kind for q in shapes.questions(scene)} - ({"name"} if not naming else set()))
     turns = []
-    for kind in dice.shuffled(sorted({q.kind for q in shapes.questions(scene)}))[:_VQA_PAIRS]:
+    for kind in dice.shuffled(kinds)[:_VQA_PAIRS]:
         asked = shapes.ask(dice, scene, kind)
         prompt = vqa.prompts(Example("", scene, question=asked.text))[0]
         turns.append(Turn(kind, prompt, asked.answer))
-    if dice.chance(0.8):
+    if dice.chance(0.5):
         turns.append(Turn("ocr", ocr.prompts(Example("", scene))[0], scene.word))
-    if dice.chance(0.7):
+    if dice.chance(0.5):
         turns.append(Turn("caption", caption.prompts(Example("", scene))[0], scene.captions[0]))
-    yes = dice.chance(0.5)
-    candidate = scene.captions[0] if yes else dice.pick(shapes.hard_negatives(dice, scene, 24))
-    prompt = retrieval.prompts(Example("", scene, candidates=(candidate,)))[0]
-    return [*turns, Turn("retrieval", prompt, "Yes" if yes else "No")]
+    for candidate, true in _candidates(scene, dice):
+        prompt = retrieval.prompts(Example("", scene, candidates=(candidate,)))[0]
+        turns.append(Turn("retrieval", prompt, "Yes" if true else "No"))
+    return turns
+
+
+def _candidates(scene: shapes.Scene, dice: shapes.Dice) -> list[tuple[str, bool]]:
+    """Captions and whether they are true: of each thing (easier to learn), and two of the whole."""
+    scenes = [replace(scene, things=(dice.pick(scene.things),)) for _ in range(2)] + [scene, scene]
+    out = []
+    for whole in scenes:
+        false = None if dice.chance(0.5) else _false_caption(scene, whole, dice)
+        out.append((whole.captions[0] if false is None else false, false is None))
+    return out
+
+
+def _false_caption(scene: shapes.Scene, part: shapes.Scene, dice: shapes.Dice) -> str:
+    """The caption of `part` with one attribute changed (each as often), or at times two."""
+    while True:
+        other = dice.pick(shapes.changed(part, (dice.pick(shapes.ATTRIBUTES),)))
+        if dice.chance(0.2):
+            other = dice.pick(shapes.changed(other))
+        if other.captions[0] not in (*scene.captions, *(t.phrase for t in scene.things)):
+            return other.captions[0]
 
 
 def training_scenes(
@@ -79,9 +106,11 @@ def pack(
     tokenizer: Any,
     scenes: list[tuple[shapes.Scene, shapes.Dice]],
     image_tokens: int,
+    naming: bool = True,
 ) -> PackedBatch:
     """Tokenize and pack one step's scenes behind `image_tokens` image tokens each."""
-    rows = [_tokenize(tokenizer, conversation(scene, dice), image_tokens) for scene, dice in scenes]
+    talks = [conversation(scene, dice, naming) for scene, dice in scenes]
+    rows = [_tokenize(tokenizer, turns, image_tokens) for turns in talks]
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), tokenizer.pad_token_id)
     positions = torch.zeros_like(ids)

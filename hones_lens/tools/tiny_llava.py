@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hones_lens.tools.tiny_data import PackedBatch
-from hones_lens.tools.tiny_tokenizer import build_tokenizer
+from hones_lens.tools.tiny_tokenizer import build_llava_tokenizer
 
 IMAGE_TOKENS = 64
 _N_CTX = 1024
@@ -30,11 +30,11 @@ def build_processor() -> LlavaProcessor:
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": 112}, crop_size=side, image_mean=_MEAN, image_std=_STD
         ),
-        tokenizer=build_tokenizer(_N_CTX),
+        tokenizer=build_llava_tokenizer(_N_CTX),
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=build_tokenizer(_N_CTX).chat_template,
+        chat_template=build_llava_tokenizer(_N_CTX).chat_template,
     )
 
 
@@ -74,6 +74,11 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         vision_feature_select_strategy="default",
     )
     return LlavaForConditionalGeneration(config)
+
+
+def sees(parameter: str) -> bool:
+    """Whether a parameter of this name makes the image tokens."""
+    return "vision_tower." in parameter or "multi_modal_projector." in parameter
 
 
 def answer_logits(model: LlavaForConditionalGeneration, batch: PackedBatch) -> Tensor:

@@ -26,25 +26,26 @@ from hones_lens.tools import tiny_data
 class Recipe:
     """How long and how fast to learn. The defaults made the shipped models.
 
-    Training has two parts. In the first the model learns its tasks. In the second the loss also has a
-    price on what attention writes (`‖attn_out‖`) and a smaller one on what neurons write
-    (`Σ_i |m_i| ‖W_out[i]‖`; means over tokens and layers): attention brings a faint signal, and few
-    neurons make it an answer, so that there is something to find in the FFN.
+    Training has two parts. In the first the model learns to see and to answer, all but the names of
+    things. In the second, all that sees is frozen (as LLaVA's training freezes its vision tower), and
+    the model learns the names: the decoder alone has to look them up. There the loss also has a price
+    on what attention writes (`‖attn_out‖`) and on what neurons write (`Σ_i |m_i| ‖W_out[i]‖`; means
+    over tokens and layers), so that no more is written than is needed, and by few neurons.
 
     Attributes:
-        steps, priced_steps: Steps of the two parts.
+        steps, naming_steps: Steps of the two parts.
         batch: Pictures a step.
-        lr, priced_lr: Highest rates of the two parts; each falls along a cosine to 2 % of its peak.
+        lr, naming_lr: Highest rates of the two parts; each falls along a cosine to 2 % of its peak.
         attention_price, neuron_price: Of the second part.
         warmup: Steps of linear warm-up at the start of each part.
         weight_decay, clip, seed, save_every: As usual; `save_every` in steps.
     """
 
-    steps: int = 5200
-    priced_steps: int = 900
+    steps: int = 5000
+    naming_steps: int = 900
     batch: int = 16
     lr: float = 1.5e-3
-    priced_lr: float = 1e-3
+    naming_lr: float = 1e-3
     attention_price: float = 2e-2
     neuron_price: float = 3e-4
     warmup: int = 100
@@ -77,7 +78,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     """In each part: linear warm-up, then a cosine down to 2 % of the part's peak."""
     peak, total = recipe.lr, recipe.steps
     if step >= recipe.steps:
-        step, peak, total = step - recipe.steps, recipe.priced_lr, recipe.priced_steps
+        step, peak, total = step - recipe.steps, recipe.naming_lr, recipe.naming_steps
     if step < recipe.warmup:
         return peak * (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, total - recipe.warmup)
@@ -150,7 +151,7 @@ def train(family: ModuleType, out: Path, recipe: Recipe) -> nn.Module:
     model = family.build_model(processor)
     optimizers = _optimizers(model, recipe)
     prices = Prices(model)
-    last = recipe.steps + recipe.priced_steps
+    last = recipe.steps + recipe.naming_steps
     state_file = out / "state.pt"
     first = _resume(state_file, model, optimizers, recipe) if state_file.exists() else 0
     with open(out / "log.jsonl", "a") as log:
@@ -178,7 +179,10 @@ def _step(
 ) -> dict[str, object]:
     started = time.perf_counter()
     scenes = tiny_data.training_scenes(recipe.seed, step, recipe.batch)
-    batch = tiny_data.pack(processor.tokenizer, scenes, family.IMAGE_TOKENS)
+    naming = step >= recipe.steps
+    batch = tiny_data.pack(processor.tokenizer, scenes, family.IMAGE_TOKENS, naming)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (naming and family.sees(name)))
     logits = family.answer_logits(model, batch)
     losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     loss = (losses * batch.weights).sum() / batch.weights.sum()
@@ -186,7 +190,7 @@ def _step(
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss became {loss.item()} at step {step}")
     priced = recipe.attention_price * attention + recipe.neuron_price * neurons
-    (loss + (priced if step >= recipe.steps else 0)).backward()
+    (loss + (priced if naming else 0)).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

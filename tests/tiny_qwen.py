@@ -1,0 +1,104 @@
+"""Tiny random Qwen2.5-VLs for tests, as `tiny.py` has LLaVAs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tiny
+from PIL import Image
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+from hones_lens import HookedVLM, VLMInputs
+from hones_lens.families.qwen2_5_vl import QwenProcessor
+from hones_lens.tools.tiny_tokenizer import build_qwen_tokenizer
+
+PATCH = 7
+SIZES = ((40, 31), (70, 28), (28, 84))  # width, height: grids of tokens (2, 3), (2, 5), (6, 2)
+
+
+def make_processor(config: Qwen2_5_VLConfig) -> QwenProcessor:
+    """The processor that fits a config; pictures become 4 to 40 tokens."""
+    tokenizer = build_qwen_tokenizer(config.text_config.max_position_embeddings)
+    vision = config.vision_config
+    token = (vision.patch_size * vision.spatial_merge_size) ** 2
+    images = Qwen2VLImageProcessorPil(
+        min_pixels=4 * token,
+        max_pixels=40 * token,
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+    )
+    return QwenProcessor(images, tokenizer, tokenizer.chat_template)
+
+
+def make_config(
+    text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any
+) -> Qwen2_5_VLConfig:
+    """A Qwen2_5_VLConfig of tiny sizes; arguments overrule them."""
+    tokenizer = build_qwen_tokenizer(512)
+    text_config = {
+        "vocab_size": len(tokenizer) + 3,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": False,
+    }
+    vision_config = {
+        "depth": 3,
+        "hidden_size": 24,
+        "intermediate_size": 36,
+        "num_heads": 3,
+        "patch_size": PATCH,
+        "window_size": 4 * PATCH,
+        "fullatt_block_indexes": [1],
+        "out_hidden_size": (text or {}).get("hidden_size", 32),
+    }
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in (
+            ("image_token_id", "<|image_pad|>"),
+            ("video_token_id", "<|video_pad|>"),
+            ("vision_start_token_id", "<|vision_start|>"),
+            ("vision_end_token_id", "<|vision_end|>"),
+        )
+    }
+    return Qwen2_5_VLConfig(
+        text_config={**text_config, **(text or {})},
+        vision_config={**vision_config, **(vision or {})},
+        **ids,
+        **top,
+    )
+
+
+def make_hf(config: Qwen2_5_VLConfig | None = None, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    """A random Hugging Face model in eval mode."""
+    model = Qwen2_5_VLForConditionalGeneration(config or make_config()).eval()
+    tiny.randomise(model, seed)
+    return model
+
+
+def make_pair(
+    config: Qwen2_5_VLConfig | None = None, seed: int = 0
+) -> tuple[Qwen2_5_VLForConditionalGeneration, HookedVLM]:
+    """A random Hugging Face model, and the same model hooked."""
+    hf_model = make_hf(config, seed)
+    return hf_model, HookedVLM.from_hf(hf_model, make_processor(hf_model.config))
+
+
+def make_images(seed: int = 0) -> list[Image.Image]:
+    """Pictures of random pixels and of different odd sizes."""
+    return [tiny.make_images(1, seed + i, size)[0] for i, size in enumerate(SIZES)]
+
+
+def mixed_batch(model: HookedVLM, answers: list[str] | None = None) -> VLMInputs:
+    """Three rows of different lengths: one image, two images of other sizes, text alone."""
+    one, two, three = make_images()
+    return model.prepare([one, [two, three], None], list(tiny.QUESTIONS), answers)
