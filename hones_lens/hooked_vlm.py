@@ -248,7 +248,7 @@ class HookedVLM(HookedRootModule):
         last = self._layer_index(stop_at_layer, self.cfg.n_layers)
         if start_at_layer is None:
             known = self.as_inputs(model_input)
-            resid = self._embed(known)
+            resid = self.embed_inputs(known)
         else:
             if inputs is None or not isinstance(model_input, Tensor) or not model_input.is_floating_point():
                 raise ValueError("start_at_layer takes a residual stream [batch pos d_model] and inputs=")
@@ -257,7 +257,7 @@ class HookedVLM(HookedRootModule):
                 raise ValueError(
                     f"residual {tuple(resid.shape)} does not fit inputs {tuple(known.input_ids.shape)}"
                 )
-        resid = self._run_blocks(resid, self._context(known), first, last)
+        resid = self.run_blocks(resid, self._context(known), first, last)
         if stop_at_layer is not None:
             return resid
         if return_type == "loss":
@@ -272,7 +272,8 @@ class HookedVLM(HookedRootModule):
             raise ValueError(f"layer {layer} is not in 0 … {self.cfg.n_layers}")
         return index
 
-    def _embed(self, inputs: VLMInputs) -> Tensor:
+    def embed_inputs(self, inputs: VLMInputs) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream that enters block 0: text embedded, images encoded and merged in."""
         embeds = self.hook_text_embed(self.embed(inputs.input_ids))
         if inputs.pixel_values is not None:
             images = self.encode_images(inputs) if inputs.image_embeds is None else inputs.image_embeds
@@ -287,9 +288,16 @@ class HookedVLM(HookedRootModule):
         mask = attention_mask(inputs.attention_mask.bool(), inputs.input_ids.shape[1])
         return AttentionContext(cos, sin, mask, causal=True)
 
-    def _run_blocks(self, resid: Tensor, context: AttentionContext, first: int, last: int) -> Tensor:
+    def run_blocks(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        context: AttentionContext,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after blocks `first` … `last` − 1, with positions and mask of your own."""
         self._forwards += 1
-        for block in self.blocks[first:last]:
+        for block in self.blocks[first : self.cfg.n_layers if last is None else last]:
             resid = block(resid, context)
         return resid
 
@@ -306,14 +314,14 @@ class HookedVLM(HookedRootModule):
         """
         if kv_cache is None or said.shape[1] == 0:
             grown = inputs.extended(said)
-            resid, context = self._embed(grown), replace(self._context(grown), kv_cache=kv_cache)
+            resid, context = self.embed_inputs(grown), replace(self._context(grown), kv_cache=kv_cache)
         else:
             resid = self.hook_embed(self.hook_text_embed(self.embed(said[:, -1:])))
             grown = inputs.extended(said)
             cos, sin = self.rotary(self.positions(grown)[..., -1:], self.cfg.dtype)
             mask = attention_mask(grown.attention_mask.bool(), 1)
             context = AttentionContext(cos, sin, mask, causal=True, kv_cache=kv_cache)
-        return self._logits(self._run_blocks(resid, context, 0, self.cfg.n_layers), 1)[:, -1]
+        return self._logits(self.run_blocks(resid, context, 0, self.cfg.n_layers), 1)[:, -1]
 
     def _logits(self, resid: Tensor, keep: int | Tensor) -> Tensor:
         if isinstance(keep, Tensor):

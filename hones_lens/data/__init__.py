@@ -8,7 +8,10 @@ from pathlib import Path
 from hones_lens.data.examples import Example
 from hones_lens.data.pairs import CounterfactualPair, counterfactual_pairs
 
-DATASETS = {"shapes": "hones_lens.data.shapes"}
+DATASETS = {
+    "shapes": "hones_lens.data.shapes",
+    "shapes-varied": "hones_lens.data.shapes_varied",
+}
 
 
 def load_examples(

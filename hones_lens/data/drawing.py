@@ -10,7 +10,6 @@ from PIL import Image
 if TYPE_CHECKING:
     from hones_lens.data.shapes import Scene
 
-SIZE = 112
 LETTERS = "ACEHKLMNOPRSTUXZ"
 PITCH = 14
 RADII = {"small": 8.0, "large": 14.0}
@@ -52,9 +51,12 @@ def glyph(letter: str) -> np.ndarray:
     return np.kron(np.array(rows, dtype=bool), np.ones((2, 2), dtype=bool))
 
 
-def shape_mask(shape: str, cx: float, cy: float, radius: float) -> np.ndarray:
-    """Boolean mask [112, 112] of a filled shape about a centre, in pixels."""
-    y, x = np.mgrid[0:SIZE, 0:SIZE] + 0.5
+def shape_mask(
+    shape: str, center: tuple[float, float], radius: float, size: tuple[int, int]
+) -> np.ndarray:
+    """Boolean mask [height, width] of a filled shape about a centre (x, y), in pixels; size is (w, h)."""
+    cx, cy = center
+    y, x = np.mgrid[0 : size[1], 0 : size[0]] + 0.5
     dx, dy = np.abs(x - cx), y - cy
     if shape == "circle":
         return dx**2 + dy**2 <= radius**2
@@ -69,13 +71,14 @@ def shape_mask(shape: str, cx: float, cy: float, radius: float) -> np.ndarray:
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """The picture of a scene: 112 x 112 pixels, RGB, no anti-aliasing."""
-    pixels = np.full((SIZE, SIZE, 3), scene.background, dtype=np.uint8)
-    cell = SIZE / 3
+    """The picture of a scene: RGB, no anti-aliasing."""
+    width, height = scene.size
+    pixels = np.full((height, width, 3), scene.background, dtype=np.uint8)
     for thing in scene.things:
-        cx, cy = (thing.col + 0.5) * cell + thing.dx, (thing.row + 0.5) * cell + thing.dy
+        cx = (thing.col + 0.5) * width / 3 + thing.dx
+        cy = (thing.row + 0.5) * height / 3 + thing.dy
         color = np.clip(np.array(PALETTE[thing.color]) + thing.shade, 0, 255).astype(np.uint8)
-        pixels[shape_mask(thing.shape, cx, cy, RADII[thing.size])] = color
+        pixels[shape_mask(thing.shape, (cx, cy), RADII[thing.size], scene.size)] = color
     left, top, right, bottom = text_box(scene)
     pixels[top:bottom, left:right] = BOX_BLUE
     pixels[top + 2 : bottom - 2, left + 2 : right - 2] = scene.background
@@ -87,5 +90,5 @@ def draw_scene(scene: Scene) -> Image.Image:
 
 def text_box(scene: Scene) -> tuple[int, int, int, int]:
     """The blue box as (left, top, right, bottom) in pixels, right and bottom exclusive."""
-    top = round((scene.text_row + 0.5) * SIZE / 3) + scene.text_dy - 12
+    top = round((scene.text_row + 0.5) * scene.size[1] / 3) + scene.text_dy - 12
     return scene.text_dx, top, scene.text_dx + PITCH * len(scene.word) + 12, top + 24

@@ -14,9 +14,9 @@ from hones_lens.data.examples import Example
 from hones_lens.data.shapes import (
     ATTRIBUTES,
     KINDS,
-    TEXT_DY,
     Dice,
     Scene,
+    aligned_text_dy,
     changed,
     draw_thing,
     draw_word,
@@ -75,9 +75,10 @@ def _edits(dice: Dice, scene: Scene, fact: str) -> list[Scene]:
         return [replace(scene, word=word)]
     if fact == "text":
         taken = {scene.text_row, *(t.row for t in scene.things)}
-        jitter = scene.text_dy - TEXT_DY[scene.text_row]
+        height = scene.size[1]
+        jitter = scene.text_dy - aligned_text_dy(scene.text_row, height)
         free = [row for row in range(3) if row not in taken]
-        return [replace(scene, text_row=row, text_dy=TEXT_DY[row] + jitter) for row in free]
+        return [replace(scene, text_row=row, text_dy=aligned_text_dy(row, height) + jitter) for row in free]
     if fact == "count" and len(scene.things) == 1:
         cell = dice.pick(free_cells(scene))
         return [replace(scene, things=(*scene.things, draw_thing(dice, cell, scene.things)))]

@@ -35,7 +35,7 @@ ATTRIBUTES = ("shape", "color", "size", "where")
 SPLITS = ("train", "discovery", "dev", "test")
 DEFAULT_LIMIT = 1000
 N_CANDIDATES = 50
-TEXT_DY = (2, 6, -2)  # by row: brings the letters onto the grid of 14-pixel patches
+SIZE = (112, 112)  # width, height
 
 _NAMES = "dax wug fep zib mip gav lor tuv nid pag kes rof"
 
@@ -87,9 +87,10 @@ class Scene:
     text_dx: int
     text_dy: int
     background: int
+    size: tuple[int, int] = SIZE
 
     def load(self) -> Image.Image:
-        """Draw the scene (112 x 112, RGB)."""
+        """Draw the scene (RGB, `size` = width and height in pixels)."""
         return draw_scene(self)
 
     @property
@@ -165,8 +166,19 @@ def draw_thing(dice: Dice, cell: tuple[int, int], others: Sequence[Thing]) -> Th
     return Thing(shape, color, dice.pick(SIZES), *cell, *jitter)
 
 
-def random_scene(dice: Dice, split: str) -> Scene:
-    """Draw one scene of a split."""
+def aligned_text_dy(row: int, height: int) -> int:
+    """Brings letters in a row's middle onto the grid of 14-pixel patches (the letters' tops, nearly)."""
+    top = round((row + 0.5) * height / 3) - 7
+    return min(6, 14 * round(top / 14) - top)
+
+
+def random_size(dice: Dice, sides: Sequence[int]) -> tuple[int, int]:
+    """Draw a width and a height."""
+    return dice.pick(sides), dice.pick(sides)
+
+
+def random_scene(dice: Dice, split: str, size: tuple[int, int] = SIZE) -> Scene:
+    """Draw one scene of a split; `size` is (width, height), each at least 112 pixels."""
     text_row = dice.below(3)
     cells = [(r, c) for r in range(3) if r != text_row for c in range(3)]
     things: list[Thing] = []
@@ -174,17 +186,23 @@ def random_scene(dice: Dice, split: str) -> Scene:
         things.append(draw_thing(dice, cell, things))
     word = draw_word(dice, split)
     # Each letter lies in one column of 14-pixel patches, and nearly in one row of them.
-    text_dx = 8 + 14 * dice.below(7 - len(word)) + dice.between(-2, 2)
-    text_dy = TEXT_DY[text_row] + dice.between(-1, 1)
-    return Scene(tuple(things), word, text_row, text_dx, text_dy, dice.between(104, 124))
+    text_dx = 8 + 14 * dice.below(size[0] // 14 - 1 - len(word)) + dice.between(-2, 2)
+    text_dy = aligned_text_dy(text_row, size[1]) + dice.between(-1, 1)
+    return Scene(tuple(things), word, text_row, text_dx, text_dy, dice.between(104, 124), size)
 
 
-def scenes(split: str, seed: int) -> Iterator[Scene]:
-    """An endless stream of the scenes of one split; scene k depends on (seed, split, k) only."""
+def scenes(split: str, seed: int, sides: Sequence[int] = SIZE[:1]) -> Iterator[Scene]:
+    """An endless stream of the scenes of one split; scene k depends on (seed, split, k) only.
+
+    Args:
+        split, seed: Which scenes.
+        sides: Widths and heights to draw from, in pixels.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of the shapes world; valid: {', '.join(SPLITS)}")
     for k in itertools.count():
-        yield random_scene(Dice("shapes", seed, split, k), split)
+        size = random_size(Dice("size", seed, split, k), sides)
+        yield random_scene(Dice("shapes", seed, split, k), split, size)
 
 
 def questions(scene: Scene) -> list[Question]:
@@ -317,7 +335,20 @@ def load(
     Raises:
         ValueError: An unknown task or split, a limit below 1, or a file or folder given.
     """
-    if data_file is not None or image_dir is not None:
+    return draw_examples("shapes", SIZE[:1], task, split, limit, seed, (data_file, image_dir))
+
+
+def draw_examples(
+    name: str,
+    sides: Sequence[int],
+    task: str,
+    split: str,
+    limit: int | None,
+    seed: int,
+    files: Sequence[str | Path | None],
+) -> list[Example]:
+    """The examples of a data set that is drawn from this world; see `load`."""
+    if any(file is not None for file in files):
         raise ValueError("the shapes world is drawn, not read: leave out data_file and image_dir")
     if task not in _FIELDS:
         raise ValueError(f"the shapes world has no task {task!r}; valid: {', '.join(_FIELDS)}")
@@ -325,7 +356,7 @@ def load(
         raise ValueError(f"limit must be at least 1, not {limit}")
     asked: dict[str, int] = dict.fromkeys(KINDS, 0)
     out = []
-    for scene in itertools.islice(scenes(split, seed), limit or DEFAULT_LIMIT):
+    for scene in itertools.islice(scenes(split, seed, sides), limit or DEFAULT_LIMIT):
         fields = _FIELDS[task](Dice("example", seed, split, len(out)), scene, asked)
-        out.append(Example(f"shapes/{split}/{seed}/{len(out)}", scene, facts={"scene": scene}, **fields))
+        out.append(Example(f"{name}/{split}/{seed}/{len(out)}", scene, facts={"scene": scene}, **fields))
     return out

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from hones_lens.data import shapes
 from hones_lens.data.examples import Example
+from hones_lens.hooked_vlm import HookedVLM
+from hones_lens.inputs import VLMInputs
+from hones_lens.nn.attention import AttentionContext
 from hones_lens.tasks import load_task
 
 _VQA_PAIRS = 4
@@ -21,18 +25,17 @@ class PackedBatch:
     """One training step. All segments of a row see its image prefix and nothing of each other.
 
     Attributes:
-        pixels: uint8 [batch, height, width, 3].
-        input_ids: [batch, pos].
-        position_ids: [batch, pos]; they restart after the prefix in every segment.
-        mask: bool [batch, 1, pos, pos], True where query may see key.
+        inputs: Tokens and images, padded on the right.
+        shift: What to take from a token's position in the row, [batch pos]: positions restart after
+            the prefix in every segment.
+        mask: bool [batch 1 pos pos], True where query may see key.
         rows, cols: where the next token is an answer token, [n_answers] each.
         targets, weights: that next token, and its weight in the loss, [n_answers] each.
         kinds: what was asked there (a kind of VQA question, or a task), [n_answers].
     """
 
-    pixels: np.ndarray
-    input_ids: Tensor
-    position_ids: Tensor
+    inputs: VLMInputs
+    shift: Tensor
     mask: Tensor
     rows: Tensor
     cols: Tensor
@@ -95,31 +98,42 @@ def _false_caption(scene: shapes.Scene, part: shapes.Scene, dice: shapes.Dice) -
 
 
 def training_scenes(
-    seed: int, step: int, count: int, split: str = "train"
+    seed: int,
+    step: int,
+    count: int,
+    split: str = "train",
+    sides: Sequence[int] = shapes.SIZE[:1],
 ) -> list[tuple[shapes.Scene, shapes.Dice]]:
-    """The scenes of one step, a function of (seed, step) alone so that a resumed run repeats it."""
+    """The scenes of one step, a function of (seed, step) alone so that a resumed run repeats it.
+
+    Args:
+        seed, step, count, split: Which scenes, and how many.
+        sides: Widths and heights to draw from; half the steps show the first alone. All pictures of
+            one step have one size.
+    """
+    size = shapes.SIZE
+    sizes = shapes.Dice("train-tiny", seed, step, "size")
+    if len(sides) > 1 and sizes.chance(0.5):
+        size = shapes.random_size(sizes, sides)
     dice = [shapes.Dice("train-tiny", seed, step, i) for i in range(count)]
-    return [(shapes.random_scene(d, split), d) for d in dice]
+    return [(shapes.random_scene(d, split, size), d) for d in dice]
 
 
 def pack(
-    tokenizer: Any,
-    scenes: list[tuple[shapes.Scene, shapes.Dice]],
-    image_tokens: int,
-    naming: bool = True,
+    model: HookedVLM, scenes: list[tuple[shapes.Scene, shapes.Dice]], naming: bool = True
 ) -> PackedBatch:
-    """Tokenize and pack one step's scenes behind `image_tokens` image tokens each."""
+    """Tokenize one step's scenes and pack each one's turns behind its image."""
+    pixels, counts = model.process_images([scene.load() for scene, _ in scenes])
     talks = [conversation(scene, dice, naming) for scene, dice in scenes]
-    rows = [_tokenize(tokenizer, turns, image_tokens) for turns in talks]
+    rows = [_tokenize(model, turns, count) for turns, count in zip(talks, counts, strict=True)]
     length = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    positions = torch.zeros_like(ids)
-    segments = torch.full_like(ids, -1)
+    ids = torch.full((len(rows), length), model.cfg.pad_token_id)
+    shift, segments = torch.zeros_like(ids), torch.full_like(ids, -1)
     answers = []
     for i, row in enumerate(rows):
         n = len(row.ids)
         ids[i, :n] = torch.tensor(row.ids)
-        positions[i, :n] = torch.tensor(row.positions)
+        shift[i, :n] = torch.tensor(row.shift)
         segments[i, :n] = torch.tensor(row.segments)
         answers += [(i, col, row.ids[col + 1], weight, kind) for col, weight, kind in row.answers]
     q, k = segments[:, :, None], segments[:, None, :]
@@ -127,9 +141,8 @@ def pack(
     mask = causal & ((k == 0) | (k == q)) & (k >= 0) | torch.eye(length, dtype=torch.bool)
     at_rows, at_cols, targets, weights, kinds = zip(*answers, strict=True)
     return PackedBatch(
-        pixels=np.stack([np.asarray(scene.load()) for scene, _ in scenes]),
-        input_ids=ids,
-        position_ids=positions,
+        inputs=model.as_inputs(VLMInputs(ids, (segments >= 0).long(), **pixels)),
+        shift=shift,
         mask=mask[:, None],
         rows=torch.tensor(at_rows),
         cols=torch.tensor(at_cols),
@@ -139,32 +152,40 @@ def pack(
     )
 
 
+def answer_logits(model: HookedVLM, batch: PackedBatch) -> Float[Tensor, "n_answers d_vocab"]:
+    """Logits where the next token is an answer token."""
+    positions = model.positions(batch.inputs) - batch.shift
+    cos, sin = model.rotary(positions, model.cfg.dtype)
+    resid = model.run_blocks(
+        model.embed_inputs(batch.inputs), AttentionContext(cos, sin, batch.mask, causal=True)
+    )
+    return model.unembed(model.ln_final(resid[batch.rows, batch.cols]))
+
+
 @dataclass
 class _Row:
     ids: list[int]
-    positions: list[int]
+    shift: list[int]
     segments: list[int]  # 0 for the image prefix, then 1, 2, … by question
     answers: list[tuple[int, float, str]]  # column whose next token is an answer token; weight; kind
 
 
-def _tokenize(tokenizer: Any, turns: list[Turn], image_tokens: int) -> _Row:
+def _tokenize(model: HookedVLM, turns: list[Turn], image_tokens: int) -> _Row:
+    tokenizer = model.tokenizer
     row = _Row([], [], [], [])
     for segment, (kind, prompt, answer) in enumerate(turns, start=1):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        asked = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        ).replace(tokenizer.image_token, tokenizer.image_token * image_tokens)
+        asked = model.render(prompt, [image_tokens])
         opening = tokenizer(asked).input_ids
-        full = tokenizer(f"{asked} {answer}{tokenizer.eos_token}").input_ids
-        start = len(opening) - opening[::-1].index(tokenizer.image_token_id)
+        full = tokenizer(f"{asked}{model.answer_separator}{answer}{tokenizer.eos_token}").input_ids
+        start = len(opening) - opening[::-1].index(model.cfg.image_token_id)
         if segment == 1:
             row.ids += full[:start]
-            row.positions += range(start)
+            row.shift += [0] * start
             row.segments += [0] * start
-        shift = len(row.ids) - start
+        before = len(row.ids) - start
         row.ids += full[start:]
-        row.positions += range(start, len(full))
+        row.shift += [before] * (len(full) - start)
         row.segments += [segment] * (len(full) - start)
         said = len(full) - len(opening)
-        row.answers += [(shift + len(opening) - 1 + j, said**-0.5, kind) for j in range(said)]
+        row.answers += [(before + len(opening) - 1 + j, said**-0.5, kind) for j in range(said)]
     return row

@@ -1,11 +1,7 @@
-"""What is LLaVA's own in training `tiny-llava`: configuration, processor, and the forward pass."""
+"""What is LLaVA's own in training `tiny-llava`: configuration and processor."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -15,10 +11,11 @@ from transformers import (
     LlavaProcessor,
 )
 
-from hones_lens.tools.tiny_data import PackedBatch
+from hones_lens.data.shapes import SIZE
 from hones_lens.tools.tiny_tokenizer import build_llava_tokenizer
 
-IMAGE_TOKENS = 64
+TRAINING_SIDES = SIZE[:1]
+_IMAGE_TOKENS = 64
 _N_CTX = 1024
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -69,31 +66,8 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.image_token_id,
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=_IMAGE_TOKENS,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
     return LlavaForConditionalGeneration(config)
-
-
-def sees(parameter: str) -> bool:
-    """Whether a parameter of this name makes the image tokens."""
-    return "vision_tower." in parameter or "multi_modal_projector." in parameter
-
-
-def answer_logits(model: LlavaForConditionalGeneration, batch: PackedBatch) -> Tensor:
-    """Logits [n_answers, d_vocab] where the next token is an answer token."""
-    inner = model.model
-    pixels = torch.from_numpy(batch.pixels).permute(0, 3, 1, 2) / 255
-    pixels = (pixels - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]
-    features: Any = inner.get_image_features(pixels, return_dict=True)  # type: ignore[call-arg]
-    images = torch.cat(features.pooler_output)
-    embeds = inner.get_input_embeddings()(batch.input_ids)
-    at_image = (batch.input_ids == model.config.image_token_id)[..., None]
-    out = inner.language_model(
-        inputs_embeds=embeds.masked_scatter(at_image, images),
-        attention_mask=batch.mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
-    return model.lm_head(out.last_hidden_state[batch.rows, batch.cols])

@@ -13,12 +13,12 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformer_lens.hook_points import HookPoint
 
+from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.tools import tiny_data
 
 
@@ -56,7 +56,7 @@ class Recipe:
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+    return parameter.ndim == 2 and "embed" not in name
 
 
 def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -86,26 +86,24 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 class Prices:
-    """What the decoder's attention and neurons write in a forward pass, added up by forward hooks.
+    """What the decoder's attention and neurons write in forward passes, added up by lasting hooks.
 
     Attention: `‖attn_out‖₂`; neurons: `Σ_i |m_i| ‖W_out[i]‖`; means over tokens and layers.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: HookedVLM):
+        self._blocks = model.blocks
         self._attention: list[Tensor] = []
         self._neurons: list[Tensor] = []
-        for name, module in model.named_modules():
-            if "language_model" in name and name.endswith("mlp.down_proj"):
-                module.register_forward_pre_hook(self._add_neurons)
-            if "language_model" in name and name.endswith("self_attn.o_proj"):
-                module.register_forward_hook(self._add_attention)
+        for layer in range(model.cfg.n_layers):
+            model.add_hook(f"blocks.{layer}.hook_attn_out", self._add_attention)
+            model.add_hook(f"blocks.{layer}.mlp.hook_post", self._add_neurons)
 
-    def _add_neurons(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        self._neurons.append((args[0].abs().mean((0, 1)) * weight.norm(dim=0)).sum())
+    def _add_neurons(self, post: Tensor, hook: HookPoint) -> None:
+        lengths = self._blocks[hook.layer()].mlp.W_out.norm(dim=-1)
+        self._neurons.append((post.abs().mean((0, 1)) * lengths).sum())
 
-    def _add_attention(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def _add_attention(self, out: Tensor, hook: HookPoint) -> None:
         self._attention.append(out.norm(dim=-1).mean())
 
     def take(self) -> tuple[Tensor, Tensor]:
@@ -125,17 +123,24 @@ def _by_kind(right: Tensor, kinds: list[str]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _held_out(family: ModuleType, model: nn.Module, processor, recipe: Recipe) -> dict[str, float]:
-    scenes = tiny_data.training_scenes(recipe.seed, -1, 64, split="dev")
-    batch = tiny_data.pack(processor.tokenizer, scenes, family.IMAGE_TOKENS)
-    return _by_kind(family.answer_logits(model, batch).argmax(-1) == batch.targets, batch.kinds)
+def _held_out(family: ModuleType, model: HookedVLM, recipe: Recipe) -> dict[str, float]:
+    right, kinds = [], []
+    for step in range(-4, 0):
+        scenes = tiny_data.training_scenes(recipe.seed, step, 16, "dev", family.TRAINING_SIDES)
+        batch = tiny_data.pack(model, scenes)
+        right.append(tiny_data.answer_logits(model, batch).argmax(-1) == batch.targets)
+        kinds += batch.kinds
+    return _by_kind(torch.cat(right), kinds)
 
 
-def train(family: ModuleType, out: Path, recipe: Recipe) -> nn.Module:
+def train(family: ModuleType, out: Path, recipe: Recipe) -> HookedVLM:
     """Train one tiny model, resuming from `out` where a run of the same recipe left off.
 
+    What is trained is the hooked model, whose weights are those of the Hugging Face model that is
+    saved at the end.
+
     Args:
-        family: A module with `build_processor`, `build_model`, `answer_logits`, `IMAGE_TOKENS`.
+        family: A module with `build_processor`, `build_model`, `TRAINING_SIDES`.
         out: Folder for `state.pt` (resume) and `log.jsonl`; the finished model goes to `out/model`.
         recipe: Steps, rates and seed.
 
@@ -148,7 +153,8 @@ def train(family: ModuleType, out: Path, recipe: Recipe) -> nn.Module:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     processor = family.build_processor()
-    model = family.build_model(processor)
+    hf_model = family.build_model(processor)
+    model = HookedVLM.from_hf(hf_model, processor).requires_grad_()
     optimizers = _optimizers(model, recipe)
     prices = Prices(model)
     last = recipe.steps + recipe.naming_steps
@@ -156,34 +162,34 @@ def train(family: ModuleType, out: Path, recipe: Recipe) -> nn.Module:
     first = _resume(state_file, model, optimizers, recipe) if state_file.exists() else 0
     with open(out / "log.jsonl", "a") as log:
         for step in tqdm(range(first, last), initial=first, total=last, mininterval=10):
-            record = _step(family, model, processor, optimizers, prices, step, recipe)
+            record = _step(family, model, optimizers, prices, step, recipe)
             if step % recipe.save_every == 0 or step == last - 1:
-                record["held_out"] = _held_out(family, model, processor, recipe)
+                record["held_out"] = _held_out(family, model, recipe)
                 prices.take()
                 _save(state_file, model, optimizers, recipe, step + 1)
             log.write(json.dumps(record) + "\n")
             log.flush()
-    model.to(torch.float16).save_pretrained(out / "model")
+    model.reset_hooks()
+    hf_model.to(torch.float16).save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
-    return model.float()
+    return model
 
 
 def _step(
     family: ModuleType,
-    model: nn.Module,
-    processor: Any,
+    model: HookedVLM,
     optimizers: list[torch.optim.Optimizer],
     prices: Prices,
     step: int,
     recipe: Recipe,
 ) -> dict[str, object]:
     started = time.perf_counter()
-    scenes = tiny_data.training_scenes(recipe.seed, step, recipe.batch)
+    scenes = tiny_data.training_scenes(recipe.seed, step, recipe.batch, sides=family.TRAINING_SIDES)
     naming = step >= recipe.steps
-    batch = tiny_data.pack(processor.tokenizer, scenes, family.IMAGE_TOKENS, naming)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not (naming and family.sees(name)))
-    logits = family.answer_logits(model, batch)
+    batch = tiny_data.pack(model, scenes, naming)
+    for part in (model.vision_encoder, model.vision_projector):
+        part.requires_grad_(not naming)
+    logits = tiny_data.answer_logits(model, batch)
     losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     loss = (losses * batch.weights).sum() / batch.weights.sum()
     attention, neurons = prices.take()
