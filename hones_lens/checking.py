@@ -36,7 +36,7 @@ def check_model(hooked: HookedVLM, hf_model, max_new_tokens: int = 16) -> list[C
         hf_model: Hugging Face's model.
         max_new_tokens: Greedy tokens to compare on each of the prompts.
     """
-    examples = load_examples("shapes", "vqa", "test", limit=3)
+    examples = load_examples("shapes-varied", "vqa", "test", limit=3)
     prompts = [load_task("vqa").prompts(example)[0] for example in examples]
     inputs = hooked.prepare([example.image for example in examples], prompts)
     return [
@@ -105,15 +105,15 @@ def _hooks(hooked: HookedVLM, inputs: VLMInputs) -> Check:
 def _geometry(hooked: HookedVLM) -> Check:
     """A mark on one patch of a blank picture must show at that patch of the grid."""
     side = hooked.cfg.vision.image_size
-    blank = Image.new("RGB", (side, side), (114, 114, 114))
-    rows, columns = hooked.prepare(blank, "Look.").grids[0][0]
+    width, height = (side, side) if side else (140, 112)
+    blank = Image.new("RGB", (width, height), (114, 114, 114))
+    rows, columns = hooked.prepare(blank, "Look.").patch_grids[0][0]
     wrong: list[tuple[int, int]] = []
     for row, column in _corners(rows, columns):
         marked = blank.copy()
-        box = [
-            round(side * f) for f in (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
-        ]
-        marked.paste((255, 255, 255), tuple(box))  # type: ignore[arg-type]
+        across = [round(width * c / columns) for c in (column, column + 1)]
+        down = [round(height * r / rows) for r in (row, row + 1)]
+        marked.paste((255, 255, 255), (across[0], down[0], across[1], down[1]))
         inputs = hooked.prepare([blank, marked], ["Look.", "Look."])
         _, cache = hooked.run_with_cache(inputs, names_filter="vision_encoder.hook_embed")
         embeds = cache["vision_encoder.hook_embed"].float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from hones_lens.pipeline import DataChoice
 
 TASKS = ("vqa", "ocr", "caption", "retrieval")
+_TINY = {"llava": "hones_lens.tools.tiny_llava", "qwen2.5-vl": "hones_lens.tools.tiny_qwen"}
 _RESULTS = ("heads", "neurons", "masking", "others")
 _EXAMPLES = """examples:
   hones demo                                   heads, neurons and masking on the shipped model
@@ -70,10 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     report.add_argument("--out", required=True, metavar="FILE", help="the page to write")
     train = _add(commands, "train-tiny", _train, "train a shipped model anew on the shapes world")
-    train.add_argument("family", choices=["llava"])
+    train.add_argument("family", choices=list(_TINY))
     train.add_argument("--out", required=True, help="folder for checkpoints, log and the model")
     train.add_argument("--steps", type=int, help="steps of the first part (default: as the shipped model)")
-    train.add_argument("--priced-steps", type=int, help="steps of the second part")
+    train.add_argument("--naming-steps", type=int, help="steps of the second part")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--threads", type=int, help="CPU threads")
     return parser
@@ -291,16 +293,16 @@ def _report(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    from hones_lens.tools import tiny_llava
     from hones_lens.tools.card import write_card
     from hones_lens.tools.train_tiny import Recipe, train
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    steps = {"steps": args.steps, "priced_steps": args.priced_steps}
+    steps = {"steps": args.steps, "naming_steps": args.naming_steps}
     recipe = Recipe(seed=args.seed, **{name: n for name, n in steps.items() if n is not None})
-    train(tiny_llava, Path(args.out), recipe)
-    write_card(Path(args.out) / "model", f"tiny-{args.family}", recipe)
+    family = importlib.import_module(_TINY[args.family])
+    train(family, Path(args.out), recipe)
+    write_card(Path(args.out) / "model", f"tiny-{args.family}", recipe, family.DATASETS)
     print(f"Model: {Path(args.out) / 'model'}")
     return 0
 

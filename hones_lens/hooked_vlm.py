@@ -43,6 +43,7 @@ class HookedVLM(HookedRootModule):
 
     family = ""
     processor_class: Any = AutoProcessor  # has from_pretrained(folder, revision=…, **options)
+    processor_options: tuple[str, ...] = ()
     answer_separator = ""
     default_chat_template = ""
     blocks: Any  # nn.ModuleList of Block
@@ -107,7 +108,10 @@ class HookedVLM(HookedRootModule):
 
     @staticmethod
     def from_pretrained(
-        name: str, device: str | None = None, dtype: torch.dtype | str | None = None
+        name: str,
+        device: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        **processor_options: Any,
     ) -> HookedVLM:
         """Load a shipped checkpoint, an alias of `model_configs/`, a local folder or a Hub id.
 
@@ -115,14 +119,16 @@ class HookedVLM(HookedRootModule):
             name: E.g. `tiny-llava`, `llava`, `path/to/folder`, `llava-hf/llava-1.5-7b-hf`.
             device: Default: the GPU if there is one.
             dtype: Default: float32 on a CPU, the checkpoint's own on a GPU.
+            processor_options: What the family's processor takes: `min_pixels` and `max_pixels` for
+                Qwen2.5-VL, which bound the size that an image is brought to; none for LLaVA.
 
         Raises:
-            ValueError: An unknown name, an unsupported family or config value, weights that are
+            ValueError: An unknown name or option, an unsupported family or config value, weights that are
                 missing or left over.
         """
         from hones_lens import loading
 
-        return loading.load_model(name, device, dtype)
+        return loading.load_model(name, device, dtype, **processor_options)
 
     @staticmethod
     def from_hf(hf_model: Any, processor: Any = None) -> HookedVLM:

@@ -227,7 +227,7 @@ class VLMInputs:
 
         Args:
             values: One value per position [pos], per token of that image [n_tokens], or per patch
-                of it [n_patches].
+                of it [n_patches] (padding up to the batch's largest image may follow).
             row, image: Which image.
             pixels: Enlarge to this (height, width), bilinearly, each value at the middle of its cell.
 
@@ -245,15 +245,17 @@ class VLMInputs:
         if values.shape == self.input_ids.shape[1:]:
             values = values[self.image_mask[row].to(values.device)].split(sizes)[image]
         grid, patches = self.grids[row][image], self.patch_grids[row][image]
-        if patches != grid and values.shape == (patches[0] * patches[1],):
-            grid = patches
-        elif values.shape != (sizes[image],):
+        n_patches = patches[0] * patches[1]
+        longest = max(r * c for row_grids in self.patch_grids for r, c in row_grids)
+        if values.shape == (sizes[image],):
+            values = values[self.leading_tokens :]
+        elif patches != grid and values.shape in ((n_patches,), (longest,)):
+            grid, values = patches, values[:n_patches]
+        else:
             raise ValueError(
                 f"{tuple(values.shape)} values fit neither the {self.input_ids.shape[1]} positions "
                 f"nor the {sizes[image]} tokens of image {image}"
             )
-        else:
-            values = values[self.leading_tokens :]
         laid = values.detach().unflatten(0, grid)
         if pixels is None:
             return laid

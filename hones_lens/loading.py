@@ -40,18 +40,26 @@ def resolve(name: str) -> tuple[str, str | None]:
 
 
 def load_hf_model(
-    name: str, device: str | None = None, dtype: torch.dtype | str | None = None
+    name: str,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **processor_options: Any,
 ) -> tuple[Any, Any]:
     """Hugging Face's own model (in eval mode) and processor for a name that `resolve` takes.
 
     Raises:
-        ValueError: An unknown name or family, or weights that are missing or left over.
+        ValueError: An unknown name, family or processor option, or weights that are missing or left
+            over.
     """
     folder, revision = resolve(name)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.float32 if where.type == "cpu" else "auto"
     family = load_family(AutoConfig.from_pretrained(folder, revision=revision).model_type)
+    for option in processor_options:
+        if option not in family.processor_options:
+            valid = ", ".join(family.processor_options) or "none"
+            raise ValueError(f"unknown processor option {option!r} for {name!r}; valid: {valid}")
     with _without_progress_bars():
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -61,7 +69,8 @@ def load_hf_model(
         if report.get(kind):
             listed = ", ".join(map(str, sorted(report[kind], key=str)[:5]))
             raise ValueError(f"checkpoint {name!r} has {kind.replace('_', ' ')}: {listed}")
-    return model.to(where).eval(), family.processor_class.from_pretrained(folder, revision=revision)
+    read = family.processor_class.from_pretrained
+    return model.to(where).eval(), read(folder, revision=revision, **processor_options)
 
 
 @contextmanager
@@ -75,9 +84,14 @@ def _without_progress_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def load_model(name: str, device: str | None = None, dtype: torch.dtype | str | None = None) -> HookedVLM:
+def load_model(
+    name: str,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **processor_options: Any,
+) -> HookedVLM:
     """Load and hook a model; see `HookedVLM.from_pretrained`."""
-    model, processor = load_hf_model(name, device, dtype)
+    model, processor = load_hf_model(name, device, dtype, **processor_options)
     hooked = hook_hf_model(model, processor)
     settings = find_settings(name)
     hooked.cfg = replace(hooked.cfg, model_name=settings.name if settings else name)

@@ -187,9 +187,6 @@ class QwenProcessor:
     @classmethod
     def from_pretrained(cls, folder: str, revision: str | None = None, **sizes: int) -> QwenProcessor:
         """Read both parts; `min_pixels` and `max_pixels` overrule the checkpoint's bounds on image size."""
-        unknown = sorted(set(sizes) - {"min_pixels", "max_pixels"})
-        if unknown:
-            raise ValueError(f"unknown processor option {unknown[0]!r}; valid: min_pixels, max_pixels")
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
         images = Qwen2VLImageProcessorPil.from_pretrained(folder, revision=revision, **sizes)
         return cls(images, tokenizer, tokenizer.chat_template)
@@ -205,6 +202,7 @@ class HookedQwen2_5_VL(HookedVLM):
 
     family = "qwen2_5_vl"
     processor_class = QwenProcessor
+    processor_options = ("min_pixels", "max_pixels")
     video_token_id: int
     default_chat_template = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

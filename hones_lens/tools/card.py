@@ -22,15 +22,19 @@ N_ABLATION = 64
 _SIZES = {"vqa": 1001, "ocr": 500, "caption": 500, "retrieval": 100}
 
 
-def write_card(folder: Path, name: str, recipe: Recipe) -> None:
+def write_card(folder: Path, name: str, recipe: Recipe, datasets: Sequence[str] = ("shapes",)) -> None:
     """Measure the model in `folder` and write `README.md` and `ablation.json` beside its weights.
 
-    The metrics are of the test split (words that training never saw); the brute-force effects of
+    The metrics are of the test split of each data set (words that training never saw); the brute-force effects of
     replacing each head and zeroing each neuron are mean falls of the right answer's
     log-probability, in nats, on 64 examples of the dev split.
     """
     model = load_model(str(folder))
-    found = [evaluate(model, task, load_examples("shapes", task, "test", _SIZES[task])) for task in TASKS]
+    found = [
+        (data, evaluate(model, task, load_examples(data, task, "test", _SIZES[task])))
+        for data in datasets
+        for task in TASKS
+    ]
     heads, neurons = {}, {}
     for task in TASKS:
         examples = load_examples("shapes", task, "dev", N_ABLATION)
@@ -51,6 +55,7 @@ def write_card(folder: Path, name: str, recipe: Recipe) -> None:
 
 def _header(name: str, model: HookedVLM) -> str:
     cfg, v = model.cfg, model.cfg.vision
+    size = f"{v.image_size} × {v.image_size}" if v.image_size else "pictures of any size"
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return f"""---
 license: mit
@@ -65,8 +70,7 @@ transformers loads this folder.
 
 {millions:.2f} M parameters are used: a decoder of {cfg.n_layers} layers × {cfg.n_heads} heads, d_model
 {cfg.d_model}, {cfg.d_mlp} neurons a layer, vocabulary {cfg.d_vocab}; a vision tower of {v.n_layers} read
-layers × {v.n_heads} heads, width {v.d_model}, patches of {v.patch_size} pixels on {v.image_size} ×
-{v.image_size}. It knows drawings of one or two shapes and a boxed word, the prompts of the four tasks,
+layers × {v.n_heads} heads, width {v.d_model}, patches of {v.patch_size} pixels on {size}. It knows drawings of one or two shapes and a boxed word, the prompts of the four tasks,
 and nothing else.
 """
 
@@ -74,15 +78,15 @@ and nothing else.
 def _how(name: str, recipe: Recipe) -> str:
     family = name.removeprefix("tiny-")
     settings = "\n".join(f"| {key} | {value} |" for key, value in asdict(recipe).items())
-    length = f"--steps {recipe.steps} --priced-steps {recipe.priced_steps}"
+    length = f"--steps {recipe.steps} --naming-steps {recipe.naming_steps}"
     return f"""## How it was made
 
     hones train-tiny {family} {length} --seed {recipe.seed} --out runs/{name}
 
-Muon on the matrices, AdamW on the rest, float32; about seven questions packed behind each picture.
-Training saw only scenes of the `train` split. After the tasks were learned, a second part put a price on
-what attention writes and a smaller one on what neurons write, so that attention brings a faint signal
-and few neurons make it an answer.
+Muon on the matrices, AdamW on the rest, float32; about nine questions packed behind each picture.
+Training saw only scenes of the `train` split. In the first part the model learned to see and to answer
+all but the names; in the second, with vision tower and projector frozen, the names too. There the loss
+also had a price on what attention writes and on what neurons write.
 
 | setting | value |
 | --- | --- |
@@ -90,14 +94,16 @@ and few neurons make it an answer.
 """
 
 
-def _metrics(found: Sequence[Evaluation]) -> str:
+def _metrics(found: Sequence[tuple[str, Evaluation]]) -> str:
     rows = [
-        f"| {e.task} | {e.metric_name} | {i.value:.3f} | {i.low:.3f}–{i.high:.3f} | {i.n} |"
-        for e in found
+        f"| {data} | {e.task} | {e.metric_name} | {i.value:.3f} | {i.low:.3f}–{i.high:.3f} | {i.n} |"
+        for data, e in found
         for i in [e.interval]
     ]
     kinds = [
-        f"| {e.task}: {kind} | {value:.3f} | {n} |" for e in found for kind, (value, n) in e.kinds.items()
+        f"| {data} | {e.task}: {kind} | {value:.3f} | {n} |"
+        for data, e in found
+        for kind, (value, n) in e.kinds.items()
     ]
     return "\n".join(
         [
@@ -106,12 +112,12 @@ def _metrics(found: Sequence[Evaluation]) -> str:
             "Test split: words, and so pictures, that training never saw. Retrieval ranks 1 + 49 hard",
             "negatives. Intervals: 95 %, bootstrap over examples.",
             "",
-            "| task | metric | value | interval | n |",
-            "| --- | --- | --- | --- | --- |",
+            "| data | task | metric | value | interval | n |",
+            "| --- | --- | --- | --- | --- | --- |",
             *rows,
             "",
-            "| kind | metric | n |",
-            "| --- | --- | --- |",
+            "| data | kind | metric | n |",
+            "| --- | --- | --- | --- |",
             *kinds,
             "",
         ]

@@ -14,6 +14,7 @@ from transformers import (
 from hones_lens.data.shapes import SIZE
 from hones_lens.tools.tiny_tokenizer import build_llava_tokenizer
 
+DATASETS = ("shapes",)  # what the card measures it on
 TRAINING_SIDES = SIZE[:1]
 _IMAGE_TOKENS = 64
 _N_CTX = 1024

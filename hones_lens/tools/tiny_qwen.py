@@ -8,6 +8,7 @@ from hones_lens.data.shapes_varied import SIDES
 from hones_lens.families.qwen2_5_vl import QwenProcessor
 from hones_lens.tools.tiny_tokenizer import build_qwen_tokenizer
 
+DATASETS = ("shapes", "shapes-varied")  # what the card measures it on
 TRAINING_SIDES = SIDES
 _N_CTX = 1024
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

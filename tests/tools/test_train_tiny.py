@@ -9,7 +9,7 @@ from hones_lens.data import shapes
 from hones_lens.tools import tiny_data, tiny_llava, train_tiny
 from hones_lens.tools.train_tiny import Recipe, learning_rate, train
 
-SMALL = Recipe(steps=2, priced_steps=2, batch=2, warmup=1, save_every=1)
+SMALL = Recipe(steps=2, naming_steps=2, batch=2, warmup=1, save_every=1)
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +45,15 @@ def test_a_broken_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 
 
 def test_another_recipe_is_refused(tmp_path):
-    train(tiny_llava, tmp_path, Recipe(steps=1, priced_steps=0, batch=1))
+    train(tiny_llava, tmp_path, Recipe(steps=1, naming_steps=0, batch=1))
     with pytest.raises(ValueError, match="another recipe"):
-        train(tiny_llava, tmp_path, Recipe(steps=2, priced_steps=0, batch=1))
+        train(tiny_llava, tmp_path, Recipe(steps=2, naming_steps=0, batch=1))
 
 
 def test_the_rate_warms_up_and_falls_in_both_parts():
-    recipe = Recipe(steps=1000, priced_steps=500)
+    recipe = Recipe(steps=1000, naming_steps=500)
     rates = [learning_rate(step, recipe) for step in range(1500)]
-    for part, peak in ((rates[:1000], recipe.lr), (rates[1000:], recipe.priced_lr)):
+    for part, peak in ((rates[:1000], recipe.lr), (rates[1000:], recipe.naming_lr)):
         assert max(part) == pytest.approx(peak) and part.index(max(part)) in (99, 100)
         assert part[0] < part[50] < max(part)
         assert part[-1] == pytest.approx(0.02 * peak, rel=0.02)
@@ -81,7 +81,7 @@ def test_the_prices_are_what_the_formulas_say():
 
 
 def test_the_second_part_makes_attention_quieter(tmp_path):
-    recipe = Recipe(steps=1, priced_steps=12, batch=2, warmup=1, attention_price=1.0)
+    recipe = Recipe(steps=1, naming_steps=12, batch=2, warmup=1, attention_price=1.0)
     train(tiny_llava, tmp_path, recipe)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["attention"] < 0.9 * log[1]["attention"]

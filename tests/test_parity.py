@@ -1,4 +1,4 @@
-"""Our logits, tokens and layers against Hugging Face's LLaVA, on random models of many shapes."""
+"""Our logits, tokens and layers against Hugging Face's, on random models of many shapes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 import tiny
+import tiny_qwen
 import torch
-from transformers import LlavaConfig
+from transformers import LlavaConfig, Qwen2_5_VLConfig
 
 from hones_lens import HookedVLM, VLMInputs
 
@@ -82,14 +83,60 @@ CONFIGS = {
 }
 
 
+QWEN_CONFIGS = {
+    "qwen, two kv heads": {},
+    "qwen, one kv head, windows that do not divide the grid": {
+        "text": {"num_key_value_heads": 1},
+        "vision": {"window_size": 3 * 14, "fullatt_block_indexes": [0]},
+    },
+    "qwen, mha, tied": {
+        "text": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+        "tie_word_embeddings": True,
+    },
+    "qwen, odd sizes": {
+        "text": {
+            "hidden_size": 30,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "intermediate_size": 37,
+            "vocab_size": 701,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [3, 1, 1]},
+        },
+        "vision": {"hidden_size": 40, "num_heads": 5, "intermediate_size": 19, "patch_size": 6},
+    },
+    "qwen, no full attention, one patch of merging": {
+        "vision": {"fullatt_block_indexes": [], "spatial_merge_size": 1, "window_size": 28},
+    },
+    "qwen, full attention alone, three patches merged": {
+        "vision": {"fullatt_block_indexes": [0, 1, 2], "spatial_merge_size": 3, "window_size": 63},
+    },
+    "qwen, yarn, one layer each, gelu": {
+        "text": {
+            "num_hidden_layers": 1,
+            "hidden_act": "gelu",
+            "rope_parameters": {**YARN, "mrope_section": [2, 1, 1]},
+        },
+        "vision": {"depth": 1, "fullatt_block_indexes": [], "num_heads": 1, "hidden_act": "gelu"},
+    },
+    "qwen, windows of one token, other eps, tied": {
+        "text": {"rms_norm_eps": 0.1, "tie_word_embeddings": True, "num_key_value_heads": 1},
+        "vision": {"window_size": 14, "temporal_patch_size": 1, "num_heads": 2},
+        "tie_word_embeddings": True,
+    },
+    "qwen, one window over all": {"vision": {"window_size": 700, "fullatt_block_indexes": [2]}},
+}
+
+
 class Case:
     """One random model, twice, and a left-padded batch for it."""
 
-    def __init__(self, config: LlavaConfig, seed: int):
-        self.hf, self.ours = tiny.make_pair(config, seed)
-        self.inputs = tiny.mixed_batch(self.ours)
+    def __init__(self, config: LlavaConfig | Qwen2_5_VLConfig, seed: int):
+        made = tiny if isinstance(config, LlavaConfig) else tiny_qwen
+        self.hf, self.ours = made.make_pair(config, seed)
+        self.inputs = made.mixed_batch(self.ours)
 
     def hf_logits(self, inputs: VLMInputs) -> torch.Tensor:
+        self.hf.model.rope_deltas = None  # Hugging Face's Qwen keeps those of its last call
         with torch.no_grad():
             return self.hf(**inputs.to_hf()).logits
 
@@ -98,9 +145,13 @@ class Case:
         return tokens[:, inputs.input_ids.shape[1] :]
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=[*CONFIGS, *QWEN_CONFIGS])
 def case(request: pytest.FixtureRequest) -> Case:
-    return Case(tiny.make_config(**CONFIGS[request.param]), list(CONFIGS).index(request.param))
+    names = [*CONFIGS, *QWEN_CONFIGS]
+    if request.param in CONFIGS:
+        return Case(tiny.make_config(**CONFIGS[request.param]), names.index(request.param))
+    # Other seeds than above: at one of those two tokens of the odd sizes are equally likely.
+    return Case(tiny_qwen.make_config(**QWEN_CONFIGS[request.param]), 20 + names.index(request.param))
 
 
 @pytest.fixture(autouse=True)
@@ -134,8 +185,8 @@ def test_padding_changes_nothing(case: Case) -> None:
     for row in range(3):
         n = int(case.inputs.attention_mask[row].sum())
         alone = case.inputs[row]
-        ids = alone.input_ids[:, -n:]
-        mapping = {"input_ids": ids, "pixel_values": alone.pixel_values}
+        mapping = {"input_ids": alone.input_ids[:, -n:], "pixel_values": alone.pixel_values}
+        mapping["image_grid_thw"] = alone.image_grid_thw
         assert (case.ours(mapping)[0] - logits[row, -n:]).abs().max() <= TOLERANCE
 
 
@@ -180,22 +231,22 @@ def test_logits_to_keep(case: Case) -> None:
     torch.testing.assert_close(some, full[:, [3, 0, -1]], atol=1e-6, rtol=1e-5)
 
 
-def test_what_the_hf_processor_returns(case: Case) -> None:
+@pytest.fixture(scope="module")
+def plain() -> Case:
+    return Case(tiny.make_config(), 3)
+
+
+def test_what_the_hf_processor_returns(plain: Case) -> None:
     one, two, three = tiny.make_images(3)
     texts = [
         f"USER: {image}{question} ASSISTANT:"
         for image, question in zip(("<image>\n", "<image>\n<image>\n", ""), tiny.QUESTIONS, strict=True)
     ]
-    mapping = case.ours.processor(images=[one, two, three], text=texts, padding=True, return_tensors="pt")
-    assert torch.equal(mapping["input_ids"], case.inputs.input_ids)
-    assert torch.equal(mapping["pixel_values"], case.inputs.pixel_values)
-    assert torch.equal(case.ours(mapping), case.ours(case.inputs))
-    assert torch.equal(case.ours.generate(mapping, 3, "tokens"), case.ours.generate(case.inputs, 3, "tokens"))
-
-
-@pytest.fixture(scope="module")
-def plain() -> Case:
-    return Case(tiny.make_config(), 3)
+    mapping = plain.ours.processor(images=[one, two, three], text=texts, padding=True, return_tensors="pt")
+    assert torch.equal(mapping["input_ids"], plain.inputs.input_ids)
+    assert torch.equal(mapping["pixel_values"], plain.inputs.pixel_values)
+    assert torch.equal(plain.ours(mapping), plain.ours(plain.inputs))
+    assert torch.equal(plain.ours.generate(mapping, 3, "tokens"), plain.ours.generate(plain.inputs, 3, "tokens"))
 
 
 def test_first_hidden_state_named_by_a_bare_zero() -> None:
