@@ -45,7 +45,7 @@ class Picture(NamedTuple):
 def look(image: Image.Image) -> Picture:
     """Find the things, the box and the word."""
     pixels = np.asarray(image).astype(int)
-    assert pixels.shape == (112, 112, 3)
+    height, width, _ = pixels.shape
     background = pixels[0, 0]
     blue = (pixels == _BOX).all(-1)
     top, bottom = np.flatnonzero(blue.any(1))[[0, -1]]
@@ -53,13 +53,15 @@ def look(image: Image.Image) -> Picture:
     word = _read((pixels == _INK).all(-1)[top : bottom + 1, left : right + 1])
     rest = (pixels != background).any(-1)
     rest[top : bottom + 1, left : right + 1] = False
-    bands = [(-(-112 * i // 3), -(-112 * (i + 1) // 3)) for i in range(3)]
+    down, across = (
+        [(-(-side * i // 3), -(-side * (i + 1) // 3)) for i in range(3)] for side in (height, width)
+    )
     things = set()
-    for row, (y0, y1) in zip(ROWS, bands, strict=True):
-        for column, (x0, x1) in zip(COLUMNS, bands, strict=True):
+    for row, (y0, y1) in zip(ROWS, down, strict=True):
+        for column, (x0, x1) in zip(COLUMNS, across, strict=True):
             if rest[y0:y1, x0:x1].any():
                 things.add(_thing(pixels[y0:y1, x0:x1], rest[y0:y1, x0:x1], row, column))
-    return Picture(frozenset(things), ROWS[int((top + bottom) / 2 * 3 // 112)], word, int(background[0]))
+    return Picture(frozenset(things), ROWS[int((top + bottom) / 2 * 3 // height)], word, int(background[0]))
 
 
 def answer_from_picture(question: str, picture: Picture) -> str:

@@ -246,7 +246,9 @@ def test_what_the_hf_processor_returns(plain: Case) -> None:
     assert torch.equal(mapping["input_ids"], plain.inputs.input_ids)
     assert torch.equal(mapping["pixel_values"], plain.inputs.pixel_values)
     assert torch.equal(plain.ours(mapping), plain.ours(plain.inputs))
-    assert torch.equal(plain.ours.generate(mapping, 3, "tokens"), plain.ours.generate(plain.inputs, 3, "tokens"))
+    assert torch.equal(
+        plain.ours.generate(mapping, 3, "tokens"), plain.ours.generate(plain.inputs, 3, "tokens")
+    )
 
 
 def test_first_hidden_state_named_by_a_bare_zero() -> None:

@@ -51,9 +51,7 @@ def glyph(letter: str) -> np.ndarray:
     return np.kron(np.array(rows, dtype=bool), np.ones((2, 2), dtype=bool))
 
 
-def shape_mask(
-    shape: str, center: tuple[float, float], radius: float, size: tuple[int, int]
-) -> np.ndarray:
+def shape_mask(shape: str, center: tuple[float, float], radius: float, size: tuple[int, int]) -> np.ndarray:
     """Boolean mask [height, width] of a filled shape about a centre (x, y), in pixels; size is (w, h)."""
     cx, cy = center
     y, x = np.mgrid[0 : size[1], 0 : size[0]] + 0.5

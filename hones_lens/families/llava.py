@@ -138,9 +138,7 @@ class HookedLlava(HookedVLM):
     @classmethod
     def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> WeightMap:
         """Hugging Face name → ours; None drops it: vision layers that no feature layer reads."""
-        names: WeightMap = {
-            f"{k}.{s}": f"{v}.{s}" for k, v in _TOP.items() for s in ("weight", "bias")
-        }
+        names: WeightMap = {f"{k}.{s}": f"{v}.{s}" for k, v in _TOP.items() for s in ("weight", "bias")}
         names["model.vision_tower.embeddings.class_embedding"] = "vision_encoder.class_embedding"
         names["model.vision_tower.embeddings.position_embedding.weight"] = "vision_encoder.position_embedding"
         for layer in range(cfg.n_layers):

@@ -352,7 +352,9 @@ def mrope_positions(inputs: VLMInputs) -> Int[Tensor, "3 batch pos"]:
 def _sections(text: Any, d_head: int) -> tuple[int, ...]:
     sections = tuple(text.rope_parameters.get("mrope_section", (16, 24, 24)))
     if sum(sections) != d_head // 2:
-        raise ValueError(f"text_config.mrope_section={sections} does not add up to d_head / 2 = {d_head // 2}")
+        raise ValueError(
+            f"text_config.mrope_section={sections} does not add up to d_head / 2 = {d_head // 2}"
+        )
     return sections
 
 
@@ -372,7 +374,9 @@ def read_config(hf_config: Any, name: str, device: torch.device, dtype: torch.dt
     require("text_config", text, {"head_dim": (None, d_head)})
     for key in ("patch_size", "temporal_patch_size"):
         if not isinstance(getattr(vision, key), int):
-            raise ValueError(f"vision_config.{key}={getattr(vision, key)!r} is not handled; handled: one integer")
+            raise ValueError(
+                f"vision_config.{key}={getattr(vision, key)!r} is not handled; handled: one integer"
+            )
     axial = vision.rope_parameters or {}
     if axial.get("rope_type") != "axial" or axial.get("rope_theta") != _VISION_THETA:
         raise ValueError(

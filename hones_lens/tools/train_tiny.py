@@ -74,6 +74,14 @@ def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
     return [muon, torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))]
 
 
+def _start_part(model: HookedVLM, recipe: Recipe, naming: bool) -> list[torch.optim.Optimizer]:
+    """Freeze what a part does not train, and make its optimizers."""
+    model.requires_grad_()
+    for seeing in (model.vision_encoder, model.vision_projector):
+        seeing.requires_grad_(not naming)
+    return _optimizers(model, recipe)
+
+
 def learning_rate(step: int, recipe: Recipe) -> float:
     """In each part: linear warm-up, then a cosine down to 2 % of the part's peak."""
     peak, total = recipe.lr, recipe.steps
@@ -154,14 +162,15 @@ def train(family: ModuleType, out: Path, recipe: Recipe) -> HookedVLM:
     torch.manual_seed(recipe.seed)
     processor = family.build_processor()
     hf_model = family.build_model(processor)
-    model = HookedVLM.from_hf(hf_model, processor).requires_grad_()
-    optimizers = _optimizers(model, recipe)
+    model = HookedVLM.from_hf(hf_model, processor)
     prices = Prices(model)
     last = recipe.steps + recipe.naming_steps
     state_file = out / "state.pt"
-    first = _resume(state_file, model, optimizers, recipe) if state_file.exists() else 0
+    first, optimizers = _resume(state_file, model, recipe)
     with open(out / "log.jsonl", "a") as log:
         for step in tqdm(range(first, last), initial=first, total=last, mininterval=10):
+            if step == recipe.steps:
+                optimizers = _start_part(model, recipe, naming=True)
             record = _step(family, model, optimizers, prices, step, recipe)
             if step % recipe.save_every == 0 or step == last - 1:
                 record["held_out"] = _held_out(family, model, recipe)
@@ -187,8 +196,6 @@ def _step(
     scenes = tiny_data.training_scenes(recipe.seed, step, recipe.batch, sides=family.TRAINING_SIDES)
     naming = step >= recipe.steps
     batch = tiny_data.pack(model, scenes, naming)
-    for part in (model.vision_encoder, model.vision_projector):
-        part.requires_grad_(not naming)
     logits = tiny_data.answer_logits(model, batch)
     losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     loss = (losses * batch.weights).sum() / batch.weights.sum()
@@ -223,11 +230,16 @@ def _save(
     file.with_suffix(".tmp").replace(file)
 
 
-def _resume(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], recipe: Recipe) -> int:
+def _resume(file: Path, model: HookedVLM, recipe: Recipe) -> tuple[int, list[torch.optim.Optimizer]]:
+    """The step to go on from, and the optimizers of its part."""
+    if not file.exists():
+        return 0, _start_part(model, recipe, naming=False)
     state = torch.load(file, weights_only=True)
     if state["recipe"] != asdict(recipe):
         raise ValueError(f"{file} holds a run of another recipe: {state['recipe']}, not {asdict(recipe)}")
     model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"]
+    optimizers = _start_part(model, recipe, naming=state["step"] > recipe.steps)
+    if state["step"] != recipe.steps:
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    return state["step"], optimizers

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from hones_lens.data import load_examples, shapes
+from hones_lens.data.drawing import text_box
 
 
 def test_the_name_resolves_to_its_module():
@@ -11,6 +12,22 @@ def test_the_name_resolves_to_its_module():
     assert [(e.id, e.question, e.answers) for e in loaded] == [(e.id, e.question, e.answers) for e in drawn]
     assert [e.image.mode for e in loaded] == ["RGB"] * 4
     assert loaded[0].image.tobytes() == drawn[0].image.tobytes()
+
+
+def test_pictures_of_many_sizes():
+    varied = load_examples("shapes-varied", "vqa", "test", limit=60)
+    assert {e.image.size for e in varied} == {(w, h) for w in (112, 140, 168) for h in (112, 140, 168)}
+    assert {e.image.size for e in load_examples("shapes", "vqa", "test", limit=20)} == {(112, 112)}
+    assert varied[0].id == "shapes-varied/test/3407/0"
+
+
+def test_letters_lie_on_the_grid_of_patches_whatever_the_size():
+    for example in load_examples("shapes-varied", "ocr", "dev", limit=60):
+        scene = example.facts["scene"]
+        left, top, right, bottom = text_box(scene)
+        assert 0 <= left < right <= scene.size[0] and 0 <= top < bottom <= scene.size[1]
+        assert min((left + 6) % 14, -(left + 6) % 14) <= 2
+        assert min((top + 5) % 14, -(top + 5) % 14) <= 2
 
 
 def test_the_default_seed_is_3407():

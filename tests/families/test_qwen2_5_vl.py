@@ -199,7 +199,10 @@ def test_a_layout_is_a_permutation() -> None:
 def test_positions_are_those_of_hf(pair: Pair) -> None:
     inputs = pair.inputs
     expected, _ = pair.hf.model.get_rope_index(
-        inputs.input_ids, inputs.mm_token_type_ids, inputs.image_grid_thw, attention_mask=inputs.attention_mask
+        inputs.input_ids,
+        inputs.mm_token_type_ids,
+        inputs.image_grid_thw,
+        attention_mask=inputs.attention_mask,
     )
     assert torch.equal(inputs.position_ids, expected)
     assert inputs.position_ids.shape == (3, *inputs.input_ids.shape)
@@ -386,7 +389,11 @@ def test_video_is_refused(pair: Pair) -> None:
         ("vision_config", "out_hidden_size", 40),
         ("vision_config", "fullatt_block_indexes", [7]),
         ("vision_config", "window_size", 13),
-        ("text_config", "rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3]}),
+        (
+            "text_config",
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3]},
+        ),
         ("text_config", "rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
     ],
 )
@@ -428,7 +435,9 @@ def test_a_folder_saved_by_hugging_face_passes_the_check(tmp_path: Path) -> None
     model = HookedVLM.from_pretrained(str(tmp_path), min_pixels=196 * 4, max_pixels=196 * 9)
     rows, columns = model.prepare(Image.new("RGB", (300, 300)), "Look.").grids[0][0]
     assert rows * columns <= 9
-    with pytest.raises(ValueError, match="processor option 'max_pixel' for .*; valid: min_pixels, max_pixels"):
+    with pytest.raises(
+        ValueError, match="processor option 'max_pixel' for .*; valid: min_pixels, max_pixels"
+    ):
         HookedVLM.from_pretrained(str(tmp_path), max_pixel=3)
     with pytest.raises(ValueError, match="'max_pixels' for 'tiny-llava'; valid: none"):
         HookedVLM.from_pretrained("tiny-llava", max_pixels=3)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hones_lens.data import shapes
-from hones_lens.tools import tiny_data, tiny_llava, train_tiny
+from hones_lens.hooked_vlm import HookedVLM
+from hones_lens.tools import tiny_data, tiny_llava, tiny_qwen, train_tiny
 from hones_lens.tools.train_tiny import Recipe, learning_rate, train
 
 SMALL = Recipe(steps=2, naming_steps=2, batch=2, warmup=1, save_every=1)
@@ -20,14 +21,15 @@ def _few_threads():
     torch.set_num_threads(before)
 
 
-def test_a_broken_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_broken_training_goes_on_to_the_same_weights(tmp_path, monkeypatch, at):
     whole = train(tiny_llava, tmp_path / "whole", SMALL)
     step = train_tiny._step
 
-    def broken(family, model, processor, optimizers, prices, number, recipe):
-        if number == 2:
+    def broken(family, model, optimizers, prices, number, recipe):
+        if number == at:
             raise KeyboardInterrupt
-        return step(family, model, processor, optimizers, prices, number, recipe)
+        return step(family, model, optimizers, prices, number, recipe)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_tiny, "_step", broken)
@@ -59,17 +61,23 @@ def test_the_rate_warms_up_and_falls_in_both_parts():
         assert part[-1] == pytest.approx(0.02 * peak, rel=0.02)
 
 
-def test_the_prices_are_what_the_formulas_say():
+def fresh(family):
     torch.manual_seed(0)
-    processor = tiny_llava.build_processor()
-    model = tiny_llava.build_model(processor)
+    processor = family.build_processor()
+    hf_model = family.build_model(processor).eval()
+    return hf_model, HookedVLM.from_hf(hf_model, processor)
+
+
+def test_the_prices_are_what_the_formulas_say():
+    hf_model, model = fresh(tiny_llava)
     prices, neurons, heads = train_tiny.Prices(model), [], []
-    for layer in model.model.language_model.layers:
+    inputs = tiny_data.pack(model, tiny_data.training_scenes(0, 0, 1)).inputs  # no padding
+    for layer in hf_model.model.language_model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: neurons.append((module, args[0])))
         layer.self_attn.o_proj.register_forward_hook(lambda module, args, out: heads.append(out))
-    batch = tiny_data.pack(processor.tokenizer, tiny_data.training_scenes(0, 0, 2), 64)
     with torch.no_grad():
-        tiny_llava.answer_logits(model, batch)
+        model(inputs)
+        hf_model(**inputs.to_hf())
         attention, price = prices.take()
         wanted = [
             sum(m[..., i].abs().mean() * d.weight[:, i].norm() for i in range(m.shape[-1]))
@@ -80,6 +88,37 @@ def test_the_prices_are_what_the_formulas_say():
         torch.testing.assert_close(attention, torch.stack(lengths).mean())
 
 
+def test_the_second_part_leaves_what_sees_as_it_was(tmp_path):
+    recipe = Recipe(steps=0, naming_steps=2, batch=2, warmup=1)
+    model = train(tiny_llava, tmp_path, recipe)
+    torch.manual_seed(recipe.seed)
+    before = tiny_llava.build_model(tiny_llava.build_processor())
+    seeing = dict(HookedVLM.from_hf(before).named_parameters())
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith("vision_")
+        assert torch.equal(parameter, seeing[name]) == frozen, name
+
+
+def test_the_first_part_asks_for_no_names():
+    for step in range(30):
+        for scene, dice in tiny_data.training_scenes(0, step, 4):
+            assert "name" not in {t.kind for t in tiny_data.conversation(scene, dice, naming=False)}
+
+
+def test_captions_to_judge_are_true_or_false_as_said():
+    verdicts = []
+    for step in range(40):
+        for scene, dice in tiny_data.training_scenes(0, step, 4):
+            true = {*scene.captions, *(thing.phrase for thing in scene.things)}
+            turns = [t for t in tiny_data.conversation(scene, dice) if t.kind == "retrieval"]
+            assert len(turns) == 4
+            for turn in turns:
+                candidate = turn.prompt.splitlines()[0].removeprefix("Candidate: ")
+                assert turn.answer == ("Yes" if candidate in true else "No")
+                verdicts.append(turn.answer)
+    assert 0.4 < verdicts.count("Yes") / len(verdicts) < 0.6
+
+
 def test_the_second_part_makes_attention_quieter(tmp_path):
     recipe = Recipe(steps=1, naming_steps=12, batch=2, warmup=1, attention_price=1.0)
     train(tiny_llava, tmp_path, recipe)
@@ -87,28 +126,33 @@ def test_the_second_part_makes_attention_quieter(tmp_path):
     assert log[-1]["attention"] < 0.9 * log[1]["attention"]
 
 
-def test_a_packed_row_gives_the_logits_of_ordinary_prompts():
+@pytest.mark.parametrize("family", [tiny_llava, tiny_qwen])
+def test_a_packed_row_gives_the_logits_of_ordinary_prompts(family):
     """Packing behind one image prefix must be the same computation as separate prompts."""
-    torch.manual_seed(0)
-    processor = tiny_llava.build_processor()
-    model = tiny_llava.build_model(processor).eval()
-    scenes = tiny_data.training_scenes(0, 0, 2)
-    with torch.no_grad():
-        packed = tiny_llava.answer_logits(model, tiny_data.pack(processor.tokenizer, scenes, 64))
+    hf_model, model = fresh(family)
+    steps = [step for step in range(20) if family is tiny_llava or _size(family, step) != (112, 112)]
+    drawn = tiny_data.training_scenes(0, steps[0], 2, sides=family.TRAINING_SIDES)
     row = 0
-    for scene, dice in tiny_data.training_scenes(0, 0, 2):
-        for turn in tiny_data.conversation(scene, dice):
-            text = f"USER: <image>\n{turn.prompt} ASSISTANT: {turn.answer}</s>"
-            inputs = processor(images=[scene.load()], text=[text], return_tensors="pt")
-            said = (
-                len(processor.tokenizer(f"ASSISTANT: {turn.answer}</s>", add_special_tokens=False).input_ids)
-                - 1
-            )
-            with torch.no_grad():
-                logits = model(**inputs).logits[0, -said - 1 : -1]
-            torch.testing.assert_close(packed[row : row + said], logits, atol=2e-5, rtol=0)
-            row += said
+    with torch.no_grad():
+        packed = tiny_data.answer_logits(model, tiny_data.pack(model, drawn))
+        for scene, dice in tiny_data.training_scenes(0, steps[0], 2, sides=family.TRAINING_SIDES):
+            for turn in tiny_data.conversation(scene, dice):
+                inputs = model.prepare(scene.load(), turn.prompt, answers=turn.answer)
+                said = int(inputs.answer_mask.sum()) + 1  # and the end of the answer
+                logits = hf_model(**inputs.to_hf()).logits[0, -said:]
+                torch.testing.assert_close(packed[row : row + said], logits, atol=2e-5, rtol=0)
+                row += said
     assert row == len(packed)
+
+
+def _size(family, step: int) -> tuple[int, int]:
+    return tiny_data.training_scenes(0, step, 1, sides=family.TRAINING_SIDES)[0][0].size
+
+
+def test_half_the_steps_of_qwen_show_other_sizes():
+    sizes = [_size(tiny_qwen, step) for step in range(200)]
+    assert 80 < sum(size == (112, 112) for size in sizes) < 140
+    assert len(set(sizes)) == 9
 
 
 def test_training_sees_no_word_of_another_split():
@@ -118,7 +162,7 @@ def test_training_sees_no_word_of_another_split():
 
 
 def test_a_bad_loss_stops_the_training(tmp_path, monkeypatch):
-    logits = tiny_llava.answer_logits
-    monkeypatch.setattr(tiny_llava, "answer_logits", lambda model, batch: logits(model, batch) * float("nan"))
+    logits = tiny_data.answer_logits
+    monkeypatch.setattr(tiny_data, "answer_logits", lambda model, batch: logits(model, batch) * float("nan"))
     with pytest.raises(FloatingPointError, match="step 0"):
         train(tiny_llava, tmp_path, SMALL)
