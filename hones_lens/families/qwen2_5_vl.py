@@ -147,7 +147,7 @@ class QwenVisionEncoder(nn.Module):
         return resid
 
     def _rotation(self, layout: PatchLayout) -> tuple[Tensor, Tensor]:
-        """Cosine and sine in float32, [image patch d_head]: half the frequencies turn by row, half by column."""
+        """Cosine and sine, float32 [image patch d_head]: half the frequencies by row, half by column."""
         half = self.cfg.d_head // 2
         steps = torch.arange(0, half, 2, dtype=torch.float, device=layout.rows.device) / half
         frequencies = 1.0 / _VISION_THETA**steps

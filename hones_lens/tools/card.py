@@ -25,9 +25,9 @@ _SIZES = {"vqa": 1001, "ocr": 500, "caption": 500, "retrieval": 100}
 def write_card(folder: Path, name: str, recipe: Recipe, datasets: Sequence[str] = ("shapes",)) -> None:
     """Measure the model in `folder` and write `README.md` and `ablation.json` beside its weights.
 
-    The metrics are of the test split of each data set (words that training never saw); the brute-force effects of
-    replacing each head and zeroing each neuron are mean falls of the right answer's
-    log-probability, in nats, on 64 examples of the dev split.
+    The metrics are of the test split of each data set (words that training never saw); the
+    brute-force effects of replacing each head and zeroing each neuron are mean falls of the right
+    answer's log-probability, in nats, on 64 examples of the dev split.
     """
     model = load_model(str(folder))
     found = [
@@ -70,8 +70,8 @@ transformers loads this folder.
 
 {millions:.2f} M parameters are used: a decoder of {cfg.n_layers} layers × {cfg.n_heads} heads, d_model
 {cfg.d_model}, {cfg.d_mlp} neurons a layer, vocabulary {cfg.d_vocab}; a vision tower of {v.n_layers} read
-layers × {v.n_heads} heads, width {v.d_model}, patches of {v.patch_size} pixels on {size}. It knows drawings of one or two shapes and a boxed word, the prompts of the four tasks,
-and nothing else.
+layers × {v.n_heads} heads, width {v.d_model}, patches of {v.patch_size} pixels on {size}.
+It knows drawings of one or two shapes and a boxed word, the prompts of the four tasks, and nothing else.
 """
 
 

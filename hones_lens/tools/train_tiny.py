@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
