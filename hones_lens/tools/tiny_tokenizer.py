@@ -7,6 +7,7 @@ no list could hold, are spelled letter by letter.
 
 from __future__ import annotations
 
+import itertools
 import string
 from collections.abc import Iterable
 
@@ -107,7 +108,7 @@ def _byte_merges(words: Iterable[str]) -> list[tuple[str, str]]:
     for word in words:
         for pieces in (list(word), ["Ġ", *word]):
             while len(pieces) > 1:
-                pairs = list(zip(pieces, pieces[1:], strict=False))
+                pairs = list(itertools.pairwise(pieces))
                 best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
                 ranks.setdefault(best, len(ranks))
                 at = pairs.index(best)

@@ -436,7 +436,7 @@ def test_a_folder_saved_by_hugging_face_passes_the_check(tmp_path: Path) -> None
     rows, columns = model.prepare(Image.new("RGB", (300, 300)), "Look.").grids[0][0]
     assert rows * columns <= 9
     with pytest.raises(
-        ValueError, match="processor option 'max_pixel' for .*; valid: min_pixels, max_pixels"
+        ValueError, match=r"processor option 'max_pixel' for .*; valid: min_pixels, max_pixels"
     ):
         HookedVLM.from_pretrained(str(tmp_path), max_pixel=3)
     with pytest.raises(ValueError, match="'max_pixels' for 'tiny-llava'; valid: none"):
