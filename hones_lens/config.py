@@ -103,6 +103,14 @@ def require(where: str, config: Any, handled: Mapping[str, tuple]) -> None:
             )
 
 
+def special_ids(text_config: Any) -> tuple[tuple[int, ...], int]:
+    """End-of-sequence ids, and the padding id (else the first of them), of a Hugging Face text config."""
+    eos = () if text_config.eos_token_id is None else text_config.eos_token_id
+    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    pad = text_config.pad_token_id
+    return eos, (eos[0] if eos else 0) if pad is None else pad
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """One file of `model_configs/`: how a known model is found, and its defaults.

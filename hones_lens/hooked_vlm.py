@@ -26,10 +26,10 @@ from hones_lens.nn.mlp import GatedMLP
 from hones_lens.nn.norm import RMSNorm
 from hones_lens.nn.rotary import Rotary
 from hones_lens.nn.unembed import Unembed
+from hones_lens.weights import WeightMap
 
 ModelInput = VLMInputs | Mapping[str, Tensor] | Tensor | str | Sequence[str]
 Hook = tuple[str | Callable[[str], bool], Callable]
-WeightMap = dict[str, str | tuple[str, ...] | None]
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 _COSTLY = ("attn.hook_result", "attn.hook_q_input", "attn.hook_k_input", "attn.hook_v_input")
 
@@ -85,7 +85,7 @@ class HookedVLM(HookedRootModule):
 
     @classmethod
     def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> WeightMap:
-        """Hugging Face name → ours; several of ours share its rows evenly; None: dropped on purpose."""
+        """Which weight of Hugging Face's becomes which of ours."""
         raise NotImplementedError(f"{cls.__name__} has no weight_map")
 
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "image token d_model"]:

@@ -197,8 +197,14 @@ def promoted_tokens(model: HookedVLM, neurons: NeuronScores, count: int = 5) -> 
     for c in neurons.top():
         row = model.blocks[c.layer].mlp.W_out[c.index].detach() * model.ln_final.weight.detach()
         ids = (row @ model.W_U.detach()).topk(count).indices.tolist()
-        found.append([c.layer, c.index, model.tokenizer.convert_ids_to_tokens(ids)])
+        found.append([c.layer, c.index, [_readable(model.tokenizer, i) for i in ids]])
     return found
+
+
+def _readable(tokenizer: Any, token_id: int) -> str:
+    """A token as text without the space before it; one that is all space, or half a letter, as it is."""
+    text = tokenizer.decode([token_id]).strip()
+    return text if text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(token_id)
 
 
 def save_promoted(run: Run, promoted: Sequence[list[Any]]) -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import hones_lens as hl
 from hones_lens import sweep
@@ -16,49 +16,55 @@ from hones_lens.results import ranked
 from hones_lens.runs import weights_hash
 from hones_lens.tasks import TASKS, load_task
 
-# Retrieval is measured in the card, but far from its bar of 0.80: see README.
-BARS = {"vqa": (0.90, 350), "ocr": (0.95, 150), "caption": (0.75, 150)}
+BARS = {"vqa": (0.90, 350), "ocr": (0.95, 150), "caption": (0.75, 150), "retrieval": (0.80, 40)}
+MODELS = ("tiny-llava",)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def model():
-    return hl.HookedVLM.from_pretrained("tiny-llava")
+def model(name):
+    return hl.HookedVLM.from_pretrained(name)
 
 
-@pytest.fixture(scope="module")
-def theirs():
-    folder = hl.checkpoint_path("tiny-llava")
-    loaded = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return loaded.eval(), AutoProcessor.from_pretrained(folder)
-
-
-def test_it_is_small_and_complete():
-    folder = hl.checkpoint_path("tiny-llava")
+def test_it_is_small_and_complete(name):
+    folder = hl.checkpoint_path(name)
     assert (folder / "model.safetensors").stat().st_size <= 8e6
     names = {p.name for p in folder.iterdir()}
-    assert {"config.json", "generation_config.json", "tokenizer.json", "processor_config.json"} <= names
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= names
+    assert {"processor_config.json", "preprocessor_config.json"} & names
     assert {"chat_template.jinja", "README.md", "ablation.json"} <= names
 
 
+def hf_inputs_of_llava(folder, image, prompt):
+    processor = AutoProcessor.from_pretrained(folder)
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(images=[image], text=[text], return_tensors="pt")
+
+
+HF_INPUTS = {"tiny-llava": hf_inputs_of_llava}
+
+
 @pytest.mark.parametrize("task", ["vqa", "ocr", "caption"])
-def test_hugging_face_alone_gives_the_same_answers(model, theirs, task):
-    hf_model, processor = theirs
+def test_hugging_face_alone_gives_the_same_answers(model, name, task):
+    folder = hl.checkpoint_path(name)
+    hf_model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     examples = hl.load_examples("shapes", task, "test", 14)
     for batch in sweep.prompt_batches(model, load_task(task), examples, 7):
         ours = sweep.predict(model, load_task(task), batch)
         for said, example in zip(ours, batch.examples, strict=True):
-            content = [{"type": "image"}, {"type": "text", "text": load_task(task).prompts(example)[0]}]
-            text = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-            inputs = processor(images=[example.image], text=[text], return_tensors="pt")
+            inputs = HF_INPUTS[name](folder, example.image, load_task(task).prompts(example)[0])
             tokens = hf_model.generate(**inputs, do_sample=False, max_new_tokens=24)
             new = tokens[:, inputs["input_ids"].shape[1] :]
-            assert processor.batch_decode(new, skip_special_tokens=True)[0].strip() == said
+            assert model.tokenizer.batch_decode(new, skip_special_tokens=True)[0].strip() == said
 
 
-def test_the_card_was_made_for_these_weights(model):
-    folder = hl.checkpoint_path("tiny-llava")
+def test_the_card_was_made_for_these_weights(model, name):
+    folder = hl.checkpoint_path(name)
     effects = json.loads((folder / "ablation.json").read_text())
     assert effects["weights"] == weights_hash(model)
     assert set(effects["heads"]) == set(effects["neurons"]) == set(TASKS)
@@ -68,7 +74,7 @@ def test_the_card_was_made_for_these_weights(model):
         assert torch.tensor(effects["neurons"][task]).shape == (cfg.n_layers, cfg.d_mlp)
     card = (folder / "README.md").read_text()
     for wanted in (
-        "hones train-tiny llava",
+        f"hones train-tiny {name.removeprefix('tiny-')}",
         "Held-out metrics",
         "What each head does",
         "What each neuron does",
@@ -77,8 +83,8 @@ def test_the_card_was_made_for_these_weights(model):
 
 
 @pytest.mark.slow
-def test_the_effects_of_the_card_are_measured_ones(model):
-    effects = json.loads((hl.checkpoint_path("tiny-llava") / "ablation.json").read_text())
+def test_the_effects_of_the_card_are_measured_ones(model, name):
+    effects = json.loads((hl.checkpoint_path(name) / "ablation.json").read_text())
     task, examples = load_task("vqa"), hl.load_examples("shapes", "vqa", "dev", effects["examples"])
     neurons = torch.tensor(effects["neurons"]["vqa"], dtype=torch.float64)
     picked = [(c.layer, c.index) for c in ranked(neurons, 4)] + [(0, 17), (1, 200), (2, 5), (3, 383)]

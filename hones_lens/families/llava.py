@@ -12,34 +12,21 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers.activations import ACT2FN
 
-from hones_lens.config import VisionConfig, VLMConfig, require
-from hones_lens.hooked_vlm import HookedVLM, WeightMap
+from hones_lens.config import VisionConfig, VLMConfig, require, special_ids
+from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.inputs import VLMInputs
 from hones_lens.nn.attention import Attention, AttentionContext
 from hones_lens.nn.block import Block
 from hones_lens.nn.mlp import MLP
 from hones_lens.nn.norm import LayerNorm
 from hones_lens.nn.rotary import Rotary, rotary_frequencies
+from hones_lens.weights import WeightMap, decoder_weights, parameters
 
 _TOP = {
-    "model.language_model.embed_tokens": "embed",
-    "model.language_model.norm": "ln_final",
-    "lm_head": "unembed.linear",
     "model.multi_modal_projector.linear_1": "vision_projector.linear_1",
     "model.multi_modal_projector.linear_2": "vision_projector.linear_2",
     "model.vision_tower.embeddings.patch_embedding": "vision_encoder.patch_embedding",
     "model.vision_tower.pre_layrnorm": "vision_encoder.ln_pre",
-}
-_DECODER = {
-    "input_layernorm": "ln1",
-    "self_attn.q_proj": "attn.q",
-    "self_attn.k_proj": "attn.k",
-    "self_attn.v_proj": "attn.v",
-    "self_attn.o_proj": "attn.o",
-    "post_attention_layernorm": "ln2",
-    "mlp.gate_proj": "mlp.gate",
-    "mlp.up_proj": "mlp.up",
-    "mlp.down_proj": "mlp.down",
 }
 _VISION = {
     "layer_norm1": "ln1",
@@ -138,14 +125,9 @@ class HookedLlava(HookedVLM):
     @classmethod
     def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> WeightMap:
         """Hugging Face name → ours; None drops it: vision layers that no feature layer reads."""
-        names: WeightMap = {f"{k}.{s}": f"{v}.{s}" for k, v in _TOP.items() for s in ("weight", "bias")}
+        names = decoder_weights(cfg.n_layers) | parameters(_TOP)
         names["model.vision_tower.embeddings.class_embedding"] = "vision_encoder.class_embedding"
         names["model.vision_tower.embeddings.position_embedding.weight"] = "vision_encoder.position_embedding"
-        for layer in range(cfg.n_layers):
-            for theirs, ours in _DECODER.items():
-                names[f"model.language_model.layers.{layer}.{theirs}.weight"] = (
-                    f"blocks.{layer}.{ours}.weight"
-                )
         unread = [n for n in hf_names if n.startswith("model.vision_tower.post_layernorm.")]
         for name in hf_names:
             prefix = "model.vision_tower.encoder.layers."
@@ -242,11 +224,7 @@ def read_config(hf_config: Any, name: str, device: torch.device, dtype: torch.dt
         if not -states <= layer < states:
             raise ValueError(f"config.vision_feature_layer={layer} is outside the {states} hidden states")
     chosen = tuple(layer % states for layer in layers)
-    eos = () if text.eos_token_id is None else text.eos_token_id
-    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    pad = text.pad_token_id
-    if pad is None:
-        pad = eos[0] if eos else 0
+    eos, pad = special_ids(text)
     return VLMConfig(
         family="llava",
         model_name=name,

@@ -20,36 +20,23 @@ from transformer_lens.hook_points import HookPoint
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 from transformers.activations import ACT2FN
 
-from hones_lens.config import VisionConfig, VLMConfig, require
-from hones_lens.hooked_vlm import HookedVLM, WeightMap
+from hones_lens.config import VisionConfig, VLMConfig, require, special_ids
+from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.inputs import VLMInputs
 from hones_lens.nn.attention import Attention, AttentionContext, Windows
 from hones_lens.nn.block import Block
 from hones_lens.nn.mlp import GatedMLP
 from hones_lens.nn.norm import RMSNorm
 from hones_lens.nn.rotary import Rotary, rotary_frequencies
+from hones_lens.weights import WeightMap, decoder_weights, parameters
 
 _VISION_EPS = 1e-6  # not in the config: Hugging Face's code has this number
 _VISION_THETA = 10000.0
 _TOP = {
-    "model.language_model.embed_tokens": "embed",
-    "model.language_model.norm": "ln_final",
-    "lm_head": "unembed.linear",
     "model.visual.patch_embed.proj": "vision_encoder.patch_embedding",
     "model.visual.merger.ln_q": "vision_projector.ln",
     "model.visual.merger.mlp.0": "vision_projector.linear_1",
     "model.visual.merger.mlp.2": "vision_projector.linear_2",
-}
-_DECODER = {
-    "input_layernorm": "ln1",
-    "self_attn.q_proj": "attn.q",
-    "self_attn.k_proj": "attn.k",
-    "self_attn.v_proj": "attn.v",
-    "self_attn.o_proj": "attn.o",
-    "post_attention_layernorm": "ln2",
-    "mlp.gate_proj": "mlp.gate",
-    "mlp.up_proj": "mlp.up",
-    "mlp.down_proj": "mlp.down",
 }
 _VISION = {
     "norm1": ("ln1",),
@@ -233,11 +220,7 @@ class HookedQwen2_5_VL(HookedVLM):
     @classmethod
     def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> WeightMap:
         """Hugging Face name → ours; the tower's fused QKV is three row blocks."""
-        names: WeightMap = {f"{k}.{s}": f"{v}.{s}" for k, v in _TOP.items() for s in ("weight", "bias")}
-        for layer in range(cfg.n_layers):
-            for theirs, ours in _DECODER.items():
-                for s in ("weight", "bias"):
-                    names[f"model.language_model.layers.{layer}.{theirs}.{s}"] = f"blocks.{layer}.{ours}.{s}"
+        names = decoder_weights(cfg.n_layers) | parameters(_TOP)
         for layer in range(cfg.vision.n_layers):
             for theirs, several in _VISION.items():
                 for s in ("weight", "bias"):
@@ -387,11 +370,7 @@ def read_config(hf_config: Any, name: str, device: torch.device, dtype: torch.dt
     full = tuple(vision.fullatt_block_indexes)
     if any(not 0 <= layer < vision.depth for layer in full):
         raise ValueError(f"vision_config.fullatt_block_indexes={full} is outside the {vision.depth} blocks")
-    eos = () if text.eos_token_id is None else text.eos_token_id
-    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
-    pad = text.pad_token_id
-    if pad is None:
-        pad = eos[0] if eos else 0
+    eos, pad = special_ids(text)
     return VLMConfig(
         family="qwen2_5_vl",
         model_name=name,

@@ -25,7 +25,7 @@ from hones_lens.tools import tiny_data
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to learn. The defaults made the shipped models.
+    """How long and how fast to learn. The families' modules hold those that made the shipped models.
 
     Training has two parts. In the first the model learns to see and to answer, all but the names of
     things. In the second, all that sees is frozen (as LLaVA's training freezes its vision tower), and

@@ -1,0 +1,39 @@
+"""Names of weights: Hugging Face's, and which of ours takes their storage."""
+
+from __future__ import annotations
+
+WeightMap = dict[str, str | tuple[str, ...] | None]
+"""Hugging Face name → ours; several of ours share its rows evenly; None drops it on purpose."""
+
+_TOP = {
+    "model.language_model.embed_tokens": "embed",
+    "model.language_model.norm": "ln_final",
+    "lm_head": "unembed.linear",
+}
+_BLOCK = {
+    "input_layernorm": "ln1",
+    "self_attn.q_proj": "attn.q",
+    "self_attn.k_proj": "attn.k",
+    "self_attn.v_proj": "attn.v",
+    "self_attn.o_proj": "attn.o",
+    "post_attention_layernorm": "ln2",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+}
+
+
+def decoder_weights(n_layers: int) -> WeightMap:
+    """The map for a decoder that is laid out as LLaMA's, as most families' are."""
+    return parameters(_TOP) | parameters(
+        {
+            f"model.language_model.layers.{layer}.{theirs}": f"blocks.{layer}.{ours}"
+            for layer in range(n_layers)
+            for theirs, ours in _BLOCK.items()
+        }
+    )
+
+
+def parameters(modules: dict[str, str]) -> WeightMap:
+    """The map of modules' names as one of their weights' and biases' names."""
+    return {f"{k}.{s}": f"{v}.{s}" for k, v in modules.items() for s in ("weight", "bias")}
