@@ -59,7 +59,7 @@ class HookedVLM(HookedRootModule):
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.rotary = rotary
         self.hook_text_embed = HookPoint()  # [batch pos d_model]
-        self.hook_image_embed = HookPoint()  # [image token d_model]
+        self.hook_image_embed = HookPoint()  # [image token d_model], or [image_token d_model] at many sizes
         self.hook_embed = HookPoint()  # [batch pos d_model], images merged in
         heads = (cfg.n_heads, cfg.n_key_value_heads, cfg.d_head)
         self.blocks = nn.ModuleList(

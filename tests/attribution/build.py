@@ -1,4 +1,4 @@
-"""A tiny random LLaVA, examples that it gets partly right, and Hugging Face's own loops on it.
+"""Tiny random models, examples that they get partly right, and Hugging Face's own loops on them.
 
 The examples' answers are what the clean model says, so that interventions have something to lose.
 """
@@ -11,8 +11,9 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import tiny
+import tiny_qwen
 import torch
-from tiny import make_config, make_pair
 from torch import Tensor
 
 from hones_lens import HookedVLM
@@ -23,10 +24,11 @@ from hones_lens.tasks import Task, load_task
 N_LAYERS, N_HEADS, D_MLP = 3, 4, 20
 TEXT_TASKS = ("vqa", "ocr", "caption")
 ALL_TASKS = (*TEXT_TASKS, "retrieval")
+FAMILIES = {"llava": tiny, "qwen": tiny_qwen}
 NEW_TOKENS = 24
 
 
-def fresh_pair(seed: int = 0) -> tuple[Any, HookedVLM]:
+def fresh_pair(seed: int = 0, family: str = "llava") -> tuple[Any, HookedVLM]:
     """A random Hugging Face model (GQA, 3 layers of 4 heads and 20 neurons), and the same one hooked."""
     text = {
         "num_hidden_layers": N_LAYERS,
@@ -34,23 +36,24 @@ def fresh_pair(seed: int = 0) -> tuple[Any, HookedVLM]:
         "num_key_value_heads": 2,
         "intermediate_size": D_MLP,
     }
-    return make_pair(make_config(text=text, vision={"num_hidden_layers": 2}), seed)
+    vision = {"llava": {"num_hidden_layers": 2}, "qwen": {"depth": 2, "window_size": 28}}[family]
+    return FAMILIES[family].make_pair(FAMILIES[family].make_config(text=text, vision=vision), seed)
 
 
 @cache
-def pair() -> tuple[Any, HookedVLM]:
-    """The one that tests share and do not change."""
-    return fresh_pair()
+def pair(family: str = "llava") -> tuple[Any, HookedVLM]:
+    """The one of a family that tests share and do not change."""
+    return fresh_pair(family=family)
 
 
 @cache
-def examples_of(name: str, n: int = 3) -> tuple[Example, ...]:
+def examples_of(name: str, n: int = 3, family: str = "llava") -> tuple[Example, ...]:
     """Examples of a task; the clean model answers all but the last one right."""
     examples = plain_examples(name, n)
     if name == "retrieval":
         return examples
     task = load_task(name)
-    said = [hf_answer(*pair(), example.image, task.prompts(example)[0]) for example in examples]
+    said = [hf_answer(*pair(family), example.image, task.prompts(example)[0]) for example in examples]
     assert all(said), "the random model says nothing: choose another seed"
     fields = {"vqa": lambda s: {"answers": (s,)}, "ocr": lambda s: {"text": s}}
     made = fields.get(name, lambda s: {"references": (s, "a small red circle")})
@@ -80,8 +83,24 @@ def _few_candidates(example: Example, place: int) -> Example:
 
 def hf_inputs(model: HookedVLM, image: Any, prompt: str, answer: str = "") -> dict[str, Tensor]:
     """What the processor returns for one picture and one prompt, with an answer behind it."""
+    if model.family == "qwen2_5_vl":
+        return qwen_inputs(model, image, prompt, answer)
     text = hf_text(model, prompt) + (f" {answer}" if answer else "")
     return dict(model.processor(images=image, text=text, return_tensors="pt"))
+
+
+def qwen_inputs(model: HookedVLM, image: Any, prompt: str, answer: str) -> dict[str, Tensor]:
+    """The same for Qwen, whose processor Hugging Face can't build here: its parts, put together."""
+    tokenizer = model.processor.tokenizer
+    made = model.processor.image_processor(images=[image], return_tensors="pt")
+    text = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        + "<|image_pad|>" * (int(made["image_grid_thw"].prod()) // 4)
+        + f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n{answer}"
+    )
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    types = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
+    return {**made, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types}
 
 
 def hf_text(model: HookedVLM, prompt: str) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from attribution.build import (
     ALL_TASKS,
+    FAMILIES,
     N_HEADS,
     N_LAYERS,
     examples_of,
@@ -38,10 +39,11 @@ def _scores(heads: torch.Tensor, k: int = 3) -> HeadScores:
     )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ALL_TASKS)
-def test_equals_a_naive_loop_on_hf(name: str) -> None:
-    hf_model, model = pair()
-    task, examples = load_task(name), list(examples_of(name))
+def test_equals_a_naive_loop_on_hf(name: str, family: str) -> None:
+    hf_model, model = pair(family)
+    task, examples = load_task(name), list(examples_of(name, family=family))
     found = localize_heads(model, name, examples, batch_size=2, progress=False)
 
     said = [hf_prediction(hf_model, model, example, task) for example in examples]
