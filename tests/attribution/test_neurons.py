@@ -12,8 +12,8 @@ import pytest
 import torch
 from attribution.build import (
     ALL_TASKS,
-    FAMILIES,
     D_MLP,
+    FAMILIES,
     N_LAYERS,
     examples_of,
     fresh_pair,
