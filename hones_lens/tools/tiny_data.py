@@ -58,7 +58,8 @@ def conversation(scene: shapes.Scene, dice: shapes.Dice, naming: bool = True) ->
     Args:
         scene: What is shown.
         dice: Draws them.
-        naming: Whether names are among the VQA pairs.
+        naming: The second part of training: names are among the VQA pairs, and the captions to judge
+            are all of the whole scene.
     """
     vqa, ocr, caption, retrieval = map(load_task, ("vqa", "ocr", "caption", "retrieval"))
     kinds = sorted({q.kind for q in shapes.questions(scene)} - ({"name"} if not naming else set()))
@@ -71,15 +72,16 @@ def conversation(scene: shapes.Scene, dice: shapes.Dice, naming: bool = True) ->
         turns.append(Turn("ocr", ocr.prompts(Example("", scene))[0], scene.word))
     if dice.chance(0.5):
         turns.append(Turn("caption", caption.prompts(Example("", scene))[0], scene.captions[0]))
-    for candidate, true in _candidates(scene, dice):
+    for candidate, true in _candidates(scene, dice, naming):
         prompt = retrieval.prompts(Example("", scene, candidates=(candidate,)))[0]
         turns.append(Turn("retrieval", prompt, "Yes" if true else "No"))
     return turns
 
 
-def _candidates(scene: shapes.Scene, dice: shapes.Dice) -> list[tuple[str, bool]]:
-    """Captions and whether they are true: of each thing (easier to learn), and two of the whole."""
-    scenes = [replace(scene, things=(dice.pick(scene.things),)) for _ in range(2)] + [scene, scene]
+def _candidates(scene: shapes.Scene, dice: shapes.Dice, naming: bool) -> list[tuple[str, bool]]:
+    """Four captions and whether they are true; in the first part two are of one thing alone (easier)."""
+    parts = [replace(scene, things=(dice.pick(scene.things),)) for _ in range(0 if naming else 2)]
+    scenes = [*parts, *[scene] * (4 - len(parts))]
     out = []
     for whole in scenes:
         false = None if dice.chance(0.5) else _false_caption(scene, whole, dice)
