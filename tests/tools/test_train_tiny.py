@@ -105,18 +105,22 @@ def test_the_first_part_asks_for_no_names():
             assert "name" not in {t.kind for t in tiny_data.conversation(scene, dice, naming=False)}
 
 
-def test_captions_to_judge_are_true_or_false_as_said():
-    verdicts = []
+@pytest.mark.parametrize("naming", [False, True])
+def test_captions_to_judge_are_true_or_false_as_said(naming):
+    verdicts, parts = [], 0
     for step in range(40):
         for scene, dice in tiny_data.training_scenes(0, step, 4):
             true = {*scene.captions, *(thing.phrase for thing in scene.things)}
-            turns = [t for t in tiny_data.conversation(scene, dice) if t.kind == "retrieval"]
+            turns = tiny_data.conversation(scene, dice, naming)
+            turns = [t for t in turns if t.kind == "retrieval"]
             assert len(turns) == 4
             for turn in turns:
                 candidate = turn.prompt.splitlines()[0].removeprefix("Candidate: ")
                 assert turn.answer == ("Yes" if candidate in true else "No")
                 verdicts.append(turn.answer)
+                parts += len(scene.things) == 2 and " and " not in candidate
     assert 0.4 < verdicts.count("Yes") / len(verdicts) < 0.6
+    assert (parts == 0) == naming
 
 
 def test_the_second_part_makes_attention_quieter(tmp_path):
