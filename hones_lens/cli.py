@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -294,13 +295,14 @@ def _train(args: argparse.Namespace) -> int:
     import torch
 
     from hones_lens.tools.card import write_card
-    from hones_lens.tools.train_tiny import Recipe, train
+    from hones_lens.tools.train_tiny import train
 
     if args.threads:
         torch.set_num_threads(args.threads)
     steps = {"steps": args.steps, "naming_steps": args.naming_steps}
-    recipe = Recipe(seed=args.seed, **{name: n for name, n in steps.items() if n is not None})
     family = importlib.import_module(_TINY[args.family])
+    given = {name: n for name, n in steps.items() if n is not None}
+    recipe = replace(family.RECIPE, seed=args.seed, **given)
     train(family, Path(args.out), recipe)
     write_card(Path(args.out) / "model", f"tiny-{args.family}", recipe, family.DATASETS)
     print(f"Model: {Path(args.out) / 'model'}")

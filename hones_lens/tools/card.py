@@ -86,7 +86,7 @@ def _how(name: str, recipe: Recipe) -> str:
 Muon on the matrices, AdamW on the rest, float32; about nine questions packed behind each picture.
 Training saw only scenes of the `train` split. In the first part the model learned to see and to answer
 all but the names; in the second, with vision tower and projector frozen, the names too. There the loss
-also had a price on what attention writes and on what neurons write.
+also had a price on what neurons write.
 
 | setting | value |
 | --- | --- |

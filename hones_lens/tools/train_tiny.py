@@ -30,25 +30,24 @@ class Recipe:
     Training has two parts. In the first the model learns to see and to answer, all but the names of
     things. In the second, all that sees is frozen (as LLaVA's training freezes its vision tower), and
     the model learns the names: the decoder alone has to look them up. There the loss also has a price
-    on what attention writes (`‖attn_out‖`) and on what neurons write (`Σ_i |m_i| ‖W_out[i]‖`; means
-    over tokens and layers), so that no more is written than is needed, and by few neurons.
+    on what neurons write (`Σ_i |m_i| ‖W_out[i]‖`; mean over tokens and layers), so that few neurons
+    write, and only where it is needed.
 
     Attributes:
         steps, naming_steps: Steps of the two parts.
         batch: Pictures a step.
         lr, naming_lr: Highest rates of the two parts; each falls along a cosine to 2 % of its peak.
-        attention_price, neuron_price: Of the second part.
+        neuron_price: Of the second part.
         warmup: Steps of linear warm-up at the start of each part.
         weight_decay, clip, seed, save_every: As usual; `save_every` in steps.
     """
 
     steps: int = 5000
-    naming_steps: int = 900
+    naming_steps: int = 1800
     batch: int = 16
     lr: float = 1.5e-3
     naming_lr: float = 1e-3
-    attention_price: float = 2e-2
-    neuron_price: float = 3e-4
+    neuron_price: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
@@ -94,33 +93,27 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-class Prices:
-    """What the decoder's attention and neurons write in forward passes, added up by lasting hooks.
+class NeuronPrice:
+    """What the decoder's neurons write in forward passes, added up by lasting hooks.
 
-    Attention: `‖attn_out‖₂`; neurons: `Σ_i |m_i| ‖W_out[i]‖`; means over tokens and layers.
+    `Σ_i |m_i| ‖W_out[i]‖`; mean over tokens and layers.
     """
 
     def __init__(self, model: HookedVLM):
         self._blocks = model.blocks
-        self._attention: list[Tensor] = []
-        self._neurons: list[Tensor] = []
+        self._written: list[Tensor] = []
         for layer in range(model.cfg.n_layers):
-            model.add_hook(f"blocks.{layer}.hook_attn_out", self._add_attention)
-            model.add_hook(f"blocks.{layer}.mlp.hook_post", self._add_neurons)
+            model.add_hook(f"blocks.{layer}.mlp.hook_post", self._add)
 
-    def _add_neurons(self, post: Tensor, hook: HookPoint) -> None:
+    def _add(self, post: Tensor, hook: HookPoint) -> None:
         lengths = self._blocks[hook.layer()].mlp.W_out.norm(dim=-1)
-        self._neurons.append((post.abs().mean((0, 1)) * lengths).sum())
+        self._written.append((post.abs().mean((0, 1)) * lengths).sum())
 
-    def _add_attention(self, out: Tensor, hook: HookPoint) -> None:
-        self._attention.append(out.norm(dim=-1).mean())
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Attention's and the neurons' since the last call."""
-        totals = torch.stack(self._attention).mean(), torch.stack(self._neurons).mean()
-        self._attention.clear()
-        self._neurons.clear()
-        return totals
+    def take(self) -> Tensor:
+        """The price since the last call."""
+        total = torch.stack(self._written).mean()
+        self._written.clear()
+        return total
 
 
 def _by_kind(right: Tensor, kinds: list[str]) -> dict[str, float]:
@@ -164,7 +157,7 @@ def train(family: ModuleType, out: Path, recipe: Recipe) -> HookedVLM:
     processor = family.build_processor()
     hf_model = family.build_model(processor)
     model = HookedVLM.from_hf(hf_model, processor)
-    prices = Prices(model)
+    price = NeuronPrice(model)
     last = recipe.steps + recipe.naming_steps
     state_file = out / "state.pt"
     first, optimizers = _resume(state_file, model, recipe)
@@ -172,10 +165,10 @@ def train(family: ModuleType, out: Path, recipe: Recipe) -> HookedVLM:
         for step in tqdm(range(first, last), initial=first, total=last, mininterval=10):
             if step == recipe.steps:
                 optimizers = _start_part(model, recipe, naming=True)
-            record = _step(family, model, optimizers, prices, step, recipe)
+            record = _step(family, model, optimizers, price, step, recipe)
             if step % recipe.save_every == 0 or step == last - 1:
                 record["held_out"] = _held_out(family, model, recipe)
-                prices.take()
+                price.take()
                 _save(state_file, model, optimizers, recipe, step + 1)
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -189,7 +182,7 @@ def _step(
     family: ModuleType,
     model: HookedVLM,
     optimizers: list[torch.optim.Optimizer],
-    prices: Prices,
+    price: NeuronPrice,
     step: int,
     recipe: Recipe,
 ) -> dict[str, object]:
@@ -200,11 +193,10 @@ def _step(
     logits = tiny_data.answer_logits(model, batch)
     losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     loss = (losses * batch.weights).sum() / batch.weights.sum()
-    attention, neurons = prices.take()
+    written = price.take()
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss became {loss.item()} at step {step}")
-    priced = recipe.attention_price * attention + recipe.neuron_price * neurons
-    (loss + (priced if naming else 0)).backward()
+    (loss + (recipe.neuron_price * written if naming else 0)).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -213,8 +205,7 @@ def _step(
         optimizer.zero_grad(set_to_none=True)
     right = _by_kind(logits.argmax(-1) == batch.targets, batch.kinds)
     seconds = round(time.perf_counter() - started, 3)
-    figures = {"loss": loss.item(), "attention": attention.item(), "neurons": neurons.item()}
-    figures["norm"] = norm.item()
+    figures = {"loss": loss.item(), "neurons": written.item(), "norm": norm.item()}
     return {"step": step, **figures, "right": right, "s": seconds}
 
 

@@ -26,10 +26,10 @@ def test_a_broken_training_goes_on_to_the_same_weights(tmp_path, monkeypatch, at
     whole = train(tiny_llava, tmp_path / "whole", SMALL)
     step = train_tiny._step
 
-    def broken(family, model, optimizers, prices, number, recipe):
+    def broken(family, model, optimizers, price, number, recipe):
         if number == at:
             raise KeyboardInterrupt
-        return step(family, model, optimizers, prices, number, recipe)
+        return step(family, model, optimizers, price, number, recipe)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_tiny, "_step", broken)
@@ -68,24 +68,20 @@ def fresh(family):
     return hf_model, HookedVLM.from_hf(hf_model, processor)
 
 
-def test_the_prices_are_what_the_formulas_say():
+def test_the_price_is_what_the_formula_says():
     hf_model, model = fresh(tiny_llava)
-    prices, neurons, heads = train_tiny.Prices(model), [], []
+    price, neurons = train_tiny.NeuronPrice(model), []
     inputs = tiny_data.pack(model, tiny_data.training_scenes(0, 0, 1)).inputs  # no padding
     for layer in hf_model.model.language_model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: neurons.append((module, args[0])))
-        layer.self_attn.o_proj.register_forward_hook(lambda module, args, out: heads.append(out))
     with torch.no_grad():
         model(inputs)
         hf_model(**inputs.to_hf())
-        attention, price = prices.take()
         wanted = [
             sum(m[..., i].abs().mean() * d.weight[:, i].norm() for i in range(m.shape[-1]))
             for d, m in neurons
         ]
-        torch.testing.assert_close(price, torch.stack(wanted).mean())
-        lengths = [row.pow(2).sum().sqrt() for out in heads for row in out.flatten(0, 1)]
-        torch.testing.assert_close(attention, torch.stack(lengths).mean())
+        torch.testing.assert_close(price.take(), torch.stack(wanted).mean())
 
 
 def test_the_second_part_leaves_what_sees_as_it_was(tmp_path):
@@ -123,11 +119,10 @@ def test_captions_to_judge_are_true_or_false_as_said(naming):
     assert (parts == 0) == naming
 
 
-def test_the_second_part_makes_attention_quieter(tmp_path):
-    recipe = Recipe(steps=1, naming_steps=12, batch=2, warmup=1, attention_price=1.0)
-    train(tiny_llava, tmp_path, recipe)
+def test_the_second_part_makes_neurons_quieter(tmp_path):
+    train(tiny_llava, tmp_path, Recipe(steps=1, naming_steps=12, batch=2, warmup=1, neuron_price=0.1))
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["attention"] < 0.9 * log[1]["attention"]
+    assert log[-1]["neurons"] < 0.9 * log[1]["neurons"]
 
 
 @pytest.mark.parametrize("family", [tiny_llava, tiny_qwen])
