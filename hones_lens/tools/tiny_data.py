@@ -52,7 +52,9 @@ class Turn(NamedTuple):
     answer: str
 
 
-def conversation(scene: shapes.Scene, dice: shapes.Dice, naming: bool = True) -> list[Turn]:
+def conversation(
+    scene: shapes.Scene, dice: shapes.Dice, naming: bool = True, ocr_share: float = 0.5
+) -> list[Turn]:
     """Turns on one scene: four VQA pairs, often a word and a caption, and four captions to judge.
 
     Args:
@@ -60,6 +62,7 @@ def conversation(scene: shapes.Scene, dice: shapes.Dice, naming: bool = True) ->
         dice: Draws them.
         naming: The second part of training: names are among the VQA pairs, and the captions to judge
             are all of the whole scene.
+        ocr_share: How probable it is that the word is asked for.
     """
     vqa, ocr, caption, retrieval = map(load_task, ("vqa", "ocr", "caption", "retrieval"))
     kinds = sorted({q.kind for q in shapes.questions(scene)} - ({"name"} if not naming else set()))
@@ -68,7 +71,7 @@ def conversation(scene: shapes.Scene, dice: shapes.Dice, naming: bool = True) ->
         asked = shapes.ask(dice, scene, kind)
         prompt = vqa.prompts(Example("", scene, question=asked.text))[0]
         turns.append(Turn(kind, prompt, asked.answer))
-    if dice.chance(0.5):
+    if dice.chance(ocr_share):
         turns.append(Turn("ocr", ocr.prompts(Example("", scene))[0], scene.word))
     if dice.chance(0.5):
         turns.append(Turn("caption", caption.prompts(Example("", scene))[0], scene.captions[0]))
@@ -122,11 +125,14 @@ def training_scenes(
 
 
 def pack(
-    model: HookedVLM, scenes: list[tuple[shapes.Scene, shapes.Dice]], naming: bool = True
+    model: HookedVLM,
+    scenes: list[tuple[shapes.Scene, shapes.Dice]],
+    naming: bool = True,
+    ocr_share: float = 0.5,
 ) -> PackedBatch:
     """Tokenize one step's scenes and pack each one's turns behind its image."""
     pixels, counts = model.process_images([scene.load() for scene, _ in scenes])
-    talks = [conversation(scene, dice, naming) for scene, dice in scenes]
+    talks = [conversation(scene, dice, naming, ocr_share) for scene, dice in scenes]
     rows = [_tokenize(model, turns, count) for turns, count in zip(talks, counts, strict=True)]
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), model.cfg.pad_token_id)

@@ -38,6 +38,7 @@ class Recipe:
         batch: Pictures a step.
         lr, naming_lr: Highest rates of the two parts; each falls along a cosine to 2 % of its peak.
         neuron_price: Of the second part.
+        ocr_share: How many of the pictures have their word asked for.
         warmup: Steps of linear warm-up at the start of each part.
         weight_decay, clip, seed, save_every: As usual; `save_every` in steps.
     """
@@ -48,6 +49,7 @@ class Recipe:
     lr: float = 1.5e-3
     naming_lr: float = 1e-3
     neuron_price: float = 1e-3
+    ocr_share: float = 0.5
     warmup: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
@@ -189,7 +191,7 @@ def _step(
     started = time.perf_counter()
     scenes = tiny_data.training_scenes(recipe.seed, step, recipe.batch, sides=family.TRAINING_SIDES)
     naming = step >= recipe.steps
-    batch = tiny_data.pack(model, scenes, naming)
+    batch = tiny_data.pack(model, scenes, naming, recipe.ocr_share)
     logits = tiny_data.answer_logits(model, batch)
     losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     loss = (losses * batch.weights).sum() / batch.weights.sum()
