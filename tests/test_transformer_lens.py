@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import tiny
+import tiny_qwen
 import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
@@ -16,19 +19,24 @@ LAYERS, HEADS, D_MLP, D_MODEL = 3, 4, 40, 32
 class Run:
     """One model, a batch with images, and the cache of everything."""
 
-    def __init__(self) -> None:
-        config = tiny.make_config(text={"num_key_value_heads": 2})
-        self.model: HookedVLM = tiny.make_pair(config, seed=21)[1]
-        self.inputs: VLMInputs = tiny.mixed_batch(self.model)
+    def __init__(self, made: ModuleType) -> None:
+        config = made.make_config(text={"num_key_value_heads": 2})
+        self.model: HookedVLM = made.make_pair(config, seed=21)[1]
+        self.inputs: VLMInputs = made.mixed_batch(self.model)
         self.logits: Tensor
         self.cache: ActivationCache
         with torch.no_grad():
             self.logits, self.cache = self.model.run_with_cache(self.inputs)
 
 
+@pytest.fixture(scope="module", params=[tiny, tiny_qwen])
+def run(request: pytest.FixtureRequest) -> Run:
+    return Run(request.param)
+
+
 @pytest.fixture(scope="module")
-def run() -> Run:
-    return Run()
+def llava() -> Run:
+    return Run(tiny)
 
 
 @pytest.fixture(autouse=True)
@@ -182,8 +190,8 @@ def test_accumulated_biases_of_blocks_that_have_some() -> None:
     assert model.accumulated_bias(1, mlp_input=True)[0] == 13
 
 
-def test_single_tokens_and_their_strings(run: Run) -> None:
-    model = run.model
+def test_single_tokens_and_their_strings(llava: Run) -> None:
+    model = llava.model
     red = model.to_single_token(" red")
     assert red == model.tokenizer(" red", add_special_tokens=False).input_ids[0]
     with pytest.raises(ValueError, match=r"' red circle' is \d tokens"):
@@ -213,9 +221,9 @@ def test_stacked_weights(run: Run) -> None:
     assert model.W_gate.shape == model.W_in.shape == (LAYERS, D_MODEL, D_MLP)
     assert model.W_out.shape == (LAYERS, D_MLP, D_MODEL)
     x, block = torch.randn(D_MODEL), model.blocks[1]
-    for name, projection in {"W_Q": block.attn.q, "W_K": block.attn.k, "W_V": block.attn.v}.items():
-        by_head = torch.einsum("m,hmd->hd", x, getattr(model, name)[1])
-        close(by_head.flatten(), projection(x))
+    for name, projection in {"Q": block.attn.q, "K": block.attn.k, "V": block.attn.v}.items():
+        by_head = torch.einsum("m,hmd->hd", x, getattr(model, f"W_{name}")[1])
+        close((by_head + getattr(block.attn, f"b_{name}")).flatten(), projection(x))
     z = torch.randn(HEADS, 8)
     close(torch.einsum("hd,hdm->m", z, model.W_O[1]), block.attn.o(z.flatten()))
     close(x @ model.W_gate[1], block.mlp.gate(x))

@@ -206,6 +206,25 @@ class Attention(nn.Module):
         return self.o.weight.unflatten(1, (-1, self.d_head)).permute(1, 2, 0)
 
     @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        """Query biases by head; zeros where the model has none."""
+        return self._bias(self.q)
+
+    @property
+    def b_K(self) -> Float[Tensor, "kv_head d_head"]:
+        """Key biases by key-value head; zeros where the model has none."""
+        return self._bias(self.k)
+
+    @property
+    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
+        """Value biases by key-value head; zeros where the model has none."""
+        return self._bias(self.v)
+
+    def _bias(self, p: nn.Linear) -> Tensor:
+        bias = p.weight.new_zeros(p.out_features) if p.bias is None else p.bias
+        return bias.view(-1, self.d_head)
+
+    @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         """Output bias; zeros where the model has none."""
         return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.o.bias
