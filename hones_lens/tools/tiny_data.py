@@ -18,6 +18,8 @@ from hones_lens.nn.attention import AttentionContext
 from hones_lens.tasks import load_task
 
 _VQA_PAIRS = 4
+# What a false caption of the second part changes: places are learned last, then shapes.
+_LEARNED_LATE = ("where", "where", "where", "where", "shape", "shape", "color", "size")
 
 
 @dataclass
@@ -87,15 +89,16 @@ def _candidates(scene: shapes.Scene, dice: shapes.Dice, naming: bool) -> list[tu
     scenes = [*parts, *[scene] * (4 - len(parts))]
     out = []
     for whole in scenes:
-        false = None if dice.chance(0.5) else _false_caption(scene, whole, dice)
+        false = None if dice.chance(0.5) else _false_caption(scene, whole, dice, naming)
         out.append((whole.captions[0] if false is None else false, false is None))
     return out
 
 
-def _false_caption(scene: shapes.Scene, part: shapes.Scene, dice: shapes.Dice) -> str:
-    """The caption of `part` with one attribute changed (each as often), or at times two."""
+def _false_caption(scene: shapes.Scene, part: shapes.Scene, dice: shapes.Dice, naming: bool) -> str:
+    """The caption of `part` with one attribute changed, or at times two."""
+    attributes = _LEARNED_LATE if naming else shapes.ATTRIBUTES
     while True:
-        other = dice.pick(shapes.changed(part, (dice.pick(shapes.ATTRIBUTES),)))
+        other = dice.pick(shapes.changed(part, (dice.pick(attributes),)))
         if dice.chance(0.2):
             other = dice.pick(shapes.changed(other))
         if other.captions[0] not in (*scene.captions, *(t.phrase for t in scene.things)):
