@@ -18,8 +18,9 @@ from hones_lens.nn.attention import AttentionContext
 from hones_lens.tasks import load_task
 
 _VQA_PAIRS = 4
-# What a false caption of the second part changes: places are learned last, then shapes.
-_LEARNED_LATE = ("where", "where", "where", "where", "shape", "shape", "color", "size")
+# How often a false caption of the second part puts a thing into another column of its row: after the
+# first part all else is judged well, and the column of a scene's first thing at chance.
+_SIDEWAYS = 0.6
 
 
 @dataclass
@@ -95,10 +96,14 @@ def _candidates(scene: shapes.Scene, dice: shapes.Dice, naming: bool) -> list[tu
 
 
 def _false_caption(scene: shapes.Scene, part: shapes.Scene, dice: shapes.Dice, naming: bool) -> str:
-    """The caption of `part` with one attribute changed, or at times two."""
-    attributes = _LEARNED_LATE if naming else shapes.ATTRIBUTES
+    """The caption of `part` with one attribute changed (each as often, but see above), or at times two."""
     while True:
-        other = dice.pick(shapes.changed(part, (dice.pick(attributes),)))
+        if naming and dice.chance(_SIDEWAYS):
+            moved = shapes.changed(part, ("where",))
+            rows = [thing.row for thing in part.things]
+            other = dice.pick([s for s in moved if [thing.row for thing in s.things] == rows])
+        else:
+            other = dice.pick(shapes.changed(part, (dice.pick(shapes.ATTRIBUTES),)))
         if dice.chance(0.2):
             other = dice.pick(shapes.changed(other))
         if other.captions[0] not in (*scene.captions, *(t.phrase for t in scene.things)):
