@@ -168,11 +168,11 @@ class QwenProcessor:
     Hugging Face's own processor can't be built without torchvision, which its video part needs.
     """
 
-    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None):
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: Any = None):
         self.image_processor, self.tokenizer, self.chat_template = image_processor, tokenizer, chat_template
 
     @classmethod
-    def from_pretrained(cls, folder: str, revision: str | None = None, **sizes: int) -> QwenProcessor:
+    def from_pretrained(cls, folder: str, revision: str | None = None, **sizes: Any) -> QwenProcessor:
         """Read both parts; `min_pixels` and `max_pixels` overrule the checkpoint's bounds on image size."""
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
         images = Qwen2VLImageProcessorPil.from_pretrained(folder, revision=revision, **sizes)
@@ -275,10 +275,11 @@ class HookedQwen2_5_VL(HookedVLM):
     def _token_grids(self, inputs: VLMInputs) -> list[tuple[int, int]]:
         if inputs.pixel_values is None:
             return []
-        thw, merge, vision = inputs.image_grid_thw, self.cfg.vision.merge_size, self.vision_encoder
+        thw, merge, encoder = inputs.image_grid_thw, self.cfg.vision.merge_size, self.vision_encoder
+        assert isinstance(encoder, QwenVisionEncoder)
         if thw is None:
             raise ValueError("pixel_values without image_grid_thw: the size of the images is not known")
-        patches, width = int(thw.prod(-1).sum()), vision.patch_embedding.weight[0].numel()
+        patches, width = int(thw.prod(-1).sum()), encoder.patch_embedding.weight[0].numel()
         if inputs.pixel_values.shape != (patches, width):
             raise ValueError(
                 f"pixel_values are {list(inputs.pixel_values.shape)}; image_grid_thw asks for "

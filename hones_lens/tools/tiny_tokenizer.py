@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import string
 from collections.abc import Iterable
+from typing import Any
 
 from transformers import LlamaTokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -120,7 +121,7 @@ def build_qwen_tokenizer(model_max_length: int) -> Qwen2Tokenizer:
     """Make tiny-qwen2.5-vl's byte-level tokenizer, with the chat template of Qwen2.5-VL."""
     words = [*_LINE_STARTS, *_WORDS.split(), *"system user assistant You are helpful".split()]
     words += [*shapes.COLORS, *shapes.SHAPES, *shapes.NUMBERS, *shapes.NAMES.values()]
-    merges = _byte_merges(words)
+    merges: Any = _byte_merges(words)
     pieces = [*bytes_to_unicode().values(), *(left + right for left, right in merges), *QWEN_SPECIAL]
     tokenizer = Qwen2Tokenizer(
         vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))},
