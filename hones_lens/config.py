@@ -44,6 +44,12 @@ class VisionConfig:
     window_size: int | None = None
     full_attention_layers: tuple[int, ...] = ()
 
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along a side of an image, where all images have one size."""
+        assert self.image_size is not None, "images keep their own size"
+        return self.image_size // self.patch_size
+
 
 @dataclass(frozen=True)
 class VLMConfig:

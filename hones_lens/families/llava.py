@@ -46,7 +46,7 @@ class ClipEncoder(nn.Module):
     def __init__(self, cfg: VisionConfig, act: str, eps: float):
         super().__init__()
         self.feature_layers = cfg.feature_layers
-        tokens = (cfg.image_size // cfg.patch_size) ** 2 + 1
+        tokens = cfg.patches_per_side**2 + 1
         self.class_embedding = nn.Parameter(torch.empty(cfg.d_model))
         self.patch_embedding = nn.Conv2d(3, cfg.d_model, cfg.patch_size, stride=cfg.patch_size, bias=False)
         self.position_embedding = nn.Parameter(torch.empty(tokens, cfg.d_model))
@@ -160,7 +160,7 @@ class HookedLlava(HookedVLM):
         n_images = 0 if inputs.pixel_values is None else len(inputs.pixel_values)
         if inputs.pixel_values is not None:
             self._check_pixels(inputs.pixel_values)
-        side = self.cfg.vision.image_size // self.cfg.vision.patch_size
+        side = self.cfg.vision.patches_per_side
         leading = int(self.cfg.vision.keep_class_token)
         per_image = side * side + leading
         shown, held = int(mask.sum()), n_images * per_image
@@ -185,7 +185,7 @@ class HookedLlava(HookedVLM):
 
     def process_images(self, images: Sequence) -> tuple[dict[str, Any], list[int]]:
         """Resize, crop and normalise by the checkpoint's image processor."""
-        side = self.cfg.vision.image_size // self.cfg.vision.patch_size
+        side = self.cfg.vision.patches_per_side
         counts = [side * side + int(self.cfg.vision.keep_class_token)] * len(images)
         if not images:
             return {}, counts

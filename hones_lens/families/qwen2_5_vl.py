@@ -86,7 +86,7 @@ class PatchLayout:
         patches = real.nonzero()[:, 0]
         patches = patches[flat[patches].sort(stable=True).indices]
         sizes = flat[patches].unique_consecutive(return_counts=True)[1].tolist()
-        parts = patches.split(sizes)
+        parts = list(patches.split(sizes))
         members = nn.utils.rnn.pad_sequence(parts, batch_first=True)
         filled = nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], batch_first=True)
         alone = -1 - torch.arange(flat.numel(), device=flat.device)
@@ -96,12 +96,10 @@ class PatchLayout:
 class QwenVisionEncoder(nn.Module):
     """The vision transformer: gated neurons with biases, windows in all but a few blocks."""
 
-    def __init__(self, cfg: VisionConfig, d_patch: Sequence[int], act: str):
+    def __init__(self, cfg: VisionConfig, d_patch: tuple[int, int, int, int], act: str):
         super().__init__()
         self.cfg = cfg
-        self.patch_embedding = nn.Conv3d(
-            d_patch[0], cfg.d_model, tuple(d_patch[1:]), stride=tuple(d_patch[1:]), bias=False
-        )
+        self.patch_embedding = nn.Conv3d(d_patch[0], cfg.d_model, d_patch[1:], stride=d_patch[1:], bias=False)
         self.hook_embed = HookPoint()  # [image patch d_model]
         heads = (cfg.n_heads, cfg.n_heads, cfg.d_head)
         self.blocks = nn.ModuleList(
@@ -175,7 +173,7 @@ class QwenProcessor:
     def from_pretrained(cls, folder: str, revision: str | None = None, **sizes: Any) -> QwenProcessor:
         """Read both parts; `min_pixels` and `max_pixels` overrule the checkpoint's bounds on image size."""
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
-        images = Qwen2VLImageProcessorPil.from_pretrained(folder, revision=revision, **sizes)
+        images = Qwen2VLImageProcessorPil.from_pretrained(folder, revision=revision or "main", **sizes)
         return cls(images, tokenizer, tokenizer.chat_template)
 
     def save_pretrained(self, folder: str) -> None:

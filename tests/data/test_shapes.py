@@ -23,10 +23,10 @@ GOLDEN_PIXELS = {
     "test": "10102cfdadae7853",
 }
 GOLDEN_TEXTS = {
-    "train": "0d56f0d552ba5a17",
-    "discovery": "21de7aba8ae7d675",
-    "dev": "ef2b08f8a1e1de29",
-    "test": "a5c57ce87cc73da4",
+    "train": "1385bed55352cece",
+    "discovery": "d487416dd94763d8",
+    "dev": "0c63505a7b792121",
+    "test": "ac78de4074596bab",
 }
 
 
