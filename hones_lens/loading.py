@@ -119,13 +119,14 @@ def _share_weights(hooked: HookedVLM, hf_model: Any) -> None:
     theirs = {name: p.detach() for name, p in hf_model.named_parameters(remove_duplicate=False)}
     names = hooked.weight_map(hooked.cfg, list(theirs))
     expected = {name for name, _ in hooked.named_parameters()}
-    ours: dict[str, Tensor] = {}
-    for name, mine in names.items():
-        several = (mine,) if isinstance(mine, str) else mine or ()
-        ours.update(zip(several, theirs[name].chunk(len(several)) if several else (), strict=True))
-    extra = sorted({*(n for n in theirs if n not in names), *(set(ours) - expected)})
+    targets = {name: names.get(name, name) for name in theirs}
+    several = {name: (mine,) if isinstance(mine, str) else mine or () for name, mine in targets.items()}
+    extra = sorted(name for name, mine in several.items() if not expected.issuperset(mine))
     if extra:
         raise ValueError(f"weights that this family does not use: {', '.join(extra[:5])}")
+    ours: dict[str, Tensor] = {}
+    for name, mine in several.items():
+        ours.update(zip(mine, theirs[name].chunk(len(mine)) if mine else (), strict=True))
     missing = sorted(expected - set(ours))
     if missing:
         raise ValueError(f"weights that are missing: {', '.join(missing[:5])}")
