@@ -105,17 +105,15 @@ def test_held_out_metrics_pass_the_bars(model, task):
 
 @pytest.mark.slow
 def test_the_selected_neurons_of_tiny_llava_stand_out_on_vqa():
-    """At 1 % and 5 % the log-probability falls by more than under each of 20 matched random sets.
+    """Masking 5 % costs more accuracy and log-probability than each of 20 matched random sets.
 
-    Nothing is claimed of the accuracy on names, see README. The test split had no part in the training.
+    The 1 % need more discovery questions than a test has time for, see README.
     """
     model = hl.HookedVLM.from_pretrained("tiny-llava")
-    discovery = hl.load_examples("shapes", "vqa", "discovery", 420)
+    discovery = hl.load_examples("shapes", "vqa", "discovery", 84)
     heads = hl.localize_heads(model, "vqa", discovery, progress=False)
     neurons = hl.attribute_neurons(model, "vqa", discovery, heads, progress=False)
-    test = hl.load_examples("shapes", "vqa", "test", 420)
-    one, five = masking_curve(model, "vqa", test, neurons, ratios=(0.01, 0.05), progress=False)
-    for result in (one, five):
-        assert result.beats("log_prob") == 20
-        assert result.log_prob_interval.low > 0
-    assert five.beats("metric") == 20
+    test = hl.load_examples("shapes", "vqa", "test", 210)
+    (five,) = masking_curve(model, "vqa", test, neurons, ratios=(0.05,), progress=False)
+    assert five.beats("log_prob") == five.beats("metric") == 20
+    assert five.log_prob_interval.low > 0
