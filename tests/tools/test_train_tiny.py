@@ -120,7 +120,7 @@ def test_captions_to_judge_are_true_or_false_as_said(naming):
 
 
 def test_the_second_part_makes_neurons_quieter(tmp_path):
-    train(tiny_llava, tmp_path, Recipe(steps=1, naming_steps=12, batch=2, warmup=1, neuron_price=0.1))
+    train(tiny_llava, tmp_path, Recipe(steps=1, naming_steps=12, batch=2, warmup=1, neuron_price=1.0))
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[-1]["neurons"] < 0.9 * log[1]["neurons"]
 
