@@ -119,6 +119,30 @@ def test_captions_to_judge_are_true_or_false_as_said(naming):
     assert (parts == 0) == naming
 
 
+def test_most_false_captions_of_the_second_part_move_a_thing_within_its_row():
+    """The column is the last word of a phrase: put another there and all else must agree."""
+    sideways = total = 0
+    for step in range(60):
+        for scene, dice in tiny_data.training_scenes(0, step, 4):
+            for turn in tiny_data.conversation(scene, dice):
+                if turn.kind == "retrieval" and turn.answer == "No":
+                    said = turn.prompt.splitlines()[0].removeprefix("Candidate: ").split(" and ")
+                    shown = scene.captions[0].split(" and ")
+                    rows = [sorted(p.rpartition(" ")[0] for p in phrases) for phrases in (said, shown)]
+                    sideways += rows[0] == rows[1]
+                    total += 1
+    assert 0.4 < sideways / total < 0.7
+
+
+def test_the_share_of_pictures_whose_word_is_asked_for():
+    for share, wanted in ((0.0, 0), (1.0, 40)):
+        scenes = [pair for step in range(10) for pair in tiny_data.training_scenes(0, step, 4)]
+        kinds = [
+            [turn.kind for turn in tiny_data.conversation(scene, dice, True, share)] for scene, dice in scenes
+        ]
+        assert sum("ocr" in asked for asked in kinds) == wanted
+
+
 def test_the_second_part_makes_neurons_quieter(tmp_path):
     train(tiny_llava, tmp_path, Recipe(steps=1, naming_steps=12, batch=2, warmup=1, neuron_price=1.0))
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
