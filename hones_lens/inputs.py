@@ -17,6 +17,15 @@ _FROM_HF = (
     "position_ids",
     "mm_token_type_ids",
 )
+_BY_POSITION = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "mm_token_type_ids",
+    "image_mask_or_none",
+    "question_mask",
+    "answer_mask",
+)
 _IGNORED_FROM_HF = ("token_type_ids", "labels")
 
 
@@ -206,6 +215,37 @@ class VLMInputs:
             following = self.position_ids.amax((0, -1))[:, None] + steps  # behind the largest of a row
             grown["position_ids"] = torch.cat((self.position_ids, following.expand(3, -1, -1)), dim=-1)
         return replace(self, **grown)
+
+    def without_padding(self) -> VLMInputs:
+        """The same rows without the columns in front that are padding in all of them."""
+        first = int(self.attention_mask.bool().any(0).int().argmax())
+        return self._columns(slice(first, None))
+
+    def before_answers(self) -> VLMInputs:
+        """The prompts alone, of inputs that were prepared with answers, padded on the left anew.
+
+        Raises:
+            ValueError: The inputs mark no answer.
+        """
+        if self.answer_mask is None:
+            raise ValueError("inputs mark no answer: prepare(images, prompts, answers=[...])")
+        said = self.answer_mask.sum(-1)
+        width = self.input_ids.shape[1]
+        shifted = (torch.arange(width, device=said.device) - said[:, None]) % width
+        rolled = self._columns(shifted)
+        behind = torch.arange(width, device=said.device) < said[:, None]  # answers, rolled to the front
+        masked = {"attention_mask": rolled.attention_mask.masked_fill(behind, 0), "answer_mask": None}
+        return replace(rolled, **masked).without_padding()
+
+    def _columns(self, columns: slice | Tensor) -> VLMInputs:
+        """Some columns of every row, or as many of each row's own, [batch pos]."""
+        picked = {}
+        for name in _BY_POSITION:
+            if (value := getattr(self, name)) is None:
+                continue
+            each = isinstance(columns, Tensor)
+            picked[name] = value.gather(-1, columns.expand_as(value)) if each else value[..., columns]
+        return replace(self, **picked)
 
     @property
     def patch_grids(self) -> tuple[tuple[tuple[int, int], ...], ...]:

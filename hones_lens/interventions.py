@@ -6,12 +6,58 @@ No function here changes its input in place, and none is a no-op: what it can't 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 Hook = tuple[str, Callable]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadEdit:
+    """A hook function on z [batch pos head d_head] that changes one head, at all positions.
+
+    Attributes:
+        name: The hook.
+        head: One head for all rows, or one head for each row of the batch.
+        alone: From z, what each head becomes if it is the one that is changed; same shape, token by token.
+        what: In words.
+    """
+
+    name: str
+    head: int | Sequence[int] | Tensor
+    alone: Callable[[Tensor], Tensor]
+    what: str
+
+    def __call__(
+        self, z: Float[Tensor, "batch pos head d_head"], hook: object
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        n_heads = z.shape[2]
+        heads = torch.as_tensor(self.head, device=z.device)
+        heads = heads.expand(len(z)) if heads.ndim == 0 else heads
+        if heads.shape != (len(z),):
+            raise ValueError(f"{self.name}: {len(heads)} heads for a batch of {len(z)} rows")
+        self.check(heads, n_heads)
+        chosen = torch.nn.functional.one_hot(heads, n_heads).bool()[:, None, :, None]
+        return torch.where(chosen, self.alone(z), z)
+
+    @property
+    def only(self) -> int | None:
+        """The head, if it is one for all rows."""
+        heads = torch.as_tensor(self.head)
+        return int(heads) if heads.ndim == 0 else None
+
+    def check(self, heads: Tensor, n_heads: int) -> None:
+        """Raise ValueError for heads that a layer does not have."""
+        if n_heads == 1 and self.alone is _mean_of_others:
+            raise ValueError(f"{self.name}: with one head there are no other heads to take the mean of")
+        if int(heads.min()) < 0 or int(heads.max()) >= n_heads:
+            raise ValueError(f"{self.name}: heads {heads.tolist()} are not all in 0 … {n_heads - 1}")
+
+    def __str__(self) -> str:
+        return f"{self.what} of head {self.head} at {self.name}"
 
 
 def replace_with_other_heads_mean(layer: int, head: int | Sequence[int] | Tensor) -> Hook:
@@ -29,22 +75,30 @@ def replace_with_other_heads_mean(layer: int, head: int | Sequence[int] | Tensor
             is not the batch.
     """
     name = f"blocks.{layer}.attn.hook_z"
+    return name, HeadEdit(name, head, _mean_of_others, "the other heads' mean instead")
 
-    def replace_head(z: Float[Tensor, "batch pos head d_head"], hook: object) -> Tensor:
-        n_heads = z.shape[2]
-        if n_heads == 1:
-            raise ValueError(f"{name}: with one head there are no other heads to take the mean of")
-        heads = torch.as_tensor(head, device=z.device)
-        heads = heads.expand(len(z)) if heads.ndim == 0 else heads
-        if heads.shape != (len(z),):
-            raise ValueError(f"{name}: {len(heads)} heads for a batch of {len(z)} rows")
-        if int(heads.min()) < 0 or int(heads.max()) >= n_heads:
-            raise ValueError(f"{name}: heads {heads.tolist()} are not all in 0 … {n_heads - 1}")
-        chosen = torch.nn.functional.one_hot(heads, n_heads).bool()[:, None, :, None]
-        others = z.masked_fill(chosen, 0).sum(2, keepdim=True) / (n_heads - 1)
-        return torch.where(chosen, others, z)
 
-    return name, replace_head
+def _mean_of_others(z: Tensor) -> Tensor:
+    # Sums of the heads before and of those behind: a head's own value, even an infinite one, has no part.
+    wide = z.float()
+    none = torch.zeros_like(wide[:, :, :1])
+    before = torch.cat((none, wide[:, :, :-1]), dim=2).cumsum(2)
+    behind = torch.cat((wide[:, :, 1:], none), dim=2).flip(2).cumsum(2).flip(2)
+    return ((before + behind) / (z.shape[2] - 1)).to(z.dtype)
+
+
+def zero_head(layer: int, head: int | Sequence[int] | Tensor) -> Hook:
+    """Set one head's output z to zero, at all positions.
+
+    Args:
+        layer: Decoder layer.
+        head: One head for all rows, or one head for each row of the batch.
+
+    Raises:
+        ValueError: When run: no such head, or a count of heads that is not the batch.
+    """
+    name = f"blocks.{layer}.attn.hook_z"
+    return name, HeadEdit(name, head, torch.zeros_like, "zero instead")
 
 
 def zero(name: str, index: Sequence[int] | Tensor, axis: int = -1) -> Hook:
@@ -54,6 +108,32 @@ def zero(name: str, index: Sequence[int] | Tensor, axis: int = -1) -> Hook:
         ValueError: An empty index.
     """
     return scale(name, index, 0.0, axis)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """A hook function that multiplies entries of one axis; see `scale`."""
+
+    name: str
+    index: Tensor
+    factor: Tensor
+    axis: int
+
+    def multiplier(self, x: Tensor) -> Tensor:
+        """The factor of every entry of the axis, [size of the axis]."""
+        ones = torch.ones(x.shape[self.axis], device=x.device, dtype=x.dtype)
+        return ones.index_put((self.index.to(x.device),), self.factor.to(x.device, x.dtype))
+
+    def __call__(self, x: Tensor, hook: object) -> Tensor:
+        shape = [1] * x.ndim
+        shape[self.axis] = -1
+        multiplier = self.multiplier(x).view(shape)
+        return (x * multiplier).masked_fill(multiplier == 0, 0)
+
+    def __str__(self) -> str:
+        n, first = len(self.index), int(self.index[0])
+        which = f"entry {first}" if n == 1 else f"{n} entries, the first {first},"
+        return f"{which} times {self.factor.tolist() if n == 1 else 'a factor'} at {self.name}"
 
 
 def scale(name: str, index: Sequence[int] | Tensor, factor: float | Tensor, axis: int = -1) -> Hook:
@@ -76,16 +156,7 @@ def scale(name: str, index: Sequence[int] | Tensor, factor: float | Tensor, axis
     factors = torch.as_tensor(factor)
     if factors.ndim and factors.shape != chosen.shape:
         raise ValueError(f"{name}: {len(factors)} factors for {len(chosen)} entries")
-
-    def scale_entries(x: Tensor, hook: object) -> Tensor:
-        multiplier = torch.ones(x.shape[axis], device=x.device, dtype=x.dtype)
-        multiplier = multiplier.index_put((chosen.to(x.device),), factors.to(x.device, x.dtype))
-        shape = [1] * x.ndim
-        shape[axis] = -1
-        multiplier = multiplier.view(shape)
-        return (x * multiplier).masked_fill(multiplier == 0, 0)
-
-    return name, scale_entries
+    return name, Scale(name, chosen, factors, axis)
 
 
 def mean_ablate(name: str, mean: Tensor, index: Sequence[int] | Tensor, axis: int = -1) -> Hook:

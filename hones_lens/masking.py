@@ -283,7 +283,7 @@ def masking_curve(
 @dataclass
 class _Outcome:
     task: Task
-    arm: sweep.Arm
+    arm: sweep.Outcome
     log_probs: np.ndarray
 
     def metric(self, rows: Sequence[int] | None = None) -> float:

@@ -66,6 +66,20 @@ def read_json(file: str | Path, kind: str) -> dict[str, Any]:
     return data
 
 
+def nan_to_none(value: Any) -> Any:
+    """Nested lists with None for NaN, which JSON can't hold."""
+    if isinstance(value, list):
+        return [nan_to_none(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def none_to_nan(value: Any) -> Any:
+    """Nested lists with NaN for None."""
+    if isinstance(value, list):
+        return [none_to_nan(v) for v in value]
+    return math.nan if value is None else value
+
+
 def round_floats(value: Any, digits: int = 9) -> Any:
     """Nested lists with floats rounded to significant digits, so that files stay small."""
     if isinstance(value, float):

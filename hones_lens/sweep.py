@@ -1,8 +1,15 @@
-"""Running a task's examples through a model, under any hooks: the one path that all stages use."""
+"""The sweep engine: many examples under many interventions, exactly and fast.
+
+Every stage that intervenes goes through `measure` (answers and rankings) or `measure_log_probs`. Images are
+encoded once, the clean stream is walked up once, and each intervention computes only what lies above it
+(`forks`); answers are checked against the clean one in one pass (`speculation`); candidates to rank share
+the image's keys and values. The scores equal those of the naive loop, which is `predict` under hooks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,10 +18,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hones_lens import forks
 from hones_lens.data.examples import Example
+from hones_lens.forks import Arm, Segment, Step
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.inputs import VLMInputs
 from hones_lens.interventions import Hook
+from hones_lens.memory import Budget
+from hones_lens.nn.attention import attention_mask
+from hones_lens.speculation import Answers, Draft, Tally, check_finite
 from hones_lens.tasks import Task, load_task
 
 MAX_NEW_TOKENS = 24
@@ -128,6 +140,15 @@ def yes_no_ids(model: HookedVLM, prompt: str) -> tuple[int, int]:
     return yes, no
 
 
+@contextmanager
+def naming_clean(ids: Sequence[str]) -> Iterator[None]:
+    """Say of a FloatingPointError that is raised inside that there were no hooks, and which examples."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} (hooks: no hook; examples: {', '.join(ids)})") from error
+
+
 def log_probs(model: HookedVLM, batch: Batch, hooks: Sequence[Hook] = ()) -> Tensor:
     """Log-probability of each example's right answer under hooks, [n_examples] on the CPU.
 
@@ -143,8 +164,8 @@ def log_probs(model: HookedVLM, batch: Batch, hooks: Sequence[Hook] = ()) -> Ten
 
 
 @dataclass
-class Arm:
-    """What one intervention (or none) gave: statistics and score of every example, in order."""
+class Outcome:
+    """What one arm (or the clean model) gave: statistics and score of every example, in order."""
 
     statistics: list[np.ndarray] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -155,51 +176,315 @@ class Arm:
         return float(task.metric((picked if rows is None else picked[list(rows)]).sum(0)))
 
 
+class Sweep:
+    """Many arms over batches of examples.
+
+    Args:
+        model: The model. While it has lasting hooks, everything runs as whole passes.
+        arms: Hooks of each arm; an empty list is the clean model.
+        memory_budget: GB for activations; default: a share of what is free.
+        tally: Is counted up.
+        tick: Is told how many cells (arms times examples) were done.
+    """
+
+    def __init__(
+        self,
+        model: HookedVLM,
+        arms: Sequence[Sequence[Hook]],
+        memory_budget: float | None = None,
+        tally: Tally | None = None,
+        tick: Callable[[int], object] = lambda cells: None,
+    ):
+        self.model, self.arms, self.tick = model, [Arm(hooks) for hooks in arms], tick
+        self.budget, self.tally = Budget(model, memory_budget), tally or Tally()
+
+    def predictions(self, task: Task, batch: Batch) -> list[list[Prediction]]:
+        """What the model answers under each arm, by arm and example: texts, or margins of candidates."""
+        found: list[list[Prediction]] = [[] for _ in self.arms]
+        whole = [i for i, arm in enumerate(self.arms) if not self._forkable(arm)]
+        for i in whole:
+            found[i] = predict(self.model, task, batch, self.arms[i].hooks)
+            self.tally.full += len(batch.inputs)
+            self.tick(len(batch.examples))
+        others = [i for i in range(len(self.arms)) if i not in set(whole)]
+        answers = self._margins(task, batch, others) if task.ranks else self._texts(batch, others)
+        for i, said in zip(others, answers, strict=True):
+            found[i] = said
+        return found
+
+    def _forkable(self, arm: Arm) -> bool:
+        if not arm.hooks and not self._lasting_hooks():
+            return True
+        return arm.start is not None and arm.sees_tokens_alone and not self._lasting_hooks()
+
+    def _lasting_hooks(self) -> bool:
+        return any(point.fwd_hooks or point.bwd_hooks for point in self.model.hook_dict.values())
+
+    def _texts(self, batch: Batch, numbers: Sequence[int]) -> list[list[str]]:
+        ids = [example.id for example in batch.examples]
+        texts: dict[tuple[int, int], str] = {}
+        for rows, inputs in buckets(batch.inputs, self.budget):
+            names = [ids[row] for row in rows]
+            with naming_clean(names):
+                draft = Draft.of_clean_answers(self.model, inputs, MAX_NEW_TOKENS)
+            at_once = self.budget.rows(inputs.input_ids.shape[1] + MAX_NEW_TOKENS)
+            answers = Answers(self.model, draft, names, MAX_NEW_TOKENS, 4 * at_once, self.tally)
+            for some, step, (forked,) in self._forks([draft.segment(self.model)], numbers):
+                answers.check(some, [self.arms[i] for i in some], step[0], forked)
+                self.tick(len(some) * len(rows))
+            answers.finish()
+            clean = self._decoded(draft.tokens)
+            other = dict(zip(answers.found, self._decoded(list(answers.found.values())), strict=True))
+            for at, row in enumerate(rows):
+                texts |= {(i, row): other.get((i, at), clean[at]) for i in numbers}
+        return [[texts[i, row] for row in range(len(ids))] for i in numbers]
+
+    def _decoded(self, tokens: list[list[int]]) -> list[str]:
+        decode = self.model.tokenizer.decode
+        return [decode(said, skip_special_tokens=True).strip() for said in tokens]
+
+    def _margins(self, task: Task, batch: Batch, numbers: Sequence[int]) -> list[list[list[float]]]:
+        (example,) = batch.examples
+        yes, no = yes_no_ids(self.model, task.prompts(example)[0])
+        segments, rows = behind_shared_prefix(self.model, batch.inputs)
+        margins = torch.zeros(len(self.arms), len(batch.inputs))
+        for some, _, forked in self._forks(segments, numbers):
+            arms = [self.arms[i] for i in some]
+            for one, segment, here in zip(forked, segments, rows, strict=True):
+                if not segment.keep:
+                    continue
+                assert one.logits is not None
+                check_finite(one.logits, arms, [example.id] * len(here))
+                last = one.logits[:, :, -1].float()
+                values = (last[..., yes] - last[..., no]).cpu()
+                for i, mine in zip(some, values, strict=True):
+                    margins[i, here] = mine
+            self.tick(len(some))
+        return [[margins[i].tolist()] for i in numbers]
+
+    def log_probs(self, batch: Batch) -> list[list[float]]:
+        """Log-probability of each example's right answer under each arm, by arm and example."""
+        found = torch.zeros(len(self.arms), len(batch.examples))
+        whole = [i for i, arm in enumerate(self.arms) if not self._forkable(arm)]
+        for i in whole:
+            found[i] = log_probs(self.model, batch, self.arms[i].hooks)
+            self.tally.full += len(batch.inputs)
+            self.tick(len(batch.examples))
+        others = [i for i in range(len(self.arms)) if i not in set(whole)]
+        ids = [example.id for example in batch.examples]
+        for rows, draft in answer_buckets(batch.inputs, self.budget):
+            names, wanted = [ids[row] for row in rows], draft.padded(0)
+            counted = draft.padded(-1) >= 0
+            for some, _, (forked,) in self._forks([draft.segment(self.model)], others):
+                assert forked.logits is not None
+                check_finite(forked.logits, [self.arms[i] for i in some], names)
+                likely = forked.logits.float().log_softmax(-1)
+                likely = likely.gather(-1, wanted.expand(len(some), -1, -1)[..., None])[..., 0]
+                values = (likely * counted).sum(-1).cpu()
+                for i, mine in zip(some, values, strict=True):
+                    found[i, rows] = mine
+                self.tick(len(some) * len(rows))
+        return found.tolist()
+
+    def _forks(
+        self, segments: Sequence[Segment], numbers: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[Step], list[forks.Forked]]]:
+        """Numbers of arms, the clean steps they were forked from, and what came of them."""
+        groups: dict[Any, list[int]] = {}
+        for i in numbers:
+            groups.setdefault(self.arms[i].group if self.arms[i].hooks else None, []).append(i)
+        rows = [len(segment.resid) for segment in segments]
+        tokens = max(sum(n * s.resid.shape[1] for n, s in zip(rows, segments, strict=True)), 1)
+        kept = sum(n * segment.keep for n, segment in zip(rows, segments, strict=True))
+        steps: list[Step] = []
+        for steps in forks.walk(self.model, segments):
+            for group in [g for g in groups if g is not None and g[0][0] == steps[0].layer]:
+                left = groups[group]
+                while left:
+                    some, result = self._one_batch(segments, steps, left, tokens, kept)
+                    left = left[len(some) :]
+                    self._count(segments, len(some), steps[0].layer)
+                    yield some, steps, result
+        for i in groups.get(None, []):
+            clean = [forks.clean(self.model, *given) for given in zip(segments, steps, strict=True)]
+            yield [i], steps, clean
+
+    def _count(self, segments: Sequence[Segment], arms: int, layer: int) -> None:
+        rows = sum(len(segment.resid) for segment in segments if segment.keep)
+        self.tally.forked += arms * rows
+        self.tally.row_layers += arms * rows * (self.model.cfg.n_layers - layer)
+
+    def _one_batch(
+        self, segments: Sequence[Segment], steps: list[Step], left: list[int], tokens: int, kept: int
+    ) -> tuple[list[int], list[forks.Forked]]:
+        while True:
+            some = left[: self.budget.rows(tokens, kept)]
+            try:
+                return some, forks.fork(self.model, segments, steps, [self.arms[i] for i in some])
+            except RuntimeError as error:
+                self.budget.halve(error, len(some))
+
+
+def buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], VLMInputs]]:
+    """Rows of one length, without padding, as many at a time as the budget has room for."""
+    lengths = inputs.attention_mask.sum(-1).tolist()
+    for length in sorted(set(lengths)):
+        rows = [row for row, n in enumerate(lengths) if n == length]
+        size = budget.rows(length)
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            yield some, inputs[some].without_padding()
+
+
+def answer_buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], Draft]]:
+    """Prompts of one length, with their right answers as drafts."""
+    assert inputs.answer_mask is not None
+    said = inputs.answer_mask.sum(-1).tolist()
+    alone = inputs.before_answers()
+    for rows, prompts in buckets(alone, budget):
+        tokens = [inputs.input_ids[row, inputs.input_ids.shape[1] - said[row] :].tolist() for row in rows]
+        yield rows, Draft(prompts, tokens)
+
+
+def behind_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segment], list[list[int]]]:
+    """Rows that begin alike, image included: their common beginning once, then what is behind it.
+
+    Returns:
+        Segments (the prefix first), and which rows each has. Rows of one length share a segment. Where
+        images lie behind the common beginning, nothing is shared.
+    """
+    lengths = inputs.attention_mask.sum(-1).tolist()
+    width = inputs.input_ids.shape[1]
+    ids = [row[width - n :].tolist() for row, n in zip(inputs.input_ids, lengths, strict=True)]
+    shared = _common_beginning(ids)
+    pads = [width - n for n in lengths]
+    if any(bool(mask[pad + shared :].any()) for mask, pad in zip(inputs.image_mask, pads, strict=True)):
+        shared = 0
+    with torch.no_grad():
+        resid = model.embed_inputs(inputs)
+        cos, sin = model.rotary(model.positions(inputs), model.cfg.dtype)
+
+    def cut(rows: list[int], first: int, last: int, keep: int, mask: Tensor | None = None) -> Segment:
+        parts = [x[rows, first:last] for x in (resid, cos, sin)]
+        return Segment(*parts, mask=mask, keep=keep, prefixed=shared > 0 and keep > 0)
+
+    segments, members = [], []
+    if shared:
+        segments.append(cut([0], pads[0], pads[0] + shared, 0))
+        members.append([0])
+    for length in sorted(set(lengths)):
+        rows = [row for row, n in enumerate(lengths) if n == length]
+        seen = torch.ones(1, length, dtype=torch.bool, device=resid.device)
+        mask = attention_mask(seen, length - shared)
+        segments.append(cut(rows, width - length + shared, width, 1, mask))
+        members.append(rows)
+    return segments, members
+
+
+def _common_beginning(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with; of the shortest, the last is left out."""
+    shortest = min(map(len, rows)) - 1
+    for i in range(shortest):
+        if len({row[i] for row in rows}) > 1:
+            return i
+    return shortest
+
+
 def measure(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
     arms: Sequence[Sequence[Hook]],
     *,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: bool = True,
     journal: MutableMapping[str, Any] | None = None,
     label: str = "sweep",
-) -> list[Arm]:
+    memory_budget: float | None = None,
+    tally: Tally | None = None,
+    leaders: Callable[[list[Outcome]], str] | None = None,
+) -> list[Outcome]:
     """Run every example under every arm's hooks and score what comes out.
 
     Args:
         model, task, examples: What to run.
         arms: Hooks of each arm; an empty list is the clean model.
-        batch_size: Examples a batch.
+        batch_size: Examples at a time, which a killed sweep loses at most.
         progress: Show a progress bar.
         journal: Finished batches, read and written, so that a sweep can be taken up again.
         label: What the progress bar is called.
+        memory_budget: GB for activations; default: a share of what is free.
+        tally: Is counted up.
+        leaders: What to show beside the bar, from the outcomes so far.
+
+    Returns:
+        An Outcome for each arm.
+
+    Raises:
+        FloatingPointError: Logits that are not finite; names arm and examples.
     """
-    found = [Arm() for _ in arms]
-    with tqdm(total=len(examples) * len(arms), desc=f"{label} · {task.name}", disable=not progress) as bar:
-        for number, batch in enumerate(prompt_batches(model, task, examples, batch_size)):
-            key = f"{label}/{number}"
-            saved = None if journal is None else journal.get(key)
-            if saved is None:
-                saved = []
-                for hooks in arms:
-                    saved.append(_scored(task, batch, predict(model, task, batch, hooks)))
-                    bar.update(len(batch.examples))
-                if journal is not None:
-                    journal[key] = saved
-            else:
-                bar.update(len(batch.examples) * len(arms))
-            for arm, rows in zip(found, saved, strict=True):
-                arm.scores += [row[0] for row in rows]
-                arm.statistics += [np.array(row[1:]) for row in rows]
+    found = [Outcome() for _ in arms]
+    with _bar(label, task, examples, arms, progress) as bar:
+        sweep = Sweep(model, arms, memory_budget, tally, bar.update)
+
+        def run(some: Sequence[Example]) -> list[list[list[float]]]:
+            said: list[list[Prediction]] = [[] for _ in arms]
+            for batch in prompt_batches(model, task, some, batch_size):
+                for mine, new in zip(said, sweep.predictions(task, batch), strict=True):
+                    mine += new
+            return _scored(task, some, said)
+
+        for saved in _batches(run, examples, batch_size, journal, label, bar):
+            for outcome, rows in zip(found, saved, strict=True):
+                outcome.scores += [row[0] for row in rows]
+                outcome.statistics += [np.array(row[1:]) for row in rows]
+            if leaders is not None:
+                bar.set_postfix_str(leaders(found))
     return found
 
 
-def _scored(task: Task, batch: Batch, predictions: Sequence[Prediction]) -> list[list[float]]:
-    """For each example its score, then its statistics."""
-    pairs = zip(predictions, batch.examples, strict=True)
-    return [[task.score(said, example), *task.statistics(said, example).tolist()] for said, example in pairs]
+def _bar(label: str, task: Task, examples: Sequence, arms: Sequence, progress: bool) -> Any:
+    total = len(examples) * len(arms)
+    return tqdm(total=total, desc=f"{label} · {task.name}", disable=not progress, unit="cell")
+
+
+def _batches(
+    run: Callable[[Sequence[Example]], Any],
+    examples: Sequence[Example],
+    batch_size: int,
+    journal: MutableMapping[str, Any] | None,
+    label: str,
+    bar: Any,
+) -> Iterator[list]:
+    """What each batch of examples gave, by arm; from the journal where it has been run."""
+    for number, start in enumerate(range(0, len(examples), batch_size)):
+        some = examples[start : start + batch_size]
+        key = f"{label}/{number}"
+        saved = None if journal is None else journal.get(key)
+        if saved is None:
+            saved = run(some)
+            if journal is not None:
+                journal[key] = saved
+        else:
+            bar.update(len(some) * len(saved))
+        yield saved
+
+
+def _scored(
+    task: Task, examples: Sequence[Example], said: Sequence[Sequence[Prediction]]
+) -> list[list[list[float]]]:
+    """For each arm and example its score, then its statistics; equal answers are scored once."""
+    known: dict[tuple[int, str], list[float]] = {}
+    out = []
+    for answers in said:
+        rows = []
+        for i, (answer, example) in enumerate(zip(answers, examples, strict=True)):
+            key = (i, repr(answer))
+            if key not in known:
+                known[key] = [task.score(answer, example), *task.statistics(answer, example).tolist()]
+            rows.append(known[key])
+        out.append(rows)
+    return out
 
 
 def measure_log_probs(
@@ -208,22 +493,23 @@ def measure_log_probs(
     examples: Sequence[Example],
     arms: Sequence[Sequence[Hook]],
     *,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: bool = True,
     journal: MutableMapping[str, Any] | None = None,
     label: str = "log-probabilities",
+    memory_budget: float | None = None,
+    tally: Tally | None = None,
 ) -> list[list[float]]:
     """Log-probability of every example's right answer under every arm's hooks; as `measure`."""
     found: list[list[float]] = [[] for _ in arms]
-    with tqdm(total=len(examples) * len(arms), desc=f"{label} · {task.name}", disable=not progress) as bar:
-        for number, batch in enumerate(answer_batches(model, task, examples, batch_size)):
-            key = f"{label}/{number}"
-            saved = None if journal is None else journal.get(key)
-            if saved is None:
-                saved = [log_probs(model, batch, hooks).tolist() for hooks in arms]
-                if journal is not None:
-                    journal[key] = saved
-            bar.update(len(batch.examples) * len(arms))
+    with _bar(label, task, examples, arms, progress) as bar:
+        sweep = Sweep(model, arms, memory_budget, tally, bar.update)
+
+        def run(some: Sequence[Example]) -> list[list[float]]:
+            (batch,) = answer_batches(model, task, some, len(some))
+            return sweep.log_probs(batch)
+
+        for saved in _batches(run, examples, batch_size, journal, label, bar):
             for values, new in zip(found, saved, strict=True):
                 values += new
     return found

@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 
 from hones_lens import sweep
 from hones_lens.attribution.answers import Answer, at_positions, naming
-from hones_lens.attribution.forks import Step, repeat_rows, walk
 from hones_lens.data.examples import Example
 from hones_lens.data.pairs import CounterfactualPair
+from hones_lens.forks import Step, steps_of
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.inputs import VLMInputs
-from hones_lens.interventions import neuron_hook
+from hones_lens.interventions import HeadEdit, neuron_hook, replace_with_other_heads_mean
 from hones_lens.tasks import Task
 
 STEPS = 20  # METHOD, rankings
@@ -96,7 +96,7 @@ def attribution_patching(
         where = at_positions(batch.inputs, positions)[..., None]
         with naming(batch.examples):
             found = neuron_gradients(model, batch.inputs)
-        for (m, gradient), step in zip(found, walk(model, other.inputs), strict=True):
+        for (m, gradient), step in zip(found, steps_of(model, other.inputs), strict=True):
             product = where * (m - step.neurons) * gradient
             total[step.layer] += product.sum((0, 1), dtype=torch.float64).cpu()
     return total / len(pairs)
@@ -152,7 +152,7 @@ def qrnca(
             attribution = torch.zeros(shape, dtype=torch.float64)
             for batch in sweep.answer_batches(model, task, instances, batch_size=1):
                 with naming(batch.examples):
-                    for step in walk(model, batch.inputs):
+                    for step in steps_of(model, batch.inputs):
                         attribution[step.layer] += integrated_gradients(model, batch.inputs, step, **options)
                 bar.update(1)
             largest = attribution.max()
@@ -184,7 +184,7 @@ def integrated_gradients(
     Args:
         model: The model.
         inputs: One row, prepared with its answer.
-        step: The layer, from `walk` on these inputs.
+        step: The layer, from `steps_of` these inputs.
         steps: Of the integral.
         positions: Where m is scaled: the last prompt position, or `all`.
         batch_size: Steps in one pass, a row each.
@@ -206,7 +206,7 @@ def integrated_gradients(
         with torch.enable_grad():
             scaled.requires_grad_()
             resid = step.after + (scaled - m) @ written
-            many = repeat_rows(inputs, len(shares))
+            many = inputs[[0] * len(shares)]
             logits = model(resid, start_at_layer=step.layer + 1, inputs=many, logits_to_keep=answer.positions)
             likely = _finite(answer.log_probs(logits))
             (gradient,) = torch.autograd.grad(likely.sum(), scaled)
@@ -223,17 +223,54 @@ def neuron_gradients(model: HookedVLM, inputs: VLMInputs) -> list[tuple[Tensor, 
         ValueError: The inputs mark no answer.
         FloatingPointError: A log-probability that is not finite.
     """
+    return _gradients_at(model, inputs, [neuron_hook(layer) for layer in range(model.cfg.n_layers)])
+
+
+def _gradients_at(model: HookedVLM, inputs: VLMInputs, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """Activations at hooks, from below upwards, and the gradients of the answers' log-probability there."""
     answer = Answer.of(inputs)
     kept: list[Tensor] = []
 
-    def keep(m: Tensor, hook: object) -> None:
-        kept.append(m if m.requires_grad else m.requires_grad_())
+    def keep(x: Tensor, hook: object) -> None:
+        kept.append(x if x.requires_grad else x.requires_grad_())
 
-    hooks = [(neuron_hook(layer), keep) for layer in range(model.cfg.n_layers)]
-    with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
+    with torch.enable_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
         likely = _finite(answer.log_probs(model(inputs, logits_to_keep=answer.positions)))
         gradients = torch.autograd.grad(likely.sum(), kept)
-    return [(m.detach(), gradient) for m, gradient in zip(kept, gradients, strict=True)]
+    return [(x.detach(), gradient) for x, gradient in zip(kept, gradients, strict=True)]
+
+
+def first_order_falls(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Float[Tensor, "layer head"]:
+    """First-order estimate of what replacing each head by the mean of the others costs.
+
+    `−Σ_p (z'[p, h] − z[p, h]) · ∂ log P/∂z[p, h]` over all positions p of prompt and right answer, mean over
+    examples, in nats: attribution patching of the intervention of HONES eq. H1, one backward pass an
+    example instead of one forward pass a head.
+
+    Returns:
+        float64, on the CPU.
+
+    Raises:
+        FloatingPointError: A log-probability that is not finite; names the examples.
+    """
+    total = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, dtype=torch.float64)
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
+    _, edit = replace_with_other_heads_mean(0, 0)
+    assert isinstance(edit, HeadEdit)
+    for batch in _batches(model, task, examples, batch_size, progress):
+        with naming(batch.examples):
+            found = _gradients_at(model, batch.inputs, names)
+        for layer, (z, gradient) in enumerate(found):
+            change = (edit.alone(z) - z) * gradient
+            total[layer] -= change.sum((0, 1, 3), dtype=torch.float64).cpu()
+    return total / len(examples)
 
 
 def _batches(

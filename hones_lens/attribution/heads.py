@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from hones_lens import sweep
+from hones_lens.attribution.gradients import first_order_falls
 from hones_lens.config import find_settings
 from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.interventions import replace_with_other_heads_mean
-from hones_lens.results import Component, ranked, read_json, write_json
+from hones_lens.racing import Race, RaceResult, Racing
+from hones_lens.results import Component, nan_to_none, none_to_nan, ranked, read_json, write_json
+from hones_lens.speculation import Tally
 from hones_lens.tasks import Task
 
 _DEFAULT_SHARE = 0.03  # 30 of LLaVA-1.5-7B's 1,024 heads
@@ -37,6 +40,11 @@ class HeadScores:
         base_scores: Its value for each example, [example].
         example_ids, kinds: Which examples, in the order of `drops`.
         top_k: How many heads are critical by default.
+        traded: What exactness was traded for speed, in words; empty where scores are exact. Then a head
+            may have been measured on some examples alone (`scores` is their mean, and the other drops are
+            NaN), or on none (its score is NaN, and it is never critical).
+        race: Who won, if heads were raced: only these are critical.
+        near_ties: Choices between tokens that rounding could have decided (see `speculation.Tally`).
     """
 
     task: str
@@ -50,33 +58,55 @@ class HeadScores:
     example_ids: tuple[str, ...]
     kinds: tuple[str, ...]
     top_k: int
+    traded: str = ""
+    race: RaceResult | None = None
+    near_ties: int = 0
+
+    @property
+    def counts(self) -> Tensor:
+        """On how many of the examples each head was measured, [layer head]."""
+        return (~self.drops.isnan()).sum(-1)
 
     def top(self, k: int | None = None) -> list[Component]:
-        """The k largest scores above zero, as (layer, index, score); ties by layer, then index."""
-        return ranked(self.scores, self.top_k if k is None else k, positive_only=True)
+        """The k largest scores above zero, as (layer, index, score); ties by layer, then index.
+
+        Raises:
+            ValueError: More than were raced for.
+        """
+        k = self.top_k if k is None else k
+        known = self.counts > 0
+        if self.race is not None:
+            if k > len(self.race.winners):
+                raise ValueError(f"{k} heads asked for, but {len(self.race.winners)} were raced for")
+            winners = torch.zeros_like(known).flatten()
+            winners[list(self.race.winners)] = True
+            known = winners.view_as(known)
+        return ranked(self.scores.where(known, -torch.inf), k, positive_only=True)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a head: layer, head, score, mean and standard error of the examples' drops."""
-        n_layers, n_heads, n = self.drops.shape
+        n_layers, n_heads, _ = self.drops.shape
+        drops = self.drops.numpy()
         rows = [
             {
                 "layer": layer,
                 "head": head,
                 "score": float(self.scores[layer, head]),
-                "mean_drop": float(self.drops[layer, head].mean()),
-                "standard_error": float(self.drops[layer, head].std(correction=1) / n**0.5)
-                if n > 1
-                else np.nan,
+                "mean_drop": float(np.mean(seen)) if len(seen) else np.nan,
+                "standard_error": float(np.std(seen, ddof=1) / len(seen) ** 0.5) if len(seen) > 1 else np.nan,
+                "n": len(seen),
             }
             for layer in range(n_layers)
             for head in range(n_heads)
+            for seen in [drops[layer, head][~np.isnan(drops[layer, head])]]
         ]
         return pd.DataFrame(rows)
 
     def save(self, file: str | Path) -> None:
         """Write everything to JSON, with the critical heads as a list of (layer, head, score)."""
         data = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
-        tensors = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        data["race"] = None if self.race is None else asdict(self.race)
+        tensors = {name: nan_to_none(v.tolist()) for name, v in vars(self).items() if isinstance(v, Tensor)}
         write_json(file, {"kind": "heads", **data, **tensors, "top": [list(c) for c in self.top()]})
 
     @classmethod
@@ -88,10 +118,12 @@ class HeadScores:
         """
         data = read_json(file, "heads")
         for name in ("scores", "drops", "base_scores"):
-            data[name] = torch.tensor(data[name], dtype=torch.float64)
+            data[name] = torch.tensor(none_to_nan(data[name]), dtype=torch.float64)
+        if data.get("race") is not None:
+            data["race"] = RaceResult.from_dict(data["race"])
         for name in ("example_ids", "kinds"):
             data[name] = tuple(data[name])
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
 
     def __str__(self) -> str:
         lines = [
@@ -100,6 +132,10 @@ class HeadScores:
             "critical heads (drop when replaced by the mean of the layer's others):",
         ]
         lines += [f"  L{c.layer}H{c.index:<3} {c.score:+.4f}" for c in self.top()]
+        if self.traded:
+            lines.append(f"not exact: {self.traded}")
+        if self.near_ties:
+            lines.append(f"{self.near_ties} choices between tokens were closer than rounding can settle")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -128,56 +164,143 @@ def localize_heads(
     examples: Sequence[Example],
     top_k: int | None = None,
     *,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: bool = True,
     journal: MutableMapping[str, Any] | None = None,
+    memory_budget: float | None = None,
+    prefilter: int | None = None,
+    racing: Racing | None = None,
+    tally: Tally | None = None,
 ) -> HeadScores:
     """Score every decoder head by the fall of the task's metric when it is replaced (HONES eq. H1).
 
     Every head in turn is replaced by the mean of its layer's other heads, at every position of
-    prompt and answer; the model answers greedily (24 new tokens) or ranks the candidates anew.
+    prompt and answer; the model answers greedily (24 new tokens) or ranks the candidates anew. By default
+    this is exact: each score is that of the naive loop.
 
     Args:
         model: The model.
         task: A task or its name.
         examples: The discovery examples; every one counts in both arms.
         top_k: Critical heads to keep; default from `model_configs/`.
-        batch_size: Examples a batch; a ranking example is a batch of its own.
-        progress: Show a progress bar.
+        batch_size: Examples at a time.
+        progress: Show a progress bar, with the leading heads.
         journal: Finished batches, read and written (see `runs.Journal`).
+        memory_budget: GB for activations; default: a share of what is free.
+        prefilter: Measure only so many heads, those with the largest fall of the right answer's
+            log-probability to first order (attribution patching). The others get no score.
+        racing: Find the top_k heads without measuring all of them on all examples (see `racing`).
+        tally: Is counted up.
 
     Returns:
         HeadScores, base minus intervened, on the CPU.
 
     Raises:
-        ValueError: No examples, one that lacks a field, a layer with a single head.
+        ValueError: No examples, one that lacks a field, a layer with a single head, fewer heads than
+            top_k kept by the prefilter, or a race for a metric that is not a mean over examples.
         FloatingPointError: Logits that are not finite; names head and examples.
     """
     task = sweep.as_task(task)
     if model.cfg.n_heads == 1:
         raise ValueError("a model with one head a layer has no other heads to take the mean of")
     sweep.check_examples(task, examples)
-    arms = [[], *([replace_with_other_heads_mean(*cell)] for cell in cells_of(model))]
-    measured = sweep.measure(
-        model, task, examples, arms, batch_size=batch_size, progress=progress, journal=journal, label="heads"
-    )
-    base, under = measured[0], measured[1:]
+    k = default_top_k(model) if top_k is None else top_k
+    cells, traded = cells_of(model), []
+    if prefilter is not None:
+        if not k <= prefilter:
+            raise ValueError(f"prefilter keeps {prefilter} heads, fewer than the {k} asked for")
+        falls = first_order_falls(model, task, examples, batch_size=batch_size, progress=progress)
+        traded.append(
+            f"the best {prefilter} of {len(cells)} heads by attribution patching, others unmeasured"
+        )
+        cells = sorted((c.layer, c.index) for c in ranked(falls, prefilter))
+    tally = Tally() if tally is None else tally
+    options = {"batch_size": batch_size, "progress": progress, "journal": journal, "tally": tally}
+    options["memory_budget"] = memory_budget
+    race = None
+    if racing is None:
+        base, drops, scores = _measure_all(model, task, examples, cells, options)
+    else:
+        base, drops, scores, race = _race(model, task, examples, cells, k, racing, options)
+        traded.append(
+            f"heads raced (right up to {racing.epsilon:g} with probability {1 - racing.delta:g}; "
+            f"{np.mean(~np.isnan(drops)):.0%} of the cells measured)"
+        )
+    where = tuple(zip(*cells, strict=True))
     shape = (model.cfg.n_layers, model.cfg.n_heads)
-    falls = [base.metric(task) - arm.metric(task) for arm in under]
-    base_scores = torch.tensor(base.scores, dtype=torch.float64)
+    all_drops = torch.full((*shape, len(examples)), torch.nan, dtype=torch.float64)
+    all_scores = torch.full(shape, torch.nan, dtype=torch.float64)
+    all_drops[where], all_scores[where] = torch.from_numpy(drops), torch.from_numpy(scores)
+    if race is not None:
+        race = replace(race, winners=tuple(cells[i][0] * shape[1] + cells[i][1] for i in race.winners))
     return HeadScores(
         task=task.name,
         metric_name=task.metric_name,
         intervention="replace_with_other_heads_mean",
         model_name=model.cfg.model_name,
-        scores=torch.tensor(falls, dtype=torch.float64).view(shape),
-        drops=base_scores - torch.tensor([arm.scores for arm in under], dtype=torch.float64).view(*shape, -1),
+        scores=all_scores,
+        drops=all_drops,
         baseline=base.metric(task),
-        base_scores=base_scores,
+        base_scores=torch.tensor(base.scores, dtype=torch.float64),
         example_ids=tuple(example.id for example in examples),
         kinds=tuple(example.kind for example in examples),
-        top_k=default_top_k(model) if top_k is None else top_k,
+        top_k=k,
+        traded="; ".join(traded),
+        race=race,
+        near_ties=tally.near_ties,
     )
+
+
+def _measure_all(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    cells: Sequence[tuple[int, int]],
+    options: dict[str, Any],
+) -> tuple[sweep.Outcome, np.ndarray, np.ndarray]:
+    """The clean outcome, every head's drops [head example], and its score."""
+    arms = [[], *([replace_with_other_heads_mean(*cell)] for cell in cells)]
+
+    def leaders(found: list[sweep.Outcome]) -> str:
+        so_far = [found[0].metric(task) - outcome.metric(task) for outcome in found[1:]]
+        best = np.argsort(-np.array(so_far), kind="stable")[:3]
+        return "leading: " + ", ".join(f"L{cells[i][0]}H{cells[i][1]} {so_far[i]:.3f}" for i in best)
+
+    base, *under = sweep.measure(model, task, examples, arms, label="heads", leaders=leaders, **options)
+    drops = np.array(base.scores) - np.array([outcome.scores for outcome in under])
+    return base, drops, np.array([base.metric(task) - outcome.metric(task) for outcome in under])
+
+
+def _race(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    cells: Sequence[tuple[int, int]],
+    k: int,
+    racing: Racing,
+    options: dict[str, Any],
+) -> tuple[sweep.Outcome, np.ndarray, np.ndarray, RaceResult]:
+    """As `_measure_all`, with NaN where a head had left the race; the clean model sees every example."""
+    if not task.is_mean:
+        raise ValueError(f"{task.metric_name} is not a mean over examples, so heads can't be raced on it")
+    race, order = Race(len(cells), len(examples), k, racing), np.random.default_rng(racing.seed)
+    places = order.permutation(len(examples))
+    drops = np.full((len(cells), len(examples)), np.nan)
+    base = sweep.Outcome(statistics=[np.zeros(0)] * len(examples), scores=[0.0] * len(examples))
+    for number, start in enumerate(range(0, len(examples), racing.round_size)):
+        here = places[start : start + racing.round_size].tolist()
+        running = np.flatnonzero(race.running).tolist()
+        arms = [[], *([replace_with_other_heads_mean(*cells[i])] for i in running)]
+        some = [examples[i] for i in here]
+        clean, *under = sweep.measure(model, task, some, arms, label=f"heads, round {number + 1}", **options)
+        for place, score, statistics in zip(here, clean.scores, clean.statistics, strict=True):
+            base.scores[place], base.statistics[place] = score, statistics
+        if race.done:
+            continue
+        found = np.array(clean.scores) - np.array([outcome.scores for outcome in under])
+        drops[np.ix_(running, here)] = found
+        race.add(found)
+    return base, drops, np.nanmean(drops, axis=1), race.result()
 
 
 def cells_of(model: HookedVLM) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,7 +177,7 @@ class QwenProcessor:
         images = Qwen2VLImageProcessorPil.from_pretrained(folder, revision=revision or "main", **sizes)
         return cls(images, tokenizer, tokenizer.chat_template)
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write both parts in Hugging Face's format."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)

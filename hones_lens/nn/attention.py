@@ -139,6 +139,10 @@ class Attention(nn.Module):
         z = self._mix(q, k, v, context)
         if z.requires_grad and _heard(self.hook_z):
             z = z.clone()  # the kernel's backward pass needs its own output, whatever a hook does in place
+        return self.write(z)
+
+    def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the heads write."""
         z = self.hook_z(z)
         if not _heard(self.hook_result):
             return self.o(z.flatten(2))

@@ -34,5 +34,17 @@ class Block(nn.Module):
         if self.hook_resid_pre.fwd_hooks:
             resid = resid.clone()  # a hook may edit in place what the caller, or a cache, still holds
         pre = self.hook_resid_pre(resid)
-        mid = self.hook_resid_mid(pre + self.hook_attn_out(self.attn(pre, self.ln1, context)))
-        return self.hook_resid_post(mid + self.hook_mlp_out(self.mlp(self.ln2(mid))))
+        return self.after_attention(pre, self.attn(pre, self.ln1, context))
+
+    def after_attention(
+        self, pre: Float[Tensor, "batch pos d_model"], wrote: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after this block, from what entered it and what its heads wrote."""
+        mid = self.hook_resid_mid(pre + self.hook_attn_out(wrote))
+        return self.leave(mid, self.mlp(self.ln2(mid)))
+
+    def leave(
+        self, mid: Float[Tensor, "batch pos d_model"], wrote: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after this block, from the one between and what its neurons wrote."""
+        return self.hook_resid_post(mid + self.hook_mlp_out(wrote))

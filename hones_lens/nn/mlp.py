@@ -31,7 +31,11 @@ class GatedMLP(nn.Module):
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What the neurons write for a normalised residual stream."""
         gate, linear = self.hook_pre(self.gate(x)), self.hook_pre_linear(self.up(x))
-        return self.down(self.hook_post(self.act(gate) * linear))
+        return self.write(self.act(gate) * linear)
+
+    def write(self, neurons: Float[Tensor, "batch pos d_mlp"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the neurons write."""
+        return self.down(self.hook_post(neurons))
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:

@@ -19,6 +19,7 @@ class Task(Protocol):
     Attributes:
         name: The name that `load_task` takes.
         metric_name: What `aggregate` returns, for tables and axes.
+        is_mean: Whether the metric is the mean of the examples' scores (corpus BLEU is not).
         ranks: True where the model ranks candidates by its Yes-No margin instead of writing text.
         idf: True where attribution weights the target's tokens by inverse document frequency
             (HONES eq. H2).
@@ -26,6 +27,7 @@ class Task(Protocol):
 
     name: str
     metric_name: str
+    is_mean: bool
     ranks: bool
     idf: bool
 

@@ -18,6 +18,7 @@ class Caption:
 
     name = "caption"
     metric_name = "BLEU-4"
+    is_mean = False
     ranks = False
     idf = True
 

@@ -16,6 +16,7 @@ class OCR:
 
     name = "ocr"
     metric_name = "ANLS"
+    is_mean = True
     ranks = False
     idf = False
 

@@ -16,6 +16,7 @@ class Retrieval:
 
     name = "retrieval"
     metric_name = "NDCG@5"
+    is_mean = True
     ranks = True
     idf = False
 

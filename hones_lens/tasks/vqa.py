@@ -17,6 +17,7 @@ class VQA:
 
     name = "vqa"
     metric_name = "accuracy"
+    is_mean = True
     ranks = False
     idf = False
 

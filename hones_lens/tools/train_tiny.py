@@ -39,6 +39,7 @@ class Recipe:
         lr, naming_lr: Highest rates of the two parts; each falls along a cosine to 2 % of its peak.
         neuron_price: Of the second part.
         ocr_share: How many of the pictures have their word asked for.
+        one_size_steps: For how many steps at first all pictures have one size.
         warmup: Steps of linear warm-up at the start of each part.
         weight_decay, clip, seed, save_every: As usual; `save_every` in steps.
     """
@@ -50,6 +51,7 @@ class Recipe:
     naming_lr: float = 1e-3
     neuron_price: float = 1e-3
     ocr_share: float = 0.5
+    one_size_steps: int = 0
     warmup: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
@@ -189,7 +191,8 @@ def _step(
     recipe: Recipe,
 ) -> dict[str, object]:
     started = time.perf_counter()
-    scenes = tiny_data.training_scenes(recipe.seed, step, recipe.batch, sides=family.TRAINING_SIDES)
+    sides = family.TRAINING_SIDES[: 1 if step < recipe.one_size_steps else None]
+    scenes = tiny_data.training_scenes(recipe.seed, step, recipe.batch, sides=sides)
     naming = step >= recipe.steps
     batch = tiny_data.pack(model, scenes, naming, recipe.ocr_share)
     logits = tiny_data.answer_logits(model, batch)

@@ -30,12 +30,12 @@ from torch import Tensor
 from hones_lens import HookedVLM, sweep
 from hones_lens.attribution.ablation import exact_head_ablation
 from hones_lens.attribution.answers import Answer
-from hones_lens.attribution.forks import walk
 from hones_lens.attribution.gradients import CLUSTER_SHARE, integrated_gradients
 from hones_lens.attribution.neurons import attribute_neurons
 from hones_lens.attribution.rankings import RANKINGS
 from hones_lens.data import counterfactual_pairs
 from hones_lens.data.examples import Example
+from hones_lens.forks import steps_of
 from hones_lens.interventions import Hook, zero_neurons
 from hones_lens.tasks import Task, load_task
 
@@ -267,7 +267,7 @@ def test_integrated_gradients_are_the_sum_over_steps(positions: str) -> None:
     neurons, _ = loop_gradients(example, task)
     last = last_prompt_position(example, task)
     inputs = one_batch(example, task).inputs
-    for step in walk(model, inputs):
+    for step in steps_of(model, inputs):
         expected = torch.zeros(D_MLP, dtype=torch.float64)
         for k in range(1, steps + 1):
             m = neurons[step.layer].clone()
@@ -290,7 +290,7 @@ def test_integrated_gradients_are_complete(positions: str) -> None:
     task = load_task("retrieval")
     batch = one_batch(examples_of("retrieval")[0], task)
     clean = float(sweep.log_probs(model, batch).double().exp())
-    for step in walk(model, batch.inputs):
+    for step in steps_of(model, batch.inputs):
 
         def silence(m: Tensor, hook: object) -> Tensor:
             if positions == "all":
@@ -321,7 +321,7 @@ def test_qrnca_is_attribution_times_inverse_cluster_frequency() -> None:
         total = torch.zeros(SHAPE, dtype=torch.float64)
         for example in instances:
             inputs = one_batch(example, task).inputs
-            for step in walk(model, inputs):
+            for step in steps_of(model, inputs):
                 total[step.layer] += integrated_gradients(model, inputs, step, steps=4)
         by_query.append(total)
     clusters = [[bool(v > CLUSTER_SHARE * a.max()) for v in a.flatten()] for a in by_query]

@@ -52,6 +52,19 @@ def test_another_recipe_is_refused(tmp_path):
         train(tiny_llava, tmp_path, Recipe(steps=2, naming_steps=0, batch=1))
 
 
+def test_pictures_have_one_size_at_first(tmp_path, monkeypatch):
+    drawn, draw = [], tiny_data.training_scenes
+
+    def watched(seed, step, count, split="train", sides=shapes.SIZE[:1]):
+        if split == "train":
+            drawn.append(tuple(sides))
+        return draw(seed, step, count, split, sides)
+
+    monkeypatch.setattr(tiny_data, "training_scenes", watched)
+    train(tiny_qwen, tmp_path, Recipe(steps=3, naming_steps=1, batch=1, warmup=1, one_size_steps=2))
+    assert drawn == [(112,), (112,), tiny_qwen.TRAINING_SIDES, tiny_qwen.TRAINING_SIDES]
+
+
 def test_the_rate_warms_up_and_falls_in_both_parts():
     recipe = Recipe(steps=1000, naming_steps=500)
     rates = [learning_rate(step, recipe) for step in range(1500)]
