@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hones_lens.attribution.heads import HeadScores
     from hones_lens.hooked_vlm import HookedVLM
     from hones_lens.pipeline import DataChoice
+    from hones_lens.runs import Run
 
 TASKS = ("vqa", "ocr", "caption", "retrieval")
 _TINY = {"llava": "hones_lens.tools.tiny_llava", "qwen2.5-vl": "hones_lens.tools.tiny_qwen"}
@@ -101,6 +103,13 @@ def _stage(commands: Any, name: str, run: Any, text: str) -> None:
     command.add_argument("--top-k", type=int, help="critical heads (default: model_configs/)")
     command.add_argument("--ratio", type=float, help="share of neurons (default: model_configs/)")
     command.add_argument("--controls", type=int, default=20, help="matched random sets (default: 20)")
+    command.add_argument(
+        "--prefilter", type=int, metavar="M", help="measure only the M heads that attribution patching likes"
+    )
+    command.add_argument(
+        "--race", type=float, metavar="EPSILON", help="race heads: right up to EPSILON with probability 0.95"
+    )
+    command.add_argument("--memory-budget", type=float, metavar="GB", help="default: half of what is free")
     command.add_argument("--out", metavar="DIR", help="run folder (default: runs/MODEL-TASK)")
     command.add_argument("--plan", action="store_true", help="say what would be done and stop")
 
@@ -174,9 +183,26 @@ def _planned(args: argparse.Namespace, model: HookedVLM, data: DataChoice, stage
     from hones_lens import planning
 
     if args.plan:
-        for line in planning.plan(model, args.task, data, stages, args.controls):
+        for line in planning.plan(model, args.task, data, stages, args.controls, args.memory_budget):
             print(line)
     return args.plan
+
+
+def _start(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> Run:
+    from hones_lens import pipeline
+
+    names = ("top_k", "ratio", "controls", "prefilter", "race")
+    settings = {name: getattr(args, name) for name in names}
+    return pipeline.start_run(model, args.task, data, _out(args), **settings)
+
+
+def _heads(args: argparse.Namespace, model: HookedVLM, run: Run, data: DataChoice) -> HeadScores:
+    from hones_lens import pipeline
+    from hones_lens.racing import Racing
+
+    racing = None if args.race is None else Racing(epsilon=args.race)
+    options = {"prefilter": args.prefilter, "racing": racing, "memory_budget": args.memory_budget}
+    return pipeline.find_heads(model, run, args.task, data, args.top_k, **options)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -189,10 +215,8 @@ def _demo(args: argparse.Namespace) -> int:
     model, data = _load(args), _data(args)
     if _planned(args, model, data, ("heads", "neurons", "masking", "others")):
         return 0
-    run = pipeline.start_run(
-        model, args.task, data, _out(args), top_k=args.top_k, ratio=args.ratio, controls=args.controls
-    )
-    heads = pipeline.find_heads(model, run, args.task, data, args.top_k)
+    run = _start(args, model, data)
+    heads = _heads(args, model, run, data)
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
     pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
     pipeline.mask_others(model, run, args.task, data, neurons.ratio)
@@ -214,10 +238,8 @@ def _localize(args: argparse.Namespace) -> int:
     model, data = _load(args), _data(args)
     if _planned(args, model, data, ("heads", "neurons")):
         return 0
-    run = pipeline.start_run(
-        model, args.task, data, _out(args), top_k=args.top_k, ratio=args.ratio, controls=args.controls
-    )
-    heads = pipeline.find_heads(model, run, args.task, data, args.top_k)
+    run = _start(args, model, data)
+    heads = _heads(args, model, run, data)
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
     print(heads, neurons, f"Run: {run.folder}", sep="\n\n")
     _write_json(args, {"heads": [list(c) for c in heads.top()], "neurons": [list(c) for c in neurons.top()]})
@@ -230,10 +252,8 @@ def _mask(args: argparse.Namespace) -> int:
     model, data = _load(args), _data(args)
     if _planned(args, model, data, ("heads", "neurons", "masking")):
         return 0
-    run = pipeline.start_run(
-        model, args.task, data, _out(args), top_k=args.top_k, ratio=args.ratio, controls=args.controls
-    )
-    heads = pipeline.find_heads(model, run, args.task, data, args.top_k)
+    run = _start(args, model, data)
+    heads = _heads(args, model, run, data)
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
     results = pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
     print(*results, f"Run: {run.folder}", sep="\n\n")

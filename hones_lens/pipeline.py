@@ -20,6 +20,7 @@ from hones_lens.interventions import zero_neurons
 from hones_lens.masking import MaskingResult, load_masking, masking_curve, save_masking
 from hones_lens.results import Component, read_json, write_json
 from hones_lens.runs import Run, examples_hash, read_run, weights_hash
+from hones_lens.speculation import Tally
 from hones_lens.tasks import load_task
 from hones_lens.viz.report import ExampleView, RunView
 
@@ -96,15 +97,16 @@ def start_run(model: HookedVLM, task: str, data: DataChoice, out: str | Path, **
 
 
 def find_heads(
-    model: HookedVLM, run: Run, task: str, data: DataChoice, top_k: int | None = None
+    model: HookedVLM, run: Run, task: str, data: DataChoice, top_k: int | None = None, **options: Any
 ) -> HeadScores:
-    """Stage H1, from the folder if it is there."""
+    """Stage H1, from the folder if it is there; options are those of `localize_heads`."""
     file = run.path("heads.json")
     if not file.exists():
         examples = data.discovery(task)
-        heads = localize_heads(model, task, examples, top_k, journal=run.journal("heads"))
+        tally, journal = Tally(), run.journal("heads")
+        heads = localize_heads(model, task, examples, top_k, journal=journal, tally=tally, **options)
         heads.save(file)
-        run.log(f"heads: {len(heads.top())} critical of {heads.scores.numel()}")
+        run.log(f"heads: {len(heads.top())} critical of {heads.scores.numel()}; {tally}")
     return HeadScores.load(file)
 
 

@@ -82,8 +82,18 @@ def test_plan_says_what_would_be_done_and_does_nothing(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["demo", "--out", str(out), "--plan", *SMALL]) == 0
     said = capsys.readouterr().out
-    assert "33 arms × 8 examples = 264 rows" in said and "FLOP" in said
+    assert "32 arms × 8 examples = 256 rows" in said and "FLOP" in said
+    assert "GB of weights" in said and "s in all" in said
     assert not out.exists()
+
+
+def test_what_was_traded_is_a_setting_and_is_told(tmp_path, capsys):
+    argv = ["localize", "--out", str(tmp_path / "run"), "--limit", "6", "--prefilter", "5", "--race", "0.5"]
+    assert main([*argv, "--memory-budget", "0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "the best 5 of 32 heads by attribution patching" in said and "right up to 0.5" in said
+    assert main([*argv[:-1], "0.1"]) == 1
+    assert "race: 0.5 there, 0.1 now" in capsys.readouterr().err
 
 
 @pytest.mark.slow

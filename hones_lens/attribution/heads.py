@@ -67,6 +67,17 @@ class HeadScores:
         """On how many of the examples each head was measured, [layer head]."""
         return (~self.drops.isnan()).sum(-1)
 
+    @property
+    def mean_drops(self) -> Tensor:
+        """Mean over the examples that each head was measured on, [layer head]; NaN without any."""
+        return self.drops.nanmean(-1)
+
+    @property
+    def standard_errors(self) -> Tensor:
+        """Of `mean_drops`, [layer head]; NaN with fewer than two examples."""
+        squares = (self.drops - self.mean_drops[..., None]).square().nansum(-1)
+        return (squares / (self.counts - 1) / self.counts).sqrt().where(self.counts > 1, torch.nan)
+
     def top(self, k: int | None = None) -> list[Component]:
         """The k largest scores above zero, as (layer, index, score); ties by layer, then index.
 
@@ -84,21 +95,20 @@ class HeadScores:
         return ranked(self.scores.where(known, -torch.inf), k, positive_only=True)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head: layer, head, score, mean and standard error of the examples' drops."""
-        n_layers, n_heads, _ = self.drops.shape
-        drops = self.drops.numpy()
+        """One row a head: layer, head, score; mean, standard error and number of the examples' drops."""
+        columns = {
+            "score": self.scores,
+            "mean_drop": self.mean_drops,
+            "standard_error": self.standard_errors,
+            "n": self.counts,
+        }
         rows = [
             {
                 "layer": layer,
                 "head": head,
-                "score": float(self.scores[layer, head]),
-                "mean_drop": float(np.mean(seen)) if len(seen) else np.nan,
-                "standard_error": float(np.std(seen, ddof=1) / len(seen) ** 0.5) if len(seen) > 1 else np.nan,
-                "n": len(seen),
+                **{name: each[layer, head].item() for name, each in columns.items()},
             }
-            for layer in range(n_layers)
-            for head in range(n_heads)
-            for seen in [drops[layer, head][~np.isnan(drops[layer, head])]]
+            for layer, head in np.ndindex(*self.scores.shape)
         ]
         return pd.DataFrame(rows)
 

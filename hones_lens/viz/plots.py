@@ -44,14 +44,10 @@ def significant(heads: HeadScores) -> Tensor:
     Normal approximation over examples, two-sided, Bonferroni.
 
     Returns:
-        bool [layer head]; all False where there are fewer than two examples.
+        bool [layer head]; False for a head that was measured on fewer than two examples.
     """
-    drops = heads.drops
-    if drops.shape[-1] < 2:
-        return torch.zeros(drops.shape[:2], dtype=torch.bool)
-    error = drops.std(-1, correction=1) / drops.shape[-1] ** 0.5
     bound = NormalDist().inv_cdf(1 - _ALPHA / (2 * heads.scores.numel()))
-    return drops.mean(-1).abs() > bound * error
+    return heads.mean_drops.abs() > bound * heads.standard_errors
 
 
 @styled
@@ -64,10 +60,10 @@ def head_heatmap(heads: HeadScores) -> Plot:
     title = f"{heads.task}: drop of {heads.metric_name} without a head"
     height = min(4.4, max(1.5, 0.42 * n_layers) + 0.5)
     figure, (axes,) = theme.new_plot(title, _heads_note(heads), height)
-    limit = float(heads.scores.abs().max()) or 1.0
+    limit = float(heads.scores.abs().nan_to_num(0).max()) or 1.0
     mesh = axes.pcolormesh(
-        heads.scores.numpy(),
-        cmap=theme.diverging(),
+        np.ma.masked_invalid(heads.scores.numpy()),
+        cmap=theme.diverging().with_extremes(bad=GRID),
         norm=TwoSlopeNorm(0, -limit, limit),
         edgecolors=SURFACE,
         linewidth=1.6 if n_heads <= 16 else 0.5,
@@ -94,9 +90,11 @@ def _heads_note(heads: HeadScores) -> str:
     top, n = len(heads.top()), heads.drops.shape[-1]
     note = f"Outlined: the {top} critical heads. " if top else "No head lowers the metric. "
     note += f"Dot: differs from 0 (p < {_ALPHA}, corrected for {heads.scores.numel():,} heads). "
+    if heads.traded:
+        note += f"Not exact: {heads.traded}. "
     if n == 1:
         return f"{note}n = 1 example."
-    error = float((heads.drops.std(-1, correction=1) / n**0.5).median())
+    error = float(heads.standard_errors.nanmedian())
     return f"{note}n = {n:,} examples; median standard error of a head {number(error)}."
 
 
@@ -113,7 +111,7 @@ def _draw_dots(axes: Axes, heads: HeadScores, limit: float, offset: tuple[float,
 def _write_values(axes: Axes, scores: Tensor, limit: float) -> None:
     for (layer, head), score in np.ndenumerate(scores.numpy()):
         colour = ON_ACCENT if abs(score) > _STRONG * limit else INK
-        text = number(float(score), 2)
+        text = "" if np.isnan(score) else number(float(score), 2)
         axes.text(head + 0.5, layer + 0.54, text, ha="center", va="center", size=8.6, color=colour)
 
 

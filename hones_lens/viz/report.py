@@ -178,11 +178,13 @@ def story(run: RunView) -> list[str]:
     sentences, kept = [], ""
     if run.heads:
         count, n = len(run.heads.top()), run.heads.drops.shape[-1]
+        tried = int((run.heads.counts > 0).sum())
+        every = "Every attention head"
+        if tried < run.heads.scores.numel():
+            every = f"Each of {tried:,} attention heads"
         done = _HEADS.get(run.heads.intervention, f"changed in turn ({run.heads.intervention})")
         kept = f"the {count} that cost most {run.metric_name} were kept" if count else "none was missed"
-        sentences.append(
-            f"Every attention head of {run.model_name} was {done} on {n:,} {run.task} examples, and {kept}."
-        )
+        sentences.append(f"{every} of {run.model_name} was {done} on {n:,} {run.task} examples, and {kept}.")
     if (main := run.main) is not None:
         ways = {"hones": "The FFN neurons that those heads make write towards the right answer"}
         which = ways.get(main.method, f"The FFN neurons ranked best by {main.method.replace('_', ' ')}")
@@ -248,15 +250,17 @@ def _picture(example: ExampleView) -> dict[str, Any]:
 def _heads(run: RunView, name: str) -> Section | None:
     if run.heads is None:
         return None
-    scores, frame = run.heads.scores, run.heads.to_dataframe()
-    columns = (frame[name].tolist() for name in ("layer", "head", "score", "standard_error"))
+    scores, frame, tried = run.heads.scores, run.heads.to_dataframe(), int((run.heads.counts > 0).sum())
+    columns = (frame[name].tolist() for name in ("layer", "head", "score", "standard_error", "n"))
     tips = [
-        f"L{layer}H{head}: {number(score, sign=True)} (standard error {number(error)})"
-        for layer, head, score, error in zip(*columns, strict=True)
+        f"L{layer}H{head}: {number(score, sign=True)} (standard error {number(error)}, n = {n:,})"
+        if n
+        else f"L{layer}H{head}: not measured"
+        for layer, head, score, error, n in zip(*columns, strict=True)
     ]
     text = (
         f"How much {run.metric_name} falls when a head's output is changed: blue heads are missed, orange "
-        f"ones were in the way. All {scores.numel():,} heads of {len(scores)} layers were tried one by one."
+        f"ones were in the way. {tried:,} heads of {len(scores)} layers were tried one by one."
     )
     figure = _drawn(plots.head_heatmap(run.heads), f"{name}-heads", {"cells": tips})
     return Section(f"{name}-heads", "Heads", text, [figure], [tables.top_heads(run.heads)])

@@ -69,11 +69,13 @@ def top_heads(heads: HeadScores) -> Table:
     for layer, head, score in top[:_MOST_ROWS]:
         drops = heads.drops[layer, head]
         error = float(frame.at[(layer, head), "standard_error"])
-        lose, gain = int((drops > 0).sum()), int((drops < 0).sum())
+        lose, gain, seen = int((drops > 0).sum()), int((drops < 0).sum()), int(heads.counts[layer, head])
         bar = Bar(number(score), 100 * score / top[0].score)
-        rows.append((f"L{layer}H{head}", bar, number(error), f"{lose:,} of {n:,}", f"{gain:,}"))
+        rows.append((f"L{layer}H{head}", bar, number(error), f"{lose:,} of {seen:,}", f"{gain:,}"))
     note = f"Base {heads.metric_name} {number(heads.baseline)}, n = {n:,}."
-    if not bool(((heads.drops.mean(-1) - heads.scores).abs() < 1e-6).all()):
+    if heads.traded:
+        note += f" Not exact: {heads.traded}."
+    if bool(((heads.mean_drops - heads.scores).abs() > 1e-6).any()):
         note += f" Drops are of {heads.metric_name} over all examples, errors of the score of each."
     if not top:
         note += " No head lowers the metric when it is changed."

@@ -61,6 +61,10 @@ def _print_heads(console: Console, run: RunView) -> None:
         table.add_row(f"… {len(top) - _MOST_HEADS} more")
     title = "Critical heads" if top else "No head lowers the metric when it is changed"
     note = f"{run.heads.metric_name} {number(run.heads.baseline)} with all heads, n = {n:,}"
+    if run.heads.traded:
+        note += f"; not exact: {run.heads.traded}"
+    if run.heads.near_ties:
+        note += f"; {run.heads.near_ties} choices closer than rounding can settle"
     _print(console, title, table, note)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
+
 import pytest
 import torch
 from attribution.build import (
@@ -12,14 +15,18 @@ from attribution.build import (
     examples_of,
     hf_input_hook,
     hf_layers,
+    hf_log_prob,
     hf_prediction,
     other_heads_mean,
     pair,
+    plain_examples,
 )
 from tiny import make_config, make_pair
 
+from hones_lens.attribution.gradients import first_order_falls
 from hones_lens.attribution.heads import HeadScores, localize_heads
-from hones_lens.results import Component
+from hones_lens.racing import Racing
+from hones_lens.results import Component, ranked
 from hones_lens.tasks import load_task
 
 
@@ -119,3 +126,79 @@ def test_values_that_are_not_finite_are_named() -> None:
     model.unembed.linear.weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=examples_of("vqa", 2)[0].id):
         localize_heads(model, "vqa", list(examples_of("vqa", 2)), progress=False)
+
+
+@pytest.mark.parametrize("name", ["ocr", "retrieval"])
+def test_first_order_falls_equal_a_loop_on_hf(name: str) -> None:
+    hf_model, model = pair()
+    task, examples = load_task(name), plain_examples(name, 2)
+    expected = torch.zeros(N_LAYERS, N_HEADS, dtype=torch.float64)
+    for example in examples:
+        kept: list[torch.Tensor] = []
+        with ExitStack() as hooks:
+            for layer in hf_layers(hf_model):
+                hooks.enter_context(
+                    hf_input_hook(layer.self_attn.o_proj, lambda x, kept=kept: kept.append(x))
+                )
+            gradients = torch.autograd.grad(hf_log_prob(hf_model, model, example, task), kept)
+        for layer, (z, gradient) in enumerate(zip(kept, gradients, strict=True)):
+            for head in range(N_HEADS):
+                change = other_heads_mean(head)(z.detach()) - z.detach()
+                expected[layer, head] -= float((change * gradient).sum()) / len(examples)
+    found = first_order_falls(model, task, examples, batch_size=1, progress=False)
+    assert expected.abs().max() > 1e-2
+    assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_prefilter_measures_the_best_heads_exactly_and_no_others(tmp_path) -> None:
+    _, model = pair()
+    examples = list(examples_of("ocr"))
+    exact = localize_heads(model, "ocr", examples, progress=False)
+    assert not exact.traded and bool((exact.counts == len(examples)).all())
+    falls = first_order_falls(model, load_task("ocr"), examples, progress=False)
+    found = localize_heads(model, "ocr", examples, 2, prefilter=5, progress=False)
+    kept = torch.zeros_like(exact.scores, dtype=torch.bool)
+    for c in ranked(falls, 5):
+        kept[c.layer, c.index] = True
+    assert torch.equal(found.counts > 0, kept) and torch.equal(found.scores.isnan(), ~kept)
+    assert torch.equal(found.drops[kept], exact.drops[kept])
+    assert torch.equal(found.scores[kept], exact.scores[kept])
+    assert all(kept[c.layer, c.index] for c in found.top(12)) and len(found.top()) <= 2
+    assert "best 5 of 12 heads by attribution patching" in str(found)
+    found.save(tmp_path / "heads.json")
+    again = HeadScores.load(tmp_path / "heads.json")
+    assert torch.equal(again.scores.isnan(), ~kept) and again.top(12) == found.top(12)
+    assert again.traded == found.traded
+    frame = found.to_dataframe()
+    assert frame["n"].tolist() == found.counts.flatten().tolist()
+    with pytest.raises(ValueError, match="prefilter keeps 2 heads, fewer than the 3 asked for"):
+        localize_heads(model, "ocr", examples, 3, prefilter=2, progress=False)
+
+
+def test_raced_heads_are_the_best_up_to_epsilon(tmp_path) -> None:
+    _, model = pair()
+    examples = [replace(e, id=f"{e.id} {i}") for i in range(8) for e in examples_of("ocr", 4)]
+    exact = localize_heads(model, "ocr", examples, progress=False)
+    journal: dict = {}
+    racing = Racing(delta=0.1, epsilon=0.2, round_size=8, seed=3)
+    found = localize_heads(model, "ocr", examples, 2, racing=racing, progress=False, journal=journal)
+    kth = exact.scores.flatten().sort(descending=True).values[1]
+    assert found.race is not None and len(found.race.winners) == 2
+    assert all(exact.scores.flatten()[i] >= kth - 0.2 for i in found.race.winners)
+    seen = ~found.drops.isnan()
+    assert torch.equal(found.drops[seen], exact.drops[seen]) and not bool(seen.all())
+    assert found.base_scores.tolist() == exact.base_scores.tolist() and found.baseline == exact.baseline
+    assert {c.layer * N_HEADS + c.index for c in found.top()} <= set(found.race.winners)
+    with pytest.raises(ValueError, match="3 heads asked for, but 2 were raced for"):
+        found.top(3)
+    found.save(tmp_path / "heads.json")
+    assert HeadScores.load(tmp_path / "heads.json").race == found.race
+    rounds = len(journal)
+    again = localize_heads(model, "ocr", examples, 2, racing=racing, progress=False, journal=journal)
+    assert len(journal) == rounds == 4 and again.race == found.race
+    assert "right up to 0.2 with probability 0.9" in str(found)
+
+
+def test_corpus_bleu_can_not_be_raced() -> None:
+    with pytest.raises(ValueError, match="BLEU-4 is not a mean over examples"):
+        localize_heads(pair()[1], "caption", list(examples_of("caption")), 2, racing=Racing(), progress=False)

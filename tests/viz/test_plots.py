@@ -88,6 +88,17 @@ def test_significance_is_corrected_for_the_number_of_heads():
     assert plots.significant(alone).tolist() == [[False]]
 
 
+def test_heat_map_of_heads_that_were_not_all_measured():
+    heads = made.raced_heads()
+    figure = plots.head_heatmap(heads)
+    values = figure.axes[0].collections[0].get_array()
+    assert values.mask.tolist() == heads.scores.isnan().tolist()
+    written = [text.get_text() for text in figure.axes[0].texts]
+    assert written[16:24] == [""] * 8 and all(written[24:])
+    assert "Not exact: heads raced" in figure.heading.note
+    assert not plots.significant(heads)[2].any() and plots.significant(heads)[1, 3]
+
+
 def test_heat_map_of_a_large_model_has_no_numbers_in_it_and_fewer_ticks():
     figure = drawn(plots.head_heatmap(made.heads((32, 32), top_k=30)))
     axes = figure.axes[0]

@@ -183,6 +183,15 @@ def test_a_run_with_nothing_but_a_name(tmp_path):
 # --- Numbers -----------------------------------------------------------------------------------
 
 
+def test_heads_that_were_not_all_measured(tmp_path):
+    run = RunView("tiny-llava · vqa", "tiny-llava", "vqa", "accuracy", heads=made.raced_heads())
+    text = write_report(tmp_path / "r.html", [run]).read_text()
+    assert "L2H5: not measured" in text and "n = 20)" in text
+    assert "Each of 24 attention heads of tiny-llava" in text and "Not exact: heads raced" in text
+    assert "nan" not in text.lower().replace("tenant", "")
+    assert "24 heads of 4 layers were tried" in text
+
+
 def test_heads_in_the_table_are_the_results(whole):
     _, page, run = whole
     rows = page.table("head", "drop of accuracy")
@@ -260,7 +269,7 @@ def test_rankings_in_the_table_stand_beside_our_own(whole):
 
 def test_head_map_tells_every_score(whole):
     source, _, run = whole
-    tips = re.findall(r"<title>L(\d+)H(\d+): (\S+) \(standard error (\S+)\)</title>", source)
+    tips = re.findall(r"<title>L(\d+)H(\d+): (\S+) \(standard error (\S+), n = 60\)</title>", source)
     assert len(tips) == 32
     for layer, head, score, _ in tips:
         assert value(score) == pytest.approx(float(run.heads.scores[int(layer), int(head)]), abs=0.0005)

@@ -1,0 +1,121 @@
+"""Head localization: the engine against one-at-a-time generation with forward pre-hooks on HF's model."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from attribution.build import hf_input_hook, hf_inputs, hf_layers
+from transformers import AutoModelForImageTextToText
+
+import hones_lens as hl
+from hones_lens import HookedVLM, localize_heads, sweep
+from hones_lens.attribution.heads import cells_of
+from hones_lens.interventions import replace_with_other_heads_mean
+from hones_lens.speculation import Tally
+from hones_lens.tasks import TASKS, load_task
+
+BARS = {"vqa": 20, "ocr": 28, "caption": 25, "retrieval": 50}
+NAIVE_CELLS = {"vqa": 24, "ocr": 24, "caption": 16, "retrieval": 2}  # sampled anew in each round
+N_EXAMPLES = {"vqa": 64, "ocr": 64, "caption": 64, "retrieval": 8}
+
+
+@cache
+def shipped(name: str) -> tuple[Any, HookedVLM]:
+    folder = hl.checkpoint_path(name)
+    hf_model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return hf_model, HookedVLM.from_pretrained(name)
+
+
+def other_heads_mean(head: int, n_heads: int):
+    def change(x: torch.Tensor) -> torch.Tensor:
+        z = x.unflatten(-1, (n_heads, -1)).clone()
+        z[..., head, :] = (z.sum(-2) - z[..., head, :]) / (n_heads - 1)
+        return z.flatten(-2)
+
+    return change
+
+
+def naive_cell(hf_model: Any, model: HookedVLM, task: Any, example: Any, layer: int, head: int) -> float:
+    """One cell of the loop: prepare, generate (or rank) under the hook, score."""
+    tokenizer = model.tokenizer
+    module = hf_layers(hf_model)[layer].self_attn.o_proj
+    with hf_input_hook(module, other_heads_mean(head, model.cfg.n_heads)):
+        if task.ranks:
+            margins = []
+            yes, no = sweep.yes_no_ids(model, task.prompts(example)[0])
+            for prompt in task.prompts(example):
+                logits = hf_model(**hf_inputs(model, example.image, prompt), logits_to_keep=1).logits[0, -1]
+                margins.append(float(logits[yes] - logits[no]))
+            return task.score(margins, example)
+        inputs = hf_inputs(model, example.image, task.prompts(example)[0])
+        out = hf_model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        said = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return task.score(said, example)
+
+
+@pytest.mark.parametrize("task_name", TASKS)
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2.5-vl"])
+def test_shipped_models(name: str, task_name: str, compare, note) -> None:
+    hf_model, model = shipped(name)
+    task, dice = load_task(task_name), random.Random(0)
+    examples = hl.load_examples("shapes", task_name, "discovery", N_EXAMPLES[task_name])
+    cells = cells_of(model)
+    found: list[hl.HeadScores] = []
+    tally = Tally()
+    differing = 0
+
+    def engine() -> None:
+        found[:] = [localize_heads(model, task, examples, progress=False, tally=tally)]
+
+    def naive() -> None:
+        nonlocal differing
+        for _ in range(NAIVE_CELLS[task_name]):
+            (layer, head), i = dice.choice(cells), dice.randrange(len(examples))
+            score = naive_cell(hf_model, model, task, examples[i], layer, head)
+            if found:
+                differing += score != float(found[0].base_scores[i] - found[0].drops[layer, head, i])
+
+    compare(
+        f"localization, {name}, {task_name}, ms a cell",
+        (naive, NAIVE_CELLS[task_name]),
+        (engine, len(cells) * len(examples)),
+        f"≥ {BARS[task_name]}×",
+    )
+    note(f"  {differing} of the sampled cells differ; the engine: {tally}")
+
+
+@pytest.mark.parametrize(("task_name", "n", "bar"), [("vqa", 16, "≥ 3×"), ("retrieval", 1, "≥ 8×")])
+def test_larger_model_against_the_batched_loop(task_name: str, n: int, bar: str, compare) -> None:
+    """d 512 × 8 layers, 256 image tokens, random weights; the loop runs batches on our own model."""
+    text = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+    text |= {"num_attention_heads": 8, "num_key_value_heads": 8}
+    vision = {"image_size": 112, "patch_size": 7}
+    config = tiny.make_config(text=text, vision=vision)
+    torch.manual_seed(0)
+    from transformers import LlavaForConditionalGeneration
+
+    model = HookedVLM.from_hf(LlavaForConditionalGeneration(config).eval(), tiny.processor_for(config))
+    task = load_task(task_name)
+    examples = hl.load_examples("shapes", task_name, "discovery", n)
+    cells, picked = cells_of(model), [(0, 1), (3, 2), (5, 7), (7, 0)]
+
+    def engine() -> None:
+        localize_heads(model, task, examples, progress=False)
+
+    def naive() -> None:
+        for cell in picked:
+            for batch in sweep.prompt_batches(model, task, examples, n):
+                sweep.predict(model, task, batch, [replace_with_other_heads_mean(*cell)])
+
+    compare(
+        f"localization, random d 512 × 8, {task_name}, against the batched loop",
+        (naive, len(picked) * n),
+        (engine, len(cells) * n),
+        bar,
+        rounds=3,
+    )
