@@ -104,6 +104,12 @@ def _stage(commands: Any, name: str, run: Any, text: str) -> None:
     command.add_argument("--ratio", type=float, help="share of neurons (default: model_configs/)")
     command.add_argument("--controls", type=int, default=20, help="matched random sets (default: 20)")
     command.add_argument(
+        "--positions",
+        choices=["all", "last"],
+        default="all",
+        help="last: replace heads only from the end of the prompt on (default: all)",
+    )
+    command.add_argument(
         "--prefilter", type=int, metavar="M", help="measure only the M heads that attribution patching likes"
     )
     command.add_argument(
@@ -191,7 +197,7 @@ def _planned(args: argparse.Namespace, model: HookedVLM, data: DataChoice, stage
 def _start(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> Run:
     from hones_lens import pipeline
 
-    names = ("top_k", "ratio", "controls", "prefilter", "race")
+    names = ("top_k", "ratio", "controls", "positions", "prefilter", "race")
     settings = {name: getattr(args, name) for name in names}
     return pipeline.start_run(model, args.task, data, _out(args), **settings)
 
@@ -201,7 +207,8 @@ def _heads(args: argparse.Namespace, model: HookedVLM, run: Run, data: DataChoic
     from hones_lens.racing import Racing
 
     racing = None if args.race is None else Racing(epsilon=args.race)
-    options = {"prefilter": args.prefilter, "racing": racing, "memory_budget": args.memory_budget}
+    options = {"positions": args.positions, "prefilter": args.prefilter, "racing": racing}
+    options["memory_budget"] = args.memory_budget
     return pipeline.find_heads(model, run, args.task, data, args.top_k, **options)
 
 

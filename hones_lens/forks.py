@@ -59,9 +59,18 @@ class Arm:
         if any(_place(other)[0] == self.start[0] for other, _ in others):  # type: ignore[index]
             return None
         if isinstance(first, HeadEdit):
-            return None if first.only is None else first
+            return None if first.only is None or first.late else first
         if isinstance(first, Scale) and name.endswith("mlp.hook_post") and first.axis in (-1, 2):
             return first
+        return None
+
+    def late(self) -> Arm | None:
+        """For an arm that changes a head from the end of the prompt on: the same at all positions."""
+        if len(self.hooks) != 1:
+            return None
+        name, edit = self.hooks[0]
+        if isinstance(edit, HeadEdit) and edit.late and edit.only is not None:
+            return Arm([(name, replace(edit, late=False))])
         return None
 
     @property
@@ -123,6 +132,7 @@ class Segment:
         mask: True where query may see key, [row or 1, 1, pos, key]; None: causality is all.
         keep: At how many of the last positions logits are wanted.
         prefixed: Whether the first segment, which then has one row, is in front of every row of this one.
+        past: Keys and values of other tokens in front of each row, which no arm changes.
     """
 
     resid: Float[Tensor, "row pos d_model"]
@@ -131,6 +141,7 @@ class Segment:
     mask: Tensor | None
     keep: int
     prefixed: bool = False
+    past: KVCache | None = None
 
     @classmethod
     def of(cls, model: HookedVLM, inputs: VLMInputs, keep: int) -> Segment:
@@ -140,8 +151,21 @@ class Segment:
             mask = attention_mask(inputs.attention_mask.bool(), inputs.input_ids.shape[1])
             return cls(model.embed_inputs(inputs), cos, sin, mask, keep)
 
-    def context(self, times: int, prefix: KVCache | None = None) -> AttentionContext:
-        """For the rows repeated so many times; `prefix` has one row for each repetition."""
+    def late(self, past: KVCache) -> Segment:
+        """The positions whose logits are wanted alone, behind the keys and values of those before."""
+        n_keys = past.keys[0].shape[1] + self.keep
+        seen = torch.ones(1, n_keys, dtype=torch.bool, device=self.resid.device)
+        parts = (x[:, x.shape[1] - self.keep :] for x in (self.resid, self.cos, self.sin))
+        return Segment(*parts, mask=attention_mask(seen, self.keep), keep=self.keep, past=past)
+
+    def context(self, times: int, prefix: KVCache | None = None, above: int = -1) -> AttentionContext:
+        """For the rows repeated so many times.
+
+        Args:
+            times: How often.
+            prefix: Where prefixed: with one row for each repetition.
+            above: Of `past`, layers above this one are needed.
+        """
         rows, mask = len(self.resid), self.mask
         if mask is not None and len(mask) > 1:
             mask = mask.repeat(times, 1, 1, 1)
@@ -150,6 +174,9 @@ class Segment:
         if self.prefixed:
             assert prefix is not None
             cache = _BehindPrefix(prefix=prefix, rows=rows)
+        if self.past is not None:
+            for mine, theirs in ((cache.keys, self.past.keys), (cache.values, self.past.values)):
+                mine |= {n: x.repeat(times, 1, 1, 1) for n, x in theirs.items() if n > above}
         return AttentionContext(cos, sin, mask, causal=True, kv_cache=cache)
 
 
@@ -285,7 +312,7 @@ def fork(
     for segment, step in zip(segments, steps, strict=True):
         rows, length = segment.resid.shape[:2]
         keep = segment.keep if brief else length
-        context = segment.context(len(arms), out[0].cache if segment.prefixed else None)
+        context = segment.context(len(arms), out[0].cache if segment.prefixed else None, above=layer)
         skip = 1 if arms[0].shortcut else 0
         with model.hooks(fwd_hooks=stacked([(rows, arm.hooks[skip:]) for arm in arms])):
             here = step.last(keep) if layer == top else step

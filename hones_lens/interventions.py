@@ -17,19 +17,21 @@ Hook = tuple[str, Callable]
 
 @dataclass(frozen=True, eq=False)
 class HeadEdit:
-    """A hook function on z [batch pos head d_head] that changes one head, at all positions.
+    """A hook function on z [batch pos head d_head] that changes one head.
 
     Attributes:
         name: The hook.
         head: One head for all rows, or one head for each row of the batch.
         alone: From z, what each head becomes if it is the one that is changed; same shape, token by token.
         what: In words.
+        late: Only at the last position of a pass: under `generate`, from the end of the prompt on.
     """
 
     name: str
     head: int | Sequence[int] | Tensor
     alone: Callable[[Tensor], Tensor]
     what: str
+    late: bool = False
 
     def __call__(
         self, z: Float[Tensor, "batch pos head d_head"], hook: object
@@ -41,6 +43,8 @@ class HeadEdit:
             raise ValueError(f"{self.name}: {len(heads)} heads for a batch of {len(z)} rows")
         self.check(heads, n_heads)
         chosen = torch.nn.functional.one_hot(heads, n_heads).bool()[:, None, :, None]
+        if self.late:
+            chosen = chosen & (torch.arange(z.shape[1], device=z.device) == z.shape[1] - 1)[:, None, None]
         return torch.where(chosen, self.alone(z), z)
 
     @property
@@ -60,7 +64,9 @@ class HeadEdit:
         return f"{self.what} of head {self.head} at {self.name}"
 
 
-def replace_with_other_heads_mean(layer: int, head: int | Sequence[int] | Tensor) -> Hook:
+def replace_with_other_heads_mean(
+    layer: int, head: int | Sequence[int] | Tensor, positions: str = "all"
+) -> Hook:
     """Replace one head's output by the mean of the layer's other heads, everywhere (HONES eq. H1).
 
     `z[p, h] ← Σ_{h' ≠ h} z[p, h'] / (H − 1)` at every position p, prompt and generated alike. This
@@ -69,13 +75,17 @@ def replace_with_other_heads_mean(layer: int, head: int | Sequence[int] | Tensor
     Args:
         layer: Decoder layer.
         head: One head for all rows, or one head for each row of the batch.
+        positions: `all`, or `last`: only at the end of the prompt and in what is generated.
 
     Raises:
-        ValueError: When run: the layer has a single head, or no such head, or a count of heads that
-            is not the batch.
+        ValueError: Other positions. When run: the layer has a single head, or no such head, or a count
+            of heads that is not the batch.
     """
+    if positions not in ("all", "last"):
+        raise ValueError(f"unknown positions {positions!r}; valid: all, last")
     name = f"blocks.{layer}.attn.hook_z"
-    return name, HeadEdit(name, head, _mean_of_others, "the other heads' mean instead")
+    what = "the other heads' mean instead"
+    return name, HeadEdit(name, head, _mean_of_others, what, late=positions == "last")
 
 
 def _mean_of_others(z: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.inputs import VLMInputs
 from hones_lens.interventions import Hook
 from hones_lens.memory import Budget
-from hones_lens.nn.attention import attention_mask
+from hones_lens.nn.attention import KVCache, attention_mask
 from hones_lens.speculation import Answers, Draft, Tally, check_finite
 from hones_lens.tasks import Task, load_task
 
@@ -229,8 +229,10 @@ class Sweep:
                 draft = Draft.of_clean_answers(self.model, inputs, MAX_NEW_TOKENS)
             at_once = self.budget.rows(inputs.input_ids.shape[1] + MAX_NEW_TOKENS)
             answers = Answers(self.model, draft, names, MAX_NEW_TOKENS, 4 * at_once, self.tally)
-            for some, step, (forked,) in self._forks([draft.segment(self.model)], numbers):
-                answers.check(some, [self.arms[i] for i in some], step[0], forked)
+            for some, steps, (forked,) in self._forks([draft.segment(self.model)], numbers):
+                arms = [self.arms[i] for i in some]
+                if arms[0].hooks:  # what the clean model says is the draft
+                    answers.check(some, arms, steps[0], forked)
                 self.tick(len(some) * len(rows))
             answers.finish()
             clean = self._decoded(draft.tokens)
@@ -289,40 +291,58 @@ class Sweep:
     def _forks(
         self, segments: Sequence[Segment], numbers: Sequence[int]
     ) -> Iterator[tuple[list[int], list[Step], list[forks.Forked]]]:
-        """Numbers of arms, the clean steps they were forked from, and what came of them."""
+        """Numbers of arms, the clean steps they were forked from, and what came of them.
+
+        Arms that change nothing before the end of the prompt need the clean keys and values of all layers,
+        and come last.
+        """
+        arms = {i: self.arms[i] for i in numbers}
+        late = {i: changed for i, arm in arms.items() if (changed := arm.late()) is not None}
         groups: dict[Any, list[int]] = {}
-        for i in numbers:
-            groups.setdefault(self.arms[i].group if self.arms[i].hooks else None, []).append(i)
-        rows = [len(segment.resid) for segment in segments]
-        tokens = max(sum(n * s.resid.shape[1] for n, s in zip(rows, segments, strict=True)), 1)
-        kept = sum(n * segment.keep for n, segment in zip(rows, segments, strict=True))
+        for i, arm in arms.items():
+            if arm.hooks and i not in late:
+                groups.setdefault(arm.group, []).append(i)
+        pasts, ends = [KVCache() for _ in segments], []
         steps: list[Step] = []
         for steps in forks.walk(self.model, segments):
-            for group in [g for g in groups if g is not None and g[0][0] == steps[0].layer]:
-                left = groups[group]
-                while left:
-                    some, result = self._one_batch(segments, steps, left, tokens, kept)
-                    left = left[len(some) :]
-                    self._count(segments, len(some), steps[0].layer)
-                    yield some, steps, result
-        for i in groups.get(None, []):
-            clean = [forks.clean(self.model, *given) for given in zip(segments, steps, strict=True)]
-            yield [i], steps, clean
+            for group in [group for group in groups if group[0][0] == steps[0].layer]:
+                yield from self._batches_of(segments, steps, arms, groups[group])
+            if late:
+                ends.append([step.last(max(1, s.keep)) for step, s in zip(steps, segments, strict=True)])
+                for past, step, segment in zip(pasts, steps, segments, strict=True):
+                    early = step.cache.keys[step.layer].shape[1] - segment.keep
+                    past.keys[step.layer] = step.cache.keys[step.layer][:, :early]
+                    past.values[step.layer] = step.cache.values[step.layer][:, :early]
+        clean = [forks.clean(self.model, *given) for given in zip(segments, steps, strict=True)]
+        yield from (([i], steps, clean) for i, arm in arms.items() if not arm.hooks)
+        if late:
+            wanted = [i for i, segment in enumerate(segments) if segment.keep]
+            behind = [segments[i].late(pasts[i]) for i in wanted]
+            for here in ends:
+                mine = [i for i, arm in late.items() if arm.start and arm.start[0] == here[0].layer]
+                found = self._batches_of(behind, [here[i] for i in wanted], late, mine)
+                for some, _, forked in found:
+                    none = [forks.Forked(None, KVCache())] * (len(segments) - len(wanted))
+                    yield some, [replace(here[-1], cache=steps[-1].cache)], [*none, *forked]
 
-    def _count(self, segments: Sequence[Segment], arms: int, layer: int) -> None:
+    def _batches_of(
+        self, segments: Sequence[Segment], steps: list[Step], arms: dict[int, Arm], left: list[int]
+    ) -> Iterator[tuple[list[int], list[Step], list[forks.Forked]]]:
+        """Arms of one group, as many at a time as memory has room for."""
+        tokens = sum(segment.resid[..., 0].numel() for segment in segments)
+        kept = sum(len(segment.resid) * segment.keep for segment in segments)
         rows = sum(len(segment.resid) for segment in segments if segment.keep)
-        self.tally.forked += arms * rows
-        self.tally.row_layers += arms * rows * (self.model.cfg.n_layers - layer)
-
-    def _one_batch(
-        self, segments: Sequence[Segment], steps: list[Step], left: list[int], tokens: int, kept: int
-    ) -> tuple[list[int], list[forks.Forked]]:
-        while True:
+        while left:
             some = left[: self.budget.rows(tokens, kept)]
             try:
-                return some, forks.fork(self.model, segments, steps, [self.arms[i] for i in some])
+                found = forks.fork(self.model, segments, steps, [arms[i] for i in some])
             except RuntimeError as error:
                 self.budget.halve(error, len(some))
+                continue
+            left = left[len(some) :]
+            self.tally.forked += len(some) * rows
+            self.tally.row_layers += len(some) * rows * (self.model.cfg.n_layers - steps[0].layer)
+            yield some, steps, found
 
 
 def buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], VLMInputs]]:

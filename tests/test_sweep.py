@@ -44,6 +44,9 @@ OTHERS = [
     [("blocks.2.ln1.hook_normalized", half), ("blocks.0.mlp.hook_pre", in_place)],
     [("blocks.1.hook_resid_pre", in_place), ("blocks.2.hook_resid_post", half)],
 ]
+LATE = [
+    [replace_with_other_heads_mean(layer, h, positions="last")] for layer in range(N_LAYERS) for h in (0, 2)
+]
 WHOLE = [
     [("blocks.1.attn.hook_pattern", half)],
     [("hook_embed", half)],
@@ -68,7 +71,7 @@ def flat(lists: list[list]) -> list:
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_answers_and_scores_equal_the_naive_loop(family: str, name: str) -> None:
     _, model = pair(family)
-    task, examples, arms = load_task(name), examples_of(name, 3, family), [*HEADS, *OTHERS, *WHOLE]
+    task, examples, arms = load_task(name), examples_of(name, 3, family), [*HEADS, *OTHERS, *WHOLE, *LATE]
     tally = Tally()
     engine, found, expected = sweep.Sweep(model, arms, tally=tally), [], []
     for batch in sweep.prompt_batches(model, task, examples, 3):
@@ -85,7 +88,7 @@ def test_answers_and_scores_equal_the_naive_loop(family: str, name: str) -> None
     assert scores == [[task.score(a, e) for a, e in zip(s, examples, strict=True)] for s in said]
     rows = sum(len(task.prompts(example)) for example in examples)
     assert tally.full == len(WHOLE) * rows
-    assert tally.forked == (len(HEADS) + len(OTHERS) - 1) * rows
+    assert tally.forked == (len(HEADS) + len(OTHERS) + len(LATE) - 1) * rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

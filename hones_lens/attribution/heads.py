@@ -17,7 +17,7 @@ from hones_lens.attribution.gradients import first_order_falls
 from hones_lens.config import find_settings
 from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
-from hones_lens.interventions import replace_with_other_heads_mean
+from hones_lens.interventions import Hook, replace_with_other_heads_mean
 from hones_lens.racing import Race, RaceResult, Racing
 from hones_lens.results import Component, nan_to_none, none_to_nan, ranked, read_json, write_json
 from hones_lens.speculation import Tally
@@ -178,6 +178,7 @@ def localize_heads(
     progress: bool = True,
     journal: MutableMapping[str, Any] | None = None,
     memory_budget: float | None = None,
+    positions: str = "all",
     prefilter: int | None = None,
     racing: Racing | None = None,
     tally: Tally | None = None,
@@ -197,6 +198,8 @@ def localize_heads(
         progress: Show a progress bar, with the leading heads.
         journal: Finished batches, read and written (see `runs.Journal`).
         memory_budget: GB for activations; default: a share of what is free.
+        positions: `last` replaces heads only from the end of the prompt on, which costs little but is
+            another intervention: what heads do at the image's tokens stays.
         prefilter: Measure only so many heads, those with the largest fall of the right answer's
             log-probability to first order (attribution patching). The others get no score.
         racing: Find the top_k heads without measuring all of them on all examples (see `racing`).
@@ -216,6 +219,8 @@ def localize_heads(
     sweep.check_examples(task, examples)
     k = default_top_k(model) if top_k is None else top_k
     cells, traded = cells_of(model), []
+    if positions != "all":
+        traded.append("heads replaced only from the end of the prompt on")
     if prefilter is not None:
         if not k <= prefilter:
             raise ValueError(f"prefilter keeps {prefilter} heads, fewer than the {k} asked for")
@@ -227,11 +232,12 @@ def localize_heads(
     tally = Tally() if tally is None else tally
     options = {"batch_size": batch_size, "progress": progress, "journal": journal, "tally": tally}
     options["memory_budget"] = memory_budget
+    arms = [[replace_with_other_heads_mean(*cell, positions)] for cell in cells]
     race = None
     if racing is None:
-        base, drops, scores = _measure_all(model, task, examples, cells, options)
+        base, drops, scores = _measure_all(model, task, examples, cells, arms, options)
     else:
-        base, drops, scores, race = _race(model, task, examples, cells, k, racing, options)
+        base, drops, scores, race = _race(model, task, examples, arms, k, racing, options)
         traded.append(
             f"heads raced (right up to {racing.epsilon:g} with probability {1 - racing.delta:g}; "
             f"{np.mean(~np.isnan(drops)):.0%} of the cells measured)"
@@ -266,17 +272,19 @@ def _measure_all(
     task: Task,
     examples: Sequence[Example],
     cells: Sequence[tuple[int, int]],
+    arms: Sequence[Sequence[Hook]],
     options: dict[str, Any],
 ) -> tuple[sweep.Outcome, np.ndarray, np.ndarray]:
     """The clean outcome, every head's drops [head example], and its score."""
-    arms = [[], *([replace_with_other_heads_mean(*cell)] for cell in cells)]
 
     def leaders(found: list[sweep.Outcome]) -> str:
         so_far = [found[0].metric(task) - outcome.metric(task) for outcome in found[1:]]
         best = np.argsort(-np.array(so_far), kind="stable")[:3]
         return "leading: " + ", ".join(f"L{cells[i][0]}H{cells[i][1]} {so_far[i]:.3f}" for i in best)
 
-    base, *under = sweep.measure(model, task, examples, arms, label="heads", leaders=leaders, **options)
+    base, *under = sweep.measure(
+        model, task, examples, [[], *arms], label="heads", leaders=leaders, **options
+    )
     drops = np.array(base.scores) - np.array([outcome.scores for outcome in under])
     return base, drops, np.array([base.metric(task) - outcome.metric(task) for outcome in under])
 
@@ -285,7 +293,7 @@ def _race(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
-    cells: Sequence[tuple[int, int]],
+    arms: Sequence[Sequence[Hook]],
     k: int,
     racing: Racing,
     options: dict[str, Any],
@@ -293,16 +301,15 @@ def _race(
     """As `_measure_all`, with NaN where a head had left the race; the clean model sees every example."""
     if not task.is_mean:
         raise ValueError(f"{task.metric_name} is not a mean over examples, so heads can't be raced on it")
-    race, order = Race(len(cells), len(examples), k, racing), np.random.default_rng(racing.seed)
+    race, order = Race(len(arms), len(examples), k, racing), np.random.default_rng(racing.seed)
     places = order.permutation(len(examples))
-    drops = np.full((len(cells), len(examples)), np.nan)
+    drops = np.full((len(arms), len(examples)), np.nan)
     base = sweep.Outcome(statistics=[np.zeros(0)] * len(examples), scores=[0.0] * len(examples))
     for number, start in enumerate(range(0, len(examples), racing.round_size)):
         here = places[start : start + racing.round_size].tolist()
         running = np.flatnonzero(race.running).tolist()
-        arms = [[], *([replace_with_other_heads_mean(*cells[i])] for i in running)]
-        some = [examples[i] for i in here]
-        clean, *under = sweep.measure(model, task, some, arms, label=f"heads, round {number + 1}", **options)
+        some, still = [examples[i] for i in here], [[], *(arms[i] for i in running)]
+        clean, *under = sweep.measure(model, task, some, still, label=f"heads, round {number + 1}", **options)
         for place, score, statistics in zip(here, clean.scores, clean.statistics, strict=True):
             base.scores[place], base.statistics[place] = score, statistics
         if race.done:
