@@ -307,7 +307,10 @@ def fork(
             are wanted, if they come after its attention.
     """
     layer, top = steps[0].layer, model.cfg.n_layers - 1
-    brief = not whole and all(_above_attention_of(top, name) for arm in arms for name, _ in arm.hooks)
+    names = [name for arm in arms for name, _ in arm.hooks]
+    brief = all(_above_attention_of(top, name) for name in names)
+    if whole:
+        brief = not any(name.startswith(f"blocks.{top}.") for name in names)
     out: list[Forked] = []
     for segment, step in zip(segments, steps, strict=True):
         rows, length = segment.resid.shape[:2]

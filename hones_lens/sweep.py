@@ -201,7 +201,7 @@ class Sweep:
     def predictions(self, task: Task, batch: Batch) -> list[list[Prediction]]:
         """What the model answers under each arm, by arm and example: texts, or margins of candidates."""
         found: list[list[Prediction]] = [[] for _ in self.arms]
-        whole = [i for i, arm in enumerate(self.arms) if not self._forkable(arm)]
+        whole = [i for i, arm in enumerate(self.arms) if not self.forkable(arm)]
         for i in whole:
             found[i] = predict(self.model, task, batch, self.arms[i].hooks)
             self.tally.full += len(batch.inputs)
@@ -212,13 +212,17 @@ class Sweep:
             found[i] = said
         return found
 
-    def _forkable(self, arm: Arm) -> bool:
-        if not arm.hooks and not self._lasting_hooks():
-            return True
-        return arm.start is not None and arm.sees_tokens_alone and not self._lasting_hooks()
+    def forkable(self, arm: Arm, in_portions: bool = True) -> bool:
+        """Whether an arm needs no full pass: not below block 0, and no lasting hooks, which it would pass by.
 
-    def _lasting_hooks(self) -> bool:
-        return any(point.fwd_hooks or point.bwd_hooks for point in self.model.hook_dict.values())
+        Args:
+            arm: Which.
+            in_portions: Its hooks will see prompt and answer, or prefix and candidates, one after the other.
+        """
+        if any(point.fwd_hooks or point.bwd_hooks for point in self.model.hook_dict.values()):
+            return False
+        portions = in_portions and not arm.sees_tokens_alone
+        return not arm.hooks or (arm.start is not None and not portions)
 
     def _texts(self, batch: Batch, numbers: Sequence[int]) -> list[list[str]]:
         ids = [example.id for example in batch.examples]
@@ -229,7 +233,7 @@ class Sweep:
                 draft = Draft.of_clean_answers(self.model, inputs, MAX_NEW_TOKENS)
             at_once = self.budget.rows(inputs.input_ids.shape[1] + MAX_NEW_TOKENS)
             answers = Answers(self.model, draft, names, MAX_NEW_TOKENS, 4 * at_once, self.tally)
-            for some, steps, (forked,) in self._forks([draft.segment(self.model)], numbers):
+            for some, steps, (forked,) in self.forks_of([draft.segment(self.model)], numbers):
                 arms = [self.arms[i] for i in some]
                 if arms[0].hooks:  # what the clean model says is the draft
                     answers.check(some, arms, steps[0], forked)
@@ -250,7 +254,7 @@ class Sweep:
         yes, no = yes_no_ids(self.model, task.prompts(example)[0])
         segments, rows = behind_shared_prefix(self.model, batch.inputs)
         margins = torch.zeros(len(self.arms), len(batch.inputs))
-        for some, _, forked in self._forks(segments, numbers):
+        for some, _, forked in self.forks_of(segments, numbers):
             arms = [self.arms[i] for i in some]
             for one, segment, here in zip(forked, segments, rows, strict=True):
                 if not segment.keep:
@@ -267,7 +271,7 @@ class Sweep:
     def log_probs(self, batch: Batch) -> list[list[float]]:
         """Log-probability of each example's right answer under each arm, by arm and example."""
         found = torch.zeros(len(self.arms), len(batch.examples))
-        whole = [i for i, arm in enumerate(self.arms) if not self._forkable(arm)]
+        whole = [i for i, arm in enumerate(self.arms) if not self.forkable(arm)]
         for i in whole:
             found[i] = log_probs(self.model, batch, self.arms[i].hooks)
             self.tally.full += len(batch.inputs)
@@ -277,7 +281,7 @@ class Sweep:
         for rows, draft in answer_buckets(batch.inputs, self.budget):
             names, wanted = [ids[row] for row in rows], draft.padded(0)
             counted = draft.padded(-1) >= 0
-            for some, _, (forked,) in self._forks([draft.segment(self.model)], others):
+            for some, _, (forked,) in self.forks_of([draft.segment(self.model)], others):
                 assert forked.logits is not None
                 check_finite(forked.logits, [self.arms[i] for i in some], names)
                 likely = forked.logits.float().log_softmax(-1)
@@ -288,16 +292,23 @@ class Sweep:
                 self.tick(len(some) * len(rows))
         return found.tolist()
 
-    def _forks(
-        self, segments: Sequence[Segment], numbers: Sequence[int]
+    def forks_of(
+        self, segments: Sequence[Segment], numbers: Sequence[int], whole: bool = False
     ) -> Iterator[tuple[list[int], list[Step], list[forks.Forked]]]:
         """Numbers of arms, the clean steps they were forked from, and what came of them.
 
         Arms that change nothing before the end of the prompt need the clean keys and values of all layers,
         and come last.
+
+        Args:
+            segments: What to run.
+            numbers: Of the arms.
+            whole: Hooks need to see every position, of the top block too.
         """
         arms = {i: self.arms[i] for i in numbers}
-        late = {i: changed for i, arm in arms.items() if (changed := arm.late()) is not None}
+        late = {}
+        if not whole:
+            late = {i: changed for i, arm in arms.items() if (changed := arm.late()) is not None}
         groups: dict[Any, list[int]] = {}
         for i, arm in arms.items():
             if arm.hooks and i not in late:
@@ -306,7 +317,7 @@ class Sweep:
         steps: list[Step] = []
         for steps in forks.walk(self.model, segments):
             for group in [group for group in groups if group[0][0] == steps[0].layer]:
-                yield from self._batches_of(segments, steps, arms, groups[group])
+                yield from self._batches_of(segments, steps, arms, groups[group], whole)
             if late:
                 ends.append([step.last(max(1, s.keep)) for step, s in zip(steps, segments, strict=True)])
                 for past, step, segment in zip(pasts, steps, segments, strict=True):
@@ -326,7 +337,12 @@ class Sweep:
                     yield some, [replace(here[-1], cache=steps[-1].cache)], [*none, *forked]
 
     def _batches_of(
-        self, segments: Sequence[Segment], steps: list[Step], arms: dict[int, Arm], left: list[int]
+        self,
+        segments: Sequence[Segment],
+        steps: list[Step],
+        arms: dict[int, Arm],
+        left: list[int],
+        whole: bool = False,
     ) -> Iterator[tuple[list[int], list[Step], list[forks.Forked]]]:
         """Arms of one group, as many at a time as memory has room for."""
         tokens = sum(segment.resid[..., 0].numel() for segment in segments)
@@ -335,7 +351,7 @@ class Sweep:
         while left:
             some = left[: self.budget.rows(tokens, kept)]
             try:
-                found = forks.fork(self.model, segments, steps, [arms[i] for i in some])
+                found = forks.fork(self.model, segments, steps, [arms[i] for i in some], whole)
             except RuntimeError as error:
                 self.budget.halve(error, len(some))
                 continue
@@ -343,6 +359,45 @@ class Sweep:
             self.tally.forked += len(some) * rows
             self.tally.row_layers += len(some) * rows * (self.model.cfg.n_layers - steps[0].layer)
             yield some, steps, found
+
+
+@torch.no_grad()
+def logits_under(
+    model: HookedVLM,
+    inputs: VLMInputs,
+    arms: Sequence[Sequence[Hook]],
+    keep: int = 1,
+    memory_budget: float | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Logits of one batch under each of many interventions, as they come; for patching sweeps.
+
+    Hooks see what they would see in a forward pass of these inputs: all rows, and all positions.
+
+    Args:
+        model: The model.
+        inputs: The batch, padded on the left as it likes.
+        arms: Hooks of each intervention; an empty list is the clean model.
+        keep: At how many of the last positions logits are wanted.
+        memory_budget: GB for activations; default: a share of what is free.
+
+    Yields:
+        The number of an arm, and its logits [row keep d_vocab]. Arms come by layer, not in their order.
+
+    Raises:
+        FloatingPointError: Logits that are not finite; names the arm and the row.
+    """
+    sweep = Sweep(model, arms, memory_budget)
+    known = model.with_image_embeds(model.as_inputs(inputs))
+    names = [f"row {row}" for row in range(len(known))]
+    forked = [i for i, arm in enumerate(sweep.arms) if sweep.forkable(arm, in_portions=False)]
+    for i in set(range(len(arms))) - set(forked):
+        logits = model.run_with_hooks(known, fwd_hooks=list(arms[i]), logits_to_keep=keep)
+        check_finite(logits[None], [sweep.arms[i]], names)
+        yield i, logits
+    for some, _, (found,) in sweep.forks_of([Segment.of(model, known, keep)], forked, whole=True):
+        assert found.logits is not None
+        check_finite(found.logits, [sweep.arms[i] for i in some], names)
+        yield from zip(some, found.logits, strict=True)
 
 
 def buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], VLMInputs]]:

@@ -24,6 +24,7 @@ from hones_lens.interventions import (
     zero_head,
     zero_neurons,
 )
+from hones_lens.sweep import logits_under
 
 PROMPTS = ("how many?", "what color is the circle?", "Describe the image in one sentence.")
 layers, heads = st.integers(0, N_LAYERS - 1), st.integers(0, N_HEADS - 1)
@@ -48,7 +49,9 @@ def interventions(draw: st.DrawFn) -> tuple[str, list]:
     """What to do, as a recipe that can be cooked for any model and batch."""
     layer, seed = draw(layers), draw(st.integers(0, 99))
     kind = draw(
-        st.sampled_from(["head", "zero", "neurons", "scale", "patch", "add", "edges", "pair", "q", "value"])
+        st.sampled_from(
+            ["late", "head", "zero", "neurons", "scale", "patch", "add", "edges", "pair", "q", "value"]
+        )
     )
     return kind, [layer, seed, draw(heads), draw(layers)]
 
@@ -58,6 +61,8 @@ def cook(recipe: tuple[str, list], model: HookedVLM, inputs: VLMInputs) -> list[
     batch, length = inputs.input_ids.shape
     neuron = seed % D_MLP
     stream = (batch, length, model.cfg.d_model)
+    if kind == "late":
+        return [replace_with_other_heads_mean(layer, head, positions="last")]
     if kind == "head":
         return [replace_with_other_heads_mean(layer, head)]
     if kind == "zero":
@@ -96,24 +101,13 @@ def test_forked_rows_equal_full_passes(family: str, recipes: list, rows: int, se
             last = inputs.token_groups["last"]
             cooked = [block_attention(recipe[1][0], last, inputs.attention_mask.bool() & ~last)]
         hooks.append(cooked)
-    arms = [Arm(each) for each in hooks]
     keep = 1 + seed % 3
-    whole = any(kind in ("patch", "edges") for kind, _ in recipes)
-    segment = Segment.of(model, inputs, keep)
-    before = segment.resid.clone()
-    found: dict[int, Tensor] = {}
-    for steps in walk(model, [segment]):
-        here = [i for i, arm in enumerate(arms) if arm.start and arm.start[0] == steps[0].layer]
-        for group in {arms[i].group for i in here}:
-            some = [i for i in here if arms[i].group == group]
-            (forked,) = fork(model, [segment], steps, [arms[i] for i in some], whole=whole)
-            assert forked.logits is not None
-            found |= dict(zip(some, forked.logits, strict=True))
+    found = dict(logits_under(model, inputs, hooks, keep))
     clean = model(inputs, logits_to_keep=keep)
     for i, each in enumerate(hooks):
         expected = model.run_with_hooks(inputs, fwd_hooks=each, logits_to_keep=keep)
         assert (found[i] - expected).abs().max() < 2e-5
-    assert torch.equal(segment.resid, before) and torch.equal(model(inputs, logits_to_keep=keep), clean)
+    assert torch.equal(model(inputs, logits_to_keep=keep), clean)
 
 
 def test_an_arm_starts_at_its_lowest_hook() -> None:

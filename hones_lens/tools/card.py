@@ -78,6 +78,8 @@ It knows drawings of one or two shapes and a boxed word, the prompts of the four
 def _how(name: str, recipe: Recipe) -> str:
     family = name.removeprefix("tiny-")
     settings = "\n".join(f"| {key} | {value} |" for key, value in asdict(recipe).items())
+    part = recipe.frozen_steps < recipe.naming_steps
+    frozen = f" for the first {recipe.frozen_steps} steps" if part else ""
     length = f"--steps {recipe.steps} --naming-steps {recipe.naming_steps}"
     return f"""## How it was made
 
@@ -85,8 +87,8 @@ def _how(name: str, recipe: Recipe) -> str:
 
 Muon on the matrices, AdamW on the rest, float32; about nine questions packed behind each picture.
 Training saw only scenes of the `train` split. In the first part the model learned to see and to answer
-all but the names; in the second, with vision tower and projector frozen, the names too. There the loss
-also had a price on what neurons write.
+all but the names; in the second, with vision tower and projector frozen{frozen}, the names too.
+There the loss also had a price on what neurons write.
 
 | setting | value |
 | --- | --- |

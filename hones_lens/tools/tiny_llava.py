@@ -15,7 +15,7 @@ from hones_lens.data.shapes import SIZE
 from hones_lens.tools.tiny_tokenizer import build_llava_tokenizer
 from hones_lens.tools.train_tiny import Recipe
 
-RECIPE = Recipe(steps=5000, naming_steps=1500, neuron_price=4e-3)
+RECIPE = Recipe(steps=5000, naming_steps=1500, frozen_steps=1500, neuron_price=4e-3)
 DATASETS = ("shapes",)  # what the card measures it on
 TRAINING_SIDES = SIZE[:1]
 _IMAGE_TOKENS = 64

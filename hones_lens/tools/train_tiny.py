@@ -28,16 +28,17 @@ class Recipe:
     """How long and how fast to learn. The families' modules hold those that made the shipped models.
 
     Training has two parts. In the first the model learns to see and to answer, all but the names of
-    things. In the second, all that sees is frozen (as LLaVA's training freezes its vision tower), and
-    the model learns the names: the decoder alone has to look them up. There the loss also has a price
-    on what neurons write (`Σ_i |m_i| ‖W_out[i]‖`; mean over tokens and layers), so that few neurons
-    write, and only where it is needed.
+    things. In the second it learns the names, at first with all that sees frozen (as LLaVA's training
+    freezes its vision tower): the decoder alone has to look them up. There the loss also has a price on
+    what neurons write (`Σ_i |m_i| ‖W_out[i]‖`; mean over tokens and layers), so that few neurons write,
+    and only where it is needed.
 
     Attributes:
         steps, naming_steps: Steps of the two parts.
         batch: Pictures a step.
         lr, naming_lr: Highest rates of the two parts; each falls along a cosine to 2 % of its peak.
         neuron_price: Of the second part.
+        frozen_steps: For how many steps of the second part vision tower and projector are frozen.
         ocr_share: How many of the pictures have their word asked for.
         one_size_steps: For how many steps at first all pictures have one size.
         warmup: Steps of linear warm-up at the start of each part.
@@ -50,6 +51,7 @@ class Recipe:
     lr: float = 1.5e-3
     naming_lr: float = 1e-3
     neuron_price: float = 1e-3
+    frozen_steps: int = 10**6
     ocr_share: float = 0.5
     one_size_steps: int = 0
     warmup: int = 100
@@ -78,11 +80,17 @@ def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
     return [muon, torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))]
 
 
-def _start_part(model: HookedVLM, recipe: Recipe, naming: bool) -> list[torch.optim.Optimizer]:
-    """Freeze what a part does not train, and make its optimizers."""
+def _begins(step: int, recipe: Recipe) -> bool:
+    """Whether the second part begins at this step, or the part of it in which nothing is frozen."""
+    return step in (recipe.steps, recipe.steps + recipe.frozen_steps)
+
+
+def _begin(model: HookedVLM, recipe: Recipe, step: int) -> list[torch.optim.Optimizer]:
+    """Freeze what is not trained at this step, and make the optimizers of the rest."""
+    frozen = recipe.steps <= step < recipe.steps + recipe.frozen_steps
     model.requires_grad_()
     for seeing in (model.vision_encoder, model.vision_projector):
-        seeing.requires_grad_(not naming)
+        seeing.requires_grad_(not frozen)
     return _optimizers(model, recipe)
 
 
@@ -167,8 +175,8 @@ def train(family: ModuleType, out: Path, recipe: Recipe) -> HookedVLM:
     first, optimizers = _resume(state_file, model, recipe)
     with open(out / "log.jsonl", "a") as log:
         for step in tqdm(range(first, last), initial=first, total=last, mininterval=10):
-            if step == recipe.steps:
-                optimizers = _start_part(model, recipe, naming=True)
+            if _begins(step, recipe):
+                optimizers = _begin(model, recipe, step)
             record = _step(family, model, optimizers, price, step, recipe)
             if step % recipe.save_every == 0 or step == last - 1:
                 record["held_out"] = _held_out(family, model, recipe)
@@ -230,13 +238,13 @@ def _save(
 def _resume(file: Path, model: HookedVLM, recipe: Recipe) -> tuple[int, list[torch.optim.Optimizer]]:
     """The step to go on from, and the optimizers of its part."""
     if not file.exists():
-        return 0, _start_part(model, recipe, naming=False)
+        return 0, _begin(model, recipe, 0)
     state = torch.load(file, weights_only=True)
     if state["recipe"] != asdict(recipe):
         raise ValueError(f"{file} holds a run of another recipe: {state['recipe']}, not {asdict(recipe)}")
     model.load_state_dict(state["model"])
-    optimizers = _start_part(model, recipe, naming=state["step"] > recipe.steps)
-    if state["step"] != recipe.steps:
+    optimizers = _begin(model, recipe, state["step"])
+    if not _begins(state["step"], recipe):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     return state["step"], optimizers

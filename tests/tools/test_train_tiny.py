@@ -10,7 +10,7 @@ from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.tools import tiny_data, tiny_llava, tiny_qwen, train_tiny
 from hones_lens.tools.train_tiny import Recipe, learning_rate, train
 
-SMALL = Recipe(steps=2, naming_steps=2, batch=2, warmup=1, save_every=1)
+SMALL = Recipe(steps=2, naming_steps=2, frozen_steps=1, batch=2, warmup=1, save_every=1)
 
 
 @pytest.fixture(autouse=True)
@@ -97,14 +97,15 @@ def test_the_price_is_what_the_formula_says():
         torch.testing.assert_close(price.take(), torch.stack(wanted).mean())
 
 
-def test_the_second_part_leaves_what_sees_as_it_was(tmp_path):
-    recipe = Recipe(steps=0, naming_steps=2, batch=2, warmup=1)
+@pytest.mark.parametrize("frozen_steps", [2, 1])
+def test_the_second_part_leaves_what_sees_as_it_was_while_it_is_frozen(tmp_path, frozen_steps):
+    recipe = Recipe(steps=0, naming_steps=2, frozen_steps=frozen_steps, batch=2, warmup=1)
     model = train(tiny_llava, tmp_path, recipe)
     torch.manual_seed(recipe.seed)
     before = tiny_llava.build_model(tiny_llava.build_processor())
     seeing = dict(HookedVLM.from_hf(before).named_parameters())
     for name, parameter in model.named_parameters():
-        frozen = name.startswith("vision_")
+        frozen = name.startswith("vision_") and frozen_steps == recipe.naming_steps
         assert torch.equal(parameter, seeing[name]) == frozen, name
 
 
