@@ -18,13 +18,14 @@ unexport PYTHONPATH
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-dev test test-fast coverage lint format wheel clean distclean
+.PHONY: help demo install install-dev test test-fast coverage benchmark lint format wheel clean distclean
 
 help:
 	@echo "make demo       find and mask the neurons of a small model; writes $(DEMO_OUT)"
 	@echo "make test       all tests that this machine can run"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make coverage   all tests, with the lines that none of them runs"
+	@echo "make benchmark  speed against Hugging Face's model and the naive loop; prints ratios"
 	@echo "make lint       ruff, pyright and the import layers"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make wheel      build $(WHEEL_DIR)/*.whl"
@@ -60,6 +61,9 @@ test-fast: $(VENV)/.dev
 
 coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest --cov $(TEST_ARGS)
+
+benchmark: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-disable-gc -q $(TEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hones_lens.hooked_vlm import HookedVLM
     from hones_lens.inputs import VLMInputs
     from hones_lens.masking import MaskingResult, evaluate_masking, masking_curve
+    from hones_lens.racing import Racing
+    from hones_lens.sweep import logits_under
     from hones_lens.tasks import Task, load_task
 
 _HOMES = {
@@ -27,6 +29,7 @@ _HOMES = {
     "HookedVLM": "hones_lens.hooked_vlm",
     "MaskingResult": "hones_lens.masking",
     "NeuronScores": "hones_lens.attribution.neurons",
+    "Racing": "hones_lens.racing",
     "Task": "hones_lens.tasks",
     "VLMInputs": "hones_lens.inputs",
     "attribute_neurons": "hones_lens.attribution.neurons",
@@ -37,6 +40,7 @@ _HOMES = {
     "load_examples": "hones_lens.data",
     "load_task": "hones_lens.tasks",
     "localize_heads": "hones_lens.attribution.heads",
+    "logits_under": "hones_lens.sweep",
     "masking_curve": "hones_lens.masking",
 }
 
@@ -47,6 +51,7 @@ __all__ = [
     "HookedVLM",
     "MaskingResult",
     "NeuronScores",
+    "Racing",
     "Task",
     "VLMInputs",
     "attribute_neurons",
@@ -57,6 +62,7 @@ __all__ = [
     "load_examples",
     "load_task",
     "localize_heads",
+    "logits_under",
     "masking_curve",
 ]
 

@@ -226,8 +226,10 @@ class Step:
         """The same at the last positions alone."""
         if keep == self.before.shape[1]:
             return self
-        cut = {n: v[:, v.shape[1] - keep :] for n, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **cut, made={})
+        if keep not in self.made:
+            cut = {n: v[:, v.shape[1] - keep :] for n, v in vars(self).items() if isinstance(v, Tensor)}
+            self.made[keep] = replace(self, **cut, made={})
+        return self.made[keep]
 
 
 _WATCHED = {

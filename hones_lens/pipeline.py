@@ -25,7 +25,7 @@ from hones_lens.tasks import load_task
 from hones_lens.viz.report import ExampleView, RunView
 
 # Examples for discovery and for the held-out test; ranking fifty candidates is fifty prompts.
-DEFAULT_SIZES = {False: (84, 84), True: (8, 10)}
+DEFAULT_SIZES = {False: (420, 84), True: (16, 12)}
 OTHER_RANKINGS = (
     "activation_probability",
     "mean_activation",

@@ -19,7 +19,7 @@ from hones_lens.memory import Budget
 from hones_lens.speculation import Tally
 from hones_lens.tasks import TASKS, Task, load_task
 
-SHIPPED = ("tiny-llava",)
+SHIPPED = ("tiny-llava", "tiny-qwen2.5-vl")
 
 
 def half(x: Tensor, hook: object) -> Tensor:

@@ -145,7 +145,7 @@ class HeadScores:
         if self.traded:
             lines.append(f"not exact: {self.traded}")
         if self.near_ties:
-            lines.append(f"{self.near_ties} choices between tokens were closer than rounding can settle")
+            lines.append(f"near-ties between tokens that rounding may settle: {self.near_ties}")
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -9,7 +9,9 @@ from hones_lens.families.qwen2_5_vl import QwenProcessor
 from hones_lens.tools.tiny_tokenizer import build_qwen_tokenizer
 from hones_lens.tools.train_tiny import Recipe
 
-RECIPE = Recipe(steps=4200, naming_steps=2500, frozen_steps=300, ocr_share=1.0, one_size_steps=2000)
+RECIPE = Recipe(
+    steps=4200, naming_steps=2500, frozen_steps=300, polish_steps=900, ocr_share=1.0, one_size_steps=2000
+)
 DATASETS = ("shapes", "shapes-varied")  # what the card measures it on
 TRAINING_SIDES = SIDES
 _N_CTX = 1024

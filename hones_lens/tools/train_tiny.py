@@ -11,6 +11,7 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -27,16 +28,16 @@ from hones_lens.tools import tiny_data
 class Recipe:
     """How long and how fast to learn. The families' modules hold those that made the shipped models.
 
-    Training has two parts. In the first the model learns to see and to answer, all but the names of
-    things. In the second it learns the names, at first with all that sees frozen (as LLaVA's training
-    freezes its vision tower): the decoder alone has to look them up. There the loss also has a price on
-    what neurons write (`Σ_i |m_i| ‖W_out[i]‖`; mean over tokens and layers), so that few neurons write,
-    and only where it is needed.
+    Training has two parts, and a third that goes on with the second at a lower rate. In the first the
+    model learns to see and to answer, all but the names of things. In the second it learns the names, at
+    first with all that sees frozen (as LLaVA's training freezes its vision tower): the decoder alone has
+    to look them up. There the loss also has a price on what neurons write (`Σ_i |m_i| ‖W_out[i]‖`; mean
+    over tokens and layers), so that few neurons write, and only where it is needed.
 
     Attributes:
-        steps, naming_steps: Steps of the two parts.
+        steps, naming_steps, polish_steps: Steps of the parts.
         batch: Pictures a step.
-        lr, naming_lr: Highest rates of the two parts; each falls along a cosine to 2 % of its peak.
+        lr, naming_lr, polish_lr: Highest rates; each falls along a cosine to 2 % of its peak.
         neuron_price: Of the second part.
         frozen_steps: For how many steps of the second part vision tower and projector are frozen.
         ocr_share: How many of the pictures have their word asked for.
@@ -50,6 +51,8 @@ class Recipe:
     batch: int = 16
     lr: float = 1.5e-3
     naming_lr: float = 1e-3
+    polish_steps: int = 0
+    polish_lr: float = 7e-4
     neuron_price: float = 1e-3
     frozen_steps: int = 10**6
     ocr_share: float = 0.5
@@ -81,13 +84,17 @@ def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
 
 
 def _begins(step: int, recipe: Recipe) -> bool:
-    """Whether the second part begins at this step, or the part of it in which nothing is frozen."""
-    return step in (recipe.steps, recipe.steps + recipe.frozen_steps)
+    """Whether a part begins at this step, or that of the second in which nothing is frozen."""
+    return step in (
+        recipe.steps,
+        recipe.steps + recipe.frozen_steps,
+        recipe.steps + recipe.naming_steps,
+    )
 
 
 def _begin(model: HookedVLM, recipe: Recipe, step: int) -> list[torch.optim.Optimizer]:
     """Freeze what is not trained at this step, and make the optimizers of the rest."""
-    frozen = recipe.steps <= step < recipe.steps + recipe.frozen_steps
+    frozen = recipe.steps <= step < recipe.steps + min(recipe.frozen_steps, recipe.naming_steps)
     model.requires_grad_()
     for seeing in (model.vision_encoder, model.vision_projector):
         seeing.requires_grad_(not frozen)
@@ -96,9 +103,16 @@ def _begin(model: HookedVLM, recipe: Recipe, step: int) -> list[torch.optim.Opti
 
 def learning_rate(step: int, recipe: Recipe) -> float:
     """In each part: linear warm-up, then a cosine down to 2 % of the part's peak."""
-    peak, total = recipe.lr, recipe.steps
-    if step >= recipe.steps:
-        step, peak, total = step - recipe.steps, recipe.naming_lr, recipe.naming_steps
+    parts = (
+        (recipe.lr, recipe.steps),
+        (recipe.naming_lr, recipe.naming_steps),
+        (recipe.polish_lr, recipe.polish_steps),
+    )
+    peak, total = parts[0]
+    for (_, before), (peak_here, here) in pairwise(parts):
+        if step < before:
+            break
+        step, peak, total = step - before, peak_here, here
     if step < recipe.warmup:
         return peak * (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, total - recipe.warmup)
@@ -170,7 +184,7 @@ def train(family: ModuleType, out: Path, recipe: Recipe) -> HookedVLM:
     hf_model = family.build_model(processor)
     model = HookedVLM.from_hf(hf_model, processor)
     price = NeuronPrice(model)
-    last = recipe.steps + recipe.naming_steps
+    last = recipe.steps + recipe.naming_steps + recipe.polish_steps
     state_file = out / "state.pt"
     first, optimizers = _resume(state_file, model, recipe)
     with open(out / "log.jsonl", "a") as log:

@@ -64,7 +64,7 @@ def _print_heads(console: Console, run: RunView) -> None:
     if run.heads.traded:
         note += f"; not exact: {run.heads.traded}"
     if run.heads.near_ties:
-        note += f"; {run.heads.near_ties} choices closer than rounding can settle"
+        note += f"; near-ties between tokens that rounding may settle: {run.heads.near_ties}"
     _print(console, title, table, note)
 
 
