@@ -220,7 +220,7 @@ class Step:
     neurons: Float[Tensor, "row pos d_mlp"]
     after: Float[Tensor, "row pos d_model"]
     cache: KVCache
-    made: dict[Any, Tensor] = field(default_factory=dict)
+    made: dict[Any, Any] = field(default_factory=dict)
 
     def last(self, keep: int) -> Step:
         """The same at the last positions alone."""
