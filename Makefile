@@ -18,11 +18,12 @@ unexport PYTHONPATH
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-dev test test-fast coverage benchmark lint format wheel clean distclean
+.PHONY: help demo install install-dev test test-all test-fast coverage benchmark lint format wheel clean distclean
 
 help:
 	@echo "make demo       find and mask the neurons of a small model; writes $(DEMO_OUT)"
-	@echo "make test       all tests that this machine can run"
+	@echo "make test       the tests, in less than ten minutes"
+	@echo "make test-all   and those that take minutes each"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make coverage   all tests, with the lines that none of them runs"
 	@echo "make benchmark  speed against Hugging Face's model and the naive loop; prints ratios"
@@ -54,6 +55,9 @@ demo: $(VENV)/.core
 	done
 
 test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not exhaustive" $(TEST_ARGS)
+
+test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-fast: $(VENV)/.dev

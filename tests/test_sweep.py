@@ -215,6 +215,7 @@ def test_shipped_models_every_fifth_head(name: str, task: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("task", TASKS)
 def test_shipped_models_every_head(name: str, task: str) -> None:
