@@ -38,12 +38,11 @@ class Arm:
 
     def __init__(self, hooks: Sequence[Hook] = ()):
         places = [_place(name) for name, _ in hooks]
-        known = [place for place in places if place is not None]
-        self.start = min(known) if known and len(known) == len(places) else None
-        self.hooks = tuple(hooks)
-        if self.start is not None:
-            order = sorted(range(len(hooks)), key=lambda i: known[i])
-            self.hooks = tuple(hooks[i] for i in order)
+        self._places = sorted(place for place in places if place is not None)
+        self.start, self.hooks = None, tuple(hooks)
+        if hooks and len(self._places) == len(hooks):
+            self.start = self._places[0]
+            self.hooks = tuple(sorted(hooks, key=lambda hook: _place(hook[0]) or (0, 0)))
 
     @property
     def sees_tokens_alone(self) -> bool:
@@ -55,9 +54,9 @@ class Arm:
         """What the lowest hook changes, where only the difference has to be computed there."""
         if self.start is None:
             return None
-        (name, first), others = self.hooks[0], self.hooks[1:]
-        if any(_place(other)[0] == self.start[0] for other, _ in others):  # type: ignore[index]
+        if any(layer == self.start[0] for layer, _ in self._places[1:]):
             return None
+        name, first = self.hooks[0]
         if isinstance(first, HeadEdit):
             return None if first.only is None or first.late else first
         if isinstance(first, Scale) and name.endswith("mlp.hook_post") and first.axis in (-1, 2):

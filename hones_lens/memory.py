@@ -60,7 +60,8 @@ class Budget:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    said = ("not enough memory", "can't allocate memory")  # PyTorch's words on a CPU
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -220,3 +220,23 @@ class Race:
             high=tuple(high.tolist()),
             racing=self.racing,
         )
+
+
+def replay(values: np.ndarray, k: int, racing: Racing) -> RaceResult:
+    """Race on values that are all known, such as stored drops: what would have been measured, and found.
+
+    Args:
+        values: Between −1 and 1, [n_arms n_examples].
+        k: How many to find.
+        racing: Confidence, tolerance, and the seed of the examples' order.
+
+    Raises:
+        ValueError: As `Race` and `Confidence.add`.
+    """
+    n_arms, n_examples = values.shape
+    order = np.random.default_rng(racing.seed).permutation(n_examples)
+    race, at = Race(n_arms, n_examples, k, racing), 0
+    while not race.done:
+        race.add(values[race.running][:, order[at : at + racing.round_size]])
+        at += racing.round_size
+    return race.result()

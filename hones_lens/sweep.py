@@ -41,6 +41,11 @@ class Batch:
     inputs: VLMInputs
     rows: Sequence[int]
 
+    @property
+    def ids(self) -> list[str]:
+        """The examples' names."""
+        return [example.id for example in self.examples]
+
 
 def as_task(task: str | Task) -> Task:
     """A task, or the task of that name."""
@@ -105,15 +110,10 @@ def predict(model: HookedVLM, task: Task, batch: Batch, hooks: Sequence[Hook] = 
     Raises:
         FloatingPointError: Logits that are not finite; names the hooks and the examples.
     """
-    with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
-        try:
-            if not task.ranks:
-                return list(model.generate(batch.inputs, max_new_tokens=MAX_NEW_TOKENS))
-            return _margins(model, task, batch)
-        except FloatingPointError as error:
-            ids = ", ".join(example.id for example in batch.examples)
-            where = ", ".join(name for name, _ in hooks) or "no hook"
-            raise FloatingPointError(f"{error} (hooks: {where}; examples: {ids})") from error
+    with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)), naming(batch.ids, hooks):
+        if not task.ranks:
+            return list(model.generate(batch.inputs, max_new_tokens=MAX_NEW_TOKENS))
+        return _margins(model, task, batch)
 
 
 def _margins(model: HookedVLM, task: Task, batch: Batch) -> list[list[float]]:
@@ -141,12 +141,13 @@ def yes_no_ids(model: HookedVLM, prompt: str) -> tuple[int, int]:
 
 
 @contextmanager
-def naming_clean(ids: Sequence[str]) -> Iterator[None]:
-    """Say of a FloatingPointError that is raised inside that there were no hooks, and which examples."""
+def naming(ids: Sequence[str], hooks: Sequence[Hook] = ()) -> Iterator[None]:
+    """Add hooks and ids of the examples to a FloatingPointError that is raised inside."""
     try:
         yield
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error} (hooks: no hook; examples: {', '.join(ids)})") from error
+        where = ", ".join(str(name) for name, _ in hooks) or "no hook"
+        raise FloatingPointError(f"{error} (hooks: {where}; examples: {', '.join(ids)})") from error
 
 
 def log_probs(model: HookedVLM, batch: Batch, hooks: Sequence[Hook] = ()) -> Tensor:
@@ -200,36 +201,42 @@ class Sweep:
 
     def predictions(self, task: Task, batch: Batch) -> list[list[Prediction]]:
         """What the model answers under each arm, by arm and example: texts, or margins of candidates."""
-        found: list[list[Prediction]] = [[] for _ in self.arms]
-        whole = [i for i, arm in enumerate(self.arms) if not self.forkable(arm)]
-        for i in whole:
+        forkable = self.forkable()
+        answers = self._margins(task, batch, forkable) if task.ranks else self._texts(batch, forkable)
+        found = dict(zip(forkable, answers, strict=True))
+        for i in self._whole(batch, forkable):
             found[i] = predict(self.model, task, batch, self.arms[i].hooks)
-            self.tally.full += len(batch.inputs)
-            self.tick(len(batch.examples))
-        others = [i for i in range(len(self.arms)) if i not in set(whole)]
-        answers = self._margins(task, batch, others) if task.ranks else self._texts(batch, others)
-        for i, said in zip(others, answers, strict=True):
-            found[i] = said
-        return found
+        return [found[i] for i in range(len(self.arms))]
 
-    def forkable(self, arm: Arm, in_portions: bool = True) -> bool:
-        """Whether an arm needs no full pass: not below block 0, and no lasting hooks, which it would pass by.
+    def forkable(self, in_portions: bool = True) -> list[int]:
+        """Numbers of the arms that need no full pass: with no hook below block 0.
+
+        None at all while the model has lasting hooks, which a fork would pass by.
 
         Args:
-            arm: Which.
-            in_portions: Its hooks will see prompt and answer, or prefix and candidates, one after the other.
+            in_portions: Hooks will see prompt and answer, or prefix and candidates, one after the other.
         """
         if any(point.fwd_hooks or point.bwd_hooks for point in self.model.hook_dict.values()):
-            return False
-        portions = in_portions and not arm.sees_tokens_alone
-        return not arm.hooks or (arm.start is not None and not portions)
+            return []
+        return [
+            i
+            for i, arm in enumerate(self.arms)
+            if not arm.hooks or (arm.start is not None and (arm.sees_tokens_alone or not in_portions))
+        ]
+
+    def _whole(self, batch: Batch, forkable: Sequence[int]) -> Iterator[int]:
+        """The other arms, whose rows are counted as run when the next one is asked for."""
+        for i in set(range(len(self.arms))) - set(forkable):
+            yield i
+            self.tally.full += len(batch.inputs)
+            self.tick(len(batch.examples))
 
     def _texts(self, batch: Batch, numbers: Sequence[int]) -> list[list[str]]:
-        ids = [example.id for example in batch.examples]
+        ids = batch.ids
         texts: dict[tuple[int, int], str] = {}
         for rows, inputs in buckets(batch.inputs, self.budget):
             names = [ids[row] for row in rows]
-            with naming_clean(names):
+            with naming(names):
                 draft = Draft.of_clean_answers(self.model, inputs, MAX_NEW_TOKENS)
             at_once = self.budget.rows(inputs.input_ids.shape[1] + MAX_NEW_TOKENS)
             answers = Answers(self.model, draft, names, MAX_NEW_TOKENS, 4 * at_once, self.tally)
@@ -271,17 +278,14 @@ class Sweep:
     def log_probs(self, batch: Batch) -> list[list[float]]:
         """Log-probability of each example's right answer under each arm, by arm and example."""
         found = torch.zeros(len(self.arms), len(batch.examples))
-        whole = [i for i, arm in enumerate(self.arms) if not self.forkable(arm)]
-        for i in whole:
+        forkable = self.forkable()
+        for i in self._whole(batch, forkable):
             found[i] = log_probs(self.model, batch, self.arms[i].hooks)
-            self.tally.full += len(batch.inputs)
-            self.tick(len(batch.examples))
-        others = [i for i in range(len(self.arms)) if i not in set(whole)]
-        ids = [example.id for example in batch.examples]
+        ids = batch.ids
         for rows, draft in answer_buckets(batch.inputs, self.budget):
             names, wanted = [ids[row] for row in rows], draft.padded(0)
             counted = draft.padded(-1) >= 0
-            for some, _, (forked,) in self.forks_of([draft.segment(self.model)], others):
+            for some, _, (forked,) in self.forks_of([draft.segment(self.model)], forkable):
                 assert forked.logits is not None
                 check_finite(forked.logits, [self.arms[i] for i in some], names)
                 likely = forked.logits.float().log_softmax(-1)
@@ -389,7 +393,7 @@ def logits_under(
     sweep = Sweep(model, arms, memory_budget)
     known = model.with_image_embeds(model.as_inputs(inputs))
     names = [f"row {row}" for row in range(len(known))]
-    forked = [i for i, arm in enumerate(sweep.arms) if sweep.forkable(arm, in_portions=False)]
+    forked = sweep.forkable(in_portions=False)
     for i in set(range(len(arms))) - set(forked):
         logits = model.run_with_hooks(known, fwd_hooks=list(arms[i]), logits_to_keep=keep)
         check_finite(logits[None], [sweep.arms[i]], names)

@@ -5,23 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hones_lens.racing import Confidence, Race, Racing
+from hones_lens.racing import Confidence, Race, Racing, replay
 
 
 def drops(rng: np.random.Generator, means: np.ndarray, n: int) -> np.ndarray:
     """Sparse values in {−1, 0, 1} with about these means, as drops of an exact match are: [arm example]."""
     lost = rng.random((len(means), n)) < np.abs(means)[:, None]
     return np.sign(means)[:, None] * lost
-
-
-def run(values: np.ndarray, k: int, racing: Racing) -> Race:
-    order = np.random.default_rng(racing.seed).permutation(values.shape[1])
-    race, at = Race(*values.shape, k, racing), 0
-    while not race.done:
-        some = order[at : at + racing.round_size]
-        race.add(values[race.running][:, some])
-        at += racing.round_size
-    return race
 
 
 def test_bounds_hold_at_all_times_and_close_at_the_end() -> None:
@@ -60,8 +50,7 @@ def test_the_k_best_win(epsilon: float) -> None:
     kth = np.sort(values.mean(1))[-k]
     wrong, measured = 0, 0
     for seed in range(1000):
-        race = run(values, k, Racing(delta, epsilon, round_size=24, seed=seed))
-        result = race.result()
+        result = replay(values, k, Racing(delta, epsilon, round_size=24, seed=seed))
         assert len(result.winners) == k
         wrong += any(values[i].mean() < kth - epsilon - 1e-12 for i in result.winners)
         measured += sum(result.examples)
@@ -71,10 +60,10 @@ def test_the_k_best_win(epsilon: float) -> None:
 
 def test_ties_are_settled_by_running_to_the_end() -> None:
     values = np.tile(np.array([1.0, 0.0] * 20), (4, 1))
-    race = run(values, 2, Racing(0.05, 0.0, round_size=8))
-    assert race.result().winners == (0, 1) and race.result().examples == (40,) * 4
-    early = run(np.tile(np.zeros(400), (4, 1)), 2, Racing(0.05, 0.2, round_size=40))
-    assert max(early.result().examples) < 400
+    late = replay(values, 2, Racing(0.05, 0.0, round_size=8))
+    assert late.winners == (0, 1) and late.examples == (40,) * 4
+    early = replay(np.tile(np.zeros(400), (4, 1)), 2, Racing(0.05, 0.2, round_size=40))
+    assert max(early.examples) < 400
 
 
 def test_races_refuse() -> None:

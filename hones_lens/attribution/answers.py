@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hones_lens.data.examples import Example
 from hones_lens.inputs import VLMInputs
 
 
@@ -67,13 +64,3 @@ def at_positions(inputs: VLMInputs, positions: str) -> Bool[Tensor, "row pos"]:
     assert inputs.answer_mask is not None
     first = inputs.answer_mask.int().argmax(-1)
     return torch.arange(inputs.input_ids.shape[1], device=first.device) == first[:, None] - 1
-
-
-@contextmanager
-def naming(examples: Sequence[Example]) -> Iterator[None]:
-    """Add the examples' ids to a FloatingPointError that is raised inside."""
-    try:
-        yield
-    except FloatingPointError as error:
-        ids = ", ".join(example.id for example in examples)
-        raise FloatingPointError(f"{error} (examples: {ids})") from error

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hones_lens import sweep
-from hones_lens.attribution.answers import Answer, at_positions, naming
+from hones_lens.attribution.answers import Answer, at_positions
 from hones_lens.data.examples import Example
 from hones_lens.data.pairs import CounterfactualPair
 from hones_lens.forks import Step, steps_of
@@ -51,7 +51,7 @@ def gradient_times_activation(
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     for batch in _batches(model, task, examples, batch_size, progress):
         where = at_positions(batch.inputs, positions)[..., None]
-        with naming(batch.examples):
+        with sweep.naming(batch.ids):
             found = neuron_gradients(model, batch.inputs)
         for layer, (m, gradient) in enumerate(found):
             total[layer] += (where * m * gradient).sum((0, 1), dtype=torch.float64).cpu()
@@ -94,7 +94,7 @@ def attribution_patching(
     others = sweep.answer_batches(model, task, corrupted, batch_size)
     for batch, other in zip(_batches(model, task, clean, batch_size, progress), others, strict=True):
         where = at_positions(batch.inputs, positions)[..., None]
-        with naming(batch.examples):
+        with sweep.naming(batch.ids):
             found = neuron_gradients(model, batch.inputs)
         for (m, gradient), step in zip(found, steps_of(model, other.inputs), strict=True):
             product = where * (m - step.neurons) * gradient
@@ -151,7 +151,7 @@ def qrnca(
         for instances in queries.values():
             attribution = torch.zeros(shape, dtype=torch.float64)
             for batch in sweep.answer_batches(model, task, instances, batch_size=1):
-                with naming(batch.examples):
+                with sweep.naming(batch.ids):
                     for step in steps_of(model, batch.inputs):
                         attribution[step.layer] += integrated_gradients(model, batch.inputs, step, **options)
                 bar.update(1)
@@ -265,7 +265,7 @@ def first_order_falls(
     _, edit = replace_with_other_heads_mean(0, 0)
     assert isinstance(edit, HeadEdit)
     for batch in _batches(model, task, examples, batch_size, progress):
-        with naming(batch.examples):
+        with sweep.naming(batch.ids):
             found = _gradients_at(model, batch.inputs, names)
         for layer, (z, gradient) in enumerate(found):
             change = (edit.alone(z) - z) * gradient
