@@ -67,7 +67,7 @@ coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest --cov $(TEST_ARGS)
 
 benchmark: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-disable-gc -q $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --confcutdir=tests/benchmarks --benchmark-disable-gc -q $(TEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -6,18 +6,12 @@ import numpy as np
 
 import hones_lens as hl
 from hones_lens import HookedVLM, localize_heads
-from hones_lens.racing import Race, Racing
+from hones_lens.racing import Racing, replay
 
 
 def share_measured(values: np.ndarray, k: int, racing: Racing, layers: np.ndarray) -> tuple[float, bool]:
     """Row-layers with racing over those without, and whether the winners are right up to epsilon."""
-    order = np.random.default_rng(racing.seed).permutation(values.shape[1])
-    race, at = Race(*values.shape, k, racing), 0
-    while not race.done:
-        some = order[at : at + racing.round_size]
-        race.add(values[race.running][:, some])
-        at += racing.round_size
-    found = race.result()
+    found = replay(values, k, racing)
     cost = (np.array(found.examples) * layers).sum() / (values.shape[1] * layers.sum())
     kth = np.sort(values.mean(1))[-k]
     return float(cost), all(values[i].mean() >= kth - racing.epsilon for i in found.winners)
