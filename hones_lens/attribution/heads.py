@@ -85,7 +85,7 @@ class HeadScores:
             ValueError: More than were raced for.
         """
         k = self.top_k if k is None else k
-        known = self.counts > 0
+        known = ~self.scores.isnan()
         if self.race is not None:
             if k > len(self.race.winners):
                 raise ValueError(f"{k} heads asked for, but {len(self.race.winners)} were raced for")

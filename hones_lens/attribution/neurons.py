@@ -21,7 +21,7 @@ from hones_lens.config import find_settings
 from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.interventions import Hook, neuron_hook, replace_with_other_heads_mean
-from hones_lens.results import Component, ranked, read_json, write_json
+from hones_lens.results import Component, nan_to_none, none_to_nan, ranked, read_json, write_json
 from hones_lens.tasks import Task
 
 DEFAULT_RATIO = 0.01
@@ -35,7 +35,7 @@ class NeuronScores:
         task: What was asked.
         method: How neurons were scored: `hones`, or a ranking's name.
         model_name: Whose neurons.
-        scores: Higher is more important, [layer d_mlp].
+        scores: Higher is more important, [layer d_mlp]; minus infinity where it is not known.
         ratio: Share of all neurons that are task neurons by default.
         n_examples: How many examples it rests on.
     """
@@ -71,7 +71,8 @@ class NeuronScores:
         """Write everything to JSON, with the task neurons as a list of (layer, neuron, score)."""
         data = {name: value for name, value in vars(self).items() if name != "scores"}
         top = [list(c) for c in self.top()]
-        write_json(file, {"kind": "neurons", **data, "top": top, "scores": self.scores.tolist()})
+        scores = nan_to_none(self.scores.where(self.scores.isfinite(), torch.nan).tolist())
+        write_json(file, {"kind": "neurons", **data, "top": top, "scores": scores})
 
     @classmethod
     def load(cls, file: str | Path) -> NeuronScores:
@@ -81,7 +82,8 @@ class NeuronScores:
             ValueError: Another kind of file.
         """
         data = read_json(file, "neurons")
-        data["scores"] = torch.tensor(data["scores"], dtype=torch.float64)
+        scores = torch.tensor(none_to_nan(data["scores"]), dtype=torch.float64)
+        data["scores"] = scores.nan_to_num(nan=-torch.inf)
         return cls(**{name: data[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
