@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -45,10 +46,30 @@ _DOTS = {
 }
 
 
-def glyph(letter: str) -> np.ndarray:
+def glyph(letter: str, dots: Mapping[str, str] = _DOTS) -> np.ndarray:
     """Boolean mask [14, 10] of one letter (dots of two by two pixels)."""
-    rows = [[int(byte, 16) >> bit & 1 for bit in (4, 3, 2, 1, 0)] for byte in _DOTS[letter].split()]
+    rows = [[int(byte, 16) >> bit & 1 for bit in (4, 3, 2, 1, 0)] for byte in dots[letter].split()]
     return np.kron(np.array(rows, dtype=bool), np.ones((2, 2), dtype=bool))
+
+
+class Look(NamedTuple):
+    """How things and letters are painted.
+
+    Attributes:
+        palette: RGB by name of colour.
+        radii: Pixels by name of size.
+        box, ink: RGB of the box's border and of the letters.
+        glyph: Boolean mask of a letter, 14 pixels high and at most as wide as letters are apart.
+    """
+
+    palette: Mapping[str, tuple[int, int, int]] = PALETTE
+    radii: Mapping[str, float] = RADII
+    box: tuple[int, int, int] = BOX_BLUE
+    ink: tuple[int, int, int] = INK
+    glyph: Callable[[str], np.ndarray] = glyph
+
+
+PLAIN = Look()
 
 
 def shape_mask(shape: str, center: tuple[float, float], radius: float, size: tuple[int, int]) -> np.ndarray:
@@ -68,21 +89,29 @@ def shape_mask(shape: str, center: tuple[float, float], radius: float, size: tup
     raise ValueError(f"no shape {shape!r} to draw")
 
 
-def draw_scene(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, no anti-aliasing."""
+def draw_scene(scene: Scene, look: Look = PLAIN, backdrop: np.ndarray | None = None) -> Image.Image:
+    """The picture of a scene: RGB, no anti-aliasing.
+
+    Args:
+        scene: What to draw.
+        look: How.
+        backdrop: What lies behind things and box, uint8 [height, width, 3]; default: the plain background.
+    """
     width, height = scene.size
     pixels = np.full((height, width, 3), scene.background, dtype=np.uint8)
+    if backdrop is not None:
+        pixels[:] = backdrop
     for thing in scene.things:
         cx = (thing.col + 0.5) * width / 3 + thing.dx
         cy = (thing.row + 0.5) * height / 3 + thing.dy
-        color = np.clip(np.array(PALETTE[thing.color]) + thing.shade, 0, 255).astype(np.uint8)
-        pixels[shape_mask(thing.shape, (cx, cy), RADII[thing.size], scene.size)] = color
+        color = np.clip(np.array(look.palette[thing.color]) + thing.shade, 0, 255).astype(np.uint8)
+        pixels[shape_mask(thing.shape, (cx, cy), look.radii[thing.size], scene.size)] = color
     left, top, right, bottom = text_box(scene)
-    pixels[top:bottom, left:right] = BOX_BLUE
+    pixels[top:bottom, left:right] = look.box
     pixels[top + 2 : bottom - 2, left + 2 : right - 2] = scene.background
     for i, letter in enumerate(scene.word):
-        x = left + 8 + PITCH * i
-        pixels[top + 5 : top + 19, x : x + 10][glyph(letter)] = INK
+        x, mask = left + 8 + PITCH * i, look.glyph(letter)
+        pixels[top + 5 : top + 19, x : x + mask.shape[1]][mask] = look.ink
     return Image.fromarray(pixels, mode="RGB")
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, Protocol
 
 from PIL import Image
+
+
+_PICTURES_HELD = 256  # the latest; thousands of photographs would fill the memory
 
 
 class ImageSource(Protocol):
@@ -46,7 +49,12 @@ class Example:
     kind: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
-    @cached_property
+    @property
     def image(self) -> Image.Image:
         """The picture (PIL, RGB), with the blue box drawn where the task needs one."""
-        return self.image_source.load()
+        return _image_of(self)
+
+
+@lru_cache(maxsize=_PICTURES_HELD)
+def _image_of(example: Example) -> Image.Image:
+    return example.image_source.load()

@@ -346,8 +346,15 @@ def draw_examples(
     limit: int | None,
     seed: int,
     files: Sequence[str | Path | None],
+    *,
+    drawn_from: Iterator[Scene] | None = None,
 ) -> list[Example]:
-    """The examples of a data set that is drawn from this world; see `load`."""
+    """The examples of a data set that is drawn from this world; see `load`.
+
+    Args:
+        drawn_from: A stream of scenes of this split and seed; default: those of `scenes`.
+        name, sides, task, split, limit, seed, files: As in `load`; `sides` as in `scenes`.
+    """
     if any(file is not None for file in files):
         raise ValueError("the shapes world is drawn, not read: leave out data_file and image_dir")
     if task not in _FIELDS:
@@ -356,7 +363,8 @@ def draw_examples(
         raise ValueError(f"limit must be at least 1, not {limit}")
     asked: dict[str, int] = dict.fromkeys(KINDS, 0)
     out = []
-    for scene in itertools.islice(scenes(split, seed, sides), limit or DEFAULT_LIMIT):
+    stream = scenes(split, seed, sides) if drawn_from is None else drawn_from
+    for scene in itertools.islice(stream, limit or DEFAULT_LIMIT):
         fields = _FIELDS[task](Dice("example", seed, split, len(out)), scene, asked)
         out.append(Example(f"{name}/{split}/{seed}/{len(out)}", scene, facts={"scene": scene}, **fields))
     return out

@@ -1,0 +1,43 @@
+"""`flickr30k`: captions of Flickr30k.
+
+Files: `flickr_annotations_30k.csv`, with the columns `raw` (five captions, a JSON list), `filename`,
+`img_id`, `sentids` and `split`; or Karpathy's `dataset_flickr30k.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+from hones_lens.data import captions
+from hones_lens.data.files import load_records
+from hones_lens.data.reading import outline, read_csv, read_json
+from hones_lens.data.records import BadRecord, Format, Record, Row, captions_of, text_of
+
+
+def rows(file: Path, task: str) -> list[Row]:
+    """One row an image, from either file."""
+    if file.suffix.lower() != ".csv":
+        top = read_json(file)
+        if not captions.is_karpathy(top):
+            raise ValueError(f"{file} is not Karpathy's JSON: no list 'images', but {outline(top)}")
+        return captions.karpathy_rows(top, file, "filename")
+    lines = read_csv(file)
+    for column in ("raw", "filename"):
+        if column not in lines[0][1]:
+            raise ValueError(f"{file} has no column {column!r}, but {', '.join(lines[0][1])}")
+    return [Row(cells["filename"] or f"line {n}", partial(_row, cells)) for n, cells in lines]
+
+
+def _row(cells: dict[str, str]) -> Record:
+    name = text_of(cells["filename"], "filename")
+    try:
+        raw = json.loads(cells["raw"])
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"raw is not a JSON list of captions: {error}") from error
+    return Record(id=name, image_key=name, files=(name,), references=captions_of(raw))
+
+
+FORMAT = Format("flickr30k", captions.TASKS, rows)
+load = partial(load_records, FORMAT)

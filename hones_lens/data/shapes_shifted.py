@@ -1,0 +1,135 @@
+"""`shapes-shifted`: the shapes world as models that were trained on `shapes` have never seen it.
+
+The scenes, questions, words and splits follow the same rules. What differs is how they look: other shades
+of the colours, letters of another font, things of another size that stand less exactly in their cells,
+lines and grain behind them, and, in three scenes out of ten, a background lighter than any in `shapes`.
+It plays the part of an out-of-distribution test set: the shipped models still do each task, but worse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hones_lens.data.drawing import Look, draw_scene, glyph
+from hones_lens.data.examples import Example
+from hones_lens.data.shapes import SIZE, SPLITS, Dice, Scene, draw_examples, random_scene
+
+_PALETTE = {
+    "red": (190, 30, 60),
+    "green": (30, 140, 80),
+    "blue": (35, 90, 200),
+    "yellow": (245, 225, 90),
+    "purple": (130, 50, 170),
+    "orange": (250, 150, 50),
+}
+_RADII = {"small": 8.0, "large": 14.5}
+_BOX_BLUE = (50, 85, 235)
+_INK = (235, 235, 220)
+_JITTER = 4  # pixels; `shapes` has 3
+_BRIGHT_SHARE, _BRIGHTER = 0.3, (25, 60)  # how many scenes have a lighter background, and by how much
+_N_LINES, _LINE_TONE, _GRAIN = 2, 14, 6
+
+# An angular font, 5 x 7 dots a letter, as in `drawing`.
+_DOTS = {
+    "A": "0E 1B 11 11 1F 11 11",
+    "C": "1F 11 10 10 10 11 1F",
+    "E": "1F 10 10 1E 10 11 1F",
+    "H": "11 11 11 1F 11 11 1B",
+    "K": "11 12 14 1C 14 12 11",
+    "L": "10 10 10 10 10 11 1F",
+    "M": "11 1B 15 15 15 11 11",
+    "N": "11 19 19 15 13 13 11",
+    "O": "1F 11 11 11 11 11 1F",
+    "P": "1E 11 11 1E 10 10 18",
+    "R": "1E 11 11 1E 14 12 13",
+    "S": "1F 10 10 1E 01 01 1F",
+    "T": "1F 15 04 04 04 04 0E",
+    "U": "11 11 11 11 11 13 0F",
+    "X": "11 11 0A 0E 0A 11 11",
+    "Z": "1F 11 02 04 08 11 1F",
+}
+
+
+def shifted_glyph(letter: str) -> np.ndarray:
+    """Boolean mask [14, 10] of one letter of this world's font."""
+    return glyph(letter, _DOTS)
+
+
+LOOK = Look(_PALETTE, _RADII, _BOX_BLUE, _INK, shifted_glyph)
+
+
+@dataclass(frozen=True)
+class ShiftedScene(Scene):
+    """A scene that is drawn in this world's look.
+
+    Attributes:
+        clutter: Seed of the lines and the grain behind the things, which stay when a fact is changed.
+    """
+
+    clutter: int = 0
+
+    def load(self) -> Image.Image:
+        """Draw the scene (RGB, `size` = width and height in pixels)."""
+        return draw_scene(self, LOOK, backdrop(self))
+
+
+def backdrop(scene: ShiftedScene) -> np.ndarray:
+    """Lines across a grainy background, uint8 [height, width, 3]; integers alone, so no machine differs."""
+    width, height = scene.size
+    dice = Dice("clutter", scene.clutter)
+    pixels = np.full((height, width), scene.background)
+    y, x = np.mgrid[0:height, 0:width]
+    for _ in range(_N_LINES):
+        a, b, tone = dice.between(1, 8), dice.between(-8, 8), dice.pick((-1, 1)) * _LINE_TONE
+        through = a * dice.below(width) + b * dice.below(height)
+        pixels[2 * np.abs(a * x + b * y - through) <= max(a, abs(b))] = scene.background + tone
+    drawn = hashlib.shake_256(f"grain/{scene.clutter}".encode()).digest(width * height)
+    grain = np.frombuffer(drawn, np.uint8).reshape(height, width).astype(int) % (2 * _GRAIN + 1) - _GRAIN
+    grey = pixels + grain
+    return np.repeat(grey[:, :, None], 3, axis=2).astype(np.uint8)
+
+
+def scenes(split: str, seed: int) -> Iterator[ShiftedScene]:
+    """An endless stream of the scenes of one split; scene k depends on (seed, split, k) only.
+
+    Raises:
+        ValueError: An unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r} of the shapes world; valid: {', '.join(SPLITS)}")
+    for k in count():
+        dice = Dice("shapes-shifted", seed, split, k)
+        yield _shifted(random_scene(dice, split), dice)
+
+
+def _shifted(scene: Scene, dice: Dice) -> ShiftedScene:
+    """The same facts: things less exactly in the middle of their cells, at times on a lighter background."""
+    things = tuple(
+        thing._replace(dx=dice.between(-_JITTER, _JITTER), dy=dice.between(-_JITTER, _JITTER))
+        for thing in scene.things
+    )
+    brighter = dice.between(*_BRIGHTER) if dice.chance(_BRIGHT_SHARE) else 0
+    changes = {"things": things, "background": scene.background + brighter}
+    return ShiftedScene(**{**vars(scene), **changes}, clutter=dice.below(2**31))
+
+
+def load(
+    task: str,
+    split: str,
+    limit: int | None = None,
+    seed: int = 3407,
+    *,
+    data_file: str | Path | None = None,
+    image_dir: str | Path | None = None,
+) -> list[Example]:
+    """As `shapes.load`, with scenes and pictures of this world (112 x 112 pixels)."""
+    files = (data_file, image_dir)
+    stream = scenes(split, seed)
+    return draw_examples("shapes-shifted", SIZE[:1], task, split, limit, seed, files, drawn_from=stream)

@@ -1,0 +1,150 @@
+"""The HONES release's own configuration files, `llava_hones.yaml` and `qwen_hones.yaml`, as our options.
+
+They have four sections: model, data, run and steering. Relative paths start at the folder above `configs/`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SECTIONS = ("model", "data", "run", "steering")
+_SET_KEYS = ("name", "data_file", "image_dir", "dev_split", "test_split", "dev_limit", "test_limit")
+_KEYS = {
+    "model": ("name", "model_id", "dtype", "device_map", "min_pixels", "max_pixels"),
+    "data": (
+        *("data_file", "image_dir", "discovery_split", "dev_split", "development_split", "test_split"),
+        *("discovery_limit", "dev_limit", "test_limit", "eval_limit", "seed", "datasets"),
+    ),
+    "run": (
+        *("task", "output_dir", "top_k_heads", "top_neuron_ratio"),
+        *("max_new_tokens", "retrieval_negatives", "ndcg_k"),
+    ),
+    "steering": (
+        *("dataset", "output_dir", "dev_limit", "test_limit", "bank_topk", "methods", "always_eval_base"),
+        *("fixed_amp", "grid_amps", "epochs", "lr", "grad_accum_steps", "beta_kl", "l2_weight", "clamp"),
+        *("neuron_banks", "retrieval_train_negatives"),
+    ),
+}
+# What every stage here does; another value would not be HONES's protocol.
+_FIXED = {"max_new_tokens": 24, "retrieval_negatives": 49, "ndcg_k": 5}
+_DTYPES = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_DTYPES |= {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+
+
+def is_hones_config(data: Any) -> bool:
+    """Whether a YAML's content has HONES's sections."""
+    return isinstance(data, dict) and any(isinstance(data.get(section), dict) for section in SECTIONS)
+
+
+def read_options(data: Mapping[str, Any], file: str | Path, dataset: str | None = None) -> dict[str, Any]:
+    """The options that a HONES configuration gives.
+
+    Args:
+        data: The content of the YAML.
+        file: Where it lies; errors name it, and paths start at the folder above its `configs/`.
+        dataset: Which of `data.datasets` to take, for steering; None for the file's main data.
+
+    Returns:
+        Options by name. `outputs` is a folder and the task that the file means it for.
+
+    Raises:
+        ValueError: An unknown section or key (with the nearest valid one), a data set that the file does
+            not have, or a protocol that is not HONES's; names the file.
+    """
+    _check_keys(data, file)
+    root = _root(Path(file))
+    model, run = data.get("model", {}), data.get("run", {})
+    for key, wanted in _FIXED.items():
+        if run.get(key, wanted) != wanted:
+            raise ValueError(f"{file}: run.{key} is {run[key]!r}; every stage here takes {wanted}")
+    options = {
+        "model": model.get("model_id") or model.get("name"),
+        "dtype": _dtype(model.get("dtype", "auto"), file),
+        "min_pixels": model.get("min_pixels"),
+        "max_pixels": model.get("max_pixels"),
+        "task": run.get("task"),
+        "top_k": run.get("top_k_heads"),
+        "ratio": run.get("top_neuron_ratio"),
+        **_data_options(data, file, root, dataset),
+        **_steering_options(data.get("steering", {}), root),
+    }
+    if run.get("output_dir"):
+        options["outputs"] = (_resolved(root, run["output_dir"]), run.get("task"))
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_keys(data: Mapping[str, Any], file: str | Path) -> None:
+    for section, values in data.items():
+        _known(section, SECTIONS, "section", file)
+        for key in values or {}:
+            _known(key, _KEYS[section], f"key {section}.", file)
+    for name, entry in data.get("data", {}).get("datasets", {}).items():
+        for key in entry:
+            _known(key, _SET_KEYS, f"key data.datasets.{name}.", file)
+
+
+def _known(key: str, valid: tuple[str, ...], what: str, file: str | Path) -> None:
+    if key not in valid:
+        near = difflib.get_close_matches(str(key), valid, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
+        said = f"{what}{key}" if what.endswith(".") else f"{what} {key!r}"
+        raise ValueError(f"{file}: unknown {said}; {hint}")
+
+
+def _root(file: Path) -> Path:
+    folder = file.expanduser().resolve().parent
+    return folder.parent if folder.name == "configs" else folder
+
+
+def _resolved(root: Path, value: str | None) -> str | None:
+    return None if value is None else str(root / Path(value).expanduser())
+
+
+def _dtype(name: str, file: str | Path) -> str | None:
+    if str(name).lower() not in _DTYPES:
+        raise ValueError(f"{file}: model.dtype is {name!r}; valid: {', '.join(_DTYPES)}")
+    return _DTYPES[str(name).lower()]
+
+
+def _data_options(
+    data: Mapping[str, Any], file: str | Path, root: Path, dataset: str | None
+) -> dict[str, Any]:
+    main = data.get("data", {})
+    entry = main
+    if dataset is not None:
+        if dataset not in main.get("datasets", {}):
+            known = ", ".join(main.get("datasets", {})) or "none"
+            raise ValueError(f"{file}: data.datasets has no {dataset!r}; it has: {known}")
+        entry = main["datasets"][dataset]
+    files = {
+        "discovery": main.get("discovery_split") if dataset is None else None,
+        "dev": entry.get("dev_split") or entry.get("development_split"),
+        "test": entry.get("test_split"),
+    }
+    return {
+        "dataset": dataset or "coco",
+        "data_file": _resolved(root, entry.get("data_file")),
+        "image_dir": _resolved(root, entry.get("image_dir")),
+        "split_files": {split: _resolved(root, name) for split, name in files.items() if name} or None,
+        "seed": main.get("seed"),
+        "discovery_limit": main.get("discovery_limit"),
+        "limit": main.get("eval_limit"),
+        "dev_limit": entry.get("dev_limit") or main.get("dev_limit"),
+        "test_limit": entry.get("test_limit") or main.get("test_limit"),
+    }
+
+
+def _steering_options(steering: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    names = ("methods", "fixed_amp", "grid_amps", "epochs", "lr", "clamp", "bank_topk", "neuron_banks")
+    found = {name: steering.get(name) for name in names}
+    found["accumulate"], found["beta"] = steering.get("grad_accum_steps"), steering.get("beta_kl")
+    found["l2"], found["negatives"] = steering.get("l2_weight"), steering.get("retrieval_train_negatives")
+    found["steering_dataset"] = steering.get("dataset")
+    found["steering_out"] = _resolved(root, steering.get("output_dir"))
+    for name in ("dev_limit", "test_limit"):
+        if steering.get(name) is not None:
+            found[f"steering_{name}"] = steering[name]
+    return found

@@ -1,0 +1,80 @@
+"""Data sets by the package `datasets`, here from a local folder in place of the Hub."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from data.real_formats import box, some_scenes, ten
+
+from hones_lens.data import load_examples, shapes
+from hones_lens.data.check import check_data
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    scenes = some_scenes(30)
+    asked = [shapes.questions(scene)[-1] for scene in scenes]
+    table = {
+        "image": [scene.load() for scene in scenes],
+        "image_id": [f"i{n}" for n in range(30)],
+        "question_id": list(range(30)),
+        "question": [q.text for q in asked],
+        "answers": [ten(q.answer) for q in asked],
+        "text": [scene.word for scene in scenes],
+        "bbox": [box(scene) for scene in scenes],
+    }
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "image_id": datasets.Value("string"),
+            "question_id": datasets.Value("int64"),
+            "question": datasets.Value("string"),
+            "answers": datasets.List(datasets.Value("string")),
+            "text": datasets.Value("string"),
+            "bbox": datasets.List(datasets.Value("float64")),
+        }
+    )
+    path = tmp_path_factory.mktemp("hub") / "set"
+    path.mkdir()
+    data = datasets.Dataset.from_dict(table, features=features)
+    data.to_parquet(path / "validation-00000.parquet")
+    data.remove_columns(["image_id", "question_id"]).to_parquet(path / "test-00000.parquet")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _own_hub_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+
+
+def test_a_set_loads_with_its_pictures(folder):
+    name = f"hf:{folder}@validation"
+    for task in ("vqa", "ocr"):
+        examples = load_examples(name, task, "all")
+        assert [e.facts["image_id"] for e in examples] == [f"i{n}" for n in range(30)]
+        assert examples[0].image.size == (112, 112) and examples[3].image.mode == "RGB"
+    assert len(load_examples(name, "vqa", "test")[0].answers) == 10
+    assert check_data(name).tasks["vqa"].usable == 30
+
+
+def test_without_ids_pictures_are_told_apart_by_their_bytes(folder):
+    examples = load_examples(f"hf:{folder}@test", "vqa", "all")
+    assert len({e.facts["image_id"] for e in examples}) == 30
+    assert examples[4].id.endswith("@test/number 5")
+
+
+def test_what_can_not_be_loaded_is_told(folder, monkeypatch):
+    with pytest.raises(ValueError, match="must be hf:REPO@SPLIT or hf:REPO:CONFIG@SPLIT"):
+        load_examples("hf:lmms-lab/textvqa", "vqa", "all")
+    with pytest.raises(ValueError, match=r"has no column caption or references, which caption needs"):
+        load_examples(f"hf:{folder}@validation", "caption", "all")
+    with pytest.raises(ValueError, match=r"@train can't be loaded"):
+        load_examples(f"hf:{folder}@train", "vqa", "all")
+    with pytest.raises(ValueError, match=r"hf:nobody/nothing@test can't be loaded \(is the Hub in reach\?\)"):
+        load_examples("hf:nobody/nothing@test", "vqa", "all")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="needs the package datasets: pip install datasets"):
+        load_examples(f"hf:{folder}@validation", "vqa", "all")

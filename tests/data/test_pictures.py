@@ -1,0 +1,128 @@
+"""Pictures from files: opened late, upright, RGB, with a blue box around the text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from hones_lens.data import load_examples
+from hones_lens.data.check import check_data
+from hones_lens.data.drawing import BOX_BLUE
+from hones_lens.data.images import Picture, clip_box
+from hones_lens.data.records import BadRecord
+
+SIZES = st.integers(1, 400)
+STARTS = st.floats(-500, 500, allow_nan=False)
+LENGTHS = st.floats(0.01, 900, allow_nan=False)
+
+
+def saved(path, size=(320, 240), color="white", **options):
+    Image.new("RGB", size, color).save(path, **options)
+    return path
+
+
+def blue(image: Image.Image) -> np.ndarray:
+    return (np.asarray(image) == BOX_BLUE).all(-1)
+
+
+@given(SIZES, SIZES, STARTS, STARTS, LENGTHS, LENGTHS)
+def test_a_clipped_box_lies_inside_and_covers_all_of_the_box_that_does(width, height, x, y, w, h):
+    try:
+        (left, top, right, bottom), crosses = clip_box((x, y, w, h), (width, height))
+    except BadRecord:
+        assert x >= width or y >= height or x + w <= 0 or y + h <= 0
+        return
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    assert left <= max(x, 0) and right >= min(x + w, width)
+    assert top <= max(y, 0) and bottom >= min(y + h, height)
+    assert crosses == (x < 0 or y < 0 or x + w > width or y + h > height)
+
+
+def test_the_line_runs_around_the_box_and_hides_none_of_it(tmp_path):
+    image = Picture("7", saved(tmp_path / "a.png"), box=(100, 50, 30, 20)).load()
+    drawn = blue(image)
+    assert not drawn[50:70, 100:130].any()
+    assert drawn.sum() == 34 * 24 - 30 * 20
+    rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (48, 71, 98, 131)
+
+
+@pytest.mark.parametrize(
+    ("size", "line"), [((112, 112), 2), ((640, 480), 3), ((1024, 768), 5), ((768, 2000), 10)]
+)
+def test_the_line_grows_with_the_picture(tmp_path, size, line):
+    image = Picture("7", saved(tmp_path / "a.png", size), box=(40, 40, 20, 20)).load()
+    assert blue(image)[50].sum() == 2 * line
+
+
+def test_a_box_at_the_border_is_clipped_and_stays_closed(tmp_path):
+    drawn = blue(Picture("7", saved(tmp_path / "a.png"), box=(-5, 200, 50, 100)).load())
+    assert drawn[198:, 0].all() and drawn[-1, :47].all() and drawn[198:200, :47].all()
+    assert not drawn[:198].any() and not drawn[:, 47:].any()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright_and_boxes_are_those_of_the_upright_picture(tmp_path, orientation):
+    upright = Image.new("RGB", (60, 40), "white")
+    upright.paste("red", (0, 0, 20, 10))
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposes that EXIF undoes
+    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(back[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    picture = Picture("7", tmp_path / "a.png", size=(60, 40), box=(30, 20, 10, 10))
+    image = picture.load()
+    assert image.size == picture.header_size() == (60, 40)
+    assert image.getpixel((5, 5)) == (255, 0, 0) and image.getpixel((50, 35)) == (255, 255, 255)
+    assert blue(image)[18:20, 28:42].all()
+    assert Picture("7", tmp_path / "a.png").verify() == ((60, 40), orientation != 1)
+
+
+def test_transparent_pixels_are_white_and_other_modes_become_rgb(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert Picture("7", tmp_path / "clear.png").load().getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("1", "L", "P", "CMYK", "LA"):
+        Image.new(mode, (4, 4)).save(tmp_path / "a.tiff")
+        assert Picture("7", tmp_path / "a.tiff").load().mode == "RGB"
+
+
+def test_pictures_of_16_bits_raise(tmp_path):
+    Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"record 7: image .*deep\.png has pixels of mode I;16"):
+        Picture("7", tmp_path / "deep.png").load()
+
+
+def test_a_box_for_a_picture_of_another_size_raises(tmp_path):
+    file = saved(tmp_path / "a.png")
+    assert Picture("7", file, size=(640, 480)).load().size == (320, 240)
+    with pytest.raises(ValueError, match=r"a\.png is 320 × 240 pixels, but annotated as 640 × 480 pixels"):
+        Picture("7", file, size=(640, 480), box=(1, 1, 9, 9)).load()
+
+
+def test_a_missing_picture_and_one_that_is_too_large_name_the_record(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"record 7: image .*none\.png does not exist"):
+        Picture("7", tmp_path / "none.png").load()
+    file = saved(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"record 7: image .*a\.png can't be read .*decompression bomb"):
+        Picture("7", file).load()
+
+
+def test_the_check_counts_turned_doubled_and_resized_pictures(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    saved(tmp_path / "a.jpg", exif=exif)
+    saved(tmp_path / "b.jpg", color="red")
+    (tmp_path / "c.jpg").write_bytes((tmp_path / "b.jpg").read_bytes())
+    lines = ["image,question,answer", *(f"{n}.jpg,what?,that" for n in "abc")]
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    check = check_data(tmp_path)
+    assert check.ok
+    assert "the same picture under two names, so that splits may share it: c.jpg = b.jpg" in str(check)
+    assert "1 pictures are turned upright by EXIF: a.jpg" in str(check)
+    assert "too few images for a record in every split" in str(check)
+    image = load_examples(tmp_path, "vqa", "all", limit=1)[0].image
+    assert image.size == (240, 320)
