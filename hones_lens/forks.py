@@ -404,7 +404,8 @@ def _changed_neurons(model: HookedVLM, step: Step, edits: Sequence[Scale]) -> Te
     for edit in edits:
         more = edit.multiplier(step.neurons) - 1
         index = more.nonzero()[:, 0]
-        out.append(step.after + (step.neurons[..., index] * more[index]) @ w_out[index])
+        changed = (step.neurons[..., index] * more[index]).to(w_out.dtype)
+        out.append(step.after + changed @ w_out[index])
     return torch.cat(out)
 
 

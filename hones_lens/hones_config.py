@@ -29,7 +29,10 @@ _KEYS = {
     ),
 }
 # What every stage here does; another value would not be HONES's protocol.
-_FIXED = {"max_new_tokens": 24, "retrieval_negatives": 49, "ndcg_k": 5}
+_FIXED = {
+    "run": {"max_new_tokens": 24, "retrieval_negatives": 49, "ndcg_k": 5},
+    "steering": {"fixed_amp": 2.0, "always_eval_base": True},
+}
 _DTYPES = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _DTYPES |= {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 
@@ -39,16 +42,19 @@ def is_hones_config(data: Any) -> bool:
     return isinstance(data, dict) and any(isinstance(data.get(section), dict) for section in SECTIONS)
 
 
-def read_options(data: Mapping[str, Any], file: str | Path, dataset: str | None = None) -> dict[str, Any]:
+def read_options(
+    data: Mapping[str, Any], file: str | Path, dataset: str | None = None, steers: bool = False
+) -> dict[str, Any]:
     """The options that a HONES configuration gives.
 
     Args:
         data: The content of the YAML.
         file: Where it lies; errors name it, and paths start at the folder above its `configs/`.
-        dataset: Which of `data.datasets` to take, for steering; None for the file's main data.
+        dataset: Which of `data.datasets` to take; None for the file's main data.
+        steers: Whether limits and all else are those of steering.
 
     Returns:
-        Options by name. `outputs` is a folder and the task that the file means it for.
+        Options of the command line by name. `outputs` is a folder and the task that the file means it for.
 
     Raises:
         ValueError: An unknown section or key (with the nearest valid one), a data set that the file does
@@ -57,9 +63,11 @@ def read_options(data: Mapping[str, Any], file: str | Path, dataset: str | None 
     _check_keys(data, file)
     root = _root(Path(file))
     model, run = data.get("model", {}), data.get("run", {})
-    for key, wanted in _FIXED.items():
-        if run.get(key, wanted) != wanted:
-            raise ValueError(f"{file}: run.{key} is {run[key]!r}; every stage here takes {wanted}")
+    for section, fixed in _FIXED.items():
+        for key, wanted in fixed.items():
+            if data.get(section, {}).get(key, wanted) != wanted:
+                said = data[section][key]
+                raise ValueError(f"{file}: {section}.{key} is {said!r}; every stage here takes {wanted}")
     options = {
         "model": model.get("model_id") or model.get("name"),
         "dtype": _dtype(model.get("dtype", "auto"), file),
@@ -69,8 +77,9 @@ def read_options(data: Mapping[str, Any], file: str | Path, dataset: str | None 
         "top_k": run.get("top_k_heads"),
         "ratio": run.get("top_neuron_ratio"),
         **_data_options(data, file, root, dataset),
-        **_steering_options(data.get("steering", {}), root),
     }
+    if steers:
+        options |= _steering_options(data.get("steering", {}), run.get("task"), root)
     if run.get("output_dir"):
         options["outputs"] = (_resolved(root, run["output_dir"]), run.get("task"))
     return {name: value for name, value in options.items() if value is not None}
@@ -119,32 +128,36 @@ def _data_options(
             known = ", ".join(main.get("datasets", {})) or "none"
             raise ValueError(f"{file}: data.datasets has no {dataset!r}; it has: {known}")
         entry = main["datasets"][dataset]
-    files = {
-        "discovery": main.get("discovery_split") if dataset is None else None,
-        "dev": entry.get("dev_split") or entry.get("development_split"),
-        "test": entry.get("test_split"),
-    }
+    limits = main if dataset is None else {**main, **entry}
     return {
         "dataset": dataset or "coco",
         "data_file": _resolved(root, entry.get("data_file")),
         "image_dir": _resolved(root, entry.get("image_dir")),
-        "split_files": {split: _resolved(root, name) for split, name in files.items() if name} or None,
+        "discovery_split": _resolved(root, main.get("discovery_split")) if dataset is None else None,
+        "dev_split": _resolved(root, entry.get("dev_split") or entry.get("development_split")),
+        "split": _resolved(root, entry.get("test_split")),
         "seed": main.get("seed"),
         "discovery_limit": main.get("discovery_limit"),
-        "limit": main.get("eval_limit"),
-        "dev_limit": entry.get("dev_limit") or main.get("dev_limit"),
-        "test_limit": entry.get("test_limit") or main.get("test_limit"),
+        "dev_limit": limits.get("dev_limit"),
+        "limit": limits.get("test_limit") or main.get("eval_limit"),
     }
 
 
-def _steering_options(steering: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    names = ("methods", "fixed_amp", "grid_amps", "epochs", "lr", "clamp", "bank_topk", "neuron_banks")
-    found = {name: steering.get(name) for name in names}
-    found["accumulate"], found["beta"] = steering.get("grad_accum_steps"), steering.get("beta_kl")
-    found["l2"], found["negatives"] = steering.get("l2_weight"), steering.get("retrieval_train_negatives")
-    found["steering_dataset"] = steering.get("dataset")
-    found["steering_out"] = _resolved(root, steering.get("output_dir"))
-    for name in ("dev_limit", "test_limit"):
-        if steering.get(name) is not None:
-            found[f"steering_{name}"] = steering[name]
-    return found
+def _steering_options(steering: Mapping[str, Any], task: str | None, root: Path) -> dict[str, Any]:
+    banks = steering.get("neuron_banks") or {}
+    found = {
+        "methods": steering.get("methods"),
+        "factors": steering.get("grid_amps"),
+        "lr": None if steering.get("lr") is None else (float(steering["lr"]),),
+        "epochs": None if steering.get("epochs") is None else (int(steering["epochs"]),),
+        "accumulate": steering.get("grad_accum_steps"),
+        "kl_weight": steering.get("beta_kl"),
+        "l2_weight": steering.get("l2_weight"),
+        "clamp": steering.get("clamp"),
+        "negatives": steering.get("retrieval_train_negatives"),
+        "k": steering.get("bank_topk"),
+        "neurons": _resolved(root, banks.get(task)),
+        "dev_limit": steering.get("dev_limit"),
+        "limit": steering.get("test_limit"),
+    }
+    return {name: value for name, value in found.items() if value is not None}

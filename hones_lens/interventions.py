@@ -130,15 +130,20 @@ class Scale:
     axis: int
 
     def multiplier(self, x: Tensor) -> Tensor:
-        """The factor of every entry of the axis, [size of the axis]."""
-        ones = torch.ones(x.shape[self.axis], device=x.device, dtype=x.dtype)
-        return ones.index_put((self.index.to(x.device),), self.factor.to(x.device, x.dtype))
+        """The factor of every entry of the axis, [size of the axis].
+
+        Factors of each entry's own keep their precision where x has less: in bfloat16 a factor of 1.003
+        would be 1.
+        """
+        wide = torch.promote_types(x.dtype, self.factor.dtype) if self.factor.ndim else x.dtype
+        ones = torch.ones(x.shape[self.axis], device=x.device, dtype=wide)
+        return ones.index_put((self.index.to(x.device),), self.factor.to(x.device, wide))
 
     def __call__(self, x: Tensor, hook: object) -> Tensor:
         shape = [1] * x.ndim
         shape[self.axis] = -1
         multiplier = self.multiplier(x).view(shape)
-        return (x * multiplier).masked_fill(multiplier == 0, 0)
+        return (x * multiplier).masked_fill(multiplier == 0, 0).to(x.dtype)
 
     def __str__(self) -> str:
         n, first = len(self.index), int(self.index[0])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from hones_lens import sweep
 from hones_lens.attribution.heads import HeadScores, localize_heads
+from hones_lens.attribution.hones_files import save_heads, save_neurons
 from hones_lens.attribution.neurons import NeuronScores, attribute_neurons
 from hones_lens.data import load_examples
 from hones_lens.data.examples import Example
@@ -21,6 +22,7 @@ from hones_lens.masking import MaskingResult, load_masking, masking_curve, save_
 from hones_lens.results import Component, read_json, write_json
 from hones_lens.runs import Run, examples_hash, read_run, weights_hash
 from hones_lens.speculation import Tally
+from hones_lens.steering import METHODS, SteeringTable, compare_steering
 from hones_lens.tasks import load_task
 from hones_lens.viz.report import ExampleView, RunView
 
@@ -126,6 +128,7 @@ def find_heads(
         examples = data.discovery(task)
         tally, journal = Tally(), run.journal("heads")
         heads = localize_heads(model, task, examples, top_k, journal=journal, tally=tally, **options)
+        save_heads(heads, run.path("hones/heads.json"))
         heads.save(file)
         run.log(f"heads: {len(heads.top())} critical of {heads.scores.numel()}; {tally}")
     return HeadScores.load(file)
@@ -138,6 +141,7 @@ def find_neurons(
     file = run.path("neurons.json")
     if not file.exists():
         neurons = attribute_neurons(model, task, data.discovery(task), heads, ratio)
+        save_neurons(neurons, run.path("hones/neurons_top1pct.json"))
         neurons.save(file)
         run.log(f"neurons: {neurons.count()} of {neurons.scores.numel()}")
     return NeuronScores.load(file)
@@ -179,6 +183,76 @@ def mask_others(
         save_masking(file, [replace(result, method=name) for name, result in zip(names, found, strict=True)])
         run.log(f"other rankings: {', '.join(names)}")
     return {result.method: result for result in load_masking(file)}
+
+
+def steering_methods(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Methods of steering by our names, or by those of HONES's configurations.
+
+    Raises:
+        ValueError: An unknown one; lists the valid ones.
+    """
+    known = {name.lower(): name for name in METHODS}
+    known |= {name.lower().replace("-", "_").replace(" ", "_"): name for name in METHODS}
+    known |= {"rand_neuron": "RandNeuron", "ours": "HONES", "ours_no_kl": "HONES without KL"}
+    known["hones_no_kl"] = "HONES without KL"
+    out = []
+    for name in METHODS if names is None else names:
+        if name.lower() not in known:
+            raise ValueError(f"unknown method of steering {name!r}; valid: {', '.join(METHODS)}")
+        out.append(known[name.lower()])
+    return tuple(out)
+
+
+def start_steering(
+    model: HookedVLM,
+    task: str,
+    data: DataChoice,
+    out: str | Path,
+    neurons: NeuronScores,
+    options: Mapping[str, Any],
+) -> Run:
+    """Open a run folder for steering; options are those of `compare_steering`.
+
+    Raises:
+        ValueError: The folder holds a run with other settings.
+    """
+    chosen = load_task(task)
+    return Run(
+        out,
+        {
+            "model": model.cfg.model_name,
+            "weights": weights_hash(model),
+            "device": model.cfg.device.type,
+            "dtype": str(model.cfg.dtype).removeprefix("torch."),
+            "task": task,
+            "dataset": data.dataset,
+            "seed": data.seed,
+            "dev": examples_hash(chosen, data.dev(task)),
+            "test": examples_hash(chosen, data.test(task)),
+            "neurons": [[c.layer, c.index] for c in neurons.top(options.get("k"))],
+            **{**options, "config": asdict(options["config"])},
+        },
+    )
+
+
+def steer_neurons(
+    model: HookedVLM,
+    run: Run,
+    task: str,
+    data: DataChoice,
+    neurons: NeuronScores,
+    options: Mapping[str, Any],
+) -> SteeringTable:
+    """Stage H5, from the folder if it is there; options are those of `compare_steering`."""
+    file = run.path("steering.json")
+    if not file.exists():
+        dev, test, journal = data.dev(task), data.test(task), run.journal("steering")
+        table = compare_steering(model, task, dev, test, neurons, journal=journal, **options)
+        table.save(file)
+        if "HONES" in options["methods"]:
+            table.scales().save_hones(run.path("neuron_scales.json"))
+        run.log(f"steering: {', '.join(options['methods'])}")
+    return SteeringTable.load(file)
 
 
 def look_at_examples(

@@ -40,6 +40,9 @@ def test_wrong_usage_exits_with_2():
         (["localize", "--split", "nope", "--limit", "4"], "unknown split 'nope'"),
         (["mask", "--split", "discovery", "--limit", "4"], "selected them"),
         (["evaluate", "--data-file", "x.json", "--limit", "2"], "data_file"),
+        (["steer", "--out", "no-run"], "no-run/neurons.json is not there"),
+        (["data", "check", "nope"], "unknown data set 'nope'"),
+        (["localize", "--stage", "neurons", "--limit", "4", "--out", "o"], "no heads.json yet"),
         (["report", "no-such-run", "--out", "x.html"], "no-such-run is not a run folder"),
     ],
 )

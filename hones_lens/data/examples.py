@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-
 _PICTURES_HELD = 256  # the latest; thousands of photographs would fill the memory
 
 

@@ -1,0 +1,302 @@
+"""What each command of `hones` does. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hones_lens.attribution.heads import HeadScores
+    from hones_lens.attribution.neurons import NeuronScores
+    from hones_lens.hooked_vlm import HookedVLM
+    from hones_lens.pipeline import DataChoice
+    from hones_lens.runs import Run
+
+TASKS = ("vqa", "ocr", "caption", "retrieval")
+TINY = {"llava": "hones_lens.tools.tiny_llava", "qwen2.5-vl": "hones_lens.tools.tiny_qwen"}
+_RESULTS = ("heads", "neurons", "masking", "others")
+
+
+def _load(args: argparse.Namespace) -> HookedVLM:
+    import torch
+
+    from hones_lens.loading import load_model
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    pixels = {name: getattr(args, name) for name in ("min_pixels", "max_pixels")}
+    given = {name: value for name, value in pixels.items() if value is not None}
+    return load_model(args.model, args.device, dtype, **given)
+
+
+def _data(args: argparse.Namespace) -> DataChoice:
+    from hones_lens.pipeline import DataChoice
+
+    return DataChoice(
+        dataset=args.dataset,
+        data_file=args.data_file,
+        image_dir=args.image_dir,
+        seed=args.seed,
+        discovery_split=args.discovery_split,
+        dev_split=args.dev_split,
+        held_out=args.split,
+        n_discovery=args.discovery_limit or args.limit,
+        n_dev=args.dev_limit or args.limit,
+        n_held_out=args.limit,
+        on_error=args.on_error,
+    )
+
+
+def _out(args: argparse.Namespace) -> Path:
+    """The run folder; a folder that a configuration means for one task is not another task's."""
+    if args.out:
+        return Path(args.out)
+    if not args.outputs:
+        return Path(f"runs/{Path(args.model).name}-{args.task}")
+    folder, task = Path(args.outputs[0]), args.outputs[1]
+    if args.task == task:
+        return folder
+    return folder.with_name(args.task) if folder.name == task else folder / args.task
+
+
+def _planned(args: argparse.Namespace, model: HookedVLM, data: DataChoice, stages: Sequence[str]) -> bool:
+    from hones_lens import planning
+
+    if args.plan:
+        for line in planning.plan(model, args.task, data, stages, args.controls, args.memory_budget):
+            print(line)
+    return args.plan
+
+
+def _start(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> Run:
+    from hones_lens import pipeline
+
+    names = ("top_k", "ratio", "controls", "positions", "prefilter", "race")
+    settings = {name: getattr(args, name) for name in names}
+    return pipeline.start_run(model, args.task, data, _out(args), **settings)
+
+
+def _heads(args: argparse.Namespace, model: HookedVLM, run: Run, data: DataChoice) -> HeadScores:
+    from hones_lens import pipeline
+    from hones_lens.racing import Racing
+
+    racing = None if args.race is None else Racing(epsilon=args.race)
+    options = {"positions": args.positions, "prefilter": args.prefilter, "racing": racing}
+    options["memory_budget"] = args.memory_budget
+    return pipeline.find_heads(model, run, args.task, data, args.top_k, **options)
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Heads, neurons and masking, and a report of them."""
+    from rich.console import Console
+
+    from hones_lens import pipeline
+    from hones_lens.viz.report import write_report
+    from hones_lens.viz.terminal import print_summary
+
+    model, data = _load(args), _data(args)
+    if _planned(args, model, data, ("heads", "neurons", "masking", "others")):
+        return 0
+    run = _start(args, model, data)
+    heads = _heads(args, model, run, data)
+    neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
+    pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
+    pipeline.mask_others(model, run, args.task, data, neurons.ratio)
+    views = pipeline.look_at_examples(model, args.task, data, heads.top()[0], neurons)
+    pipeline.save_examples(run, views)
+    pipeline.save_promoted(run, pipeline.promoted_tokens(model, neurons))
+    view = pipeline.read_view(run.folder)
+    page = write_report(run.path("report.html"), [view])
+    print_summary(Console(), view)
+    print(f"\nReport: {page.resolve()}")
+    found = {name: json.loads(run.path(f"{name}.json").read_text(encoding="utf-8")) for name in _RESULTS}
+    _write_json(args, {"report": str(page), **found})
+    return 0
+
+
+def localize(args: argparse.Namespace) -> int:
+    """Critical heads and the neurons that they feed; `--stage` for one of the two."""
+    from hones_lens import pipeline
+
+    model, data = _load(args), _data(args)
+    stages = {"heads": ("heads",), "neurons": ("neurons",)}.get(args.stage, ("heads", "neurons"))
+    if _planned(args, model, data, stages):
+        return 0
+    run = _start(args, model, data)
+    if args.stage == "neurons" and not run.path("heads.json").exists():
+        raise ValueError(f"{run.folder} has no heads.json yet: --stage heads makes it, --stage all does both")
+    heads = _heads(args, model, run, data)
+    found: dict[str, Any] = {"heads": [list(c) for c in heads.top()]}
+    print(heads, end="\n\n")
+    if args.stage != "heads":
+        neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
+        found["neurons"] = [list(c) for c in neurons.top()]
+        print(neurons, end="\n\n")
+    print(f"Run: {run.folder}")
+    _write_json(args, found)
+    return 0
+
+
+def mask(args: argparse.Namespace) -> int:
+    """Heads and neurons where they are not there yet, then masking (H4)."""
+    from hones_lens import pipeline
+
+    model, data = _load(args), _data(args)
+    if _planned(args, model, data, ("heads", "neurons", "masking")):
+        return 0
+    run = _start(args, model, data)
+    heads = _heads(args, model, run, data)
+    neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
+    results = pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
+    print(*results, f"Run: {run.folder}", sep="\n\n")
+    _write_json(args, json.loads(run.path("masking.json").read_text(encoding="utf-8")))
+    return 0
+
+
+def steer(args: argparse.Namespace) -> int:
+    """Scales for a run's neurons, learned on dev, beside all controls, on the held-out split (H5)."""
+    from hones_lens import pipeline
+    from hones_lens.steering import SteeringConfig
+
+    model, data = _load(args), _data(args)
+    neurons = _neurons_to_steer(args, model)
+    names = ("accumulate", "kl_weight", "l2_weight", "clamp", "negatives")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {
+        "k": args.k,
+        "methods": pipeline.steering_methods(args.methods),
+        "config": SteeringConfig(seed=args.seed, **given),
+        "learning_rates": args.lr,
+        "epochs": args.epochs,
+        "factors": args.factors,
+        "draws": args.draws,
+    }
+    run = pipeline.start_steering(model, args.task, data, _steering_out(args), neurons, options)
+    table = pipeline.steer_neurons(model, run, args.task, data, neurons, options)
+    print(table, f"Run: {run.folder}", sep="\n\n")
+    _write_json(args, json.loads(run.path("steering.json").read_text(encoding="utf-8")))
+    return 0
+
+
+def _neurons_to_steer(args: argparse.Namespace, model: HookedVLM) -> NeuronScores:
+    """Those of `--neurons` (our file or HONES's), or those of the run folder."""
+    from hones_lens.attribution.hones_files import load_neurons
+    from hones_lens.attribution.neurons import NeuronScores
+
+    file = Path(args.neurons) if args.neurons else _out(args) / "neurons.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is not there: `hones localize` with the same --out makes it, or give --neurons FILE"
+        )
+    data = json.loads(file.read_text(encoding="utf-8"))
+    ours = isinstance(data, dict) and data.get("kind") == "neurons"
+    return NeuronScores.load(file) if ours else load_neurons(file, args.task, model)
+
+
+def _steering_out(args: argparse.Namespace) -> Path:
+    name = args.dataset if args.dataset.replace("-", "").isalnum() else Path(args.dataset).stem
+    return _out(args) / "steering" / name
+
+
+def data_check(args: argparse.Namespace) -> int:
+    """What of a data set can be used, and what is wrong with the rest."""
+    from tqdm import tqdm
+
+    from hones_lens.data.check import check_data
+
+    check = check_data(
+        args.dataset,
+        args.task,
+        data_file=args.data_file,
+        image_dir=args.image_dir,
+        seed=args.seed,
+        open_images=not args.no_images,
+        progress=tqdm,
+    )
+    print(check)
+    _write_json(args, check.to_json())
+    return 0 if check.ok else 1
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """A model's metrics."""
+    from hones_lens.data import load_examples
+    from hones_lens.evaluation import evaluate
+    from hones_lens.tasks import load_task
+
+    model, found = _load(args), []
+    for task in TASKS if args.task == "all" else (args.task,):
+        limit = args.limit or (100 if load_task(task).ranks else 1000)
+        files = {"data_file": args.data_file, "image_dir": args.image_dir, "on_error": args.on_error}
+        examples = load_examples(args.dataset, task, args.split, limit, args.seed, **files)
+        found.append(evaluate(model, task, examples))
+        print(found[-1])
+    _write_json(args, [evaluation.to_dict() for evaluation in found])
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """Whether a checkpoint is computed as Hugging Face computes it."""
+    import torch
+
+    from hones_lens.checking import check_model
+    from hones_lens.loading import hook_hf_model, load_hf_model
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    hf_model, processor = load_hf_model(args.model_name, args.device, dtype)
+    checks = check_model(hook_hf_model(hf_model, processor), hf_model)
+    for check in checks:
+        print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.figure}")
+    _write_json(args, [vars(check) for check in checks])
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def models(args: argparse.Namespace) -> int:
+    """The models that are known by name."""
+    from hones_lens.config import all_settings
+
+    for s in all_settings().values():
+        where = "shipped" if s.checkpoint else f"Hub: {s.hub_id}"
+        names = ", ".join((s.name, *s.aliases))
+        print(f"{names:<28} {s.family:<12} {s.top_k:>3} heads, {100 * s.ratio:g} % of neurons   {where}")
+    _write_json(args, [vars(s) for s in all_settings().values()])
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """One page of several runs."""
+    from hones_lens.pipeline import read_view
+    from hones_lens.viz.report import write_report
+
+    print(f"Report: {write_report(Path(args.out), [read_view(run) for run in args.runs]).resolve()}")
+    return 0
+
+
+def train_tiny(args: argparse.Namespace) -> int:
+    """Train a shipped model anew, and write its card."""
+    import torch
+
+    from hones_lens.tools.card import write_card
+    from hones_lens.tools.train_tiny import train
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    steps = {"steps": args.steps, "naming_steps": args.naming_steps}
+    family = importlib.import_module(TINY[args.family])
+    given = {name: n for name, n in steps.items() if n is not None}
+    recipe = replace(family.RECIPE, seed=args.seed, **given)
+    train(family, Path(args.out), recipe)
+    write_card(Path(args.out) / "model", f"tiny-{args.family}", recipe, family.DATASETS)
+    print(f"Model: {Path(args.out) / 'model'}")
+    return 0
+
+
+def _write_json(args: argparse.Namespace, data: Any) -> None:
+    if args.json:
+        from hones_lens.results import write_json
+
+        write_json(args.json, data)
