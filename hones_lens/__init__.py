@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from hones_lens.inputs import VLMInputs
     from hones_lens.masking import MaskingResult, evaluate_masking, masking_curve
     from hones_lens.racing import Racing
+    from hones_lens.steering import (
+        NeuronScales,
+        SteeringConfig,
+        SteeringTable,
+        compare_steering,
+        learn_scales,
+        side_effects,
+        transfer_steering,
+    )
     from hones_lens.sweep import logits_under
     from hones_lens.tasks import Task, load_task
 
@@ -28,20 +37,27 @@ _HOMES = {
     "HeadScores": "hones_lens.attribution.heads",
     "HookedVLM": "hones_lens.hooked_vlm",
     "MaskingResult": "hones_lens.masking",
+    "NeuronScales": "hones_lens.steering",
     "NeuronScores": "hones_lens.attribution.neurons",
     "Racing": "hones_lens.racing",
+    "SteeringConfig": "hones_lens.steering",
+    "SteeringTable": "hones_lens.steering",
     "Task": "hones_lens.tasks",
     "VLMInputs": "hones_lens.inputs",
     "attribute_neurons": "hones_lens.attribution.neurons",
     "checkpoint_path": "hones_lens.config",
+    "compare_steering": "hones_lens.steering",
     "counterfactual_pairs": "hones_lens.data",
     "evaluate": "hones_lens.evaluation",
     "evaluate_masking": "hones_lens.masking",
+    "learn_scales": "hones_lens.steering",
     "load_examples": "hones_lens.data",
     "load_task": "hones_lens.tasks",
     "localize_heads": "hones_lens.attribution.heads",
     "logits_under": "hones_lens.sweep",
     "masking_curve": "hones_lens.masking",
+    "side_effects": "hones_lens.steering",
+    "transfer_steering": "hones_lens.steering",
 }
 
 __all__ = [
@@ -50,20 +66,27 @@ __all__ = [
     "HeadScores",
     "HookedVLM",
     "MaskingResult",
+    "NeuronScales",
     "NeuronScores",
     "Racing",
+    "SteeringConfig",
+    "SteeringTable",
     "Task",
     "VLMInputs",
     "attribute_neurons",
     "checkpoint_path",
+    "compare_steering",
     "counterfactual_pairs",
     "evaluate",
     "evaluate_masking",
+    "learn_scales",
     "load_examples",
     "load_task",
     "localize_heads",
     "logits_under",
     "masking_curve",
+    "side_effects",
+    "transfer_steering",
 ]
 
 

@@ -58,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     localize.add_argument("--stage", choices=["heads", "neurons", "all"], default="all", help="default: all")
     _stage(commands, "mask", do.mask, "mask a run's neurons beside matched random sets (H4)")
     _steer(commands)
+    _overlap(commands)
+    _reproduce(commands)
     evaluate = _add(commands, "evaluate", do.evaluate, "metrics of a model, with intervals")
     _model_options(evaluate)
     _data_options(evaluate)
@@ -146,6 +148,25 @@ def _steer(commands: Any) -> None:
     for name, kind in (("accumulate", int), ("kl-weight", float), ("l2-weight", float), ("clamp", float)):
         add(f"--{name}", type=kind, help="default: HONES's")
     add("--negatives", type=int, help="wrong candidates an example of retrieval")
+
+
+def _overlap(commands: Any) -> None:
+    command = _add(commands, "overlap", do.overlap, "neurons that the tasks of several runs share (H6)")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one model, one a task")
+    command.add_argument("--mask", action="store_true", help="mask each group, and measure every task")
+    _model_options(command)
+    _data_options(command)
+    _split_options(command)
+
+
+def _reproduce(commands: Any) -> None:
+    command = _add(commands, "reproduce", do.reproduce, "all stages on all tasks, and tables as in the paper")
+    _model_options(command)
+    _data_options(command)
+    _split_options(command)
+    command.add_argument("--tasks", type=_names, metavar="A,B", help="default: all four")
+    command.add_argument("--ratios", type=_numbers, default=(0.01, 0.05), help="shares of neurons to mask")
+    command.add_argument("--controls", type=int, default=20, help="matched random sets (default: 20)")
 
 
 def _data(commands: Any) -> None:

@@ -202,6 +202,50 @@ def _steering_out(args: argparse.Namespace) -> Path:
     return _out(args) / "steering" / name
 
 
+def overlap(args: argparse.Namespace) -> int:
+    """Which neurons the runs' tasks share (H6), and with `--mask` what each group does to every task."""
+    from dataclasses import asdict
+
+    from hones_lens.attribution.neurons import NeuronScores
+    from hones_lens.overlap import mask_groups
+    from hones_lens.overlap import overlap as overlap_of
+    from hones_lens.runs import read_run
+
+    settings = {folder: read_run(folder)[0] for folder in args.runs}
+    models = {s["model"] for s in settings.values()}
+    tasks = [s["task"] for s in settings.values()]
+    if len(models) > 1 or len(set(tasks)) < len(tasks):
+        raise ValueError(f"runs of one model and of different tasks are needed, not {models} and {tasks}")
+    neurons = {s["task"]: NeuronScores.load(Path(folder) / "neurons.json") for folder, s in settings.items()}
+    found = overlap_of(neurons)
+    print(found)
+    result: dict[str, Any] = {"overlap": asdict(found)}
+    if args.mask:
+        args.model = models.pop()
+        model, data = _load(args), _data(args)
+        groups = mask_groups(model, {task: data.test(task) for task in tasks}, found)
+        print(f"\n{groups}")
+        result["groups"] = json.loads(groups.to_dataframe().to_json(orient="records"))
+    _write_json(args, result)
+    return 0
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """All stages on several tasks, and their tables."""
+    from hones_lens.reproduction import reproduce
+
+    model, data = _load(args), _data(args)
+    out = Path(args.out or f"runs/reproduce-{Path(args.model).name}")
+    shifted = "shapes-shifted" if args.dataset == "shapes" else None
+    tasks = args.tasks or TASKS
+    result = reproduce(
+        model, out, data, tasks=tasks, shifted=shifted, ratios=args.ratios, n_controls=args.controls
+    )
+    print(result)
+    print(f"Tables: {out / 'tables.md'}\nReport: hones report {' '.join(str(out / task) for task in tasks)}")
+    return 0
+
+
 def data_check(args: argparse.Namespace) -> int:
     """What of a data set can be used, and what is wrong with the rest."""
     from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Intervals and tests over examples: paired bootstrap and paired permutation.
+"""Intervals and tests over examples: paired bootstrap, paired permutation, many tests at once.
 
 A task's statistics add up over examples, and its metric is a function of their sum, so that a metric
 which is no mean (corpus BLEU) is resampled exactly as one that is (METHOD, Faithfulness).
@@ -115,6 +115,84 @@ def permutation_p(task: Task, a: np.ndarray, b: np.ndarray, draws: int = 2000, s
         differences = task.metric(sum_a + moved) - task.metric(sum_b - moved)
         as_large += int((np.abs(differences) >= observed - _ROUNDING).sum())
     return (1 + as_large) / (1 + draws)
+
+
+def sign_flip_p(
+    differences: Sequence[Sequence[float]] | np.ndarray,
+    *,
+    alternative: str = "greater",
+    draws: int = 10_000,
+    seed: int = 0,
+) -> np.ndarray:
+    """P-values of paired permutation tests of mean difference = 0, one for each arm, [n_arms].
+
+    Each draw swaps the two conditions of every example with probability one half, which flips the
+    signs of its differences, in all arms alike; p = (1 + number of draws whose mean is at least as
+    large as the one observed) / (1 + draws).
+
+    Args:
+        differences: One number for each arm and example, e.g. drops, [n_arms, n_examples].
+        alternative: `greater` (the mean is above zero) or `two-sided` (sizes of means are compared).
+        draws: How many permutations.
+        seed: Same seed, same p-values.
+
+    Raises:
+        ValueError: No arms, fewer than two examples, values that are not finite, another alternative,
+            or `draws` out of range.
+    """
+    rows = np.asarray(differences, dtype=np.float64)
+    if rows.ndim != 2 or not len(rows):
+        raise ValueError(f"expected differences of shape [n_arms, n_examples], got shape {rows.shape}")
+    if alternative not in ("greater", "two-sided"):
+        raise ValueError(f"unknown alternative {alternative!r}; valid: greater, two-sided")
+    _check_draws(draws)
+    by_example = _checked(rows.T, 2)
+    n_examples, n_arms = by_example.shape
+    size_of = np.abs if alternative == "two-sided" else np.asarray
+    observed = size_of(by_example.mean(axis=0))
+    rng = np.random.default_rng(seed)
+    as_large = np.zeros(n_arms, dtype=np.int64)
+    for size in _chunks(draws, max(n_examples, n_arms)):
+        signs = np.where(rng.random((size, n_examples)) < 0.5, -1.0, 1.0)
+        means = signs @ by_example / n_examples
+        as_large += (size_of(means) >= observed - _ROUNDING).sum(axis=0)
+    return (1 + as_large) / (1 + draws)
+
+
+def benjamini_hochberg(
+    p_values: Sequence[float] | np.ndarray, q: float = 0.05, *, dependent: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Control the false discovery rate over many tests.
+
+    The i-th smallest of n p-values is adjusted to the smallest of `p_(j) n / j` over j ≥ i, at most 1.
+    Source: Benjamini and Hochberg, J. R. Stat. Soc. B 57 (1995); for `dependent`, Benjamini and
+    Yekutieli, Ann. Stat. 29 (2001), with a factor of `Σ 1 / i` for i = 1 … n.
+
+    Args:
+        p_values: One for each test, [n].
+        q: The false discovery rate to keep to.
+        dependent: Hold for tests that depend on each other in any way.
+
+    Returns:
+        Adjusted p-values [n], and whether each test is a discovery [n] (adjusted p ≤ q), in the order given.
+
+    Raises:
+        ValueError: No p-values, one outside 0 … 1 or NaN, or q not between 0 and 1.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    if p.ndim != 1 or not len(p):
+        raise ValueError(f"expected one p-value for each test, got shape {p.shape}")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"{int((~((p >= 0) & (p <= 1))).sum())} of the p-values do not lie in 0 … 1")
+    if not 0 < q < 1:
+        raise ValueError(f"q must lie between 0 and 1, not {q}")
+    places = np.arange(1, len(p) + 1)
+    factor = (1 / places).sum() if dependent else 1.0
+    order = np.argsort(p, kind="stable")
+    raised = p[order] * len(p) * factor / places
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.minimum.accumulate(raised[::-1])[::-1], 1.0)
+    return adjusted, adjusted <= q
 
 
 def _bootstrap(

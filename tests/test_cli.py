@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from data.real_formats import hones
 
 from hones_lens.cli import main
 
@@ -149,3 +150,60 @@ def test_check_passes_on_the_shipped_model_and_on_a_saved_one(tmp_path, capsys):
     processor.save_pretrained(tmp_path / "m")
     assert main(["check", str(tmp_path / "m"), "--json", str(tmp_path / "c.json")]) == 0
     assert len(json.loads((tmp_path / "c.json").read_text())) == 6
+
+
+def test_stages_one_after_the_other_then_steering_and_overlap(tmp_path, capsys):
+    limit = ["--limit", "6"]
+    runs = [str(tmp_path / task) for task in ("vqa", "ocr")]
+    for task, run in zip(("vqa", "ocr"), runs, strict=True):
+        assert main(["localize", "--task", task, "--stage", "heads", "--out", run, *limit]) == 0
+        assert main(["localize", "--task", task, "--stage", "neurons", "--out", run, *limit]) == 0
+    rows = json.loads((tmp_path / "vqa" / "hones" / "neurons_top1pct.json").read_text())
+    assert len(rows) == 15 and set(rows[0]) >= {"layer", "neuron", "score"}
+    assert main(["overlap", *runs, "--json", str(tmp_path / "overlap.json")]) == 0
+    (pair,) = json.loads((tmp_path / "overlap.json").read_text())["overlap"]["shared"]
+    assert pair["tasks"] == ["vqa", "ocr"] and 0 <= pair["count"] <= 15
+    capsys.readouterr()
+    few = ["--methods", "fixed_amp,HONES", "--lr", "0.01", "--epochs", "1", *limit]
+    assert main(["steer", "--out", runs[0], *few]) == 0
+    said = capsys.readouterr().out
+    assert "Fixed-Amp" in said and "Grid-Search" not in said
+    scales = json.loads((tmp_path / "vqa" / "steering" / "shapes" / "neuron_scales.json").read_text())
+    assert {(r["layer"], r["neuron"]) for r in scales} == {(r["layer"], r["neuron"]) for r in rows}
+    bank = str(tmp_path / "vqa" / "hones" / "neurons_top1pct.json")
+    other = ["steer", "--out", str(tmp_path / "bank"), "--neurons", bank, "--methods", "fixed_amp", *limit]
+    assert main(other) == 0
+    assert main([*other[:-1], "5"]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_a_configuration_of_hones_runs_as_it_is(tmp_path, capsys):
+    """Paths start above configs/, split files are honoured, and tasks do not share an output folder."""
+    hones(tmp_path / "data")
+    ids = [r["image_id"] for r in json.loads((tmp_path / "data" / "unified.json").read_text())["data"]]
+    (tmp_path / "configs").mkdir()
+    splits = {"discovery": {"image_ids": ids[:6]}, "test": ids[6:10], "development": ids[10:16]}
+    for name, entries in splits.items():
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(entries))
+    config = tmp_path / "configs" / "llava_hones.yaml"
+    config.write_text(
+        """
+model: {name: llava, model_id: tiny-llava, dtype: auto, device_map: auto}
+data:
+  data_file: data/unified.json
+  image_dir: data/images
+  discovery_split: data/discovery.json
+  test_split: data/test.json
+  dev_split: data/development.json
+  discovery_limit: 5
+  eval_limit: 3
+  seed: 3407
+run: {task: vqa, output_dir: artifacts/llava/vqa, top_k_heads: 7, top_neuron_ratio: 0.02, max_new_tokens: 24}
+"""
+    )
+    for task in ("vqa", "ocr"):
+        assert main(["localize", "--config", str(config), "--task", task]) == 0, capsys.readouterr().err
+        folder = tmp_path / "artifacts" / "llava" / task
+        heads = json.loads((folder / "heads.json").read_text())
+        assert len(heads["example_ids"]) == 5 and heads["top_k"] == 7 and heads["task"] == task
+        assert len(json.loads((folder / "hones" / "neurons_top1pct.json").read_text())) == 31

@@ -11,7 +11,15 @@ import pytest
 import sacrebleu
 
 from hones_lens import statistics
-from hones_lens.statistics import Interval, bootstrap_interval, mean_interval, metric_interval, permutation_p
+from hones_lens.statistics import (
+    Interval,
+    benjamini_hochberg,
+    bootstrap_interval,
+    mean_interval,
+    metric_interval,
+    permutation_p,
+    sign_flip_p,
+)
 from hones_lens.tasks import load_task
 from hones_lens.tasks.metrics import bleu_statistics
 
@@ -164,3 +172,95 @@ def test_bad_arguments_raise():
         mean_interval(np.ones(3), level=95)
     with pytest.raises(ValueError, match="draws must be at least 1, not 0"):
         permutation_p(VQA, each, each, draws=0)
+
+
+# -- many tests at once --------------------------------------------------------------------------------
+
+
+def exact_sign_flip_p(gap: np.ndarray, alternative: str) -> float:
+    """Share of all 2^n sign flips whose mean is at least as large as the one observed."""
+    means = np.array([np.dot(signs, gap) for signs in itertools.product((1, -1), repeat=len(gap))])
+    observed = gap.sum()
+    if alternative == "two-sided":
+        means, observed = np.abs(means), abs(observed)
+    return float(np.mean(means >= observed - 1e-12))
+
+
+@pytest.mark.parametrize("alternative", ["greater", "two-sided"])
+def test_sign_flip_p_of_many_arms_agrees_with_all_flips(alternative):
+    rng = np.random.default_rng(6)
+    gaps = rng.normal([[-0.5], [0.0], [0.4], [1.5]], 1.0, size=(4, 9))
+    gaps = np.vstack([gaps, rng.integers(-1, 2, size=(2, 9))])  # of right and wrong answers: with ties
+    exact = [exact_sign_flip_p(gap, alternative) for gap in gaps]
+    assert sign_flip_p(gaps, alternative=alternative, draws=20_000) == pytest.approx(exact, abs=0.015)
+
+
+def test_sign_flip_p_at_its_ends_and_by_seed(monkeypatch):
+    gaps = np.stack([np.ones(40), np.zeros(40), -np.ones(40)])
+    assert sign_flip_p(gaps, draws=199).tolist() == [1 / 200, 1.0, 1.0]
+    assert sign_flip_p(gaps, draws=199, alternative="two-sided").tolist() == [1 / 200, 1.0, 1 / 200]
+    noise = np.random.default_rng(1).normal(size=(5, 30))
+    whole = sign_flip_p(noise, draws=300)
+    assert (sign_flip_p(noise, draws=300) == whole).all()
+    assert (sign_flip_p(noise, draws=300, seed=1) != whole).any()
+    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 7 * 30)
+    assert (sign_flip_p(noise, draws=300) == whole).all()
+
+
+def test_sign_flip_p_is_uniform_where_there_is_no_difference():
+    p = sign_flip_p(np.random.default_rng(2).normal(size=(800, 25)), draws=999)
+    for level in (0.05, 0.25, 0.5):
+        assert np.mean(p <= level) == pytest.approx(level, abs=4 * math.sqrt(level * (1 - level) / 800))
+
+
+def step_up(p: np.ndarray, q: float, factor: float) -> np.ndarray:
+    """The rule itself: the largest k with p_(k) ≤ k q / n, and all tests up to it."""
+    n = len(p)
+    passing = [k for k in range(1, n + 1) if sorted(p)[k - 1] <= k * q / (n * factor)]
+    return p <= (sorted(p)[max(passing) - 1] if passing else -1.0)
+
+
+@pytest.mark.parametrize("dependent", [False, True])
+def test_discoveries_are_those_of_the_step_up_rule(dependent):
+    rng = np.random.default_rng(8)
+    for n in (1, 2, 7, 40):
+        factor = sum(1 / i for i in range(1, n + 1)) if dependent else 1.0
+        for _ in range(20):
+            p = np.where(rng.random(n) < 0.4, rng.random(n) * 0.02, rng.random(n)).round(3)
+            adjusted, found = benjamini_hochberg(p, 0.1, dependent=dependent)
+            assert (found == step_up(p, 0.1, factor)).all()
+            by_hand = [min(1.0, *(b * n * factor / (p <= b).sum() for b in p[p >= a]), 1.0) for a in p]
+            assert adjusted == pytest.approx(by_hand)
+
+
+def test_a_worked_example_of_false_discovery_rates():
+    p = [0.01, 0.04, 0.03, 0.005, 0.5]
+    adjusted, found = benjamini_hochberg(p, q=0.051)
+    assert adjusted == pytest.approx([0.025, 0.05, 0.05, 0.025, 0.5])
+    assert found.tolist() == [True, True, True, True, False]
+    by, none = benjamini_hochberg(p, dependent=True)
+    assert by == pytest.approx(np.minimum(adjusted * (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5), 1))
+    assert not none.any()
+
+
+@pytest.mark.parametrize("bad", [[0.5, -0.1], [0.5, 1.5], [0.5, math.nan]])
+def test_values_that_are_no_p_values_raise(bad):
+    with pytest.raises(ValueError, match=r"1 of the p-values do not lie in 0 … 1"):
+        benjamini_hochberg(bad)
+
+
+def test_bad_arguments_of_many_tests_raise():
+    with pytest.raises(ValueError, match=r"one p-value for each test, got shape \(0,\)"):
+        benjamini_hochberg([])
+    with pytest.raises(ValueError, match="q must lie between 0 and 1, not 5"):
+        benjamini_hochberg([0.5], q=5)
+    with pytest.raises(ValueError, match=r"\[n_arms, n_examples\], got shape \(3,\)"):
+        sign_flip_p(np.ones(3))
+    with pytest.raises(ValueError, match="unknown alternative 'less'; valid: greater, two-sided"):
+        sign_flip_p(np.ones((2, 3)), alternative="less")
+    with pytest.raises(ValueError, match="at least two examples, got 1"):
+        sign_flip_p(np.ones((2, 1)))
+    with pytest.raises(ValueError, match="1 of the values are not finite"):
+        sign_flip_p([[1.0, math.nan]])
+    with pytest.raises(ValueError, match="draws must be at least 1, not 0"):
+        sign_flip_p(np.ones((2, 3)), draws=0)

@@ -21,6 +21,7 @@ from hones_lens.interventions import Hook, replace_with_other_heads_mean
 from hones_lens.racing import Race, RaceResult, Racing
 from hones_lens.results import Component, nan_to_none, none_to_nan, ranked, read_json, write_json
 from hones_lens.speculation import Tally
+from hones_lens.statistics import benjamini_hochberg, sign_flip_p
 from hones_lens.tasks import Task
 
 _DEFAULT_SHARE = 0.03  # 30 of LLaVA-1.5-7B's 1,024 heads
@@ -318,6 +319,37 @@ def _race(
         drops[np.ix_(running, here)] = found
         race.add(found)
     return base, drops, np.nanmean(drops, axis=1), race.result()
+
+
+def significant_heads(
+    heads: HeadScores, q: float = 0.05, *, draws: int = 10_000, seed: int = 0, dependent: bool = False
+) -> list[Component]:
+    """Heads whose mean drop is above zero, at a false discovery rate of q over all heads; best first.
+
+    One-sided paired permutation tests of `heads.drops` (captions: of the smoothed sentence BLEU).
+
+    Args:
+        heads: What `localize_heads` returned, exact: every head measured on every example.
+        q: False discovery rate.
+        draws: Permutations. The smallest p-value is 1 / (1 + draws), so take more than heads / q.
+        seed: Of the permutations.
+        dependent: Benjamini-Yekutieli, which holds however the tests depend on each other.
+
+    Raises:
+        ValueError: A head that was not measured on every example, or fewer than two examples.
+    """
+    short = torch.nonzero(heads.counts < len(heads.example_ids)).tolist()
+    if short:
+        raise ValueError(
+            f"{len(short)} heads, the first L{short[0][0]}H{short[0][1]}, were not measured on every "
+            "example: localize without racing or a prefilter"
+        )
+    p = sign_flip_p(heads.drops.flatten(0, 1).numpy(), draws=draws, seed=seed)
+    found = benjamini_hochberg(p, q, dependent=dependent)[1].reshape(heads.scores.shape)
+    if not found.any():
+        return []
+    among = heads.scores.where(torch.from_numpy(found), -torch.inf)
+    return ranked(among, int(found.sum()))
 
 
 def cells_of(model: HookedVLM) -> list[tuple[int, int]]:

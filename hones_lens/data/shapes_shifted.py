@@ -1,7 +1,7 @@
 """`shapes-shifted`: the shapes world as models that were trained on `shapes` have never seen it.
 
 The scenes, questions, words and splits follow the same rules. What differs is how they look: other shades
-of the colours, letters of another font, things of another size that stand less exactly in their cells,
+of the colours, letters of another font, larger large things, less exactly in the middle of their cells,
 lines and grain behind them, and, in three scenes out of ten, a background lighter than any in `shapes`.
 It plays the part of an out-of-distribution test set: the shipped models still do each task, but worse.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from attribution.build import (
@@ -24,7 +25,7 @@ from attribution.build import (
 from tiny import make_config, make_pair
 
 from hones_lens.attribution.gradients import first_order_falls
-from hones_lens.attribution.heads import HeadScores, localize_heads
+from hones_lens.attribution.heads import HeadScores, localize_heads, significant_heads
 from hones_lens.racing import Racing
 from hones_lens.results import Component, ranked
 from hones_lens.tasks import load_task
@@ -202,3 +203,19 @@ def test_raced_heads_are_the_best_up_to_epsilon(tmp_path) -> None:
 def test_corpus_bleu_can_not_be_raced() -> None:
     with pytest.raises(ValueError, match="BLEU-4 is not a mean over examples"):
         localize_heads(pair()[1], "caption", list(examples_of("caption")), 2, racing=Racing(), progress=False)
+
+
+def test_significant_heads_are_the_planted_ones() -> None:
+    drops = np.random.default_rng(0).normal(0.0, 1.0, size=(3, 4, 60))
+    drops[0, 1] += 1.0
+    drops[2, 3] += 2.0
+    drops[1, 0] -= 2.0
+    ids = tuple(map(str, range(60)))
+    heads = replace(_scores(torch.from_numpy(drops.mean(-1))), drops=torch.from_numpy(drops), example_ids=ids)
+    found = significant_heads(heads, q=0.01, draws=2000)
+    assert [(c.layer, c.index) for c in found] == [(2, 3), (0, 1)]
+    assert [c.score for c in found] == [heads.scores[2, 3].item(), heads.scores[0, 1].item()]
+    assert significant_heads(replace(heads, drops=-heads.drops.abs())) == []
+    heads.drops[1, 2, 5] = torch.nan
+    with pytest.raises(ValueError, match="1 heads, the first L1H2, were not measured on every example"):
+        significant_heads(heads)

@@ -1,0 +1,174 @@
+"""What neurons make a model want to say, layer by layer: logit-lens tables of baseline minus masked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hones_lens import sweep
+from hones_lens.attribution.neurons import NeuronScores
+from hones_lens.data.examples import Example
+from hones_lens.hooked_vlm import HookedVLM
+from hones_lens.interventions import Hook, zero_neurons
+from hones_lens.masking import Neurons
+from hones_lens.overlap.groups import check_neurons
+from hones_lens.results import read_json, write_json
+from hones_lens.tasks import Task
+
+
+class LensToken(NamedTuple):
+    """A token of the vocabulary, and its logit-lens logit, baseline minus masked."""
+
+    id: int
+    token: str
+    delta: float
+
+
+@dataclass(frozen=True)
+class LensDelta:
+    """The tokens whose logit-lens logit changes most when neurons are masked (HONES eq. H6).
+
+    Attributes:
+        task, model_name: What was asked of which model.
+        n_neurons, n_examples: How many were masked, and how many examples the means are over.
+        falls: By layer, the tokens that fall most: what the neurons speak for, `delta` above 0.
+        rises: By layer, the tokens that rise most: what they speak against, `delta` below 0.
+            Both are empty below the first masked neuron.
+    """
+
+    task: str
+    model_name: str
+    n_neurons: int
+    n_examples: int
+    falls: tuple[tuple[LensToken, ...], ...]
+    rises: tuple[tuple[LensToken, ...], ...]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a token: layer, direction (`falls` or `rises`), rank from 1, id, token, delta."""
+        rows = [
+            {"layer": layer, "direction": direction, "rank": rank, **token._asdict()}
+            for layer in range(len(self.falls))
+            for direction, table in (("falls", self.falls), ("rises", self.rises))
+            for rank, token in enumerate(table[layer], start=1)
+        ]
+        return pd.DataFrame(rows, columns=["layer", "direction", "rank", "id", "token", "delta"])
+
+    def save(self, file: str | Path) -> None:
+        """Write everything to JSON."""
+        write_json(file, {"kind": "lens-delta", **vars(self)})
+
+    @classmethod
+    def load(cls, file: str | Path) -> LensDelta:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: Another kind of file.
+        """
+        data = read_json(file, "lens-delta")
+        for name in ("falls", "rises"):
+            data[name] = tuple(tuple(LensToken(*token) for token in layer) for layer in data[name])
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model_name}, {self.task}: logit lens at the last prompt position, baseline minus masked "
+            f"({self.n_neurons} neurons, mean over {self.n_examples} examples)"
+        ]
+        for layer, tables in enumerate(zip(self.falls, self.rises, strict=True)):
+            for name, table in zip(("falls", "rises"), tables, strict=True):
+                said = "  ".join(f"{token.token} {token.delta:+.3g}" for token in table)
+                lines.append(f"  layer {layer} {name}: {said or 'nothing'}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().to_html(index=False)
+
+
+def lens_delta(
+    model: HookedVLM,
+    task: str | Task,
+    examples: Sequence[Example],
+    neurons: NeuronScores | Neurons,
+    *,
+    k: int = 10,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> LensDelta:
+    """Logit-lens tables of baseline minus masked (HONES eq. H6).
+
+    For each layer: `unembed(ln_final(resid_post))` at the last prompt position, of the clean model
+    minus that of the model with the neurons set to zero at all positions, mean over the examples.
+
+    Args:
+        model: The model.
+        task: A task or its name; of a ranking task the prompt with the true candidate is taken.
+        examples: Whose prompts.
+        neurons: A ranking, whose share `ratio` is masked, or a list of (layer, index).
+        k: Tokens a layer and direction.
+        batch_size: Examples a batch.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: No examples, no neurons, one twice or one that the model does not have, k below 1.
+        FloatingPointError: A logit that is not finite.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    task = sweep.as_task(task)
+    sweep.check_examples(task, examples)
+    given = neurons.top() if isinstance(neurons, NeuronScores) else neurons
+    chosen = check_neurons(given, model.cfg.n_layers, model.cfg.d_mlp, "the list of neurons to mask")
+    total = torch.zeros(model.cfg.n_layers, model.cfg.d_vocab, dtype=torch.float64)
+    with tqdm(total=len(examples), desc=f"logit lens · {task.name}", disable=not progress) as bar:
+        for batch in sweep.answer_batches(model, task, examples, batch_size, answers=False):
+            total += lens_logits(model, batch) - lens_logits(model, batch, zero_neurons(chosen))
+            bar.update(len(batch.examples))
+    if not bool(torch.isfinite(total).all()):
+        raise FloatingPointError(f"logit-lens logits of {task.name} are not finite")
+    mean = total / len(examples)
+    return LensDelta(
+        task=task.name,
+        model_name=model.cfg.model_name,
+        n_neurons=len(chosen),
+        n_examples=len(examples),
+        falls=tuple(_largest(model, row, k) for row in mean),
+        rises=tuple(_largest(model, row, k, sign=-1) for row in mean),
+    )
+
+
+@torch.no_grad()
+def lens_logits(
+    model: HookedVLM, batch: sweep.Batch, hooks: Sequence[Hook] = ()
+) -> Float[Tensor, "layer d_vocab"]:
+    """Logit-lens logits at the last prompt position, summed over a batch, float64 on the CPU."""
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+    kept: dict[str, Tensor] = {}
+
+    def keep(resid: Tensor, hook: Any) -> None:
+        kept[hook.name] = resid[:, -1]
+
+    with model.hooks(fwd_hooks=[*hooks, *((name, keep) for name in names)]):
+        model(batch.inputs, logits_to_keep=1)
+    rows = [model.unembed(model.ln_final(kept[name])).double().sum(0).cpu() for name in names]
+    return torch.stack(rows)
+
+
+def _largest(
+    model: HookedVLM, deltas: Float[Tensor, " d_vocab"], k: int, sign: int = 1
+) -> tuple[LensToken, ...]:
+    """The k largest (sign 1) or smallest (sign −1) deltas of that sign; ties in the vocabulary's order."""
+    ids = torch.argsort(sign * deltas, descending=True, stable=True)[:k].tolist()
+    ids = [i for i in ids if sign * float(deltas[i]) > 0]
+    names = model.tokenizer.convert_ids_to_tokens(ids)
+    named = [name if name is not None else f"[{i}]" for i, name in zip(ids, names, strict=True)]
+    return tuple(LensToken(i, name, float(deltas[i])) for i, name in zip(ids, named, strict=True))
