@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--out", required=True, help="folder for checkpoints, log and the model")
     train.add_argument("--steps", type=int, help="steps of the first part (default: as the shipped model)")
     train.add_argument("--naming-steps", type=int, help="steps of the second part")
+    train.add_argument("--shape-steps", type=int, help="steps of the third part")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--threads", type=int, help="CPU threads")
     return parser

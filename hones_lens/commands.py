@@ -225,7 +225,7 @@ def overlap(args: argparse.Namespace) -> int:
         model, data = _load(args), _data(args)
         groups = mask_groups(model, {task: data.test(task) for task in tasks}, found)
         print(f"\n{groups}")
-        result["groups"] = json.loads(groups.to_dataframe().to_json(orient="records"))
+        result["groups"] = groups.to_dataframe().to_dict("records")
     _write_json(args, result)
     return 0
 
@@ -329,7 +329,7 @@ def train_tiny(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    steps = {"steps": args.steps, "naming_steps": args.naming_steps}
+    steps = {name: getattr(args, name) for name in ("steps", "naming_steps", "shape_steps")}
     family = importlib.import_module(TINY[args.family])
     given = {name: n for name, n in steps.items() if n is not None}
     recipe = replace(family.RECIPE, seed=args.seed, **given)

@@ -81,6 +81,10 @@ def _how(name: str, recipe: Recipe) -> str:
     part = recipe.frozen_steps < recipe.naming_steps
     frozen = f" for the first {recipe.frozen_steps} steps" if part else ""
     length = f"--steps {recipe.steps} --naming-steps {recipe.naming_steps}"
+    shapes = ""
+    if recipe.shape_steps:
+        length += f" --shape-steps {recipe.shape_steps}"
+        shapes = "\nIn the third, with the same price, most false captions took one shape for another."
     return f"""## How it was made
 
     hones train-tiny {family} {length} --seed {recipe.seed} --out runs/{name}
@@ -88,7 +92,7 @@ def _how(name: str, recipe: Recipe) -> str:
 Muon on the matrices, AdamW on the rest, float32; about nine questions packed behind each picture.
 Training saw only scenes of the `train` split. In the first part the model learned to see and to answer
 all but the names; in the second, with vision tower and projector frozen{frozen}, the names too.
-There the loss also had a price on what neurons write.
+There the loss also had a price on what neurons write.{shapes}
 
 | setting | value |
 | --- | --- |

@@ -18,9 +18,8 @@ from hones_lens.nn.attention import AttentionContext
 from hones_lens.tasks import load_task
 
 _VQA_PAIRS = 4
-# How often a false caption of the second part puts a thing into another column of its row: after the
-# first part all else is judged well, and the column of a scene's first thing at chance.
-_SIDEWAYS = 0.6
+# How often a false caption changes what its part of training dwells on.
+_DWELL = 0.6
 
 
 @dataclass
@@ -56,21 +55,29 @@ class Turn(NamedTuple):
 
 
 def conversation(
-    scene: shapes.Scene, dice: shapes.Dice, naming: bool = True, ocr_share: float = 0.5
+    scene: shapes.Scene,
+    dice: shapes.Dice,
+    naming: bool = True,
+    ocr_share: float = 0.5,
+    dwell: str | None = "column",
 ) -> list[Turn]:
     """Turns on one scene: four VQA pairs, often a word and a caption, and four captions to judge.
 
     Args:
         scene: What is shown.
         dice: Draws them.
-        naming: The second part of training: names are among the VQA pairs, and the captions to judge
+        naming: Not the first part of training: names are among the VQA pairs, and the captions to judge
             are all of the whole scene.
         ocr_share: How probable it is that the word is asked for.
+        dwell: What most false captions change: a thing's "column" in its row, or its "shape" (then
+            the shape question is asked wherever there is one). None: each attribute as often.
     """
     vqa, ocr, caption, retrieval = map(load_task, ("vqa", "ocr", "caption", "retrieval"))
     kinds = sorted({q.kind for q in shapes.questions(scene)} - ({"name"} if not naming else set()))
     turns = []
-    for kind in dice.shuffled(kinds)[:_VQA_PAIRS]:
+    asked_first = [k for k in kinds if k == dwell]
+    drawn = dice.shuffled([k for k in kinds if k != dwell])
+    for kind in (asked_first + drawn)[:_VQA_PAIRS]:
         asked = shapes.ask(dice, scene, kind)
         prompt = vqa.prompts(Example("", scene, question=asked.text))[0]
         turns.append(Turn(kind, prompt, asked.answer))
@@ -78,36 +85,44 @@ def conversation(
         turns.append(Turn("ocr", ocr.prompts(Example("", scene))[0], scene.word))
     if dice.chance(0.5):
         turns.append(Turn("caption", caption.prompts(Example("", scene))[0], scene.captions[0]))
-    for candidate, true in _candidates(scene, dice, naming):
+    for candidate, true in _candidates(scene, dice, naming, dwell):
         prompt = retrieval.prompts(Example("", scene, candidates=(candidate,)))[0]
         turns.append(Turn("retrieval", prompt, "Yes" if true else "No"))
     return turns
 
 
-def _candidates(scene: shapes.Scene, dice: shapes.Dice, naming: bool) -> list[tuple[str, bool]]:
+def _candidates(
+    scene: shapes.Scene, dice: shapes.Dice, naming: bool, dwell: str | None
+) -> list[tuple[str, bool]]:
     """Four captions and whether they are true; in the first part two are of one thing alone (easier)."""
     parts = [replace(scene, things=(dice.pick(scene.things),)) for _ in range(0 if naming else 2)]
     scenes = [*parts, *[scene] * (4 - len(parts))]
     out = []
     for whole in scenes:
-        false = None if dice.chance(0.5) else _false_caption(scene, whole, dice, naming)
+        false = None if dice.chance(0.5) else _false_caption(scene, whole, dice, dwell)
         out.append((whole.captions[0] if false is None else false, false is None))
     return out
 
 
-def _false_caption(scene: shapes.Scene, part: shapes.Scene, dice: shapes.Dice, naming: bool) -> str:
-    """The caption of `part` with one attribute changed (each as often, but see above), or at times two."""
+def _false_caption(scene: shapes.Scene, part: shapes.Scene, dice: shapes.Dice, dwell: str | None) -> str:
+    """The caption of `part` with one attribute changed (mostly what is dwelt on), or at times two."""
     while True:
-        if naming and dice.chance(_SIDEWAYS):
-            moved = shapes.changed(part, ("where",))
-            rows = [thing.row for thing in part.things]
-            other = dice.pick([s for s in moved if [thing.row for thing in s.things] == rows])
+        if dwell is not None and dice.chance(_DWELL):
+            other = dice.pick(_changed_there(part, dwell))
         else:
             other = dice.pick(shapes.changed(part, (dice.pick(shapes.ATTRIBUTES),)))
         if dice.chance(0.2):
             other = dice.pick(shapes.changed(other))
         if other.captions[0] not in (*scene.captions, *(t.phrase for t in scene.things)):
             return other.captions[0]
+
+
+def _changed_there(scene: shapes.Scene, dwell: str) -> list[shapes.Scene]:
+    """The scenes with one thing of another shape, or one thing in another column of its row."""
+    if dwell != "column":
+        return shapes.changed(scene, (dwell,))
+    rows = [thing.row for thing in scene.things]
+    return [s for s in shapes.changed(scene, ("where",)) if [thing.row for thing in s.things] == rows]
 
 
 def training_scenes(
@@ -137,10 +152,11 @@ def pack(
     scenes: list[tuple[shapes.Scene, shapes.Dice]],
     naming: bool = True,
     ocr_share: float = 0.5,
+    dwell: str | None = "column",
 ) -> PackedBatch:
-    """Tokenize one step's scenes and pack each one's turns behind its image."""
+    """Tokenize one step's scenes and pack each one's turns (see `conversation`) behind its image."""
     pixels, counts = model.process_images([scene.load() for scene, _ in scenes])
-    talks = [conversation(scene, dice, naming, ocr_share) for scene, dice in scenes]
+    talks = [conversation(scene, dice, naming, ocr_share, dwell) for scene, dice in scenes]
     rows = [_tokenize(model, turns, count) for turns, count in zip(talks, counts, strict=True)]
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), model.cfg.pad_token_id)

@@ -10,7 +10,7 @@ from hones_lens.tools.tiny_tokenizer import build_qwen_tokenizer
 from hones_lens.tools.train_tiny import Recipe
 
 RECIPE = Recipe(
-    steps=4200, naming_steps=2500, frozen_steps=300, polish_steps=900, ocr_share=1.0, one_size_steps=2000
+    steps=4200, naming_steps=2500, frozen_steps=300, shape_steps=3600, ocr_share=1.0, one_size_steps=2000
 )
 DATASETS = ("shapes", "shapes-varied")  # what the card measures it on
 TRAINING_SIDES = SIDES

@@ -28,17 +28,19 @@ from hones_lens.tools import tiny_data
 class Recipe:
     """How long and how fast to learn. The families' modules hold those that made the shipped models.
 
-    Training has two parts, and a third that goes on with the second at a lower rate. In the first the
-    model learns to see and to answer, all but the names of things. In the second it learns the names, at
-    first with all that sees frozen (as LLaVA's training freezes its vision tower): the decoder alone has
-    to look them up. There the loss also has a price on what neurons write (`Σ_i |m_i| ‖W_out[i]‖`; mean
-    over tokens and layers), so that few neurons write, and only where it is needed.
+    Training has two parts, and where it needs it a third. In the first the model learns to see and to
+    answer, all but the names of things. In the second it learns the names, at first with all that sees
+    frozen (as LLaVA's training freezes its vision tower): the decoder alone has to look them up. From
+    then on the loss also has a price on what neurons write (`Σ_i |m_i| ‖W_out[i]‖`; mean over tokens and
+    layers), so that few neurons write, and only where it is needed. Most false captions of the second
+    part put a thing into another column, which after the first part is judged at chance while all else
+    is judged well; in the third they take one shape for another, the last thing to be told apart.
 
     Attributes:
-        steps, naming_steps, polish_steps: Steps of the parts.
+        steps, naming_steps, shape_steps: Steps of the parts.
         batch: Pictures a step.
-        lr, naming_lr, polish_lr: Highest rates; each falls along a cosine to 2 % of its peak.
-        neuron_price: Of the second part.
+        lr, naming_lr, shape_lr: Highest rates; each falls along a cosine to 2 % of its peak.
+        neuron_price: From the second part on.
         frozen_steps: For how many steps of the second part vision tower and projector are frozen.
         ocr_share: How many of the pictures have their word asked for.
         one_size_steps: For how many steps at first all pictures have one size.
@@ -51,8 +53,8 @@ class Recipe:
     batch: int = 16
     lr: float = 1.5e-3
     naming_lr: float = 1e-3
-    polish_steps: int = 0
-    polish_lr: float = 7e-4
+    shape_steps: int = 0
+    shape_lr: float = 1.2e-3
     neuron_price: float = 1e-3
     frozen_steps: int = 10**6
     ocr_share: float = 0.5
@@ -106,7 +108,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     parts = (
         (recipe.lr, recipe.steps),
         (recipe.naming_lr, recipe.naming_steps),
-        (recipe.polish_lr, recipe.polish_steps),
+        (recipe.shape_lr, recipe.shape_steps),
     )
     peak, total = parts[0]
     for (_, before), (peak_here, here) in pairwise(parts):
@@ -184,7 +186,7 @@ def train(family: ModuleType, out: Path, recipe: Recipe) -> HookedVLM:
     hf_model = family.build_model(processor)
     model = HookedVLM.from_hf(hf_model, processor)
     price = NeuronPrice(model)
-    last = recipe.steps + recipe.naming_steps + recipe.polish_steps
+    last = recipe.steps + recipe.naming_steps + recipe.shape_steps
     state_file = out / "state.pt"
     first, optimizers = _resume(state_file, model, recipe)
     with open(out / "log.jsonl", "a") as log:
@@ -216,7 +218,9 @@ def _step(
     sides = family.TRAINING_SIDES[: 1 if step < recipe.one_size_steps else None]
     scenes = tiny_data.training_scenes(recipe.seed, step, recipe.batch, sides=sides)
     naming = step >= recipe.steps
-    batch = tiny_data.pack(model, scenes, naming, recipe.ocr_share)
+    last_part = step >= recipe.steps + recipe.naming_steps
+    dwell = "shape" if last_part else "column" if naming else None
+    batch = tiny_data.pack(model, scenes, naming, recipe.ocr_share, dwell)
     logits = tiny_data.answer_logits(model, batch)
     losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     loss = (losses * batch.weights).sum() / batch.weights.sum()

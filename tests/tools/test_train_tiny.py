@@ -65,10 +65,15 @@ def test_pictures_have_one_size_at_first(tmp_path, monkeypatch):
     assert drawn == [(112,), (112,), tiny_qwen.TRAINING_SIDES, tiny_qwen.TRAINING_SIDES]
 
 
-def test_the_rate_warms_up_and_falls_in_both_parts():
-    recipe = Recipe(steps=1000, naming_steps=500)
-    rates = [learning_rate(step, recipe) for step in range(1500)]
-    for part, peak in ((rates[:1000], recipe.lr), (rates[1000:], recipe.naming_lr)):
+def test_the_rate_warms_up_and_falls_in_every_part():
+    recipe = Recipe(steps=1000, naming_steps=500, shape_steps=400)
+    rates = [learning_rate(step, recipe) for step in range(1900)]
+    parts = (
+        (rates[:1000], recipe.lr),
+        (rates[1000:1500], recipe.naming_lr),
+        (rates[1500:], recipe.shape_lr),
+    )
+    for part, peak in parts:
         assert max(part) == pytest.approx(peak) and part.index(max(part)) in (99, 100)
         assert part[0] < part[50] < max(part)
         assert part[-1] == pytest.approx(0.02 * peak, rel=0.02)
@@ -180,6 +185,33 @@ def test_a_packed_row_gives_the_logits_of_ordinary_prompts(family):
                 torch.testing.assert_close(packed[row : row + said], logits, atol=2e-5, rtol=0)
                 row += said
     assert row == len(packed)
+
+
+def test_the_third_part_dwells_on_shapes():
+    asked = possible = other_shape = false = 0
+    for step in range(60):
+        for scene, dice in tiny_data.training_scenes(1, step, 4):
+            possible += any(q.kind == "shape" for q in shapes.questions(scene))
+            things = [f"{t.size} {t.color}" for t in sorted(scene.things, key=lambda t: (t.row, t.col))]
+            places = [f"{t.row} {t.col}" for t in sorted(scene.things, key=lambda t: (t.row, t.col))]
+            for turn in tiny_data.conversation(scene, dice, dwell="shape"):
+                asked += turn.kind == "shape"
+                if turn.kind == "retrieval" and turn.answer == "No":
+                    said = [
+                        phrase.split() for phrase in turn.prompt.split("\n")[0].split(": ")[1].split(" and ")
+                    ]
+                    told = [f"{words[1]} {words[2]}" for words in said]
+                    where = [f"{shapes.ROWS.index(w[6])} {shapes.COLUMNS.index(w[7])}" for w in said]
+                    false += 1
+                    other_shape += told == things and where == places
+    assert asked == possible > 150
+    assert 0.5 < other_shape / false < 0.75
+
+
+def test_all_three_parts_train(tmp_path):
+    train(tiny_qwen, tmp_path, Recipe(steps=1, naming_steps=1, shape_steps=1, batch=1, warmup=1))
+    steps = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in steps] == [0, 1, 2] and "held_out" in steps[-1]
 
 
 def _size(family, step: int) -> tuple[int, int]:
