@@ -7,9 +7,12 @@ PIP_FLAGS ?=
 DEMO_OUT  ?= runs/demo
 DEMO_ARGS ?=
 WHEEL_DIR ?= dist
+WORKERS   ?= auto
 TEST_ARGS ?=
 
 BIN := $(VENV)/bin
+# As many processes as cores; each test runs on one thread.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --benchmark-disable
 PIP := $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
 # The caller's PYTHONPATH must not hide what is installed here.
@@ -55,13 +58,13 @@ demo: $(VENV)/.core
 	done
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not exhaustive" $(TEST_ARGS)
+	$(PYTEST) -m "not exhaustive" --durations 15 $(TEST_ARGS)
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
 coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest --cov $(TEST_ARGS)

@@ -15,12 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-if "shape_checks" in sys.modules:
-    raise pytest.UsageError(
-        "the tests' conftest.py checks shapes at every call, which users don't pay for: "
-        "run `make benchmark`, or give --confcutdir=tests/benchmarks"
-    )
-
 ROUNDS = 5
 THREADS = len(os.sched_getaffinity(0))
 _LINES: list[str] = []
@@ -31,6 +25,11 @@ Side = tuple[Work, float]  # what to run, and how many units of work that is
 
 @pytest.fixture(autouse=True)
 def _as_users_run() -> Iterator[None]:
+    if "shape_checks" in sys.modules:
+        raise pytest.UsageError(
+            "the tests' conftest.py checks shapes at every call, which users don't pay for: "
+            "run `make benchmark`, or give --confcutdir=tests/benchmarks"
+        )
     torch.set_num_threads(THREADS)
     with torch.no_grad():
         yield
