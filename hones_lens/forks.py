@@ -188,9 +188,14 @@ class _BehindPrefix(KVCache):
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self.keys:
-            self.keys = {layer: self.prefix.keys[layer].repeat_interleave(self.rows, dim=0)}
-            self.values = {layer: self.prefix.values[layer].repeat_interleave(self.rows, dim=0)}
+            self.keys = {layer: self._for_each_row(self.prefix.keys[layer])}
+            self.values = {layer: self._for_each_row(self.prefix.values[layer])}
         return super().extend(layer, k, v)
+
+    def _for_each_row(self, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            return x.expand(self.rows, *x.shape[1:])  # a view: it is copied once, when `extend` appends to it
+        return x.repeat_interleave(self.rows, dim=0)
 
 
 @dataclass(frozen=True)

@@ -244,10 +244,11 @@ class _Slots(KVCache):
 
     @classmethod
     def of(cls, rows: Sequence[_Unfinished], size: int) -> _Slots:
+        """Move what the rows know there: it is taken from them."""
         out = cls()
-        for layer in range(len(rows[0].keys)):
+        for layer in reversed(range(len(rows[0].keys))):
             for name, mine in (("keys", out.keys), ("values", out.values)):
-                parts = [getattr(row, name)[layer] for row in rows]
+                parts = [getattr(row, name).pop() for row in rows]
                 mine[layer] = parts[0].new_zeros(len(rows), size, *parts[0].shape[1:])
                 for slots, part in zip(mine[layer], parts, strict=True):
                     slots[: len(part)] = part

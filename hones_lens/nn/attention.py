@@ -179,12 +179,12 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=context.mask, is_causal=context.causal and context.mask is None
             )
             return z.transpose(1, 2)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(self.d_head)
+        scores = (q / math.sqrt(self.d_head)) @ k.transpose(-1, -2)
         mask = context.mask if context.windows is None else context.windows.mask()
         if mask is None and context.causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
+            scores.masked_fill_(~mask, -torch.inf)
         scores = self.hook_attn_scores(scores)
         pattern = self.hook_pattern(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype))
         return (pattern @ v).transpose(1, 2)
