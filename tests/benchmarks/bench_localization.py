@@ -95,7 +95,7 @@ def test_shipped_models(name: str, task_name: str, speedups, note) -> None:
             (layer, head), i = dice.choice(cells), dice.randrange(len(examples))
             score = naive_cell(hf_model, model, task, examples[i], layer, head)
             if found:  # by the warm call
-                differing += score != float(found[0].base_scores[i] - found[0].drops[layer, head, i])
+                differing += float(found[0].base_scores[i]) - score != float(found[0].drops[layer, head, i])
 
     others = {"HF, one at a time": (naive, NAIVE_CELLS[task_name])}
     if name == "tiny-llava" and not task.ranks:
