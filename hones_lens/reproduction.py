@@ -88,10 +88,10 @@ class Reproduction:
         parts = [f"# {self.model_name}"]
         for ratio in sorted({share for r in self.tasks.values() for _, share in r.masking}):
             for what, unit in (("metric", "drop in % of the baseline"), ("log_prob", "nats lost")):
-                parts.append(f"## Masking {100 * ratio:g} % of the neurons: {unit}\n")
+                parts.append(f"## Masking {100 * ratio:g} % of the neurons: {unit}")
                 parts.append(_markdown(self.masking_table(ratio, what)))
         for learned_on, measured_on in next(iter(self.tasks.values())).steering:
-            parts.append(f"## Steering: learned on {learned_on}, measured on {measured_on}\n")
+            parts.append(f"## Steering: learned on {learned_on}, measured on {measured_on}")
             parts.append(_markdown(self.steering_table(learned_on, measured_on)))
         heads = pd.DataFrame(
             [
@@ -105,9 +105,9 @@ class Reproduction:
                 for name, r in self.tasks.items()
             ]
         )
-        parts += ["## Critical heads, on the discovery split\n", _markdown(heads)]
-        parts += ["## Neurons that tasks share\n", f"```\n{self.overlap}\n```"]
-        parts += ["## Masking each group at one size\n", f"```\n{self.groups}\n```"]
+        parts += ["## Critical heads, on the discovery split", _markdown(heads)]
+        parts += ["## Neurons that tasks share", f"```\n{self.overlap}\n```"]
+        parts += ["## Masking each group at one size", f"```\n{self.groups}\n```"]
         return "\n\n".join(parts) + "\n"
 
     __str__ = to_markdown

@@ -207,3 +207,35 @@ run: {task: vqa, output_dir: artifacts/llava/vqa, top_k_heads: 7, top_neuron_rat
         heads = json.loads((folder / "heads.json").read_text())
         assert len(heads["example_ids"]) == 5 and heads["top_k"] == 7 and heads["task"] == task
         assert len(json.loads((folder / "hones" / "neurons_top1pct.json").read_text())) == 31
+
+
+@pytest.mark.slow
+def test_reproduce_writes_all_tables_and_goes_on_where_it_stopped(tmp_path, capsys):
+    argv = [
+        "reproduce",
+        "--tasks",
+        "vqa,ocr",
+        "--limit",
+        "10",
+        "--controls",
+        "2",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    argv += ["--ratios", "0.02"]
+    assert main(argv) == 0, capsys.readouterr().err
+    said = (tmp_path / "r" / "tables.md").read_text()
+    for title in (
+        "Masking 2 %",
+        "Steering: learned on shapes, measured on shapes-shifted",
+        "share",
+        "one size",
+    ):
+        assert title in said
+    for method in ("hones", "activation_entropy", "matched random", "Grid-Search", "HONES without KL"):
+        assert f"| {method} |" in said
+    kept = (tmp_path / "r" / "vqa" / "masking.json").read_bytes()
+    assert main(argv) == 0
+    assert (tmp_path / "r" / "tables.md").read_text() == said
+    assert (tmp_path / "r" / "vqa" / "masking.json").read_bytes() == kept
+    assert main([*argv[:-1], "0.03"]) == 1
