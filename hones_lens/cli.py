@@ -155,15 +155,18 @@ def _overlap(commands: Any) -> None:
     command = _add(commands, "overlap", do.overlap, "neurons that the tasks of several runs share (H6)")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one model, one a task")
     command.add_argument("--mask", action="store_true", help="mask each group, and measure every task")
-    _model_options(command)
-    _data_options(command)
-    _split_options(command)
+    command.add_argument("--limit", type=int, help="how many examples to measure on")
+    command.add_argument("--split", default="test", help="where results are measured (default: test)")
+    _model_options(command, named=False)
+    _file_options(command)
+    nothing = ("min_pixels", "max_pixels", "discovery_limit", "dev_limit")
+    command.set_defaults(discovery_split="discovery", dev_split="dev", **dict.fromkeys(nothing))
 
 
 def _reproduce(commands: Any) -> None:
     command = _add(commands, "reproduce", do.reproduce, "all stages on all tasks, and tables as in the paper")
     _model_options(command)
-    _data_options(command)
+    _file_options(command)
     _split_options(command)
     command.add_argument("--tasks", type=_names, metavar="A,B", help="default: all four")
     command.add_argument("--ratios", type=_numbers, default=(0.01, 0.05), help="shares of neurons to mask")
@@ -212,6 +215,10 @@ def _data_options(command: argparse.ArgumentParser) -> None:
     default = "all" if several else "vqa"
     choices = (*TASKS, "all") if several else TASKS
     command.add_argument("--task", choices=choices, default=default, help=f"default: {default}")
+    _file_options(command)
+
+
+def _file_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dataset", default="shapes", help="name, file or folder (default: shapes)")
     command.add_argument("--data-file", help="annotations, for data sets read from files")
     command.add_argument("--image-dir", help="images, for data sets read from files")

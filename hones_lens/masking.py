@@ -205,7 +205,7 @@ def evaluate_masking(
         model,
         task,
         examples,
-        [_selection(model, neurons, k)],
+        [selection(model, neurons, k)],
         method=neurons.method if isinstance(neurons, NeuronScores) else "given",
         n_controls=n_controls,
         seed=seed,
@@ -214,10 +214,17 @@ def evaluate_masking(
     )[0]
 
 
-def _selection(model: HookedVLM, neurons: NeuronScores | Neurons, k: int | None) -> Neurons:
+def selection(
+    model: HookedVLM, neurons: NeuronScores | Neurons, k: int | None = None, purpose: str = "mask"
+) -> Neurons:
+    """Neurons as (layer, index): a ranking's top k, or those that are given.
+
+    Raises:
+        ValueError: No neurons (to `purpose`), or one that the model does not have.
+    """
     chosen = neurons.top(k) if isinstance(neurons, NeuronScores) else list(neurons)
     if not chosen:
-        raise ValueError("no neurons to mask")
+        raise ValueError(f"no neurons to {purpose}")
     for layer, index, *_ in chosen:
         if not (0 <= layer < model.cfg.n_layers and 0 <= index < model.cfg.d_mlp):
             raise ValueError(
@@ -253,9 +260,9 @@ def masking_curve(
     sweep.check_examples(task, examples)
     if isinstance(neurons, NeuronScores):
         method = neurons.method
-        sets = [_selection(model, neurons, neurons.count(ratio)) for ratio in ratios]
+        sets = [selection(model, neurons, neurons.count(ratio)) for ratio in ratios]
     else:
-        sets = [_selection(model, chosen, None) for chosen in neurons]
+        sets = [selection(model, chosen, None) for chosen in neurons]
     shape = (model.cfg.n_layers, model.cfg.d_mlp)
     arms: list[list[Hook]] = [[]]
     for chosen in sets:

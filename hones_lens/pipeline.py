@@ -104,19 +104,26 @@ def start_run(model: HookedVLM, task: str, data: DataChoice, out: str | Path, **
     return Run(
         out,
         {
-            "model": model.cfg.model_name,
-            "weights": weights_hash(model),
-            "device": model.cfg.device.type,
-            "dtype": str(model.cfg.dtype).removeprefix("torch."),
-            "task": task,
-            "dataset": data.dataset,
-            "seed": data.seed,
+            **_common_settings(model, task, data),
             "held_out_split": data.held_out,
             "discovery": examples_hash(chosen, data.discovery(task)),
             "test": examples_hash(chosen, data.test(task)),
             **settings,
         },
     )
+
+
+def _common_settings(model: HookedVLM, task: str, data: DataChoice) -> dict[str, Any]:
+    """What every run's settings begin with."""
+    return {
+        "model": model.cfg.model_name,
+        "weights": weights_hash(model),
+        "device": model.cfg.device.type,
+        "dtype": str(model.cfg.dtype).removeprefix("torch."),
+        "task": task,
+        "dataset": data.dataset,
+        "seed": data.seed,
+    }
 
 
 def find_heads(
@@ -220,13 +227,7 @@ def start_steering(
     return Run(
         out,
         {
-            "model": model.cfg.model_name,
-            "weights": weights_hash(model),
-            "device": model.cfg.device.type,
-            "dtype": str(model.cfg.dtype).removeprefix("torch."),
-            "task": task,
-            "dataset": data.dataset,
-            "seed": data.seed,
+            **_common_settings(model, task, data),
             "dev": examples_hash(chosen, data.dev(task)),
             "test": examples_hash(chosen, data.test(task)),
             "neurons": [[c.layer, c.index] for c in neurons.top(options.get("k"))],

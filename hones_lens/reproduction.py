@@ -108,6 +108,8 @@ class Reproduction:
         parts += ["## Critical heads, on the discovery split", _markdown(heads)]
         parts += ["## Neurons that tasks share", f"```\n{self.overlap}\n```"]
         parts += ["## Masking each group at one size", f"```\n{self.groups}\n```"]
+        for name, lens in self.lenses.items():
+            parts += [f"## Logit lens of {name}: baseline minus masked", f"```\n{lens}\n```"]
         return "\n\n".join(parts) + "\n"
 
     __str__ = to_markdown

@@ -11,6 +11,7 @@ import pytest
 from data.real_formats import hones
 
 from hones_lens.cli import main
+from hones_lens.data import load_examples
 
 SMALL = ["--limit", "8", "--controls", "2"]
 
@@ -205,7 +206,12 @@ run: {task: vqa, output_dir: artifacts/llava/vqa, top_k_heads: 7, top_neuron_rat
         assert main(["localize", "--config", str(config), "--task", task]) == 0, capsys.readouterr().err
         folder = tmp_path / "artifacts" / "llava" / task
         heads = json.loads((folder / "heads.json").read_text())
-        assert len(heads["example_ids"]) == 5 and heads["top_k"] == 7 and heads["task"] == task
+        assert heads["top_k"] == 7 and heads["task"] == task
+        files = {"data_file": tmp_path / "data" / "unified.json", "image_dir": tmp_path / "data" / "images"}
+        every = load_examples("coco", task, "all", **files)
+        allowed = {e.id for e in every if e.facts["image_id"] in set(map(str, ids[:6]))}
+        assert len(allowed) == 6 and len(set(heads["example_ids"])) == 5
+        assert set(heads["example_ids"]) <= allowed
         assert len(json.loads((folder / "hones" / "neurons_top1pct.json").read_text())) == 31
 
 
@@ -230,6 +236,7 @@ def test_reproduce_writes_all_tables_and_goes_on_where_it_stopped(tmp_path, caps
         "Steering: learned on shapes, measured on shapes-shifted",
         "share",
         "one size",
+        "Logit lens of vqa",
     ):
         assert title in said
     for method in ("hones", "activation_entropy", "matched random", "Grid-Search", "HONES without KL"):

@@ -19,7 +19,7 @@ from hones_lens.steering.config import SteeringConfig
 from hones_lens.steering.learning import Learner
 from hones_lens.steering.lessons import Lessons
 from hones_lens.steering.queries import Arms, answer_log_probs, check_apart, split_by_picture
-from hones_lens.steering.scales import Neurons, NeuronScales, selection
+from hones_lens.steering.scales import Neurons, NeuronScales, to_steer
 from hones_lens.steering.table import SteeringRow, SteeringTable
 from hones_lens.tasks import Task
 
@@ -113,7 +113,7 @@ def compare_steering(
     task, config = sweep.as_task(task), config or SteeringConfig()
     for some in (dev, test, *([] if learn is None else [learn])):
         sweep.check_examples(task, some)
-    chosen = selection(model, neurons, k)
+    chosen = to_steer(model, neurons, k)
     parts = split_by_picture(dev, learn_share, config.seed) if learn is None else (list(learn), list(dev))
     check_apart({"learning": parts[0], "dev": parts[1], "test": test})
     options = {"batch_size": batch_size, "progress": progress, "journal": journal}

@@ -19,7 +19,7 @@ from hones_lens.results import read_json, write_json
 from hones_lens.steering.config import SteeringConfig
 from hones_lens.steering.lessons import Lessons, frozen, gradient_of_step
 from hones_lens.steering.queries import answer_log_probs, check_apart
-from hones_lens.steering.scales import Neurons, NeuronScales, scaling, selection
+from hones_lens.steering.scales import Neurons, NeuronScales, scaling, to_steer
 from hones_lens.tasks import Task
 
 _SAVE_EVERY = 50
@@ -233,7 +233,7 @@ def learn_scales(
     """
     task, config = sweep.as_task(task), config or SteeringConfig()
     sweep.check_examples(task, examples)
-    chosen = selection(model, neurons, k)
+    chosen = to_steer(model, neurons, k)
     if patience is not None and (dev is None or patience < 1):
         raise ValueError("patience needs dev examples and must be at least 1")
     on_dev = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,30 +15,23 @@ from torch import Tensor
 from hones_lens.attribution.neurons import NeuronScores
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.interventions import Hook, by_layer, neuron_hook, scale
+from hones_lens.masking import Neurons, selection
 from hones_lens.results import read_json, write_json
 
-Neurons = Sequence[tuple[int, int]]
 
-
-def selection(model: HookedVLM, neurons: NeuronScores | Neurons, k: int | None = None) -> Neurons:
-    """The neurons to steer as (layer, index): a ranking's top k, or those that are given.
+def to_steer(model: HookedVLM, neurons: NeuronScores | Neurons, k: int | None = None) -> Neurons:
+    """The neurons to steer, as `masking.selection` gives them.
 
     Raises:
         ValueError: No neurons, one that the model does not have, or one that occurs twice.
     """
-    chosen = neurons.top(k) if isinstance(neurons, NeuronScores) else list(neurons)
-    if not chosen:
-        raise ValueError("no neurons to steer")
+    chosen = selection(model, neurons, k, "steer")
     seen: set[tuple[int, int]] = set()
-    for layer, index, *_ in chosen:
-        if not (0 <= layer < model.cfg.n_layers and 0 <= index < model.cfg.d_mlp):
-            raise ValueError(
-                f"neuron L{layer}N{index} does not exist: {model.cfg.n_layers} layers of {model.cfg.d_mlp}"
-            )
+    for layer, index in chosen:
         if (layer, index) in seen:
             raise ValueError(f"neuron L{layer}N{index} occurs twice")
         seen.add((layer, index))
-    return [(c[0], c[1]) for c in chosen]
+    return chosen
 
 
 def scaling(neurons: Neurons, factors: Float[Tensor, " neuron"]) -> list[Hook]:
