@@ -19,7 +19,7 @@ from transformers import AutoProcessor
 from hones_lens import generation, prompting
 from hones_lens.caching import keeping_hooks
 from hones_lens.config import VLMConfig
-from hones_lens.inputs import VLMInputs
+from hones_lens.inputs import Region, VLMInputs
 from hones_lens.nn.attention import Attention, AttentionContext, KVCache, attention_mask
 from hones_lens.nn.block import Block
 from hones_lens.nn.mlp import GatedMLP
@@ -103,6 +103,10 @@ class HookedVLM(HookedRootModule):
     def process_images(self, images: Sequence) -> tuple[dict[str, Any], list[int]]:
         """What the vision tower reads for these pictures, and how many tokens each becomes."""
         raise NotImplementedError(f"{type(self).__name__} has no process_images")
+
+    def shown_region(self, width: int, height: int) -> Region:
+        """The part of a picture that reaches the vision tower: left, top, right, bottom in its pixels."""
+        return (0.0, 0.0, float(width), float(height))
 
     # -- construction ----------------------------------------------------------------------------
 

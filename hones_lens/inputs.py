@@ -26,6 +26,7 @@ _BY_POSITION = (
     "question_mask",
     "answer_mask",
 )
+Region = tuple[float, float, float, float]
 _IGNORED_FROM_HF = ("token_type_ids", "labels")
 
 
@@ -41,6 +42,9 @@ class VLMInputs:
         position_ids: [3 batch pos] (Qwen); None where positions follow from the mask.
         image_mask: True at image tokens, [batch pos].
         grids: `grids[row][image]` = (rows, columns) of image tokens, in raster order.
+        regions: `regions[row][image]` = (left, top, right, bottom): the part of the picture that its grid
+            shows, in the picture's own pixels, where `prepare` knows it. Smaller than the picture where
+            the processor crops it.
         leading_tokens: Image tokens before the grid's first (1 where a class token is kept).
         question_mask: True at the tokens of the user's own prompt, [batch pos], if prepared.
         answer_mask: True at the tokens of the answer, [batch pos], if prepared with answers.
@@ -56,6 +60,7 @@ class VLMInputs:
     mm_token_type_ids: Tensor | None = field(default=None, repr=False)
     image_mask_or_none: Tensor | None = field(default=None, repr=False)
     grids: tuple[tuple[tuple[int, int], ...], ...] = ()
+    regions: tuple[tuple[Region, ...], ...] = ()
     leading_tokens: int = 0
     question_mask: Tensor | None = field(default=None, repr=False)
     answer_mask: Tensor | None = field(default=None, repr=False)
@@ -166,6 +171,8 @@ class VLMInputs:
             picked.update(self._take_images(chosen.tolist()))
         elif len(self.grids) == self.batch_size:
             picked["grids"] = tuple(self.grids[row] for row in chosen.tolist())
+        if len(self.regions) == self.batch_size:
+            picked["regions"] = tuple(self.regions[row] for row in chosen.tolist())
         return replace(self, **picked)
 
     def _take_images(self, rows: list[int]) -> dict[str, object]:
@@ -229,13 +236,15 @@ class VLMInputs:
         """
         if self.answer_mask is None:
             raise ValueError("inputs mark no answer: prepare(images, prompts, answers=[...])")
-        said = self.answer_mask.sum(-1)
+        return replace(self.without_last(self.answer_mask.sum(-1)), answer_mask=None).without_padding()
+
+    def without_last(self, counts: Tensor) -> VLMInputs:
+        """The same rows without the last `counts` [batch] tokens of each, padded on the left instead."""
         width = self.input_ids.shape[1]
-        shifted = (torch.arange(width, device=said.device) - said[:, None]) % width
-        rolled = self._columns(shifted)
-        behind = torch.arange(width, device=said.device) < said[:, None]  # answers, rolled to the front
-        masked = {"attention_mask": rolled.attention_mask.masked_fill(behind, 0), "answer_mask": None}
-        return replace(rolled, **masked).without_padding()
+        columns = torch.arange(width, device=counts.device)
+        rolled = self._columns((columns - counts[:, None]) % width)
+        dropped = columns < counts[:, None]  # they were rolled to the front
+        return replace(rolled, attention_mask=rolled.attention_mask.masked_fill(dropped, 0))
 
     def _columns(self, columns: slice | Tensor) -> VLMInputs:
         """Some columns of every row, or as many of each row's own, [batch pos]."""

@@ -116,6 +116,7 @@ def prepare(
         attention_mask=encoded.attention_mask,
         question_mask=encoded.question,
         answer_mask=encoded.answer,
+        regions=tuple(tuple(model.shown_region(*image.size) for image in pictures) for pictures, _ in rows),
         **pixels,
     )
     return model.as_inputs(inputs)

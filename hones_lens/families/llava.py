@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from hones_lens.config import VisionConfig, VLMConfig, require, special_ids
 from hones_lens.hooked_vlm import HookedVLM
-from hones_lens.inputs import VLMInputs
+from hones_lens.inputs import Region, VLMInputs
 from hones_lens.nn.attention import Attention, AttentionContext
 from hones_lens.nn.block import Block
 from hones_lens.nn.mlp import MLP
@@ -195,6 +195,23 @@ class HookedLlava(HookedVLM):
             )
         pixels = self.processor.image_processor(images=list(images), return_tensors="pt").pixel_values
         return {"pixel_values": pixels}, counts
+
+    def shown_region(self, width: int, height: int) -> Region:
+        """What is left of a picture after the processor's crop in the middle."""
+        processor = self.processor.image_processor
+        resized = [width, height]
+        if processor.do_resize and (shortest := dict(processor.size).get("shortest_edge")):
+            resized = [int(shortest * side / min(width, height)) for side in (width, height)]
+        elif processor.do_resize:
+            resized = [processor.size["width"], processor.size["height"]]
+        if not processor.do_center_crop:
+            return (0.0, 0.0, float(width), float(height))
+        crop = (processor.crop_size["width"], processor.crop_size["height"])
+        (x, left, right), (y, top, bottom) = (
+            (side / now, (now - cut) // 2, (now - cut) // 2 + cut)
+            for side, now, cut in zip((width, height), resized, crop, strict=True)
+        )
+        return (left * x, top * y, right * x, bottom * y)
 
 
 def read_config(hf_config: Any, name: str, device: torch.device, dtype: torch.dtype) -> VLMConfig:
