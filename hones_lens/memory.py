@@ -8,7 +8,8 @@ import torch
 
 from hones_lens.hooked_vlm import HookedVLM
 
-_SHARE = 0.5  # of what is free
+_SHARE = 0.4  # of what is free, for a pass
+_DECODING = 0.25  # as much as that share of a pass's memory for keys and values of rows that decode
 _TOKENS_AT_ONCE_ON_CPU = 1536  # more no longer fit its caches, and are slower
 
 
@@ -17,7 +18,7 @@ class Budget:
 
     Args:
         model: The model that runs.
-        gigabytes: How much; default half of what is free now.
+        gigabytes: How much; default two fifths of what is free now.
 
     Raises:
         ValueError: A budget that is not above zero.
@@ -35,8 +36,13 @@ class Budget:
         """What a token of a forked row takes: streams, heads, neurons, and keys and values of all layers."""
         cfg = self.model.cfg
         width = 6 * cfg.d_model + 3 * cfg.n_heads * cfg.d_head + 6 * cfg.d_mlp
-        kept = 2 * cfg.n_layers * cfg.n_key_value_heads * cfg.d_head
-        return (width + kept) * torch.finfo(cfg.dtype).bits // 8
+        return width * torch.finfo(cfg.dtype).bits // 8 + self.kept_per_token
+
+    @property
+    def kept_per_token(self) -> int:
+        """What the keys and values of a token take, in all layers."""
+        cfg = self.model.cfg
+        return 2 * cfg.n_layers * cfg.n_key_value_heads * cfg.d_head * torch.finfo(cfg.dtype).bits // 8
 
     def rows(self, tokens: int, kept: int = 1) -> int:
         """How many rows of so many tokens fit, of which `kept` have logits; at least one."""
@@ -45,6 +51,13 @@ class Budget:
         if self.model.cfg.device.type == "cpu":
             most = min(most, _TOKENS_AT_ONCE_ON_CPU // tokens)
         return max(1, most >> self._halved)
+
+    def decoding_rows(self, tokens: int) -> int:
+        """How many rows of so many tokens may wait and decode together; at least one."""
+        room = _DECODING * self.bytes
+        if self.model.cfg.device.type == "cpu":
+            room = min(room, _TOKENS_AT_ONCE_ON_CPU * self.bytes_per_token)
+        return max(1, int(room // (tokens * self.kept_per_token)) >> self._halved)
 
     def halve(self, error: RuntimeError, rows: int) -> None:
         """After a pass that ran out of memory: from now on half as many rows.

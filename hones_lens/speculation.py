@@ -99,131 +99,148 @@ def check_finite(
         raise FloatingPointError(f"logits are not finite (hooks: {arms[arm]}; examples: {ids[row]})")
 
 
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """A draft as what forks say is compared with it.
+
+    Attributes:
+        draft: What the clean model says.
+        rows: What its rows are called in `Answers.found`.
+        ids: What they are called in errors.
+        wanted: The tokens, −1 behind them, [row longest].
+        cos, sin: Rotation of every position that an answer can reach, [row pos d_head].
+    """
+
+    draft: Draft
+    rows: Sequence[int]
+    ids: Sequence[str]
+    wanted: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(
+        cls, model: HookedVLM, draft: Draft, rows: Sequence[int], ids: Sequence[str], max_new_tokens: int
+    ) -> Expected:
+        """A draft with the angles of the positions behind its prompts."""
+        prompts = draft.inputs
+        filler = torch.full((len(draft.tokens), max_new_tokens), model.cfg.pad_token_id)
+        longest = prompts.extended(filler.to(prompts.input_ids.device))
+        cos, sin = model.rotary(model.positions(longest), model.cfg.dtype)
+        return cls(draft, rows, ids, draft.padded(-1), cos, sin)
+
+
 @dataclass
 class _Unfinished:
-    """A row that left the draft: what it has said, and keys and values of all but the last of it."""
+    """A row that left its draft, and what it has said; its keys and values are in a slot."""
 
     arm: Arm
     number: int  # of the arm
-    row: int
+    expected: Expected
+    row: int  # of the draft
     said: list[int]
-    keys: list[Tensor] = field(repr=False)  # by layer, [pos kv_head d_head]
-    values: list[Tensor] = field(repr=False)
+
+    @property
+    def at(self) -> int:
+        """Position of the last token said."""
+        return self.expected.draft.inputs.input_ids.shape[1] + len(self.said) - 1
 
 
 class Answers:
-    """Answers of the rows of one draft under many arms.
+    """Answers of rows under many arms, where they are not what the clean model says.
 
     A fork of prompt and draft shows every greedy choice up to the first that differs, and its keys and
-    values serve from there on. Such rows are collected over arms and layers, and decode together.
+    values serve from there on. Such rows are collected over arms, layers and prompts, and decode together.
 
     Args:
         model: The model.
-        draft: What the clean model says.
-        ids: Names of the rows, for errors.
+        longest: Tokens of the longest prompt.
         max_new_tokens: Of an answer.
-        rows_at_once: How many rows decode together.
+        rows_at_once: How many rows wait, and decode together.
         tally: Is counted up.
     """
 
-    def __init__(
-        self,
-        model: HookedVLM,
-        draft: Draft,
-        ids: Sequence[str],
-        max_new_tokens: int,
-        rows_at_once: int,
-        tally: Tally,
-    ):
-        self.model, self.draft, self.ids, self.tally = model, draft, ids, tally
-        self.max_new_tokens, self.rows_at_once = max_new_tokens, rows_at_once
+    def __init__(self, model: HookedVLM, longest: int, max_new_tokens: int, rows_at_once: int, tally: Tally):
+        self.model, self.tally, self.max_new_tokens = model, tally, max_new_tokens
         self.found: dict[tuple[int, int], list[int]] = {}  # (arm, row) → tokens, where not the draft's
         self._waiting: list[_Unfinished] = []
-        self._wanted = draft.padded(-1)
-        filler = torch.full((len(draft.tokens), max_new_tokens), model.cfg.pad_token_id)
-        longest = draft.inputs.extended(filler.to(draft.inputs.input_ids.device))
-        self._cos, self._sin = model.rotary(model.positions(longest), model.cfg.dtype)
+        self._slots = _Slots(count=rows_at_once, size=longest + max_new_tokens)
 
-    def check(self, numbers: Sequence[int], arms: Sequence[Arm], step: Step, forked: Forked) -> None:
+    def check(
+        self, expected: Expected, numbers: Sequence[int], arms: Sequence[Arm], step: Step, forked: Forked
+    ) -> None:
         """Compare what arms say with the draft.
 
         Args:
+            expected: What was forked.
             numbers: Of the arms, by which `found` names them.
-            arms, step, forked: What was forked, and what came of it.
+            arms, step, forked: The arms, the clean step that they start from, and what came of them.
         """
-        logits = forked.logits
+        logits, wanted = forked.logits, expected.wanted
         assert logits is not None
-        check_finite(logits, arms, self.ids)
+        check_finite(logits, arms, expected.ids)
         choices = logits.argmax(-1)
-        differs = (choices != self._wanted) & (self._wanted >= 0)
+        differs = (choices != wanted) & (wanted >= 0)
         reached = differs.cumsum(-1) - differs.int() == 0  # up to the first difference
         best = logits.float().topk(2, dim=-1).values
-        near = (best[..., 0] - best[..., 1] < NEAR_TIE) & reached & (self._wanted >= 0)
+        near = (best[..., 0] - best[..., 1] < NEAR_TIE) & reached & (wanted >= 0)
         self.tally.near_ties += int(near.sum())
         first = differs.int().argmax(-1).tolist()
         for arm, row in differs.any(-1).nonzero().tolist():
             j = first[arm][row]
-            said = [*self.draft.tokens[row][:j], int(choices[arm, row, j])]
+            said = [*expected.draft.tokens[row][:j], int(choices[arm, row, j])]
             if said[-1] in self.model.cfg.eos_token_ids or len(said) == self.max_new_tokens:
-                self.found[numbers[arm], row] = said
+                self.found[numbers[arm], expected.rows[row]] = said
                 continue
-            known = self.draft.inputs.input_ids.shape[1] + j
+            new = _Unfinished(arms[arm], numbers[arm], expected, row, said)
             at = arm * logits.shape[1] + row
-            caches = [
-                (forked.cache, at) if layer in forked.cache.keys else (step.cache, row)
-                for layer in range(self.model.cfg.n_layers)
-            ]
-            keys = [cache.keys[layer][i, :known].clone() for layer, (cache, i) in enumerate(caches)]
-            values = [cache.values[layer][i, :known].clone() for layer, (cache, i) in enumerate(caches)]
-            self._waiting.append(_Unfinished(arms[arm], numbers[arm], row, said, keys, values))
-        if len(self._waiting) >= self.rows_at_once:
-            self.finish()
+            for layer in range(self.model.cfg.n_layers):
+                cache, i = (forked.cache, at) if layer in forked.cache.keys else (step.cache, row)
+                known = cache.keys[layer][i, : new.at], cache.values[layer][i, : new.at]
+                self._slots.fill(len(self._waiting), layer, *known)
+            self._waiting.append(new)
+            if len(self._waiting) == self._slots.count:
+                self.finish()
 
     @torch.no_grad()
     def finish(self) -> None:
         """Let all rows that wait decode to their end."""
-        rows = sorted(self._waiting, key=lambda row: row.number)
-        self._waiting = []
+        rows, slots, self._waiting = self._waiting, self._slots, []
         self.tally.decoded += len(rows)
-        for start in range(0, len(rows), self.rows_at_once):
-            self._decode(rows[start : start + self.rows_at_once])
-
-    def _decode(self, rows: list[_Unfinished]) -> None:
-        model, ends = self.model, self.model.cfg.eos_token_ids
-        size = self.draft.inputs.input_ids.shape[1] + self.max_new_tokens
-        cache = _Slots.of(rows, size)
-        device = model.cfg.device
+        model, device = self.model, self.model.cfg.device
         while rows:
-            cache.at = torch.tensor([size - self.max_new_tokens + len(row.said) - 1 for row in rows]).to(
-                device
-            )
+            slots.at = torch.tensor([row.at for row in rows], device=device)
             token = torch.tensor([[row.said[-1]] for row in rows], device=device)
             parts = [(len(same), same[0].arm.hooks) for same in _by_arm(rows)]
             with model.hooks(fwd_hooks=stacked(parts)):
                 resid = model.hook_embed(model.hook_text_embed(model.embed(token)))
-                resid = model.run_blocks(resid, self._context(rows, cache))
+                resid = model.run_blocks(resid, _context(rows, slots))
                 logits = model.unembed(model.ln_final(resid))[:, 0]
             for i, row in enumerate(rows):
-                check_finite(logits[None, i : i + 1, None], [row.arm], [self.ids[row.row]])
+                check_finite(logits[None, i : i + 1, None], [row.arm], [row.expected.ids[row.row]])
             best = logits.float().topk(2, dim=-1).values
             self.tally.near_ties += int((best[:, 0] - best[:, 1] < NEAR_TIE).sum())
             self.tally.row_layers += len(rows) * model.cfg.n_layers
-            left = []
-            for i, (row, token) in enumerate(zip(rows, logits.argmax(-1).tolist(), strict=True)):
-                row.said.append(token)
-                if token in ends or len(row.said) == self.max_new_tokens:
-                    self.found[row.number, row.row] = row.said
-                else:
-                    left.append(i)
-            if len(left) < len(rows):
-                rows = [rows[i] for i in left]
-                cache.keep(torch.tensor(left, dtype=torch.long, device=device))
+            rows = self._go_on(rows, logits.argmax(-1).tolist())
 
-    def _context(self, rows: list[_Unfinished], cache: _Slots) -> AttentionContext:
-        each = torch.tensor([row.row for row in rows], device=cache.at.device)
-        cos, sin = self._cos[each, cache.at][:, None], self._sin[each, cache.at][:, None]
-        seen = torch.arange(cache.length, device=cache.at.device) <= cache.at[:, None]
-        return AttentionContext(cos, sin, seen[:, None, None], causal=True, kv_cache=cache)
+    def _go_on(self, rows: list[_Unfinished], tokens: list[int]) -> list[_Unfinished]:
+        """The rows that are not at their end, moved together."""
+        left = []
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            row.said.append(token)
+            if token in self.model.cfg.eos_token_ids or len(row.said) == self.max_new_tokens:
+                self.found[row.number, row.expected.rows[row.row]] = row.said
+                continue
+            self._slots.move(i, len(left))
+            left.append(row)
+        return left
+
+
+def _context(rows: list[_Unfinished], slots: _Slots) -> AttentionContext:
+    cos = torch.stack([row.expected.cos[row.row, row.at] for row in rows])[:, None]
+    sin = torch.stack([row.expected.sin[row.row, row.at] for row in rows])[:, None]
+    seen = torch.arange(slots.length, device=slots.at.device) <= slots.at[:, None]
+    return AttentionContext(cos, sin, seen[:, None, None], causal=True, kv_cache=slots)
 
 
 def _by_arm(rows: Sequence[_Unfinished]) -> Iterator[list[_Unfinished]]:
@@ -238,35 +255,35 @@ def _by_arm(rows: Sequence[_Unfinished]) -> Iterator[list[_Unfinished]]:
 
 @dataclass
 class _Slots(KVCache):
-    """Keys and values with room for what is still to come; row r's next token goes to slot `at[r]`."""
+    """Room for keys and values of several rows; row r's next token goes to position `at[r]`."""
 
+    count: int = 1
+    size: int = 1
     at: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-
-    @classmethod
-    def of(cls, rows: Sequence[_Unfinished], size: int) -> _Slots:
-        """Move what the rows know there: it is taken from them."""
-        out = cls()
-        for layer in reversed(range(len(rows[0].keys))):
-            for name, mine in (("keys", out.keys), ("values", out.values)):
-                parts = [getattr(row, name).pop() for row in rows]
-                mine[layer] = parts[0].new_zeros(len(rows), size, *parts[0].shape[1:])
-                for slots, part in zip(mine[layer], parts, strict=True):
-                    slots[: len(part)] = part
-        return out
 
     @property
     def length(self) -> int:
-        """How many slots the longest row fills, its next token's included."""
+        """How many positions the longest row fills, its next token's included."""
         return int(self.at.max()) + 1
+
+    def fill(self, slot: int, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Keys and values of a row's tokens so far, [pos kv_head d_head]; room is made when first needed."""
+        if layer not in self.keys:
+            room = (self.count, self.size, *keys.shape[1:])
+            self.keys[layer], self.values[layer] = keys.new_zeros(room), values.new_zeros(room)
+        self.keys[layer][slot, : len(keys)] = keys
+        self.values[layer][slot, : len(values)] = values
+
+    def move(self, slot: int, to: int) -> None:
+        """Take a row to another slot."""
+        if slot != to:
+            for mine in (self.keys, self.values):
+                for x in mine.values():
+                    x[to] = x[slot]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         each = torch.arange(len(self.at), device=self.at.device)
         self.keys[layer][each, self.at] = k[:, 0]
         self.values[layer][each, self.at] = v[:, 0]
-        return self.keys[layer][:, : self.length], self.values[layer][:, : self.length]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all other rows."""
-        for mine in (self.keys, self.values):
-            for layer in mine:
-                mine[layer] = mine[layer][rows]
+        seen = slice(len(self.at)), slice(self.length)
+        return self.keys[layer][seen], self.values[layer][seen]

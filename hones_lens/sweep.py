@@ -26,7 +26,7 @@ from hones_lens.inputs import VLMInputs
 from hones_lens.interventions import Hook
 from hones_lens.memory import Budget
 from hones_lens.nn.attention import KVCache, attention_mask
-from hones_lens.speculation import Answers, Draft, Tally, check_finite
+from hones_lens.speculation import Answers, Draft, Expected, Tally, check_finite
 from hones_lens.tasks import Task, load_task
 
 MAX_NEW_TOKENS = 24
@@ -232,29 +232,32 @@ class Sweep:
             self.tick(len(batch.examples))
 
     def _texts(self, batch: Batch, numbers: Sequence[int]) -> list[list[str]]:
-        ids = batch.ids
-        texts: dict[tuple[int, int], str] = {}
+        ids, width = batch.ids, batch.inputs.input_ids.shape[1]
+        room = min(self.budget.decoding_rows(width + MAX_NEW_TOKENS), len(numbers) * len(ids))
+        answers = Answers(self.model, width, MAX_NEW_TOKENS, max(1, room), self.tally)
+        clean: dict[int, list[int]] = {}
         for rows, inputs in buckets(batch.inputs, self.budget):
             names = [ids[row] for row in rows]
             with naming(names):
                 draft = Draft.of_clean_answers(self.model, inputs, MAX_NEW_TOKENS)
-            at_once = self.budget.rows(inputs.input_ids.shape[1] + MAX_NEW_TOKENS)
-            answers = Answers(self.model, draft, names, MAX_NEW_TOKENS, 4 * at_once, self.tally)
+            clean |= zip(rows, draft.tokens, strict=True)
+            expected = Expected.of(self.model, draft, rows, names, MAX_NEW_TOKENS)
             for some, steps, (forked,) in self.forks_of([draft.segment(self.model)], numbers):
                 arms = [self.arms[i] for i in some]
                 if arms[0].hooks:  # what the clean model says is the draft
-                    answers.check(some, arms, steps[0], forked)
+                    answers.check(expected, some, arms, steps[0], forked)
                 self.tick(len(some) * len(rows))
-            answers.finish()
-            clean = self._decoded(draft.tokens)
-            other = dict(zip(answers.found, self._decoded(list(answers.found.values())), strict=True))
-            for at, row in enumerate(rows):
-                texts |= {(i, row): other.get((i, at), clean[at]) for i in numbers}
-        return [[texts[i, row] for row in range(len(ids))] for i in numbers]
+        answers.finish()
+        said = [[answers.found.get((i, row), clean[row]) for row in range(len(ids))] for i in numbers]
+        return [self._decoded(tokens) for tokens in said]
 
-    def _decoded(self, tokens: list[list[int]]) -> list[str]:
-        decode = self.model.tokenizer.decode
-        return [decode(said, skip_special_tokens=True).strip() for said in tokens]
+    def _decoded(self, tokens: Sequence[list[int]]) -> list[str]:
+        known: dict[tuple[int, ...], str] = {}
+        for said in map(tuple, tokens):
+            if said not in known:
+                text = self.model.tokenizer.decode(list(said), skip_special_tokens=True)
+                known[said] = text.strip()
+        return [known[tuple(said)] for said in tokens]
 
     def _margins(self, task: Task, batch: Batch, numbers: Sequence[int]) -> list[list[list[float]]]:
         (example,) = batch.examples
