@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import ActivationCache, FactoredMatrix, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformers import AutoProcessor
 
-from hones_lens import generation, prompting
+from hones_lens import bound, circuits, generation, prompting
 from hones_lens.caching import keeping_hooks
 from hones_lens.config import VLMConfig
 from hones_lens.inputs import Region, VLMInputs
@@ -103,6 +103,14 @@ class HookedVLM(HookedRootModule):
     def process_images(self, images: Sequence) -> tuple[dict[str, Any], list[int]]:
         """What the vision tower reads for these pictures, and how many tokens each becomes."""
         raise NotImplementedError(f"{type(self).__name__} has no process_images")
+
+    def pictures(self, inputs: VLMInputs) -> list[Float[Tensor, "channel _ _"]]:
+        """All images of all rows as the vision tower reads them, [channel height width] each, normalised."""
+        raise NotImplementedError(f"{type(self).__name__} has no pictures")
+
+    def with_pictures(self, inputs: VLMInputs, pictures: Sequence[Float[Tensor, "channel _ _"]]) -> VLMInputs:
+        """The same inputs with other pictures of the same sizes, not encoded yet; undoes `pictures`."""
+        raise NotImplementedError(f"{type(self).__name__} has no with_pictures")
 
     def shown_region(self, width: int, height: int) -> Region:
         """The part of a picture that reaches the vision tower: left, top, right, bottom in its pixels."""
@@ -209,6 +217,10 @@ class HookedVLM(HookedRootModule):
             model_input = VLMInputs.from_hf(model_input)
         assert isinstance(model_input, VLMInputs)
         return self.locate_images(model_input.to(self.cfg.device, self.cfg.dtype))
+
+    def bind(self, inputs: ModelInput) -> bound.BoundModel:
+        """This model with the pictures of `inputs`, for functions that pass tokens alone."""
+        return bound.BoundModel(self, self.as_inputs(inputs))
 
     @torch.no_grad()
     def with_image_embeds(self, inputs: VLMInputs) -> VLMInputs:
@@ -567,6 +579,20 @@ class HookedVLM(HookedRootModule):
             if include_mlp_biases and i < layer:
                 total = total + block.mlp.b_out
         return total
+
+    def tl_parameters(self) -> circuits.NamedWeights:
+        """Weights by TransformerLens's names, keys and values by query head (for `SVDInterpreter`)."""
+        return circuits.tl_parameters(self)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q W_Kᵀ of every query head, [layer head d_model d_model]."""
+        return circuits.qk(self)
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V W_O of every query head, [layer head d_model d_model]."""
+        return circuits.ov(self)
 
     def _stack(self, part: str, name: str) -> Tensor:
         return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])

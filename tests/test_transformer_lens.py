@@ -8,8 +8,10 @@ import pytest
 import tiny
 import tiny_qwen
 import torch
+from hf_twin import Twin, at
 from torch import Tensor
 from transformer_lens import ActivationCache
+from transformer_lens.tools.analysis import logit_lens
 
 from hones_lens import HookedVLM, VLMInputs
 
@@ -17,16 +19,36 @@ LAYERS, HEADS, D_MLP, D_MODEL = 3, 4, 40, 32
 
 
 class Run:
-    """One model, a batch with images, and the cache of everything."""
+    """One model, a batch with images, the cache of everything, and what Hugging Face's model has there."""
 
     def __init__(self, made: ModuleType) -> None:
-        config = made.make_config(text={"num_key_value_heads": 2})
-        self.model: HookedVLM = made.make_pair(config, seed=21)[1]
+        self.twin = Twin(made, seed=21, text={"num_key_value_heads": 2})
+        self.model: HookedVLM = self.twin.model
         self.inputs: VLMInputs = made.mixed_batch(self.model)
         self.logits: Tensor
         self.cache: ActivationCache
         with torch.no_grad():
             self.logits, self.cache = self.model.run_with_cache(self.inputs)
+        self.real = self.inputs.attention_mask.bool()
+        self.theirs, self.their_logits = self.twin.seen(self.inputs), self.twin.logits(self.inputs)
+
+    def weight(self, layer: int, path: str) -> Tensor:
+        return self.twin.hf.get_submodule(at(layer, path)).weight
+
+    @property
+    def their_end(self) -> Tensor:
+        """The stream above the last block, [batch pos d_model]."""
+        return self.theirs[f"blocks.{LAYERS - 1}.hook_resid_post"]
+
+    @property
+    def direction_scale(self) -> Tensor:
+        """The final norm by its formula: weight over root mean square, [batch pos d_model]."""
+        norm = self.twin.hf.model.language_model.norm
+        return norm.weight / (self.their_end.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
+
+    def close(self, found: Tensor, expected: Tensor, atol: float = 2e-5) -> None:
+        """At the positions that hold tokens; both are [batch pos …]."""
+        torch.testing.assert_close(found[self.real], expected[self.real], atol=atol, rtol=1e-5)
 
 
 @pytest.fixture(scope="module", params=[tiny, tiny_qwen])
@@ -149,6 +171,147 @@ def test_logit_lens_ends_in_the_logits(run: Run) -> None:
     resid = run.cache["resid_post", 0]
     expected = run.model.unembed(run.model.ln_final(resid))
     close(result.values[result.labels.index("1_pre")], expected)
+
+
+# -- against Hugging Face's modules --------------------------------------------------------------
+
+
+def test_accumulated_streams_are_those_of_hf(run: Run) -> None:
+    stack, labels = run.cache.accumulated_resid(incl_mid=True, return_labels=True)
+    for found, label in zip(stack, labels, strict=True):
+        layer, _, part = label.partition("_")
+        name = "blocks.2.hook_resid_post" if layer == "final" else f"blocks.{layer}.hook_resid_{part}"
+        run.close(found, run.theirs[name])
+    to_neurons = run.cache.accumulated_resid(layer=1, mlp_input=True, apply_ln=True)
+    scale = (run.theirs["blocks.1.hook_resid_mid"].pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
+    run.close(to_neurons[-1], run.theirs["blocks.1.hook_resid_mid"] / scale)
+    norm = run.twin.hf.model.language_model.norm
+    last = run.cache.accumulated_resid(apply_ln=True, pos_slice=-1)
+    for layer in range(LAYERS):
+        close(last[layer], norm(run.theirs[f"blocks.{layer}.hook_resid_pre"][:, -1]), 2e-5)
+
+
+def test_components_are_what_hf_writes(run: Run) -> None:
+    stack, labels = run.cache.decompose_resid(return_labels=True)
+    names = ["blocks.0.hook_resid_pre"]
+    names += [f"blocks.{i}.hook_{part}_out" for i in range(LAYERS) for part in ("attn", "mlp")]
+    for found, name in zip(stack, names, strict=True):
+        run.close(found, run.theirs[name])
+    assert labels == ["embed", *(name.replace("blocks.", "").replace(".hook", "") for name in names[1:])]
+    assert torch.equal(run.cache.decompose_resid(mode="attn", incl_embeds=False), stack[1::2])
+    assert torch.equal(run.cache.decompose_resid(mode="mlp", incl_embeds=False), stack[2::2])
+    scale = (run.theirs["blocks.1.hook_resid_pre"].pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
+    normed = run.cache.decompose_resid(layer=1, apply_ln=True)
+    run.close(normed.sum(0), run.theirs["blocks.1.hook_resid_pre"] / scale)
+
+
+def their_heads(run: Run, layer: int) -> Tensor:
+    """What each head writes, by its columns of the output projection, [head batch pos d_model]."""
+    z, columns = run.theirs[f"blocks.{layer}.attn.hook_z"], run.weight(layer, "self_attn.o_proj").split(8, 1)
+    return torch.stack([z[:, :, head] @ columns[head].T for head in range(HEADS)])
+
+
+def their_neurons(run: Run, layer: int) -> Tensor:
+    """What each neuron writes, by its column of the output projection, [neuron batch pos d_model]."""
+    m, columns = run.theirs[f"blocks.{layer}.mlp.hook_post"], run.weight(layer, "mlp.down_proj")
+    return torch.stack([m[..., i, None] * columns[:, i] for i in range(D_MLP)])
+
+
+def test_heads_write_what_hf_adds_for_them(run: Run) -> None:
+    stack = run.cache.stack_head_results()
+    for layer in range(LAYERS):
+        for found, expected in zip(
+            stack[layer * HEADS : (layer + 1) * HEADS], their_heads(run, layer), strict=True
+        ):
+            run.close(found, expected)
+    below, labels = run.cache.stack_head_results(1, return_labels=True, incl_remainder=True)
+    assert labels == ["L0H0", "L0H1", "L0H2", "L0H3", "remainder"]
+    rest = run.theirs["blocks.0.hook_resid_post"] - run.theirs["blocks.0.hook_attn_out"]
+    run.close(below[-1], rest)
+
+
+def test_neurons_write_what_hf_adds_for_them(run: Run) -> None:
+    direction = torch.linspace(-1, 1, D_MODEL)
+    for layer in range(LAYERS):
+        expected = their_neurons(run, layer)
+        found = run.cache.get_neuron_results(layer)
+        assert found.shape == (*run.real.shape, D_MLP, D_MODEL)
+        run.close(found, expected.movedim(0, 2))
+        few = run.cache.get_neuron_results(layer, neuron_slice=[3, 39], pos_slice=-1)
+        close(few, expected[[3, 39], :, -1].movedim(0, 1), 2e-5)
+        along = run.cache.get_neuron_results(layer, project_output_onto=direction)
+        run.close(along, (expected @ direction).movedim(0, 2), 1e-4)
+    stack, labels = run.cache.stack_neuron_results(2, incl_remainder=True, return_labels=True)
+    assert len(stack) == len(labels) == 2 * D_MLP + 1
+    run.close(stack[D_MLP + 7], their_neurons(run, 1)[7])
+    written = run.theirs["blocks.0.hook_mlp_out"] + run.theirs["blocks.1.hook_mlp_out"]
+    run.close(stack[-1], run.theirs["blocks.1.hook_resid_post"] - written, 1e-4)
+
+
+@pytest.mark.parametrize("group", ["image", "text"])
+@pytest.mark.parametrize("expand_neurons", [False, True])
+def test_the_full_decomposition_is_hfs_logit(run: Run, group: str, expand_neurons: bool) -> None:
+    """Summed over all components, at every position of the group, for the token that comes next."""
+    stack = run.cache.get_full_resid_decomposition(expand_neurons=expand_neurons)
+    tokens = run.their_logits.argmax(-1)
+    found = run.cache.logit_attrs(stack, tokens=tokens).sum(0)
+    expected = run.their_logits.gather(-1, tokens[..., None])[..., 0]
+    where = run.inputs.token_groups[group]
+    assert where.any() and (found - expected)[where].abs().max() <= 1e-4
+    scaled = run.cache.get_full_resid_decomposition(
+        expand_neurons=expand_neurons, apply_ln=True, project_output_onto=run.model.W_U[:, 9]
+    )
+    plain = (run.their_end * run.direction_scale / run.twin.hf.model.language_model.norm.weight) @ (
+        run.twin.hf.lm_head.weight[9]
+    )
+    assert (scaled.sum(0) - plain)[where].abs().max() <= 1e-4, "without the norm's weight, as it is made"
+
+
+def test_every_attribution_is_by_the_formula(run: Run) -> None:
+    """A component times the norm's weight, over the stream's root mean square, times the token's row."""
+    rows = run.twin.hf.lm_head.weight
+    token, foil = 9, 17
+    stack = run.cache.stack_head_results()
+    found = run.cache.logit_attrs(stack, tokens=token)
+    against = run.cache.logit_attrs(stack, tokens=token, incorrect_tokens=foil)
+    for layer in range(LAYERS):
+        for head, wrote in enumerate(their_heads(run, layer)):
+            at_logit = wrote * run.direction_scale
+            run.close(found[layer * HEADS + head], at_logit @ rows[token], 5e-5)
+            run.close(against[layer * HEADS + head], at_logit @ (rows[token] - rows[foil]), 5e-5)
+    last = torch.tensor([9, 10, 11])
+    by_row = run.cache.logit_attrs(stack[:, :, -1], tokens=last, pos_slice=-1)
+    expected = (their_heads(run, 2)[1] * run.direction_scale)[:, -1] * rows[last]
+    close(by_row[2 * HEADS + 1], expected.sum(-1), 5e-5)
+
+
+def test_stacks_are_normalised_as_hf_does(run: Run) -> None:
+    """By the scale of the layer that reads them; the norm's weight is left to what reads it."""
+    for layer in range(LAYERS):
+        for mlp_input, part, path in (
+            (False, "pre", "input_layernorm"),
+            (True, "mid", "post_attention_layernorm"),
+        ):
+            stream = run.theirs[f"blocks.{layer}.hook_resid_{part}"]
+            norm = run.twin.hf.get_submodule(at(layer, path))
+            found = run.cache.apply_ln_to_stack(stream[None], layer=layer, mlp_input=mlp_input)[0]
+            run.close(found * norm.weight, norm(stream), 5e-5)
+    halves = torch.stack((run.their_end / 2, run.their_end / 2))
+    final = run.cache.apply_ln_to_stack(halves).sum(0)
+    run.close(final * run.twin.hf.model.language_model.norm.weight, run.their_end * run.direction_scale, 5e-5)
+
+
+def test_the_logit_lens_is_hfs_head_on_every_layer(run: Run) -> None:
+    result = run.cache.logit_lens(positions=None, incl_mid=True)
+    hf = run.twin.hf
+    for label, found in zip(result.labels, result.values, strict=True):
+        layer, _, part = label.partition("_")
+        name = "blocks.2.hook_resid_post" if layer == "final" else f"blocks.{layer}.hook_resid_{part}"
+        run.close(found, hf.lm_head(hf.model.language_model.norm(run.theirs[name])), 5e-5)
+    bound = run.model.bind(run.inputs)
+    most = logit_lens(bound, run.inputs.input_ids, top_k=3)
+    expected = hf.lm_head(hf.model.language_model.norm(run.theirs["blocks.1.hook_resid_pre"]))[:, -1]
+    assert torch.equal(most.readout.top_ids[most.labels.index("1_pre")], expected.topk(3).indices)
 
 
 def test_without_the_batch_axis(run: Run) -> None:
