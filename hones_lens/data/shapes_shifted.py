@@ -1,9 +1,10 @@
 """`shapes-shifted`: the shapes world as models that were trained on `shapes` have never seen it.
 
 The scenes, questions, words and splits follow the same rules. What differs is how they look: other shades
-of the colours, letters of another font, larger large things, less exactly in the middle of their cells,
-lines and grain behind them, and, in three scenes out of ten, a background lighter than any in `shapes`.
-It plays the part of an out-of-distribution test set: the shipped models still do each task, but worse.
+of the colours, letters of another font, things a little larger and less exactly in the middle of their
+cells, lines and grain behind them, and over every third scene a light grey haze, which takes half the
+contrast and more. It plays the part of an out-of-distribution test set: the shipped models still do each
+task, but worse.
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ _PALETTE = {
     "purple": (130, 50, 170),
     "orange": (250, 150, 50),
 }
-_RADII = {"small": 8.0, "large": 14.5}
+_RADII = {"small": 8.4, "large": 14.3}
 _BOX_BLUE = (50, 85, 235)
 _INK = (235, 235, 220)
 _JITTER = 4  # pixels; `shapes` has 3
-_BRIGHT_SHARE, _BRIGHTER = 0.3, (25, 60)  # how many scenes have a lighter background, and by how much
+_HAZY, _HAZE, _HAZE_TONE = 3, (50, 65), 235  # every third scene is hazy: by how many per cent, of what grey
 _N_LINES, _LINE_TONE, _GRAIN = 2, 14, 6
 
 # An angular font, 5 x 7 dots a letter, as in `drawing`.
 _DOTS = {
-    "A": "0E 1B 11 11 1F 11 11",
+    "A": "0E 1B 11 1F 11 11 11",
     "C": "1F 11 10 10 10 11 1F",
     "E": "1F 10 10 1E 10 11 1F",
     "H": "11 11 11 1F 11 11 1B",
     "K": "11 12 14 1C 14 12 11",
     "L": "10 10 10 10 10 11 1F",
-    "M": "11 1B 15 15 15 11 11",
-    "N": "11 19 19 15 13 13 11",
-    "O": "1F 11 11 11 11 11 1F",
+    "M": "1B 1B 15 15 11 11 11",
+    "N": "11 19 1D 15 13 11 11",
+    "O": "0E 11 11 11 11 13 0E",
     "P": "1E 11 11 1E 10 10 18",
     "R": "1E 11 11 1E 14 12 13",
     "S": "1F 10 10 1E 01 01 1F",
-    "T": "1F 15 04 04 04 04 0E",
+    "T": "1F 04 04 04 04 04 0E",
     "U": "11 11 11 11 11 13 0F",
     "X": "11 11 0A 0E 0A 11 11",
     "Z": "1F 11 02 04 08 11 1F",
@@ -71,13 +72,17 @@ class ShiftedScene(Scene):
 
     Attributes:
         clutter: Seed of the lines and the grain behind the things, which stay when a fact is changed.
+        haze: How far every pixel is moved towards a light grey [%].
     """
 
     clutter: int = 0
+    haze: int = 0
 
     def load(self) -> Image.Image:
         """Draw the scene (RGB, `size` = width and height in pixels)."""
-        return draw_scene(self, LOOK, backdrop(self))
+        clear = np.asarray(draw_scene(self, LOOK, backdrop(self))).astype(int)
+        hazy = (clear * (100 - self.haze) + _HAZE_TONE * self.haze) // 100
+        return Image.fromarray(hazy.astype(np.uint8), mode="RGB")
 
 
 def backdrop(scene: ShiftedScene) -> np.ndarray:
@@ -106,18 +111,17 @@ def scenes(split: str, seed: int) -> Iterator[ShiftedScene]:
         raise ValueError(f"unknown split {split!r} of the shapes world; valid: {', '.join(SPLITS)}")
     for k in count():
         dice = Dice("shapes-shifted", seed, split, k)
-        yield _shifted(random_scene(dice, split), dice)
+        yield _shifted(random_scene(dice, split), dice, hazy=k % _HAZY == _HAZY - 1)
 
 
-def _shifted(scene: Scene, dice: Dice) -> ShiftedScene:
-    """The same facts: things less exactly in the middle of their cells, at times on a lighter background."""
+def _shifted(scene: Scene, dice: Dice, hazy: bool) -> ShiftedScene:
+    """The same facts: things less exactly in the middle of their cells, and maybe in haze."""
     things = tuple(
         thing._replace(dx=dice.between(-_JITTER, _JITTER), dy=dice.between(-_JITTER, _JITTER))
         for thing in scene.things
     )
-    brighter = dice.between(*_BRIGHTER) if dice.chance(_BRIGHT_SHARE) else 0
-    changes = {"things": things, "background": scene.background + brighter}
-    return ShiftedScene(**{**vars(scene), **changes}, clutter=dice.below(2**31))
+    haze = dice.between(*_HAZE) if hazy else 0
+    return ShiftedScene(**{**vars(scene), "things": things}, clutter=dice.below(2**31), haze=haze)
 
 
 def load(

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from hones_lens.data import load_examples, shapes, shapes_shifted
-from hones_lens.data.drawing import LETTERS, PALETTE, glyph, shape_mask, text_box
+from hones_lens.data.drawing import LETTERS, PALETTE, RADII, glyph, shape_mask, text_box
 from hones_lens.data.shapes_shifted import LOOK, ShiftedScene, backdrop, shifted_glyph
 
-GOLDEN_PIXELS = {"discovery": "19f719e773153ae7", "dev": "154038de4435bc86", "test": "c0d359eab1d873f0"}
+GOLDEN_PIXELS = {"discovery": "90e64d38e149706f", "dev": "1863799708eb6271", "test": "dca6bf7b24536957"}
 TASKS = ("vqa", "ocr", "caption", "retrieval")
 
 
@@ -60,7 +60,7 @@ def test_splits_are_by_word_and_share_no_scene_with_each_other_or_with_shapes():
 
 def test_pictures_show_the_scene_in_the_shifted_look():
     for scene in some_scenes("test", 5, 60):
-        pixels = np.asarray(scene.load())
+        pixels = np.asarray(replace(scene, haze=0).load())
         expected = backdrop(scene).copy()
         for thing in scene.things:
             center = (thing.col + 0.5) * 112 / 3 + thing.dx, (thing.row + 0.5) * 112 / 3 + thing.dy
@@ -80,12 +80,22 @@ def test_the_world_really_is_shifted():
     assert all(LOOK.palette[color] != paint for color, paint in PALETTE.items())
     differ = [letter for letter in LETTERS if (glyph(letter) != shifted_glyph(letter)).any()]
     assert differ == list(LETTERS)
+    assert all(LOOK.radii[size] != radius for size, radius in RADII.items())
     assert len({shifted_glyph(letter).tobytes() for letter in LETTERS}) == len(LETTERS)
     scenes = some_scenes("dev", 3407, 300)
-    lighter = [scene.background > 124 for scene in scenes]
-    assert 0.2 < np.mean(lighter) < 0.4
-    assert max(scene.background for scene in scenes) <= 124 + 60
     assert {abs(v) for s in scenes for t in s.things for v in (t.dx, t.dy)} == {0, 1, 2, 3, 4}
+
+
+def test_every_third_scene_lies_in_haze():
+    scenes = some_scenes("dev", 3407, 300)
+    assert [k for k, scene in enumerate(scenes) if scene.haze] == list(range(2, 300, 3))
+    assert {scene.haze for scene in scenes if scene.haze} == set(range(50, 66))
+    for scene in scenes[:9]:
+        clear, seen = (np.asarray(s.load(), dtype=float) for s in (replace(scene, haze=0), scene))
+        towards = clear + (235 - clear) * scene.haze / 100
+        assert np.abs(seen - towards).max() < 1
+        contrast = np.ptp(seen, axis=(0, 1)) / np.ptp(clear, axis=(0, 1))
+        assert contrast == pytest.approx(1 - scene.haze / 100, abs=0.02)
 
 
 def test_colours_can_still_be_told_apart():
