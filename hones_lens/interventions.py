@@ -12,7 +12,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hones_lens.groups import Group
+from hones_lens.inputs import VLMInputs
+from hones_lens.positions import PromptMask
+
 Hook = tuple[str, Callable]
+_STREAMS = ("pre", "mid", "post")
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,25 +245,130 @@ def _at(positions: Tensor | None, x: Tensor, name: str) -> Tensor:
     return positions.to(x.device).view(*positions.shape, *(1,) * (x.ndim - 2))
 
 
-def block_attention(layer: int, queries: Bool[Tensor, "batch pos"], keys: Bool[Tensor, "batch pos"]) -> Hook:
-    """Keep some queries from seeing some keys in one layer (scores set to −∞); for one full pass.
+def block_attention(
+    layer: int,
+    queries: Bool[Tensor, "batch pos"],
+    keys: Bool[Tensor, "batch pos"],
+    *,
+    spare_self: bool = False,
+) -> Hook:
+    """Keep some queries from seeing some keys in one layer (scores set to −∞).
+
+    Under `generate`, a new token is in the groups that its row's last prompt token is in.
+
+    Args:
+        layer: Decoder layer.
+        queries, keys: Masks over the prompts.
+        spare_self: A query that would be left without any key may still see itself.
 
     Raises:
-        ValueError: An empty group, or a query left without any key.
+        ValueError: An empty group. When run: a query left without any key, or masks of other prompts.
     """
     name = f"blocks.{layer}.attn.hook_attn_scores"
     for what, mask in (("query", queries), ("key", keys)):
         if not bool(mask.any()):
             raise ValueError(f"{name}: the {what} group is empty")
+    seeing, seen = PromptMask(name, queries), PromptMask(name, keys)
 
     def cut(scores: Float[Tensor, "batch head query key"], hook: object) -> Tensor:
-        edges = (queries[:, None, :, None] & keys[:, None, None, :]).to(scores.device)
-        out = scores.masked_fill(edges, -torch.inf)
-        if bool((out == -torch.inf).all(-1).any()):
+        rows, _, n_queries, n_keys = scores.shape
+        before = n_keys - n_queries
+        edges = seeing.over(rows, n_keys)[:, before:, None] & seen.over(rows, n_keys)[:, None, :]
+        out = scores.masked_fill(edges[:, None].to(scores.device), -torch.inf)
+        lost = (out == -torch.inf).all(-1, keepdim=True)
+        if spare_self:
+            ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=scores.device)
+            return torch.where(lost & ones.tril(before).triu(before), scores, out)
+        if bool(lost.any()):
             raise ValueError(f"{name}: a query would be left without any key")
         return out
 
     return name, cut
+
+
+def resid_hook(layer: int, at: str = "post") -> str:
+    """Name of the hook that holds the residual stream of a decoder layer.
+
+    Raises:
+        ValueError: Another place than `pre`, `mid` or `post`.
+    """
+    if at not in _STREAMS:
+        raise ValueError(f"unknown place {at!r} in the residual stream; valid: {', '.join(_STREAMS)}")
+    return f"blocks.{layer}.hook_resid_{at}"
+
+
+def steering_vector(
+    layer: int,
+    vector: Float[Tensor, "*batch d_model"],
+    group: Group | None = None,
+    *,
+    inputs: VLMInputs | None = None,
+    strength: float = 1.0,
+    generated: bool | None = None,
+    at: str = "post",
+) -> Hook:
+    """Add a vector to the residual stream of a layer, in forward passes and at every step of `generate`.
+
+    Args:
+        layer: Decoder layer.
+        vector: One for all rows, or one for each, [batch d_model].
+        group: Where in the prompts: a mask [batch pos], a name or a `Box`. None: at all positions.
+        inputs: The prompts, where the group is a name or a box.
+        strength: What the vector is multiplied by.
+        generated: Whether it is added to new tokens too. Default: where the row's last prompt token is in
+            the group, so `last` and all positions go on, and `image` does not.
+        at: `pre`, `mid` or `post`.
+
+    Raises:
+        ValueError: An unknown place, no finite vector, a group that is empty or can't be looked up. When
+            run: other prompts than the mask's, or another number of rows or dimensions than the vector's.
+    """
+    name = resid_hook(layer, at)
+    if vector.ndim not in (1, 2) or not bool(torch.isfinite(vector).all()):
+        raise ValueError(f"{name}: a finite vector [d_model] or [batch d_model] is needed")
+    if group is None:
+        if generated is False:
+            raise ValueError(f"{name}: to leave out new tokens, say which prompts: group='all', inputs=…")
+        mask = None
+    else:
+        mask = PromptMask.of(name, group, inputs, generated)
+
+    def push(resid: Float[Tensor, "batch pos d_model"], hook: object) -> Tensor:
+        rows, n, width = resid.shape
+        if vector.shape[-1] != width or (vector.ndim == 2 and len(vector) != rows):
+            raise ValueError(f"{name}: vector {tuple(vector.shape)} for a stream {tuple(resid.shape)}")
+        added = strength * vector.to(resid.device, resid.dtype).view(-1, 1, width)
+        if mask is None:
+            return resid + added
+        return torch.where(mask.shown(rows, n)[..., None].to(resid.device), resid + added, resid)
+
+    return name, push
+
+
+def scale_heads(heads: Iterable[tuple[int, int]], factor: float | Tensor | Sequence[float]) -> list[Hook]:
+    """Multiply what heads write, at all positions, in forward passes and at every step of `generate`.
+
+    Source: V-SEAM (visual semantic editing and attention modulating), where key heads are rescaled.
+
+    Args:
+        heads: (layer, head) of each.
+        factor: One for all, or one for each.
+
+    Raises:
+        ValueError: No heads, a head twice, or another number of factors than of heads.
+    """
+    chosen = [(int(head[0]), int(head[1])) for head in heads]
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"a head is given twice: {sorted({h for h in chosen if chosen.count(h) > 1})}")
+    factors = torch.as_tensor(factor, dtype=torch.float32)
+    if factors.ndim and factors.shape != (len(chosen),):
+        raise ValueError(f"{factors.numel()} factors for {len(chosen)} heads")
+    each = dict(zip(chosen, factors.expand(len(chosen)), strict=True))
+    hooks = []
+    for layer, index in by_layer(chosen).items():
+        mine = torch.stack([each[layer, head] for head in index])
+        hooks.append(scale(f"blocks.{layer}.attn.hook_z", index, mine, axis=2))
+    return hooks
 
 
 def zero_neurons(neurons: Iterable[tuple[int, int]]) -> list[Hook]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+import tiny
+import tiny_qwen
 import torch
+from hf_twin import Step, Twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_pair, mixed_batch
 from torch import Tensor
 
+from hones_lens import VLMInputs
+from hones_lens.groups import Box, token_mask
 from hones_lens.interventions import (
     add,
     block_attention,
@@ -20,9 +26,12 @@ from hones_lens.interventions import (
     patch,
     replace_with_other_heads_mean,
     scale,
+    scale_heads,
+    steering_vector,
     zero,
     zero_neurons,
 )
+from hones_lens.positions import PromptMask
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -260,3 +269,173 @@ def test_hooks_change_what_the_model_says() -> None:
         assert (changed[~touched] < 1e-5).all(), kind
     with pytest.raises(ValueError, match="no hook 'blocks"):
         model.run_with_hooks(inputs, fwd_hooks=[zero(neuron_hook(99), [0])])
+
+
+# -- positions of a prompt while answers are generated ----------------------------------------------------
+
+
+def test_a_prompts_mask_at_every_step() -> None:
+    mask = torch.tensor([[False, True, False], [True, False, True]])
+    for generated, behind in ((None, [False, True]), (True, [True, True]), (False, [False, False])):
+        found = PromptMask("a", mask, generated)
+        with pytest.raises(ValueError, match=r"a: mask of shape \(2, 3\) for 2 rows of 1 positions"):
+            found.shown(2, 1)
+        assert torch.equal(found.shown(2, 3), mask)
+        expected = torch.tensor(behind)[:, None]
+        assert torch.equal(found.shown(2, 1), expected), "the newest token alone"
+        assert torch.equal(found.shown(2, 4), torch.cat((mask, expected), 1)), "all of them"
+        assert torch.equal(found.shown(2, 5), torch.cat((mask, expected, expected), 1))
+        assert torch.equal(found.shown(2, 3), mask)
+        for rows, n in ((2, 5), (2, 2), (1, 3), (1, 1), (3, 4)):
+            with pytest.raises(ValueError, match=f"for {rows} rows of {n} positions"):
+                found.shown(rows, n)
+
+
+def test_a_prompts_mask_refuses() -> None:
+    with pytest.raises(ValueError, match="a: the mask selects no position"):
+        PromptMask("a", torch.zeros(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="prompts of one token can't be told from new tokens"):
+        PromptMask("a", torch.ones(2, 1, dtype=torch.bool), False)
+    assert PromptMask("a", torch.ones(2, 1, dtype=torch.bool)).shown(2, 1).all()
+
+
+def test_spared_queries_keep_themselves_only_where_they_must() -> None:
+    scores = _random(0, 1, 2, 3, 3).masked_fill(~torch.ones(3, 3).tril().bool(), -torch.inf)
+    queries, keys = torch.tensor([[True, False, True]]), torch.tensor([[True, False, True]])
+    out = _run(block_attention(0, queries, keys, spare_self=True), scores)[0, 0]
+    alone = [[True, False, False], [True, True, False], [False, True, False]]
+    assert torch.equal(out.isfinite(), torch.tensor(alone)), "the first sees itself, the last the second"
+    assert torch.equal(out[out.isfinite()], scores[0, 0][out.isfinite()])
+
+
+# -- steering ------------------------------------------------------------------------------------------------
+
+
+def _naive_greedy(both: Twin, inputs: VLMInputs, steps: Callable[[int], list[Step]], n: int) -> Tensor:
+    """Greedy tokens of Hugging Face's model, the whole sequence anew at each step."""
+    said = inputs.input_ids[:, :0]
+    for _ in range(n):
+        logits = both.logits(inputs.extended(said), steps(said.shape[1]))
+        said = torch.cat((said, logits[:, -1].argmax(-1, keepdim=True)), 1)
+    return said
+
+
+def _unending(both: Twin) -> None:
+    both.model.cfg = replace(both.model.cfg, eos_token_ids=())
+
+
+@pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+@pytest.mark.parametrize(
+    ("group", "generated", "goes_on"),
+    [
+        (None, None, True),
+        ("last", None, True),
+        ("last", False, False),
+        ("image", None, False),
+        ("image", True, True),
+    ],
+)
+def test_steered_answers_are_those_of_whole_passes(
+    made, group: str | None, generated: bool | None, goes_on: bool
+) -> None:
+    both = Twin(made)
+    _unending(both)
+    inputs = both.model.prepare(made.make_images(2)[:2], list(tiny.QUESTIONS[:2]))
+    vector = 3 * _random(5, 2, 32)  # one for each row
+    prompt = torch.ones_like(inputs.image_mask) if group is None else inputs.token_groups[group]
+
+    def steps(n: int) -> list[Step]:
+        behind = torch.full((2, n), goes_on)
+        where = torch.cat((prompt, behind), 1)[..., None]
+        return both.edit(1, "hook_resid_post", lambda x: x + where * 2 * vector[:, None])
+
+    expected = _naive_greedy(both, inputs, steps, 5)
+    hook = steering_vector(1, vector, group, inputs=inputs, strength=2.0, generated=generated)
+    assert hook[0] == "blocks.1.hook_resid_post"
+    for use_kv_cache in (True, False, True):
+        with both.model.hooks(fwd_hooks=[hook]):
+            options = {"max_new_tokens": 5, "return_type": "tokens", "use_kv_cache": use_kv_cache}
+            assert torch.equal(both.model.generate(inputs, **options), expected)
+    clean = both.model.generate(inputs, max_new_tokens=5, return_type="tokens")
+    assert not torch.equal(clean, expected)
+
+
+@torch.no_grad()
+def test_places_in_the_stream_and_kinds_of_groups() -> None:
+    both = Twin(tiny)
+    pictures = tiny.make_images(2, size=(40, 31))
+    inputs = both.model.prepare(pictures, list(tiny.QUESTIONS[:2]))
+    vector, box = _random(3, 32), Box(6, 0, 20, 20)
+    mask = token_mask(inputs, box)
+    run = both.model.run_with_hooks
+    for at, name in (("pre", "hook_resid_pre"), ("mid", "hook_resid_mid"), ("post", "hook_resid_post")):
+        expected = both.logits(inputs, both.edit(1, name, lambda x: x - mask[..., None] * vector))
+        for hook in (
+            steering_vector(1, vector, box, inputs=inputs, strength=-1, at=at),
+            steering_vector(1, -vector, mask, at=at),
+        ):
+            assert tiny.largest_difference(run(inputs, fwd_hooks=[hook]), expected, inputs) < 1e-4
+    here, there = steering_vector(0, vector, mask), steering_vector(1, vector, mask, at="pre")
+    assert torch.equal(run(inputs, fwd_hooks=[here]), run(inputs, fwd_hooks=[there]))
+
+
+@torch.no_grad()
+def test_steering_refuses() -> None:
+    _, model = make_pair()
+    inputs = mixed_batch(model)
+    ones = torch.ones(32)
+    for kwargs, said in (
+        ({"at": "top"}, "valid: pre, mid, post"),
+        ({"group": "last"}, "to find the group 'last', give inputs="),
+        ({"group": torch.ones(3, 4)}, "give booleans"),
+        ({"group": "image", "inputs": inputs}, "'image' is empty in row 2"),
+        ({"generated": False}, "to leave out new tokens"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            steering_vector(1, ones, **kwargs)
+    for vector in (ones[None, None], ones * torch.nan):
+        with pytest.raises(ValueError, match="a finite vector"):
+            steering_vector(1, vector)
+    for vector in (torch.ones(31), torch.ones(2, 32)):
+        with pytest.raises(ValueError, match=r"blocks\.1\.hook_resid_post: vector"):
+            model.run_with_hooks(inputs, fwd_hooks=[steering_vector(1, vector)])
+    hook = steering_vector(1, ones, "last", inputs=inputs)
+    with model.hooks(fwd_hooks=[hook]), pytest.raises(ValueError, match="for 1 rows of"):
+        model.generate(inputs[:1])
+
+
+@pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+@torch.no_grad()
+def test_scaled_heads_are_scaled_in_hugging_faces_model_and_at_every_step(made) -> None:
+    both = Twin(made, seed=12)
+    _unending(both)
+    inputs = made.mixed_batch(both.model)
+    factors = torch.ones(3, 4)
+    factors[0, 2], factors[2, 0], factors[0, 1] = 3.0, -2.0, 0.0
+
+    def steps(_: int) -> list[Step]:
+        return [
+            step
+            for layer in (0, 2)
+            for step in both.edit(layer, "attn.hook_z", lambda z, f=factors[layer]: z * f[:, None])
+        ]
+
+    hooks = scale_heads([(0, 2), (2, 0), (0, 1)], [3.0, -2.0, 0.0])
+    assert [name for name, _ in hooks] == ["blocks.0.attn.hook_z", "blocks.2.attn.hook_z"]
+    found = both.model.run_with_hooks(inputs, fwd_hooks=hooks)
+    assert tiny.largest_difference(found, both.logits(inputs, steps(0)), inputs) < 2e-5
+    with both.model.hooks(fwd_hooks=hooks):
+        tokens = both.model.generate(inputs, max_new_tokens=4, return_type="tokens")
+    assert torch.equal(tokens, _naive_greedy(both, inputs, steps, 4))
+    assert not torch.equal(tokens, both.model.generate(inputs, max_new_tokens=4, return_type="tokens"))
+    same = both.model.run_with_hooks(inputs, fwd_hooks=scale_heads([(1, 1), (0, 3)], 1.0))
+    assert torch.equal(same, both.model(inputs))
+
+
+def test_scaling_heads_refuses() -> None:
+    with pytest.raises(ValueError, match="no components"):
+        scale_heads([], 2.0)
+    with pytest.raises(ValueError, match=r"given twice: \[\(0, 1\)\]"):
+        scale_heads([(0, 1), (2, 1), (0, 1)], 2.0)
+    with pytest.raises(ValueError, match="3 factors for 2 heads"):
+        scale_heads([(0, 1), (2, 1)], [1.0, 2.0, 3.0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -18,18 +17,12 @@ from hones_lens.attribution.neurons import NeuronScores
 from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.interventions import Hook, zero_neurons
+from hones_lens.lens.difference import LensToken, delta_frame, delta_lines, largest
+from hones_lens.lens.reading import streams, summed_logits
 from hones_lens.masking import Neurons
 from hones_lens.overlap.groups import check_neurons
 from hones_lens.results import read_json, write_json
 from hones_lens.tasks import Task
-
-
-class LensToken(NamedTuple):
-    """A token of the vocabulary, and its logit-lens logit, baseline minus masked."""
-
-    id: int
-    token: str
-    delta: float
 
 
 @dataclass(frozen=True)
@@ -53,13 +46,7 @@ class LensDelta:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a token: layer, direction (`falls` or `rises`), rank from 1, id, token, delta."""
-        rows = [
-            {"layer": layer, "direction": direction, "rank": rank, **token._asdict()}
-            for layer in range(len(self.falls))
-            for direction, table in (("falls", self.falls), ("rises", self.rises))
-            for rank, token in enumerate(table[layer], start=1)
-        ]
-        return pd.DataFrame(rows, columns=["layer", "direction", "rank", "id", "token", "delta"])
+        return delta_frame(range(len(self.falls)), self.falls, self.rises)
 
     def save(self, file: str | Path) -> None:
         """Write everything to JSON."""
@@ -78,15 +65,11 @@ class LensDelta:
         return cls(**{name: data[name] for name in cls.__dataclass_fields__})
 
     def __str__(self) -> str:
-        lines = [
+        head = (
             f"{self.model_name}, {self.task}: logit lens at the last prompt position, baseline minus masked "
             f"({self.n_neurons} neurons, mean over {self.n_examples} examples)"
-        ]
-        for layer, tables in enumerate(zip(self.falls, self.rises, strict=True)):
-            for name, table in zip(("falls", "rises"), tables, strict=True):
-                said = "  ".join(f"{token.token} {token.delta:+.3g}" for token in table)
-                lines.append(f"  layer {layer} {name}: {said or 'nothing'}")
-        return "\n".join(lines)
+        )
+        return "\n".join([head, *delta_lines(range(len(self.falls)), self.falls, self.rises)])
 
     __repr__ = __str__
 
@@ -141,8 +124,8 @@ def lens_delta(
         model_name=model.cfg.model_name,
         n_neurons=len(chosen),
         n_examples=len(examples),
-        falls=tuple(_largest(model, row, k) for row in mean),
-        rises=tuple(_largest(model, row, k, sign=-1) for row in mean),
+        falls=tuple(largest(model, row, k) for row in mean),
+        rises=tuple(largest(model, row, k, sign=-1) for row in mean),
     )
 
 
@@ -151,24 +134,5 @@ def lens_logits(
     model: HookedVLM, batch: sweep.Batch, hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "layer d_vocab"]:
     """Logit-lens logits at the last prompt position, summed over a batch, float64 on the CPU."""
-    names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
-    kept: dict[str, Tensor] = {}
-
-    def keep(resid: Tensor, hook: Any) -> None:
-        kept[hook.name] = resid[:, -1]
-
-    with model.hooks(fwd_hooks=[*hooks, *((name, keep) for name in names)]):
-        model(batch.inputs, logits_to_keep=1)
-    rows = [model.unembed(model.ln_final(kept[name])).double().sum(0).cpu() for name in names]
-    return torch.stack(rows)
-
-
-def _largest(
-    model: HookedVLM, deltas: Float[Tensor, " d_vocab"], k: int, sign: int = 1
-) -> tuple[LensToken, ...]:
-    """The k largest (sign 1) or smallest (sign −1) deltas of that sign; ties in the vocabulary's order."""
-    ids = torch.argsort(sign * deltas, descending=True, stable=True)[:k].tolist()
-    ids = [i for i in ids if sign * float(deltas[i]) > 0]
-    names = model.tokenizer.convert_ids_to_tokens(ids)
-    named = [name if name is not None else f"[{i}]" for i, name in zip(ids, names, strict=True)]
-    return tuple(LensToken(i, name, float(deltas[i])) for i, name in zip(ids, named, strict=True))
+    last = batch.inputs.token_groups["last"]
+    return summed_logits(model, streams(model, batch.inputs, last, hooks)[1:])
