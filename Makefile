@@ -21,13 +21,14 @@ unexport PYTHONPATH
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-dev test test-all test-fast coverage benchmark lint format wheel clean distclean
+.PHONY: help demo install install-dev test test-all test-fast notebooks coverage benchmark lint format wheel clean distclean
 
 help:
 	@echo "make demo       find and mask the neurons of a small model; writes $(DEMO_OUT)"
 	@echo "make test       the tests, in less than ten minutes"
 	@echo "make test-all   and those that take minutes each"
 	@echo "make test-fast  the tests that take seconds"
+	@echo "make notebooks  run every notebook but the one for a GPU, and see that none has outputs"
 	@echo "make coverage   all tests, with the lines that none of them runs"
 	@echo "make benchmark  speed against Hugging Face's model and the naive loop; prints ratios"
 	@echo "make lint       ruff, pyright and the import layers"
@@ -65,6 +66,12 @@ test-all: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not slow" $(TEST_ARGS)
+
+# 08 is for a GPU; a test runs its code on the small models.
+notebooks: $(VENV)/.dev
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout 600 \
+		--numprocesses $(WORKERS) -o testpaths= notebooks/0[1-7]*.ipynb $(TEST_ARGS)
 
 coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest --cov $(TEST_ARGS)
