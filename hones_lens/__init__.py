@@ -9,15 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hones_lens.attribution.compare import compare_rankings
     from hones_lens.attribution.heads import HeadScores, localize_heads
     from hones_lens.attribution.neurons import NeuronScores, attribute_neurons
     from hones_lens.config import checkpoint_path
     from hones_lens.data import counterfactual_pairs, load_examples
     from hones_lens.data.examples import Example
     from hones_lens.evaluation import Evaluation, evaluate
+    from hones_lens.explorer import explore
+    from hones_lens.groups import Box
     from hones_lens.hooked_vlm import HookedVLM
     from hones_lens.inputs import VLMInputs
+    from hones_lens.labelled import Labelled
     from hones_lens.masking import MaskingResult, evaluate_masking, masking_curve
+    from hones_lens.patching import PatchPairs, corrupted_by, counterfactual, patch_activations
     from hones_lens.racing import Racing
     from hones_lens.steering import (
         NeuronScales,
@@ -32,13 +37,16 @@ if TYPE_CHECKING:
     from hones_lens.tasks import Task, load_task
 
 _HOMES = {
+    "Box": "hones_lens.groups",
     "Evaluation": "hones_lens.evaluation",
     "Example": "hones_lens.data.examples",
     "HeadScores": "hones_lens.attribution.heads",
     "HookedVLM": "hones_lens.hooked_vlm",
+    "Labelled": "hones_lens.labelled",
     "MaskingResult": "hones_lens.masking",
     "NeuronScales": "hones_lens.steering",
     "NeuronScores": "hones_lens.attribution.neurons",
+    "PatchPairs": "hones_lens.patching",
     "Racing": "hones_lens.racing",
     "SteeringConfig": "hones_lens.steering",
     "SteeringTable": "hones_lens.steering",
@@ -46,28 +54,36 @@ _HOMES = {
     "VLMInputs": "hones_lens.inputs",
     "attribute_neurons": "hones_lens.attribution.neurons",
     "checkpoint_path": "hones_lens.config",
+    "compare_rankings": "hones_lens.attribution.compare",
     "compare_steering": "hones_lens.steering",
+    "corrupted_by": "hones_lens.patching",
+    "counterfactual": "hones_lens.patching",
     "counterfactual_pairs": "hones_lens.data",
     "evaluate": "hones_lens.evaluation",
     "evaluate_masking": "hones_lens.masking",
+    "explore": "hones_lens.explorer",
     "learn_scales": "hones_lens.steering",
     "load_examples": "hones_lens.data",
     "load_task": "hones_lens.tasks",
     "localize_heads": "hones_lens.attribution.heads",
     "logits_under": "hones_lens.sweep",
     "masking_curve": "hones_lens.masking",
+    "patch_activations": "hones_lens.patching",
     "side_effects": "hones_lens.steering",
     "transfer_steering": "hones_lens.steering",
 }
 
 __all__ = [
+    "Box",
     "Evaluation",
     "Example",
     "HeadScores",
     "HookedVLM",
+    "Labelled",
     "MaskingResult",
     "NeuronScales",
     "NeuronScores",
+    "PatchPairs",
     "Racing",
     "SteeringConfig",
     "SteeringTable",
@@ -75,16 +91,21 @@ __all__ = [
     "VLMInputs",
     "attribute_neurons",
     "checkpoint_path",
+    "compare_rankings",
     "compare_steering",
+    "corrupted_by",
+    "counterfactual",
     "counterfactual_pairs",
     "evaluate",
     "evaluate_masking",
+    "explore",
     "learn_scales",
     "load_examples",
     "load_task",
     "localize_heads",
     "logits_under",
     "masking_curve",
+    "patch_activations",
     "side_effects",
     "transfer_steering",
 ]

@@ -18,6 +18,7 @@ _EXAMPLES = """examples:
   hones demo --task ocr --out runs/ocr
   hones localize --model tiny-llava --task vqa --out runs/vqa
   hones evaluate --model tiny-llava --limit 500
+  hones patch --what z --by all --limit 32      which heads carry the changed fact?
   hones check path/to/llava-1.5-7b-hf          is it computed as Hugging Face computes it?
 """
 
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _stage(commands, "mask", do.mask, "mask a run's neurons beside matched random sets (H4)")
     _steer(commands)
     _overlap(commands)
+    _patch(commands)
     _reproduce(commands)
     evaluate = _add(commands, "evaluate", do.evaluate, "metrics of a model, with intervals")
     _model_options(evaluate)
@@ -70,7 +72,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("model_name", metavar="MODEL", help="name, folder or Hub id")
     _model_options(check, named=False)
+    check.add_argument(
+        "--flips",
+        type=int,
+        metavar="N",
+        help="also count, on N examples of every task, what in a localization of all heads differs from float32 "
+        "in --dtype (default: bfloat16)",
+    )
     _data(commands)
+    _explore(commands)
     _add(commands, "models", do.models, "models that are known by name")
     report = _add(commands, "report", do.report, "one HTML page of one or more run folders")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
@@ -90,7 +100,7 @@ def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentPars
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.set_defaults(run=run, parser=command)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if name not in ("report", "train-tiny"):
+    if name not in ("report", "train-tiny", "explore"):
         command.add_argument("--json", metavar="FILE", help="also write the result here")
     return command
 
@@ -163,6 +173,37 @@ def _overlap(commands: Any) -> None:
     command.set_defaults(discovery_split="discovery", dev_split="dev", **dict.fromkeys(nothing))
 
 
+def _patch(commands: Any) -> None:
+    command = _add(commands, "patch", do.patch, "put what one input makes into another, and see what changes")
+    _model_options(command)
+    _data_options(command)
+    add = command.add_argument
+    add("--kind", help="which fact counterfactual pairs differ in (default: all in turn)")
+    add("--split", default="dev", help="of the pairs or examples (default: dev)")
+    add("--limit", type=int, help="how many (default: 64)")
+    add("--image", metavar="FILE", help="a picture of your own, with --prompt and --answer")
+    for name, what in (("prompt", "what to ask"), ("answer", "what is right"), ("foil", "another answer")):
+        add(f"--{name}", help=f"{what} about it")
+    add("--corrupted-image", metavar="FILE", help="the corrupted picture, on which the foil is right")
+    add("--corrupted-prompt", help="the corrupted prompt, of as many tokens")
+    add("--corrupt", choices=do.CORRUPTIONS, help="corrupt the picture, or the examples of a data set")
+    add("--strength", type=float, help="of noise, in standard deviations; of blur, its radius in pixels")
+    add("--color", help="of blank (default: grey)")
+    add("--corrupt-box", type=_box, metavar="L,T,R,B", help="corrupt there alone")
+    add("--what", choices=do.SITES, default="resid_pre", help="what to patch (default: resid_pre)")
+    add("--by", choices=["group", "position", "all"], default="group", help="default: group")
+    add("--groups", type=_names, default=(), metavar="A,B", help="default: image,question,last")
+    add("--box", type=_box, action="append", metavar="L,T,R,B", help="a box on the picture as a group")
+    add("--layers", type=_integers, metavar="A,B", help="default: all")
+    add("--units", type=_units, help="each, together, numbers, or LAYER.NUMBERs (default: heads each)")
+    add("--direction", choices=["denoise", "noise"], default="denoise", help="clean into corrupted, or back")
+    add("--metric", choices=["logit_diff", "log_prob", "kl", "task"], help="default: logit_diff with a foil")
+    add("--raw", action="store_true", help="the change of the metric instead of its share")
+    add("--batch-size", type=int, default=32, help="pairs at a time (default: 32)")
+    add("--out", metavar="DIR", help="run folder (default: runs/MODEL-TASK-patch-…)")
+    add("--plan", action="store_true", help="say what would be done and stop")
+
+
 def _reproduce(commands: Any) -> None:
     command = _add(commands, "reproduce", do.reproduce, "all stages on all tasks, and tables as in the paper")
     _model_options(command)
@@ -171,6 +212,18 @@ def _reproduce(commands: Any) -> None:
     command.add_argument("--tasks", type=_names, metavar="A,B", help="default: all four")
     command.add_argument("--ratios", type=_numbers, default=(0.01, 0.05), help="shares of neurons to mask")
     command.add_argument("--controls", type=int, default=20, help="matched random sets (default: 20)")
+
+
+def _explore(commands: Any) -> None:
+    command = _add(commands, "explore", do.explore, "click through one prompt's heads and neurons")
+    add = command.add_argument
+    add("--image", metavar="FILE", help="a picture (default: one of the shapes world, with its question)")
+    add("--prompt", help="what to ask (default: for a description)")
+    add("--run", metavar="RUN", dest="run_folder", help="colour the heads by the scores of this run folder")
+    add("--port", type=int, default=0, help="of the server on 127.0.0.1 (default: one that is free)")
+    add("--no-browser", action="store_true", help="only say where the page is")
+    add("--out", metavar="FILE", help="write a page to keep instead of serving one")
+    _model_options(command)
 
 
 def _data(commands: Any) -> None:
@@ -183,6 +236,19 @@ def _data(commands: Any) -> None:
     check.add_argument("--image-dir", help="images (default: where the annotations lie)")
     check.add_argument("--seed", type=int, default=3407, help="of the splits that are counted")
     check.add_argument("--no-images", action="store_true", help="do not open the pictures")
+
+
+def _box(text: str) -> tuple[float, float, float, float]:
+    left, top, right, bottom = _numbers(text)
+    return left, top, right, bottom
+
+
+def _units(text: str) -> str | tuple[int, ...] | tuple[tuple[int, int], ...]:
+    parts = _names(text)
+    if parts and all("." in part for part in parts):
+        pairs = (part.split(".") for part in parts)
+        return tuple((int(layer), int(index)) for layer, index in pairs)
+    return text if text in ("each", "together") else _integers(text)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from hones_lens.attribution.neurons import NeuronScores
     from hones_lens.hooked_vlm import HookedVLM
     from hones_lens.pipeline import DataChoice
+    from hones_lens.precision import Flips
     from hones_lens.runs import Run
 
 TASKS = ("vqa", "ocr", "caption", "retrieval")
+CORRUPTIONS = ("noise", "blank", "blur", "shuffle", "mean")
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
+SITES += ("neurons", "vision_z", "vision_neurons")
 TINY = {"llava": "hones_lens.tools.tiny_llava", "qwen2.5-vl": "hones_lens.tools.tiny_qwen"}
 _RESULTS = ("heads", "neurons", "masking", "others")
 
@@ -35,6 +39,7 @@ def _load(args: argparse.Namespace) -> HookedVLM:
 
 def _data(args: argparse.Namespace) -> DataChoice:
     from hones_lens.pipeline import DataChoice
+    from hones_lens.precision import Flips
 
     return DataChoice(
         dataset=args.dataset,
@@ -291,12 +296,32 @@ def check(args: argparse.Namespace) -> int:
     from hones_lens.loading import hook_hf_model, load_hf_model
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.flips is not None and dtype is torch.float32:
+        raise ValueError("--flips compares another type with float32; give --dtype bfloat16 or float16")
     hf_model, processor = load_hf_model(args.model_name, args.device, dtype)
     checks = check_model(hook_hf_model(hf_model, processor), hf_model)
     for check in checks:
         print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.figure}")
-    _write_json(args, [vars(check) for check in checks])
+    flips = [] if args.flips is None else _flips(args, dtype or torch.bfloat16)
+    _write_json(args, [vars(result) for result in (*checks, *flips)])
     return 0 if all(check.passed for check in checks) else 1
+
+
+def _flips(args: argparse.Namespace, dtype: Any) -> list[Flips]:
+    """What a localization gives in another type than float32, task by task, as it comes."""
+    import torch
+
+    from hones_lens.data import load_examples
+    from hones_lens.loading import load_model
+    from hones_lens.precision import dtype_flips
+    from hones_lens.tasks import TASKS
+
+    exact, other = (load_model(args.model_name, args.device, kind) for kind in (torch.float32, dtype))
+    found = []
+    for task in TASKS:
+        found.append(dtype_flips(exact, other, task, load_examples("shapes", task, "discovery", args.flips)))
+        print(found[-1])
+    return found
 
 
 def models(args: argparse.Namespace) -> int:
@@ -311,12 +336,55 @@ def models(args: argparse.Namespace) -> int:
     return 0
 
 
+def patch(args: argparse.Namespace) -> int:
+    """Activation patching of one kind of activation, between clean and corrupted inputs."""
+    from hones_lens import patch_run
+    from hones_lens.groups import Box
+
+    names = patch_run.PairsChoice.__dataclass_fields__
+    choice = patch_run.PairsChoice(**{name: getattr(args, name) for name in names})
+    model = _load(args)
+    pairs = choice.load(model)
+    boxes = [Box(*sides) for sides in args.box or ()]
+    groups = [*args.groups, *boxes] if args.groups or boxes else None
+    options = {"what": args.what, "by": args.by, "groups": groups, "layers": args.layers, "units": args.units}
+    options |= {"direction": args.direction, "raw": args.raw, "batch_size": args.batch_size}
+    options["metric"] = args.metric or ("log_prob" if pairs.foil is None else "logit_diff")
+    if args.plan:
+        print(*patch_run.plan_patching(model, pairs, options), sep="\n")
+        return 0
+    source = Path(args.image).stem if args.image else args.task
+    default = f"runs/{Path(args.model).name}-{source}-patch-{args.what}-{args.by}-{args.direction}"
+    run = patch_run.start_patching(model, pairs, args.out or default, choice, options)
+    result = patch_run.run_patching(model, run, pairs, options)
+    print(result, f"Run: {run.folder}", sep="\n\n")
+    _write_json(args, json.loads(run.path("patch.json").read_text(encoding="utf-8")))
+    return 0
+
+
 def report(args: argparse.Namespace) -> int:
     """One page of several runs."""
     from hones_lens.pipeline import read_view
     from hones_lens.viz.report import write_report
 
     print(f"Report: {write_report(Path(args.out), [read_view(run) for run in args.runs]).resolve()}")
+    return 0
+
+
+def explore(args: argparse.Namespace) -> int:
+    """One prompt to click through: as a page of a local server, or in a file."""
+    from hones_lens.attribution.heads import HeadScores
+    from hones_lens.explorer.page import write_page
+    from hones_lens.explorer.serve import run, subject
+    from hones_lens.explorer.views import Views
+
+    picture, prompt = subject(args.image, args.prompt)
+    heads = HeadScores.load(Path(args.run_folder) / "heads.json") if args.run_folder else None
+    views = Views(_load(args), picture, prompt, heads)
+    if args.out:
+        print(f"Page: {write_page(views, views.start(), args.out).resolve()}")
+    else:
+        run(views, args.port, browser=not args.no_browser)
     return 0
 
 

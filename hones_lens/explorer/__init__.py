@@ -1,0 +1,52 @@
+"""The explorer: one linked view of a prompt's picture, tokens, heads and neurons, and of edits to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hones_lens.attribution.heads import HeadScores
+from hones_lens.explorer.state import Edit, State
+from hones_lens.hooked_vlm import HookedVLM
+from hones_lens.prompting import Picture
+
+if TYPE_CHECKING:
+    from hones_lens.explorer.widget import Explorer
+
+__all__ = ["Edit", "State", "explore"]
+
+
+def explore(
+    model: HookedVLM,
+    image: Picture | Sequence[Picture] | None,
+    prompt: str,
+    heads: HeadScores | None = None,
+    max_new_tokens: int = 12,
+) -> Explorer:
+    """Explore one prompt by clicking, in Jupyter or marimo.
+
+    Args:
+        model: The model.
+        image: The prompt's picture, several, or None.
+        prompt: What the user says; see a task's `prompt(example)`.
+        heads: Scores for the map of heads, such as those of `localize_heads`; default: what each head adds
+            directly to the logit of the answer.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        A widget. `explorer.state` is what is shown and changed; `explorer.interventions` goes into
+        `run_with_hooks`.
+
+    Raises:
+        ImportError: Without the extra `notebook`; names it.
+        FileNotFoundError, ValueError: A picture or prompt that can't be used, or scores of another model.
+    """
+    try:
+        from hones_lens.explorer.widget import Explorer
+    except ModuleNotFoundError as error:
+        if error.name not in ("anywidget", "ipywidgets", "traitlets"):
+            raise
+        raise ImportError(
+            "the explorer needs the extra `notebook`: pip install hones-lens[notebook]"
+        ) from error
+    return Explorer(model, image, prompt, heads, max_new_tokens)
