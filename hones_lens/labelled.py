@@ -157,7 +157,7 @@ class Labelled:
         return f"<p>{escape(self.what)}</p>{self.top().to_html(index=False)}"
 
     def plot(self, **options: Any) -> Any:
-        """One axis: a curve with its interval; two: a heat map; three: a heat map for each first entry.
+        """One axis: a curve or bars with intervals; two: a heat map; three: one for each entry of an axis.
 
         Args:
             options: Of `hones_lens.viz.labelled_plots.labelled`.

@@ -16,8 +16,12 @@ from hones_lens import sweep
 from hones_lens.attribution.gradients import first_order_falls
 from hones_lens.config import find_settings
 from hones_lens.data.examples import Example
+from hones_lens.data.pairs import CounterfactualPair
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.interventions import Hook, replace_with_other_heads_mean
+from hones_lens.patching.measuring import measure_patches
+from hones_lens.patching.pairs import PatchPairs, counterfactual
+from hones_lens.patching.units import SITES, positions_of, targets_of
 from hones_lens.racing import Race, RaceResult, Racing
 from hones_lens.results import Component, nan_to_none, none_to_nan, ranked, read_json, write_json
 from hones_lens.speculation import Tally
@@ -25,6 +29,11 @@ from hones_lens.statistics import benjamini_hochberg, sign_flip_p
 from hones_lens.tasks import Task
 
 _DEFAULT_SHARE = 0.03  # 30 of LLaVA-1.5-7B's 1,024 heads
+# By what `localize_heads` does to a head: what it is called in results, and in words.
+INTERVENTIONS = {
+    "mean": ("replace_with_other_heads_mean", "drop when replaced by the mean of the layer's others"),
+    "patch": ("patch", "drop when patched with its output on the corrupted input"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +149,7 @@ class HeadScores:
         lines = [
             f"{self.model_name}, {self.task}: {self.metric_name} {self.baseline:.3f} "
             f"on {len(self.example_ids)} examples",
-            "critical heads (drop when replaced by the mean of the layer's others):",
+            f"critical heads ({dict(INTERVENTIONS.values()).get(self.intervention, self.intervention)}):",
         ]
         lines += [f"  L{c.layer}H{c.index:<3} {c.score:+.4f}" for c in self.top()]
         if self.traded:
@@ -172,9 +181,11 @@ def default_top_k(model: HookedVLM) -> int:
 def localize_heads(
     model: HookedVLM,
     task: str | Task,
-    examples: Sequence[Example],
+    examples: Sequence[Example] = (),
     top_k: int | None = None,
     *,
+    intervention: str = "mean",
+    pairs: Sequence[CounterfactualPair] | PatchPairs | None = None,
     batch_size: int = 32,
     progress: bool = True,
     journal: MutableMapping[str, Any] | None = None,
@@ -190,10 +201,16 @@ def localize_heads(
     prompt and answer; the model answers greedily (24 new tokens) or ranks the candidates anew. By default
     this is exact: each score is that of the naive loop.
 
+    With `intervention="patch"` a head's output on the clean input of a pair is replaced by its output on the
+    corrupted one, and the metric is the difference of the two answers' logits.
+
     Args:
         model: The model.
         task: A task or its name.
-        examples: The discovery examples; every one counts in both arms.
+        examples: The discovery examples; every one counts in both arms. With pairs: none, or the pairs'
+            clean ones.
+        intervention: `mean` or `patch`.
+        pairs: Counterfactual pairs of the task, for `patch`.
         top_k: Critical heads to keep; default from `model_configs/`.
         batch_size: Examples at a time.
         progress: Show a progress bar, with the leading heads.
@@ -211,10 +228,25 @@ def localize_heads(
 
     Raises:
         ValueError: No examples, one that lacks a field, a layer with a single head, fewer heads than
-            top_k kept by the prefilter, or a race for a metric that is not a mean over examples.
+            top_k kept by the prefilter, or a race for a metric that is not a mean over examples; for
+            `patch`, no pairs, other examples than theirs, a prefilter or a race.
         FloatingPointError: Logits that are not finite; names head and examples.
     """
     task = sweep.as_task(task)
+    if intervention not in INTERVENTIONS:
+        raise ValueError(f"unknown intervention {intervention!r}; valid: {', '.join(INTERVENTIONS)}")
+    if intervention == "patch":
+        if prefilter is not None or racing is not None:
+            raise ValueError(
+                "prefilter and racing are for intervention='mean': a prefilter estimates another fall, and "
+                "races need scores within bounds, which differences of logits have not"
+            )
+        made = _pairs_of(model, task, pairs, examples)
+        k = default_top_k(model) if top_k is None else top_k
+        options = {"batch_size": batch_size, "progress": progress, "journal": journal}
+        return _patched(model, task, made, k, positions, {**options, "memory_budget": memory_budget})
+    if pairs is not None:
+        raise ValueError("pairs are for intervention='patch'")
     if model.cfg.n_heads == 1:
         raise ValueError("a model with one head a layer has no other heads to take the mean of")
     sweep.check_examples(task, examples)
@@ -253,7 +285,7 @@ def localize_heads(
     return HeadScores(
         task=task.name,
         metric_name=task.metric_name,
-        intervention="replace_with_other_heads_mean",
+        intervention=INTERVENTIONS["mean"][0],
         model_name=model.cfg.model_name,
         scores=all_scores,
         drops=all_drops,
@@ -265,6 +297,50 @@ def localize_heads(
         traded="; ".join(traded),
         race=race,
         near_ties=tally.near_ties,
+    )
+
+
+def _pairs_of(
+    model: HookedVLM,
+    task: Task,
+    pairs: Sequence[CounterfactualPair] | PatchPairs | None,
+    examples: Sequence[Example],
+) -> PatchPairs:
+    """The pairs, prepared."""
+    if pairs is None or not len(pairs):
+        raise ValueError("intervention='patch' needs pairs, e.g. of `hones_lens.counterfactual_pairs`")
+    made = pairs if isinstance(pairs, PatchPairs) else counterfactual(model, pairs, task)
+    if made.task not in ("", task.name):
+        raise ValueError(f"pairs of task {made.task!r} for task {task.name!r}")
+    if len(examples) and tuple(example.id for example in examples) != made.ids:
+        raise ValueError("patching reads the pairs, not these examples: give none, or the pairs' clean ones")
+    return made
+
+
+def _patched(
+    model: HookedVLM, task: Task, pairs: PatchPairs, k: int, positions: str, options: dict[str, Any]
+) -> HeadScores:
+    """Every head's output on the corrupted input put into the clean run."""
+    if positions not in ("all", "last"):
+        raise ValueError(f"unknown positions {positions!r}; valid: all, last")
+    site = SITES["z"]
+    where = positions_of(model, pairs, site, "group", [positions])
+    options |= {"direction": "noise", "metric": "logit_diff"}
+    found = measure_patches(model, pairs, site, targets_of(site, model.cfg), where, **options)
+    drops = (found.clean - found.values).view(model.cfg.n_layers, model.cfg.n_heads, -1)
+    return HeadScores(
+        task=task.name,
+        metric_name="logit difference",
+        intervention=INTERVENTIONS["patch"][0],
+        model_name=model.cfg.model_name,
+        scores=drops.mean(-1),
+        drops=drops,
+        baseline=float(found.clean.mean()),
+        base_scores=found.clean,
+        example_ids=pairs.ids,
+        kinds=tuple(pair.clean.kind for pair in pairs.facts) or ("",) * len(pairs),
+        top_k=k,
+        traded="" if positions == "all" else "heads patched only at the end of the prompt",
     )
 
 

@@ -196,6 +196,14 @@ class HookedLlava(HookedVLM):
         pixels = self.processor.image_processor(images=list(images), return_tensors="pt").pixel_values
         return {"pixel_values": pixels}, counts
 
+    def pictures(self, inputs: VLMInputs) -> list[Float[Tensor, "channel _ _"]]:
+        """The pixels as they are: one size for all."""
+        return [] if inputs.pixel_values is None else list(inputs.pixel_values)
+
+    def with_pictures(self, inputs: VLMInputs, pictures: Sequence[Float[Tensor, "channel _ _"]]) -> VLMInputs:
+        """The same inputs with other pixels."""
+        return replace(inputs, pixel_values=torch.stack(list(pictures)), image_embeds=None)
+
     def shown_region(self, width: int, height: int) -> Region:
         """What is left of a picture after the processor's crop in the middle."""
         processor = self.processor.image_processor

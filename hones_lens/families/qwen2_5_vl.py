@@ -303,6 +303,42 @@ class HookedQwen2_5_VL(HookedVLM):
         counts = (made.image_grid_thw.prod(-1) // self.cfg.vision.merge_size**2).tolist()
         return {"pixel_values": made.pixel_values, "image_grid_thw": made.image_grid_thw}, counts
 
+    def pictures(self, inputs: VLMInputs) -> list[Float[Tensor, "channel _ _"]]:
+        """Patches laid side by side again; of a patch's frames, which are alike, the first."""
+        if inputs.pixel_values is None or inputs.image_grid_thw is None:
+            return []
+        sizes = inputs.image_grid_thw.prod(-1).tolist()
+        parts = zip(inputs.pixel_values.split(sizes), inputs.image_grid_thw.tolist(), strict=True)
+        out = []
+        for patches, (_, rows, columns) in parts:
+            merge, _, frames, side = self._patch_shape
+            squares = (rows // merge, columns // merge, merge, merge)
+            laid = patches.view(*squares, -1, frames, side, side)[..., 0, :, :]
+            laid = laid.permute(4, 0, 2, 5, 1, 3, 6)
+            out.append(laid.reshape(-1, rows * side, columns * side))
+        return out
+
+    def with_pictures(self, inputs: VLMInputs, pictures: Sequence[Float[Tensor, "channel _ _"]]) -> VLMInputs:
+        """The same inputs with other pictures, cut into patches in Hugging Face's order."""
+        merge, channels, frames, side = self._patch_shape
+        packed = []
+        for picture in pictures:
+            rows, columns = (n // side // merge for n in picture.shape[1:])
+            laid = picture.reshape(channels, rows, merge, side, columns, merge, side)
+            laid = laid.permute(1, 4, 2, 5, 0, 3, 6)[..., None, :, :]
+            packed.append(
+                laid.expand(*laid.shape[:5], frames, side, side).reshape(-1, channels * frames * side**2)
+            )
+        return replace(inputs, pixel_values=torch.cat(packed), image_embeds=None)
+
+    @property
+    def _patch_shape(self) -> tuple[int, int, int, int]:
+        """Patches a side of a square, channels, frames, pixels a side of a patch."""
+        encoder = self.vision_encoder
+        assert isinstance(encoder, QwenVisionEncoder)
+        _, channels, frames, side, _ = encoder.patch_embedding.weight.shape
+        return self.cfg.vision.merge_size, channels, frames, side
+
 
 def mrope_positions(inputs: VLMInputs) -> Int[Tensor, "3 batch pos"]:
     """Positions in time, row and column, as Qwen2-VL counts them.

@@ -24,7 +24,8 @@ def logit_diff(logits: Logits, pairs: PatchPairs, clean: Logits) -> Float[Tensor
     if pairs.foil is None:
         raise ValueError("these pairs have no foil: measure 'log_prob' or 'kl'")
     rows = torch.arange(len(logits), device=logits.device)
-    return logits[rows, pairs.answer] - logits[rows, pairs.foil]
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits[rows, pairs.answer].to(wide) - logits[rows, pairs.foil].to(wide)
 
 
 def log_prob(logits: Logits, pairs: PatchPairs, clean: Logits) -> Float[Tensor, " batch"]:

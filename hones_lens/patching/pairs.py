@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hones_lens.corruptions import Corruption
 from hones_lens.data.pairs import CounterfactualPair
 from hones_lens.groups import Group, token_mask
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.inputs import VLMInputs
 from hones_lens.tasks import Task, load_task
 
-Corruption = Callable[[HookedVLM, VLMInputs], VLMInputs]
+__all__ = ["Corruption", "PatchPairs", "corrupted_by", "counterfactual", "logits_at_end", "told_apart"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,9 @@ class PatchPairs:
         answer: The token that comes next on the clean input, [batch].
         foil: The one that comes next on the corrupted input, [batch]; None where there is no other answer.
         ids: What the pairs are called, for errors and results.
+        facts: The counterfactual pairs that they were made from, if they were.
+        task: Whose prompts those were given.
+        shared: How many tokens of the answers are at the end of each, [batch]; () for none.
     """
 
     clean: VLMInputs
@@ -35,9 +39,16 @@ class PatchPairs:
     answer: Int[Tensor, " batch"]
     foil: Int[Tensor, " batch"] | None
     ids: tuple[str, ...]
+    facts: tuple[CounterfactualPair, ...] = ()
+    task: str = ""
+    shared: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         clean, corrupted = self.clean, self.corrupted
+        for what in ("answer", "foil", "ids"):
+            value = getattr(self, what)
+            if value is not None and len(value) != len(clean):
+                raise ValueError(f"{len(value)} entries of {what} for {len(clean)} pairs")
         if clean.input_ids.shape != corrupted.input_ids.shape:
             raise ValueError(
                 f"clean inputs of the shape {tuple(clean.input_ids.shape)} and corrupted ones of "
@@ -54,10 +65,15 @@ class PatchPairs:
     def __getitem__(self, rows: slice | Sequence[int]) -> PatchPairs:
         """Some pairs, without the padding that none of them needs."""
         index = torch.arange(len(self))[rows]
-        foil = None if self.foil is None else self.foil[index]
-        ids = tuple(self.ids[i] for i in index.tolist())
+        numbers = index.tolist()
+        listed = {
+            name: tuple(values[i] for i in numbers) if (values := getattr(self, name)) else ()
+            for name in ("ids", "facts", "shared")
+        }
         clean, corrupted = self.clean[index].without_padding(), self.corrupted[index].without_padding()
-        return PatchPairs(clean, corrupted, self.answer[index], foil, ids)
+        index = index.to(self.answer.device)
+        foil = None if self.foil is None else self.foil[index]
+        return replace(self, clean=clean, corrupted=corrupted, answer=self.answer[index], foil=foil, **listed)
 
     def swapped(self) -> PatchPairs:
         """The other way round: what was corrupted is clean.
@@ -67,7 +83,20 @@ class PatchPairs:
         """
         if self.foil is None:
             raise ValueError("pairs without a foil can't be swapped: the corrupted input has no answer")
-        return replace(self, clean=self.corrupted, corrupted=self.clean, answer=self.foil, foil=self.answer)
+        facts = tuple(
+            replace(fact, clean=fact.corrupted, corrupted=fact.clean, answers=fact.answers[::-1])
+            for fact in self.facts
+        )
+        sides = {"clean": self.corrupted, "corrupted": self.clean}
+        return replace(self, **sides, answer=self.foil, foil=self.answer, facts=facts)
+
+    def prompts_alone(self) -> PatchPairs:
+        """The same pairs without what their answers share at the end, which a model may then say itself."""
+        if not any(self.shared):
+            return self
+        said = torch.tensor(self.shared, device=self.answer.device)
+        sides = (inputs.without_last(said).without_padding() for inputs in (self.clean, self.corrupted))
+        return replace(self, **dict(zip(("clean", "corrupted"), sides, strict=True)), shared=())
 
     def mask(self, group: Group) -> Tensor:
         """Positions of a token group, [batch pos]."""
@@ -95,7 +124,8 @@ def counterfactual(model: HookedVLM, pairs: Sequence[CounterfactualPair], task: 
     answers = [
         [model.continuation(p, a) for a in pair.answers] for p, pair in zip(prompts, pairs, strict=True)
     ]
-    return _told_apart(model, clean, corrupted, answers, ids)
+    made = told_apart(model, clean, corrupted, answers, ids)
+    return replace(made, facts=tuple(pairs), task=task.name)
 
 
 def corrupted_by(
@@ -117,17 +147,27 @@ def corrupted_by(
         ids: What the rows are called; default: their numbers.
 
     Raises:
-        ValueError: The corruption moved tokens, or changed nothing.
+        ValueError: The corruption moved tokens, or changed nothing in a row; another number of answers than
+            of rows.
     """
     known = model.as_inputs(inputs)
-    changed = corruption(model, known)
+    changed = model.as_inputs(corruption(model, known))
     device = known.input_ids.device
     foil = None if foils is None else torch.as_tensor(foils, device=device)
     names = tuple(ids) or tuple(f"row {row}" for row in range(len(known)))
-    return PatchPairs(known, changed, torch.as_tensor(answers, device=device), foil, names)
+    made = PatchPairs(known, changed, torch.as_tensor(answers, device=device), foil, names)
+    encoded = changed.image_embeds is not None
+    before = model.with_image_embeds(known) if encoded else known
+    for row, name in enumerate(names):
+        a, b = before[row], changed[row]
+        was, now = (i.image_embeds if encoded else i.pixel_values for i in (a, b))
+        alike = was is None or now is None or torch.equal(was, now)
+        if alike and torch.equal(a.input_ids, b.input_ids):
+            raise ValueError(f"{corruption} changes nothing in {name!r}")
+    return made
 
 
-def _told_apart(
+def told_apart(
     model: HookedVLM,
     clean: VLMInputs,
     corrupted: VLMInputs,
@@ -135,6 +175,13 @@ def _told_apart(
     ids: tuple[str, ...],
 ) -> PatchPairs:
     """Pairs whose answers' common beginning is put behind the prompts.
+
+    Args:
+        model: The model.
+        clean, corrupted: The prompts.
+        answers: Of each pair the ids of the right answers to the clean and to the corrupted prompt, as they
+            follow it (`model.continuation`).
+        ids: What the pairs are called.
 
     Raises:
         ValueError: Both answers of a pair are the same tokens.
@@ -153,7 +200,8 @@ def _told_apart(
     if any(shared):
         clean, corrupted = (_behind(model, inputs, shared) for inputs in (clean, corrupted))
     right, wrong = torch.tensor(answer, device=device), torch.tensor(foil, device=device)
-    return PatchPairs(clean, corrupted, right, wrong, ids)
+    counts = tuple(map(len, shared)) if any(shared) else ()
+    return PatchPairs(clean, corrupted, right, wrong, ids, shared=counts)
 
 
 def _behind(model: HookedVLM, inputs: VLMInputs, said: Sequence[list[int]]) -> VLMInputs:

@@ -1,12 +1,202 @@
-"""Figures of `Labelled` results."""
+"""Figures of `Labelled` results: curves, bars, heat maps, and one heat map beside the other."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
 from hones_lens.labelled import Labelled
-from hones_lens.viz.theme import Plot, styled
+from hones_lens.statistics import benjamini_hochberg
+from hones_lens.viz import theme
+from hones_lens.viz.theme import GRID, INK, MUTED, ON_ACCENT, SELECTED, SURFACE, Plot, styled
+from hones_lens.viz.words import number
+
+_MOST_VALUES = (8, 16)  # columns and rows up to which a map has its numbers written in
+_MOST_PANELS, _COLUMNS = 16, 4
+_WIDE = (24, 60)  # columns from which a single map is wider than one panel
+_MOST_TICKS = 48  # names on one axis; more of them are left out in between
+_ALPHA = 0.05
+_STRONG = 0.55  # share of the largest value from which a cell is so dark that its text is light
+
+
+def significant(result: Labelled) -> Tensor | None:
+    """Values that differ from 0: false discovery rate below 5 % where there are p-values, else by interval.
+
+    Returns:
+        bool, shaped as the values; None where the result has neither.
+    """
+    if result.p is not None:
+        known = ~result.p.isnan()
+        found = torch.zeros_like(known)
+        if bool(known.any()):
+            found[known] = torch.from_numpy(benjamini_hochberg(result.p[known].double().numpy(), _ALPHA)[1])
+        return found
+    if result.low is None or result.high is None:
+        return None
+    return (result.low > 0) | (result.high < 0)
 
 
 @styled
-def labelled(result: Labelled) -> Plot:
-    """One axis: a curve with its interval; two: a heat map; three: a heat map for each first entry."""
-    raise NotImplementedError
+def labelled(result: Labelled, *, title: str | None = None, panels: str | None = None) -> Plot:
+    """A figure of one, two or three axes.
+
+    One axis: a curve over numbers, or bars over names, with intervals. Two: a heat map, the first axis
+    downwards, centred at 0. Three: a heat map for each entry of one axis, all in one scale. A dot marks what
+    differs from 0 (see `significant`).
+
+    Args:
+        result: What to draw.
+        title: Default: what the result says it is.
+        panels: With three axes, the one whose entries have a map each; default: the one with the fewest.
+
+    Raises:
+        ValueError: No axes, more than three, more than 16 panels (`select` some first), an unknown axis.
+    """
+    title = result.what if title is None else title
+    if len(result.axes) == 1:
+        return _line(result, title)
+    if len(result.axes) == 2:
+        return _maps([result], [""], result, title)
+    if len(result.axes) != 3:
+        raise ValueError(
+            f"{result.what}: {len(result.axes)} axes ({', '.join(result.axes) or 'none'}) can't be drawn; "
+            "select() entries until one, two or three are left"
+        )
+    axis = min(reversed(result.axes), key=lambda a: len(result.names(a))) if panels is None else panels
+    names = result.names(axis)
+    if len(names) > _MOST_PANELS:
+        raise ValueError(f"{len(names)} panels are more than {_MOST_PANELS}: select() some {axis}s first")
+    parts = [result.select(**{axis: name}) for name in names]
+    headings = [f"{axis} {name}" if isinstance(name, int) else str(name) for name in names]
+    return _maps(parts, headings, result, title)
+
+
+def _note(result: Labelled) -> str:
+    """n, what marks mean, and what the result notes."""
+    parts = [] if result.n is None else [f"n = {result.n:,}."]
+    if result.p is not None:
+        parts.append("Dot: differs from 0 (false discovery rate < 5 %).")
+    elif result.low is not None:
+        marks = "Bars" if len(result.axes) == 1 else "Dot"
+        means = "95 % interval" if len(result.axes) == 1 else "95 % interval without 0"
+        parts.append(f"{marks}: {means}.")
+    return " ".join([*parts, *(line.rstrip(".") + "." for line in result.notes)])
+
+
+# -- one axis ----------------------------------------------------------------------------------------
+
+
+def _line(result: Labelled, title: str) -> Plot:
+    (axis,), values = result.axes, result.values.double().numpy()
+    names = result.names(axis)
+    numbers = all(isinstance(name, (int, float)) for name in names)
+    figure, (axes,) = theme.new_plot(title, _note(result), 2.5 if numbers else 0.36 * len(names) + 0.7)
+    ends = [None if end is None else end.double().numpy() for end in (result.low, result.high)]
+    if numbers:
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.plot(names, values, color=SELECTED, marker="o", markersize=3.5, gid="curve")
+        if ends[0] is not None and ends[1] is not None:
+            axes.fill_between(names, ends[0], ends[1], color=SELECTED, alpha=0.2, linewidth=0, gid="interval")
+        axes.set_xlabel(axis)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+        axes.grid(axis="y")
+        return figure
+    y = np.arange(len(names))
+    axes.barh(y, values, height=0.62, color=SELECTED)
+    if ends[0] is not None and ends[1] is not None:
+        axes.hlines(y, ends[0], ends[1], color=INK, linewidth=1.4, gid="interval")
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    axes.set_yticks(y, [str(name) for name in names])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_ylabel(axis)
+    axes.grid(axis="x")
+    return figure
+
+
+# -- heat maps ---------------------------------------------------------------------------------------
+
+
+def _maps(parts: Sequence[Labelled], headings: Sequence[str], whole: Labelled, title: str) -> Plot:
+    rows, columns = parts[0].shape
+    across = min(_COLUMNS, len(parts))
+    down = math.ceil(len(parts) / across)
+    long = max(len(str(name)) for name in parts[0].names(parts[0].axes[1]))
+    turned = long * columns > 40  # names of columns would touch
+    height = min(5.0, max(1.2, 0.34 * rows) + 0.5) + (min(1.5, 0.075 * long) if turned else 0)
+    wide = across if len(parts) > 1 else 1 + sum(columns > many for many in _WIDE)
+    figure, first = theme.new_plot(title, _note(whole), height * down, panels=wide)
+    for axes in first:
+        axes.remove()
+    every = figure.subplots(down, across, squeeze=False).flatten()
+    limit = float(whole.values.abs().nan_to_num(0).max()) or 1.0
+    for axes, part, heading in zip(every, parts, headings, strict=False):
+        mesh = _map(axes, part, limit, turned)
+        axes.set_title(heading)
+    for axes in every[len(parts) :]:
+        axes.set_axis_off()
+    ticks = MaxNLocator(5, symmetric=True)
+    bar = figure.colorbar(mesh, ax=list(every), fraction=0.05 / wide, pad=0.02, aspect=14, ticks=ticks)
+    assert bar.solids is not None
+    bar.solids.set(rasterized=False, edgecolor="none", linewidth=0, gid=theme.CRISP)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return figure
+
+
+def _map(axes: Axes, part: Labelled, limit: float, turned: bool) -> QuadMesh:
+    (rows, columns), values = part.shape, part.values.double()
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(values.numpy()),
+        cmap=theme.diverging().with_extremes(bad=GRID),
+        norm=TwoSlopeNorm(0, -limit, limit),
+        edgecolors=SURFACE,
+        linewidth=1.6 if columns <= 16 else 0.5 if columns <= 64 else 0,
+        gid="cells",
+    )
+    written = columns <= _MOST_VALUES[0] and rows <= _MOST_VALUES[1]
+    marked = significant(part)
+    if marked is not None:
+        _draw_dots(axes, values, marked, limit, (0.9, 0.2) if written else (0.5, 0.5))
+    if written:
+        for (row, column), value in np.ndenumerate(values.numpy()):
+            colour = ON_ACCENT if abs(value) > _STRONG * limit else INK
+            style: dict[str, Any] = {"ha": "center", "va": "center", "size": 8.6, "color": colour}
+            axes.text(column + 0.5, row + 0.54, "" if np.isnan(value) else number(value, 2), **style)
+    axes.set(ylabel=part.axes[0], xlabel=part.axes[1])
+    _ticks(axes.yaxis, part.names(part.axes[0]))
+    _ticks(axes.xaxis, part.names(part.axes[1]))
+    if turned:
+        axes.tick_params(axis="x", rotation=90)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    return mesh
+
+
+def _draw_dots(axes: Axes, values: Tensor, marked: Tensor, limit: float, offset: tuple[float, float]) -> None:
+    """A dot at (x, y) of `offset` in each marked cell."""
+    rows, columns = (index.numpy() for index in torch.nonzero(marked, as_tuple=True))
+    strong = (values.abs()[marked] > _STRONG * limit).tolist()
+    size = 9 if values.shape[1] <= 16 else 3
+    colours = [ON_ACCENT if s else INK for s in strong]
+    axes.scatter(columns + offset[0], rows + offset[1], s=size, c=colours, linewidths=0, zorder=3, gid="dots")
+
+
+def _ticks(axis: Axis, names: Sequence[Any]) -> None:
+    """Names in the middle of the cells: of numbers some, of words all while there is room."""
+    n = len(names)
+    step = math.ceil(n / _MOST_TICKS)
+    if all(isinstance(name, int) for name in names):
+        step = 1 if n <= 16 else 4 if n <= 40 else 8 if n <= 160 else math.ceil(n / 20)
+    places = range(0, n, step)
+    axis.set_ticks([i + 0.5 for i in places], labels=[str(names[i]) for i in places])
+    axis.set_tick_params(length=0)
