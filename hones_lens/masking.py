@@ -16,11 +16,12 @@ from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.interventions import Hook, zero_neurons
 from hones_lens.results import Component, read_json, write_json
-from hones_lens.statistics import Interval, bootstrap_interval, mean_interval
+from hones_lens.statistics import Interval, bootstrap_interval, mean_interval, permutation_p, sign_flip_p
 from hones_lens.tasks import Task
 
 RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1)
 Neurons = Sequence[tuple[int, int]]
+_DRAWS = 2000  # of a permutation test
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class MaskingResult:
         controls: The random sets, matched in their number per layer.
         kinds: The same by kind of question.
         example_ids: Which examples, in the order of `drops`.
+        metric_p, log_prob_p: Of no drop: two-sided paired permutation tests; None where not tested.
     """
 
     task: str
@@ -82,6 +84,8 @@ class MaskingResult:
     controls: tuple[Control, ...]
     kinds: dict[str, KindDrop]
     example_ids: tuple[str, ...]
+    metric_p: float | None = None
+    log_prob_p: float | None = None
 
     @property
     def drop(self) -> float:
@@ -132,8 +136,9 @@ class MaskingResult:
         lines = [
             f"{self.model_name}, {self.task}: {self.n_neurons} neurons ({100 * self.ratio:.2g} %) "
             f"by {self.method}, {n} examples",
-            f"  {self.metric_name}: {self.baseline:.3f} → {self.masked:.3f}, drop {self.metric_interval}",
-            f"  log-probability of the answer: drop {self.log_prob_interval}",
+            f"  {self.metric_name}: {self.baseline:.3f} → {self.masked:.3f}, drop {self.metric_interval}"
+            f"{_tested(self.metric_p)}",
+            f"  log-probability of the answer: drop {self.log_prob_interval}{_tested(self.log_prob_p)}",
         ]
         if count:
             mean = np.mean([self.baseline - c.metric for c in self.controls])
@@ -154,6 +159,10 @@ class MaskingResult:
         from hones_lens.viz.plots import masking_bars
 
         return masking_bars(self)
+
+
+def _tested(p: float | None) -> str:
+    return "" if p is None else f", p = {p:.3g}"
 
 
 def matched_random_sets(
@@ -328,6 +337,8 @@ def _result(
         controls=tuple(_control(c, rows) for c in controls),
         kinds={kind: _kind_drop(task, base, masked, r, seed) for kind, r in rows.items()},
         example_ids=tuple(example.id for example in examples),
+        metric_p=permutation_p(task, *statistics, seed=seed),
+        log_prob_p=float(sign_flip_p(falls[None], alternative="two-sided", draws=_DRAWS, seed=seed)[0]),
     )
 
 

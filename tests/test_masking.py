@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from contextlib import ExitStack
 from functools import cache
@@ -98,6 +99,10 @@ def test_what_comes_back() -> None:
             interval.low <= value + 1e-12 and interval.high >= value - 1e-12 and interval.low < interval.high
         )
     assert set(found.intervals) == {"accuracy", "log-probability"}
+    for p, each in ((found.metric_p, found.drops), (found.log_prob_p, found.log_prob_drops)):
+        flips = np.array(list(itertools.product((-1, 1), repeat=len(examples))))
+        exact = np.mean(np.abs(flips @ each) >= abs(sum(each)) - 1e-9)
+        assert abs(p - exact) < 0.05 and f"p = {p:.3g}" in str(found)
     assert found.beats("log_prob") == sum(c.log_prob > found.masked_log_prob for c in found.controls)
     assert found.beats("metric") == sum(c.metric > found.masked for c in found.controls)
     assert sum(kind.n for kind in found.kinds.values()) == len(examples)

@@ -198,7 +198,8 @@ def write_in(
     return out / kept["ln_final.hook_scale"][:, :, None] if apply_ln else out
 
 
-def _default_ratio(model: HookedVLM) -> float:
+def default_ratio(model: HookedVLM) -> float:
+    """The share of `model_configs/`, or 1 %."""
     settings = find_settings(model.cfg.model_name)
     return settings.ratio if settings else DEFAULT_RATIO
 
@@ -253,12 +254,35 @@ def attribute_neurons(
         method=method,
         model_name=model.cfg.model_name,
         scores=scores.double().cpu(),
-        ratio=_default_ratio(model) if ratio is None else ratio,
+        ratio=default_ratio(model) if ratio is None else ratio,
         n_examples=len(examples),
     )
 
 
 def head_conditioned(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    heads: Sequence[Component],
+    **options: Any,
+) -> Float[Tensor, "layer d_mlp"]:
+    """Head-conditioned importance of every neuron (HONES eq. H3).
+
+    `I(l,i) = Σ_h w_h [E c(l,i) − E c(l,i under I_h)]₊ / Σ_h w_h`, over heads with w_h > 0; the clamp
+    comes after the mean over examples. A head of layer l changes neurons of layers ≥ l only.
+
+    Args:
+        model, task, examples, heads: As for `falls_by_head`.
+        options: Of `falls_by_head`.
+
+    Raises:
+        ValueError: No head with w > 0: there is nothing to condition on.
+    """
+    weights, falls = falls_by_head(model, task, examples, heads, **options)
+    return torch.einsum("h,hln->ln", weights, falls) / weights.sum()
+
+
+def falls_by_head(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
@@ -269,11 +293,11 @@ def head_conditioned(
     normalize: bool = True,
     apply_ln: bool = False,
     foils: Sequence[str] | None = None,
-) -> Float[Tensor, "layer d_mlp"]:
-    """Head-conditioned importance of every neuron (HONES eq. H3).
+) -> tuple[Float[Tensor, " head"], Float[Tensor, "head layer d_mlp"]]:
+    """The terms of HONES eq. H3, of the heads with w_h > 0 in their order.
 
-    `I(l,i) = Σ_h w_h [E c(l,i) − E c(l,i under I_h)]₊ / Σ_h w_h`, over heads with w_h > 0; the clamp
-    comes after the mean over examples. A head of layer l changes neurons of layers ≥ l only.
+    Returns:
+        w_h, and `[E c(l,i) − E c(l,i under I_h)]₊`, float64 on the CPU.
 
     Raises:
         ValueError: No head with w > 0: there is nothing to condition on.
@@ -298,5 +322,4 @@ def head_conditioned(
                 under[i] += write_in(model, batch, here, [hook], apply_ln).double().sum(0).cpu()
             bar.update(len(batch.examples) * (len(critical) + 1))
     weights = torch.tensor([head.score for head in critical], dtype=torch.float64)
-    falls = ((clean - under) / len(examples)).clamp(min=0)
-    return torch.einsum("h,hln->ln", weights, falls) / weights.sum()
+    return weights, ((clean - under) / len(examples)).clamp(min=0)

@@ -55,6 +55,7 @@ class GroupMasking:
             row["log_prob_drop"] = result.log_prob_drop
             row["log_prob_drop_low"] = result.log_prob_interval.low
             row["log_prob_drop_high"] = result.log_prob_interval.high
+            row["n"] = result.metric_interval.n
             likely = np.mean([c.log_prob for c in result.controls])
             rows.append({**row, "random_log_prob_drop": result.baseline_log_prob - likely})
         return pd.DataFrame(rows)
@@ -73,15 +74,26 @@ class GroupMasking:
         return cls(tuple(load_masking(file)))
 
     def __str__(self) -> str:
-        columns = ["task", "group", "baseline", "drop", "drop_low", "drop_high", "random_drop"]
-        columns += ["log_prob_drop", "random_log_prob_drop"]
+        columns = ["task", "group", "n", "baseline", "drop", "drop_low", "drop_high", "random_drop"]
+        columns += ["log_prob_drop", "log_prob_drop_low", "log_prob_drop_high", "random_log_prob_drop"]
         table = self.to_dataframe()[columns].to_string(index=False, float_format="%.3f")
-        return f"{self.size} neurons masked of every group\n{table}"
+        sets = "/".join(str(count) for count in sorted({len(r.controls) for r in self.results}))
+        return f"{self.size} neurons masked of every group; random: mean of {sets} sets each\n{table}"
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self.to_dataframe().to_html(index=False)
+
+    def plot(self, measure: str = "metric") -> Any:
+        """Bars of every task's drop by group, with intervals (a matplotlib figure).
+
+        Args:
+            measure: `metric` or `log_prob`.
+        """
+        from hones_lens.viz.overlap_plots import group_masking_bars
+
+        return group_masking_bars(self, measure)
 
 
 def mask_groups(

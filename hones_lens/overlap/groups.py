@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -146,6 +147,27 @@ class Overlap:
 
     def _repr_html_(self) -> str:
         return f"<pre>{self}</pre>"
+
+    def plot(self, what: str = "sizes") -> Any:
+        """A matplotlib figure.
+
+        Args:
+            what: `sizes` of the groups beside chance, what tasks have `shared` beside chance, or counts by
+                `layers`.
+
+        Raises:
+            ValueError: None of these.
+        """
+        from hones_lens.viz import overlap_plots
+
+        known = {
+            "sizes": overlap_plots.overlap_sizes,
+            "shared": overlap_plots.overlap_shared,
+            "layers": overlap_plots.overlap_layers,
+        }
+        if what not in known:
+            raise ValueError(f"unknown figure {what!r}; valid: {', '.join(known)}")
+        return known[what](self)
 
 
 def _degree(count: int) -> str:

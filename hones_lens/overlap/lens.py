@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -74,7 +75,20 @@ class LensDelta:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return self.to_dataframe().to_html(index=False)
+        """A table of tokens: one row a layer, what falls and what rises in it."""
+        rows = [
+            f"<tr><th>{layer}</th><td>{_tokens(falls)}</td><td>{_tokens(rises)}</td></tr>"
+            for layer, (falls, rises) in enumerate(zip(self.falls, self.rises, strict=True))
+        ]
+        about = f"{self.model_name}, {self.task}: logit lens, baseline minus masked "
+        about += f"({self.n_neurons:,} neurons, mean over n = {self.n_examples:,} examples)"
+        head = "<tr><th>layer</th><th>falls when masked</th><th>rises when masked</th></tr>"
+        return f"<table><caption>{escape(about)}</caption>{head}{''.join(rows)}</table>"
+
+
+def _tokens(tokens: Sequence[LensToken]) -> str:
+    said = (f"<code>{escape(token.token)}</code>&nbsp;{token.delta:+.3g}" for token in tokens)
+    return " ".join(said) or "–"
 
 
 def lens_delta(

@@ -90,6 +90,12 @@ class SideEffects:
     def _repr_html_(self) -> str:
         return self.to_dataframe().to_html(index=False)
 
+    def plot(self) -> Any:
+        """Bars of every task's gain under every task's scales, with intervals (a matplotlib figure)."""
+        from hones_lens.viz.steering_plots import side_effect_bars
+
+        return side_effect_bars(self)
+
 
 def side_effects(
     model: HookedVLM,

@@ -165,6 +165,12 @@ class SteeringTable:
     def _repr_html_(self) -> str:
         return self.to_dataframe().to_html(index=False)
 
+    def plot(self) -> Any:
+        """Bars of every method's gains over the base, with intervals (a matplotlib figure)."""
+        from hones_lens.viz.steering_plots import steering_bars
+
+        return steering_bars(self)
+
 
 def _short(interval: Interval) -> str:
     return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"

@@ -16,7 +16,7 @@ from hones_lens.viz import theme
 from hones_lens.viz.theme import INK, MUTED, NEGATIVE, RANDOM, SELECTED, Plot, styled
 from hones_lens.viz.words import MEASURES, Measured, level, listed, measured, number, percent
 
-_DOTS = {"s": 9, "alpha": 0.5, "linewidths": 0}  # one random set each
+DOTS = {"s": 9, "alpha": 0.5, "linewidths": 0}  # one random set each
 
 
 def _sample(results: Sequence[MaskingResult]) -> str:
@@ -32,7 +32,7 @@ def _sample(results: Sequence[MaskingResult]) -> str:
     return f"{text} Random: {sets} sets with as many neurons in each layer."
 
 
-def _whiskers(drop: float, interval: Interval) -> list[list[float]]:
+def whiskers_of(drop: float, interval: Interval) -> list[list[float]]:
     """How far the interval reaches below and above the drop, as matplotlib's error bars want it."""
     return [[max(0.0, drop - interval.low)], [max(0.0, interval.high - drop)]]
 
@@ -73,7 +73,7 @@ def _curve_panel(axes: Axes, results: Sequence[MaskingResult], values: Sequence[
         axes.plot(shares, [m.random_mean for m in values], color=RANDOM, marker="_", label="random sets")
         dots = [(share, value) for share, m in zip(shares, values, strict=True) for value in m.controls]
         axes.scatter(*zip(*dots, strict=True), s=9, color=RANDOM, alpha=0.45, linewidths=0, gid="controls")
-    whiskers = np.hstack([_whiskers(m.drop, m.interval)[::-1] for m in values])
+    whiskers = np.hstack([whiskers_of(m.drop, m.interval)[::-1] for m in values])
     masked = [m.masked for m in values]
     style = {"color": SELECTED, "marker": "o", "markersize": 4.5, "capsize": 2.5, "elinewidth": 1.2}
     axes.errorbar(shares, masked, yerr=whiskers, label="selected neurons", zorder=4, **style)
@@ -97,10 +97,10 @@ def masking_bars(result: MaskingResult, measures: Sequence[str] = MEASURES) -> P
         heights = [m.baseline, m.masked] + ([m.random_mean] if m.controls else [])
         names = ["nothing\nmasked", "selected\nneurons", f"{len(m.controls)} random\nsets"][: len(heights)]
         bars = axes.bar(names, heights, 0.62, color=[INK, SELECTED, RANDOM][: len(heights)])
-        whiskers = _whiskers(m.drop, m.interval)[::-1]
+        whiskers = whiskers_of(m.drop, m.interval)[::-1]
         axes.errorbar([1], [m.masked], yerr=whiskers, color=MUTED, capsize=4, linestyle="none")
         if m.controls:
-            axes.scatter([2] * len(m.controls), m.controls, color=INK, **_DOTS, gid="controls")
+            axes.scatter([2] * len(m.controls), m.controls, color=INK, **DOTS, gid="controls")
         down = max(heights) <= 0
         ends = [m.baseline, m.baseline - (m.interval.low if not down else m.interval.high)]
         ends += [max(m.controls) if not down else min(m.controls)] if m.controls else []
@@ -117,7 +117,7 @@ def masking_bars(result: MaskingResult, measures: Sequence[str] = MEASURES) -> P
     return figure
 
 
-class _Row(NamedTuple):
+class DropRow(NamedTuple):
     """A drop, its interval where there is one, and the drops of the random sets."""
 
     name: str
@@ -126,7 +126,7 @@ class _Row(NamedTuple):
     random: list[float]
 
 
-def _draw_rows(axes: Axes, rows: Sequence[_Row]) -> None:
+def draw_rows(axes: Axes, rows: Sequence[DropRow]) -> None:
     """Horizontal bars, the first on top, with the random sets below each."""
     places = np.arange(len(rows))
     colours = [SELECTED if row.drop >= 0 else NEGATIVE for row in rows]
@@ -134,11 +134,11 @@ def _draw_rows(axes: Axes, rows: Sequence[_Row]) -> None:
     for place, (_, drop, interval, random) in zip(places, rows, strict=True):
         if interval:
             style = {"color": INK, "elinewidth": 1.2, "capsize": 3, "linestyle": "none"}
-            axes.errorbar([drop], [place], xerr=_whiskers(drop, interval), **style)
+            axes.errorbar([drop], [place], xerr=whiskers_of(drop, interval), **style)
         if random:
             y = place + 0.42
             axes.hlines(y, min(random), max(random), color=RANDOM, linewidth=1.6, gid=f"range-{place}")
-            axes.scatter(random, [y] * len(random), color=RANDOM, **_DOTS, gid=f"controls-{place}")
+            axes.scatter(random, [y] * len(random), color=RANDOM, **DOTS, gid=f"controls-{place}")
     axes.axvline(0, color=MUTED, linewidth=0.9)
     axes.set_yticks(places, labels=[row.name for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -164,7 +164,9 @@ def kinds_bars(result: MaskingResult) -> Plot:
         found = result.kinds[kind]
         random = [found.baseline - control.kinds[kind] for control in result.controls]
         interval = getattr(found, "interval", None)
-        rows.append(_Row(f"{kind or 'all'} (n = {found.n})", found.baseline - found.masked, interval, random))
+        rows.append(
+            DropRow(f"{kind or 'all'} (n = {found.n})", found.baseline - found.masked, interval, random)
+        )
     count, n = len(result.controls), result.metric_interval.n
     note = f"{result.n_neurons:,} neurons masked, n = {n:,} held-out examples."
     note += f" Grey: {count} random sets, and their range." if count else " No random sets were run."
@@ -172,7 +174,7 @@ def kinds_bars(result: MaskingResult) -> Plot:
         note += f" Whiskers: {level(rows[0].interval)} bootstrap interval."
     title = f"{result.task}: drop by kind, {percent(result.ratio)} of the neurons masked"
     figure, (axes,) = theme.new_plot(title, note, 0.75 + 0.36 * len(rows))
-    _draw_rows(axes, rows)
+    draw_rows(axes, rows)
     axes.set_xlabel(f"drop of {result.metric_name}")
     return figure
 
@@ -196,13 +198,13 @@ def ranking_bars(results: Mapping[str, MaskingResult], measure: str = "metric") 
     for name in order:
         m = found[name]
         random = [m.baseline - value for value in m.controls]
-        rows.append(_Row(name.replace("_", " "), m.drop, m.interval, random))
+        rows.append(DropRow(name.replace("_", " "), m.drop, m.interval, random))
     first = next(iter(results.values()))
     sizes = sorted({result.n_neurons for result in results.values()})
     title = f"{first.task}: drop of {found[order[0]].short} by ranking"
     size = " / ".join(f"{s:,}" for s in sizes)
     note = f"The best {size} neurons of each. {_sample(list(results.values()))}"
     figure, (axes,) = theme.new_plot(title, note, 0.75 + 0.36 * len(rows))
-    _draw_rows(axes, rows)
+    draw_rows(axes, rows)
     axes.set_xlabel(f"drop of {found[order[0]].short}{' (nats)' if found[order[0]].unit else ''}")
     return figure

@@ -8,19 +8,18 @@ from statistics import NormalDist
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 from torch import Tensor
 
 from hones_lens.attribution.heads import HeadScores
 from hones_lens.attribution.neurons import NeuronScores
 from hones_lens.viz import theme
+from hones_lens.viz.attention_plots import attention_over_image
 from hones_lens.viz.masking_plots import kinds_bars, masking_bars, masking_curve, ranking_bars
-from hones_lens.viz.theme import BRIGHT, GRID, INK, ON_ACCENT, RANDOM, SURFACE, Plot, styled
+from hones_lens.viz.theme import GRID, INK, ON_ACCENT, RANDOM, SURFACE, Plot, styled
 from hones_lens.viz.words import number
 
 __all__ = [
@@ -197,66 +196,3 @@ def _count_marks(axes: Axes, neurons: Sequence[NeuronScores]) -> list:
         axes.bar_label(handles[0], padding=2, size=9)
         axes.margins(y=0.12)
     return handles
-
-
-@styled
-def attention_over_image(
-    image: Image.Image,
-    heatmap: Float[Tensor, "rows columns"],
-    title: str = "",
-    *,
-    smooth: bool = False,
-    bare: bool = False,
-) -> Plot:
-    """A picture, lit where a head looks: values on the patch grid laid over it, dark at 0.
-
-    By patch, the brightest one is outlined.
-
-    Args:
-        image: The picture; its proportions are kept.
-        heatmap: A value of at least 0 per patch, in raster order (`VLMInputs.heatmap`).
-        title: E.g. the head.
-        smooth: Interpolate between patches.
-        bare: The picture alone, edge to edge: no heading, scale or note.
-
-    Raises:
-        ValueError: A value that is negative or not finite.
-    """
-    values = heatmap.detach().float().cpu()
-    if not bool(torch.isfinite(values).all()) or float(values.min()) < 0:
-        raise ValueError("attention must be finite and at least 0")
-    rows, columns = values.shape
-    width, height = image.size
-    if bare:
-        figure = Plot(figsize=(4, 4 * height / width))
-        axes = figure.add_axes((0, 0, 1, 1))
-    else:
-        brightest, total = number(float(values.max())), number(float(values.sum()))
-        note = f"{rows} × {columns} patches; brightest {brightest}, in all {total}."
-        tall = min(5.0, (theme.WIDTH - 0.8) * height / width + 0.2)
-        figure, (axes,) = theme.new_plot(title, note, tall)
-    axes.imshow(image.convert("RGB"), interpolation="none" if width >= 224 else "nearest")
-    over = axes.imshow(
-        values.numpy(),
-        cmap=theme.spotlight(),
-        vmin=0,
-        vmax=float(values.max()) or 1.0,
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-        interpolation="bicubic" if smooth else "nearest",
-    )
-    if not smooth:
-        _outline_brightest(axes, values, image.size)
-    axes.set_axis_off()
-    if not bare:
-        bar = figure.colorbar(over, ax=axes, fraction=0.045, pad=0.02, aspect=16, ticks=MaxNLocator(4))
-        bar.outline.set(edgecolor=GRID)
-        bar.set_label("attention")
-    return figure
-
-
-def _outline_brightest(axes: Axes, values: Tensor, size: tuple[int, int]) -> None:
-    rows, columns = values.shape
-    row, column = divmod(int(values.argmax()), columns)
-    wide, tall = size[0] / columns, size[1] / rows
-    corner = (column * wide - 0.5, row * tall - 0.5)
-    axes.add_patch(Rectangle(corner, wide, tall, fill=False, edgecolor=BRIGHT, linewidth=2))

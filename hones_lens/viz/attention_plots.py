@@ -1,0 +1,266 @@
+"""Figures of attention over pictures: one map, or several heads and pictures side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from torch import Tensor
+
+from hones_lens.attending import TIMES, HeadAttention
+from hones_lens.inputs import Region
+from hones_lens.viz import theme
+from hones_lens.viz.image_plots import check_region, on_grey, region_of, veil
+from hones_lens.viz.theme import BRIGHT, GRID, MUTED, Plot, styled
+from hones_lens.viz.words import number, tied
+
+_ACROSS = 4  # maps side by side
+_FEW = 2  # maps side by side that fit into the width of one panel
+
+
+@styled
+def attention_over_image(
+    image: Image.Image,
+    heatmap: Float[Tensor, "rows columns"],
+    title: str = "",
+    *,
+    region: Region | None = None,
+    smooth: bool = False,
+    bare: bool = False,
+) -> Plot:
+    """A picture, lit where a head looks: values on the patch grid laid over it, dark at 0.
+
+    By patch, the brightest one is outlined.
+
+    Args:
+        image: The picture; its proportions are kept.
+        heatmap: A value of at least 0 per patch, in raster order (`VLMInputs.heatmap`).
+        title: E.g. the head.
+        region: The part of the picture that the grid shows, `inputs.regions[row][image]`; default: all.
+        smooth: Interpolate between patches.
+        bare: The picture alone, edge to edge: no heading, scale or note.
+
+    Raises:
+        ValueError: A value that is negative or not finite, or a region outside of the picture.
+    """
+    values = _checked(heatmap)
+    shown = check_region(region, image)
+    rows, columns = values.shape
+    width, height = image.size
+    if bare:
+        figure = Plot(figsize=(4, 4 * height / width))
+        axes = figure.add_axes((0, 0, 1, 1))
+    else:
+        brightest, total = number(float(values.max())), number(float(values.sum()))
+        note = f"{rows} × {columns} patches; brightest {brightest}, in all {total}."
+        tall = min(5.0, (theme.WIDTH - 0.8) * height / width + 0.2)
+        figure, (axes,) = theme.new_plot(title, note, tall)
+    limit = float(values.max()) or 1.0
+    _light(axes, image, values, shown, limit, smooth)
+    if not bare:
+        _scale(figure, [axes], limit, "attention")
+    return figure
+
+
+class _Map(NamedTuple):
+    """One head's attention over one picture."""
+
+    picture: Image.Image
+    region: Region
+    name: str
+    values: Tensor  # [rows columns], 0 where sinks were removed
+    total: float  # sinks included
+    removed: Tensor  # bool [rows columns]
+    lost: float  # attention of what was removed
+
+
+@styled
+def attention_maps(
+    found: HeadAttention,
+    pictures: Image.Image | Sequence[Image.Image],
+    *,
+    images: Sequence[int] | None = None,
+    smooth: bool = False,
+    remove_sinks: bool | Bool[Tensor, "rows columns"] = False,
+    times: float = TIMES,
+    one_scale: bool = False,
+    title: str = "",
+) -> Plot:
+    """Heads side by side over the pictures of a row, lit where each looks; every picture starts a new line.
+
+    Args:
+        found: From `head_attention`.
+        pictures: All pictures of the row, in order, or the one.
+        images: Which of them to draw; default: all.
+        smooth: Interpolate between patches; else the brightest patch is outlined.
+        remove_sinks: Put out the image tokens that draw attention from everywhere (`HeadAttention.sinks`), or
+            those of a mask on the grid. They are crossed out, and what they held is written above each map.
+        times: How much more attention than the median image token a sink has.
+        one_scale: All maps share one scale; else each goes up to its own brightest patch.
+        title: Default: who looks.
+
+    Raises:
+        ValueError: Another number of pictures than the row has, a mask of another shape, and as
+            `HeadAttention.on_image` and `HeadAttention.sinks`.
+        IndexError: No such image.
+    """
+    given = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if len(given) != found.n_images or not given:
+        raise ValueError(f"{len(given)} pictures for a row with {found.n_images} images")
+    lines = []
+    for image in range(found.n_images) if images is None else images:
+        maps = _maps(found, given, image, remove_sinks, times)
+        wide = -(-len(maps) // -(-len(maps) // _ACROSS))  # lines of about one length
+        lines += [maps[i : i + wide] for i in range(0, len(maps), wide)]
+    panels = 1 if max(map(len, lines)) <= _FEW else 2
+    across = max(map(len, lines))
+    side = (panels * theme.WIDTH - 0.9) / across
+    heights = [side * line[0].picture.height / line[0].picture.width for line in lines]
+    note = _maps_note(lines, found, remove_sinks, times, one_scale)
+    heading = title or f"Attention from {found.source}"
+    tall = sum(heights) + len(lines) * (0.42 if remove_sinks is False else 0.55)
+    figure, axes = theme.new_plot(heading, tied(note), tall, panels=panels)
+    for one in axes:
+        one.remove()
+    grid = figure.subplots(len(lines), across, squeeze=False, height_ratios=heights)
+    limit = max(float(one.values.max()) for line in lines for one in line) or 1.0
+    for row, line in zip(grid, lines, strict=True):
+        for place in row:
+            place.set_axis_off()
+        for place, one in zip(row, line, strict=False):
+            _draw(place, one, limit if one_scale else float(one.values.max()) or 1.0, smooth)
+    label = "attention" if one_scale else "share of each map's brightest"
+    _scale(figure, list(grid.flat), limit if one_scale else 1.0, label, 16 * len(lines))
+    return figure
+
+
+def _maps(
+    found: HeadAttention,
+    pictures: Sequence[Image.Image],
+    image: int,
+    remove_sinks: bool | Tensor,
+    times: float,
+) -> list[_Map]:
+    """Every head over one picture."""
+    on_image = found.on_image(image)
+    grid = tuple(on_image.shape[1:])
+    removed = torch.zeros(grid, dtype=torch.bool)
+    if isinstance(remove_sinks, Tensor):
+        removed = remove_sinks.cpu()
+    elif remove_sinks:
+        removed = found.sinks(image, times)
+    if tuple(removed.shape) != grid:
+        raise ValueError(f"a mask of {tuple(removed.shape)} for image {image}, whose grid is {grid}")
+    picture = pictures[image]
+    region = region_of(found.inputs, 0, image, picture)
+    several = f" · image {image}" if found.n_images > 1 else ""
+    out = []
+    for name, values in zip(found.names, on_image, strict=True):
+        total, lost = float(values.sum()), float(values[removed].sum())
+        left = _checked(values).masked_fill(removed, 0.0)
+        out.append(_Map(picture, region, name + several, left, total, removed, lost))
+    return out
+
+
+def _maps_note(
+    lines: Sequence[Sequence[_Map]],
+    found: HeadAttention,
+    remove_sinks: bool | Tensor,
+    times: float,
+    one_scale: bool,
+) -> str:
+    firsts = {id(line[0].picture): line[0] for line in lines}.values()
+    grids = ", ".join(dict.fromkeys(f"{m.values.shape[0]} × {m.values.shape[1]}" for m in firsts))
+    note = f"{found.model_name}; {grids} image tokens, one row. "
+    note += "One scale for all. " if one_scale else "Each map has its own scale. "
+    if any(m.region != (0, 0, *m.picture.size) for m in firsts):
+        note += "Veiled: cut off before the model sees it. "
+    if remove_sinks is False:
+        return note + "Above: attention on the picture, and the brightest token's."
+    count = sum(int(m.removed.sum()) for m in firsts)
+    total = sum(m.removed.numel() for m in firsts)
+    why = "as given"
+    if not isinstance(remove_sinks, Tensor):
+        why = f"that draw over {times:g} times the median's attention, over all heads and layers"
+    note += "Above: attention on the picture, and the brightest token's that is left. "
+    if not count:
+        return f"{note}No sinks were removed: of {total:,} image tokens there are none {why}."
+    return f"{note}Crossed out, and what lay there: {count} of {total:,} image tokens, sinks {why}."
+
+
+def _draw(axes: Axes, one: _Map, limit: float, smooth: bool) -> None:
+    _light(axes, one.picture, one.values, one.region, limit, smooth)
+    if bool(one.removed.any()):
+        rows, columns = one.values.shape
+        left, top, right, bottom = one.region
+        y, x = (index.numpy() + 0.5 for index in torch.nonzero(one.removed, as_tuple=True))
+        across, down = left + x * (right - left) / columns - 0.5, top + y * (bottom - top) / rows - 0.5
+        size = min(60.0, 900.0 / columns)
+        axes.scatter(across, down, s=size, marker="x", color=BRIGHT, linewidths=1.1, gid="removed")
+    told = f"picture {number(one.total, 2)}, brightest {number(float(one.values.max()), 2)}"
+    if one.lost or bool(one.removed.any()):
+        told += f"\nsinks {number(one.lost, 2)}"
+    axes.annotate(
+        told,
+        (0, 1),
+        (0, 2),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        va="bottom",
+        size=7.4,
+        color=MUTED,
+        linespacing=1.15,
+        gid="told",
+    )
+    axes.set_title(one.name, size=9.2, pad=12 + 9.5 * told.count("\n"))
+
+
+# -- what both share -----------------------------------------------------------------------------------
+
+
+def _checked(heatmap: Tensor) -> Tensor:
+    values = heatmap.detach().float().cpu()
+    if not bool(torch.isfinite(values).all()) or float(values.min()) < 0:
+        raise ValueError("attention must be finite and at least 0")
+    return values
+
+
+def _light(axes: Axes, image: Image.Image, values: Tensor, region: Region, limit: float, smooth: bool) -> Any:
+    """The picture, darkened by values over its region, the brightest patch outlined, the rest veiled."""
+    width, height = image.size
+    left, top, right, bottom = region
+    axes.imshow(image.convert("RGB"), interpolation="none" if width >= 224 else "nearest")
+    over = axes.imshow(
+        values.numpy(),
+        cmap=theme.spotlight(),
+        vmin=0,
+        vmax=limit,
+        extent=(left - 0.5, right - 0.5, bottom - 0.5, top - 0.5),
+        interpolation="bicubic" if smooth else "nearest",
+    )
+    veil(axes, image.size, region)
+    if not smooth:
+        rows, columns = values.shape
+        row, column = divmod(int(values.argmax()), columns)
+        wide, tall = (right - left) / columns, (bottom - top) / rows
+        corner = (left + column * wide - 0.5, top + row * tall - 0.5)
+        style = {"fill": False, "edgecolor": BRIGHT, "linewidth": 2, "gid": "brightest"}
+        axes.add_patch(Rectangle(corner, wide, tall, **style))
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    axes.set_axis_off()
+    return over
+
+
+def _scale(figure: Plot, axes: list[Axes], limit: float, label: str, aspect: float = 16) -> None:
+    """The spotlight's scale, whatever the page's background."""
+    shown = on_grey(Normalize(0, limit), theme.spotlight())
+    bar = figure.colorbar(shown, ax=axes, fraction=0.045, pad=0.02, aspect=aspect, ticks=MaxNLocator(4))
+    bar.outline.set(edgecolor=GRID)
+    bar.set_label(label)

@@ -1,0 +1,97 @@
+"""What a report shows of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.held_out import HeldOutHeads
+from hones_lens.attribution.neurons import NeuronScores
+from hones_lens.masking import MaskingResult
+from hones_lens.overlap import GroupMasking, LensDelta, Overlap
+from hones_lens.statistics import Interval
+from hones_lens.steering import SideEffects, SteeringTable
+from hones_lens.viz.words import headline
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleView:
+    """One example, for showing.
+
+    Attributes:
+        image: The picture.
+        prompt, target: What was asked, and the right answer.
+        answer, answer_masked: What the model says, as it is and with neurons masked; None: not asked.
+        head: Whose attention, e.g. `L3H5`.
+        attention: Of that head from one token to the image, [rows columns]; None: not drawn.
+        masked_label: What was masked, e.g. `76 neurons masked`.
+        attention_from: The token that looks.
+    """
+
+    image: Image.Image
+    prompt: str
+    target: str
+    answer: str
+    answer_masked: str | None = None
+    head: str = ""
+    attention: Tensor | None = None
+    masked_label: str = "task neurons masked"
+    attention_from: str = "the last prompt token"
+
+
+@dataclass(frozen=True, eq=False)
+class RunView:
+    """All that a report shows of one run; what is missing is left out.
+
+    Attributes:
+        title: Heading.
+        model_name, task, metric_name: What was studied.
+        settings, environment: Names and values; mappings may be nested.
+        heads: HONES eq. H1.
+        neurons: HONES eqs. H2 and H3.
+        masking: HONES eq. H4, at one or several shares.
+        others: By name: other rankings masked at the same budget.
+        examples: Pictures with the attention of a head.
+        promoted: By (layer, index): the tokens that a neuron's output promotes most.
+        evaluation: The model before anything is changed, e.g. {"accuracy": Interval, "examples": 200}.
+        held_out: The critical heads measured again on examples that did not select them.
+        steering: HONES eq. H5, by what they are called on the page, e.g. `learned and measured on shapes`.
+        overlap, groups: HONES eq. H6: which neurons tasks share, and each group of them masked.
+        effects: By data set: every task under the scales of every task.
+        lens: What the neurons make the model want to say.
+    """
+
+    title: str
+    model_name: str
+    task: str
+    metric_name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    heads: HeadScores | None = None
+    neurons: NeuronScores | None = None
+    masking: Sequence[MaskingResult] = ()
+    others: Mapping[str, MaskingResult] = field(default_factory=dict)
+    examples: Sequence[ExampleView] = ()
+    promoted: Mapping[tuple[int, int], Sequence[str]] = field(default_factory=dict)
+    evaluation: Mapping[str, Interval | float | int | str] = field(default_factory=dict)
+    held_out: HeldOutHeads | None = None
+    steering: Mapping[str, SteeringTable] = field(default_factory=dict)
+    overlap: Overlap | None = None
+    groups: GroupMasking | None = None
+    effects: Mapping[str, SideEffects] = field(default_factory=dict)
+    lens: LensDelta | None = None
+
+    @property
+    def share(self) -> float:
+        """The share of all neurons that headline numbers are about."""
+        return self.neurons.ratio if self.neurons else 0.01
+
+    @property
+    def main(self) -> MaskingResult | None:
+        """The masking result at that share, or the nearest."""
+        return headline(self.masking, self.share) if self.masking else None
