@@ -76,8 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--flips",
         type=int,
         metavar="N",
-        help="also count, on N examples of every task, what in a localization of all heads differs from float32 "
-        "in --dtype (default: bfloat16)",
+        help="also count, on N examples of every task, what in a localization of all heads differs from "
+        "float32 in --dtype (default: bfloat16)",
     )
     _data(commands)
     _explore(commands)

@@ -39,7 +39,6 @@ def _load(args: argparse.Namespace) -> HookedVLM:
 
 def _data(args: argparse.Namespace) -> DataChoice:
     from hones_lens.pipeline import DataChoice
-    from hones_lens.precision import Flips
 
     return DataChoice(
         dataset=args.dataset,
@@ -247,7 +246,8 @@ def reproduce(args: argparse.Namespace) -> int:
         model, out, data, tasks=tasks, shifted=shifted, ratios=args.ratios, n_controls=args.controls
     )
     print(result)
-    print(f"Tables: {out / 'tables.md'}\nReport: hones report {' '.join(str(out / task) for task in tasks)}")
+    runs = " ".join(str(out / name) for name in ("across", *tasks))
+    print(f"Tables: {out / 'tables.md'}\nReport: hones report {runs} --out {out / 'report.html'}")
     return 0
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from hones_lens import sweep
 from hones_lens.attribution.heads import HeadScores, localize_heads
@@ -19,12 +18,13 @@ from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.interventions import zero_neurons
 from hones_lens.masking import MaskingResult, load_masking, masking_curve, save_masking
-from hones_lens.results import Component, read_json, write_json
-from hones_lens.runs import Run, examples_hash, read_run, weights_hash
+from hones_lens.results import Component, write_json
+from hones_lens.runs import Run, examples_hash, weights_hash
 from hones_lens.speculation import Tally
 from hones_lens.steering import METHODS, SteeringTable, compare_steering
 from hones_lens.tasks import load_task
-from hones_lens.viz.report import ExampleView, RunView
+from hones_lens.viz.run_folder import read_view as read_view
+from hones_lens.viz.run_view import ExampleView
 
 # Examples for discovery and for the held-out test; ranking fifty candidates is fifty prompts.
 DEFAULT_SIZES = {False: (420, 84), True: (16, 12)}
@@ -319,53 +319,3 @@ def save_examples(run: Run, views: Sequence[ExampleView]) -> None:
         attention = None if view.attention is None else view.attention.tolist()
         rows.append({**texts, "image": f"example-{i}.png", "attention": attention})
     write_json(run.path("examples.json"), {"kind": "examples", "examples": rows})
-
-
-def read_view(folder: str | Path) -> RunView:
-    """Everything that a run folder holds, for its report; stages that were not run stay empty.
-
-    Raises:
-        ValueError: Not a run folder.
-    """
-    folder = Path(folder)
-    settings, environment = read_run(folder)
-    heads = HeadScores.load(folder / "heads.json") if (folder / "heads.json").exists() else None
-    neurons = NeuronScores.load(folder / "neurons.json") if (folder / "neurons.json").exists() else None
-    masking = load_masking(folder / "masking.json") if (folder / "masking.json").exists() else []
-    others: dict[str, MaskingResult] = {}
-    if (folder / "others.json").exists():
-        others = {result.method: result for result in load_masking(folder / "others.json")}
-    return RunView(
-        title=f"{settings['model']} · {settings['task']}",
-        model_name=settings["model"],
-        task=settings["task"],
-        metric_name=load_task(settings["task"]).metric_name,
-        settings=settings,
-        environment=environment,
-        heads=heads,
-        neurons=neurons,
-        masking=masking,
-        others=others,
-        examples=_read_examples(folder),
-        promoted=_read_promoted(folder),
-    )
-
-
-def _read_promoted(folder: Path) -> dict[tuple[int, int], list[str]]:
-    if not (folder / "promoted.json").exists():
-        return {}
-    rows = read_json(folder / "promoted.json", "promoted")["neurons"]
-    return {(layer, index): tokens for layer, index, tokens in rows}
-
-
-def _read_examples(folder: Path) -> list[ExampleView]:
-    if not (folder / "examples.json").exists():
-        return []
-    views = []
-    for row in read_json(folder / "examples.json", "examples")["examples"]:
-        with Image.open(folder / row.pop("image")) as opened:
-            image = opened.convert("RGB")
-        attention = row.pop("attention")
-        attention = None if attention is None else torch.tensor(attention)
-        views.append(ExampleView(image=image, attention=attention, **row))
-    return views

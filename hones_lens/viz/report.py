@@ -99,13 +99,9 @@ def story(run: RunView) -> list[str]:
         n = main.metric_interval.n
         sentences.append(f"{which} ({shares} of all) were then silenced on {n:,} held-out examples{sets}.")
     if run.overlap is not None:
-        tasks, selected = run.overlap.tasks, len(run.overlap.owners)
-        compared = (
-            f"The {selected:,} neurons of {run.model_name} that at least one of {listed(tasks)} selected"
-        )
-        sentences.append(
-            f"{compared} were compared: which of them tasks share, and what they do to each task."
-        )
+        count, tasks = len(run.overlap.owners), listed(run.overlap.tasks)
+        compared = f"The {count:,} neurons of {run.model_name} that at least one of {tasks} selected were"
+        sentences.append(f"{compared} compared: which of them tasks share, and what they do to each task.")
     return sentences
 
 
@@ -124,11 +120,10 @@ def _tiles(run: RunView) -> list[Tile]:
         row = next((row for row in table.rows if row.method == "HONES"), None)
         if row is not None:
             value = f"{number(table.row('Base').metric)} → {number(row.metric)}"
-            detail = (
-                f"Gain {number(row.gain.value, sign=True)}, {level(row.gain)} interval {span(row.gain)}, "
-            )
+            interval = f"{level(row.gain)} interval {span(row.gain)}"
+            detail = f"Gain {number(row.gain.value, sign=True)}, {interval}, n = {row.gain.n:,}."
             name = table.metric_name[0].upper() + table.metric_name[1:]
-            tiles.append(Tile(f"{name}, steered ({label})", value, f"{detail}n = {row.gain.n:,}."))
+            tiles.append(Tile(f"{name}, steered ({label})", value, detail))
     if run.held_out is not None:
         best = max(run.held_out.heads, key=lambda head: head.drop.value)
         lost = f"Drop of {run.metric_name} without it on held-out examples: {number(best.drop.value)}"

@@ -200,10 +200,8 @@ def _overlap(run: RunView, name: str) -> Section | None:
         )
     ]
     everything = run.overlap.shared[-1]
-    text = (
-        f"{everything.count:,} neurons were selected for all of {listed(run.overlap.tasks)}; by chance it would "
-        f"be {number(everything.expected, 1)} (p = {everything.p:.2g})."
-    )
+    text = f"{everything.count:,} neurons were selected for all of {listed(run.overlap.tasks)}; by chance it "
+    text += f"would be {number(everything.expected, 1)} (p = {everything.p:.2g})."
     found = [shared_tables.groups_of(run.overlap), shared_tables.shared(run.overlap)]
     return Section(f"{name}-overlap", "Neurons that tasks share", text, figures, found)
 
@@ -216,14 +214,8 @@ def _groups(run: RunView, name: str) -> Section | None:
         for measure in MEASURES
     ]
     text = "What each task loses when neurons of one group are silenced, as many of each group."
-    return Section(
-        f"{name}-groups",
-        "Groups masked",
-        text,
-        figures,
-        [shared_tables.group_masking(run.groups)],
-        stacked=True,
-    )
+    found = [shared_tables.group_masking(run.groups)]
+    return Section(f"{name}-groups", "Groups masked", text, figures, found, stacked=True)
 
 
 def _effects(run: RunView, name: str) -> Section | None:

@@ -34,14 +34,11 @@ def held_out_heads(found: HeldOutHeads) -> Table:
         cell = Strong(drop) if head.holds else drop
         stands, holds = ("yes" if verdict else "no" for verdict in (head.significant, head.holds))
         rows.append((f"L{head.layer}H{head.head}", cell, span(head.drop), _p(head.p), stands, holds))
-    note = (
-        f"Selected on {found.n_selected_on:,} examples, measured again on n = {found.baseline.n:,} others, "
-    )
-    note += f"where {found.metric_name} is {number(found.baseline.value)} {span(found.baseline)}; "
-    note += (
-        f"{level(found.baseline)} bootstrap intervals, paired permutation tests. Stands, holds: at a false "
-    )
-    note += f"discovery rate of {100 * found.q:g} %, over all heads there, over the selected ones here."
+    base, rate = found.baseline, f"{100 * found.q:g} %"
+    note = f"Selected on {found.n_selected_on:,} examples, measured again on n = {base.n:,} others, where "
+    note += f"{found.metric_name} is {number(base.value)} {span(base)}; {level(base)} bootstrap intervals, "
+    note += f"paired permutation tests. Stands, holds: at a false discovery rate of {rate}, over all heads "
+    note += "there, over the selected ones here."
     if found.random:
         note += f" Mean drop {number(found.mean_drop)}; of {len(found.random)} random sets of other heads "
         note += f"{number(float(np.mean(found.random)))}, largest {number(max(found.random))}."
@@ -50,22 +47,14 @@ def held_out_heads(found: HeldOutHeads) -> Table:
 
 def steering(table: SteeringTable, title: str) -> Table:
     """Every method: metric, gains with intervals, p, how far scales went, and what dev chose."""
-    columns = (
-        "method",
-        table.metric_name,
-        "gain",
-        "interval",
-        "p",
-        "log-probability gain (nats)",
-        "interval",
-    )
-    columns += ("max |a|", "chosen on dev")
+    columns = ("method", table.metric_name, "gain", "interval", "p", "log-probability gain (nats)")
+    columns += ("interval", "max |a|", "chosen on dev")
     rows = tuple(_steering_row(table, row) for row in table.rows)
     base = table.row("Base")
     whole = metric_interval(load_task(table.task), np.array(base.statistics), seed=table.seed)
     note = f"{table.n_neurons:,} neurons, learned on {table.n_learned:,} and chosen on {table.n_chosen:,} "
     note += f"examples; n = {whole.n:,} held-out examples. Base: {number(whole.value)} {span(whole)}. "
-    note += f"{level(whole)} bootstrap intervals, paired permutation tests. Bold: the gain's interval lies above 0."
+    note += f"{level(whole)} bootstrap intervals, paired permutation tests. Bold: the interval lies above 0."
     return Table(title, columns, rows, note)
 
 
@@ -168,10 +157,11 @@ def lens(delta: LensDelta) -> Table:
         (f"layer {layer}", _tokens(falls), _tokens(rises))
         for layer, (falls, rises) in enumerate(zip(delta.falls, delta.rises, strict=True))
     )
-    note = (
-        f"Logit lens at the last prompt position, baseline minus masked: {delta.n_neurons:,} neurons, mean "
+    note = "Logit lens at the last prompt position, baseline minus masked: "
+    note += (
+        f"{delta.n_neurons:,} neurons, mean over n = {delta.n_examples:,} examples. Empty below the first "
     )
-    note += f"over n = {delta.n_examples:,} examples. Empty below the first masked neuron."
+    note += "first masked neuron."
     columns = ("layer", "falls when masked", "rises when masked")
     return Table("What the neurons make the model want to say", columns, rows, note)
 
