@@ -102,6 +102,8 @@ def masking(
         controls=tuple(random),
         kinds=kinds,
         example_ids=tuple(f"t{i}" for i in range(n)),
+        metric_p=0.0125,
+        log_prob_p=None if n_neurons == 7 else 0.3,
     )
 
 

@@ -102,14 +102,15 @@ def top_neurons(neurons: NeuronScores, promoted: Mapping[tuple[int, int], Sequen
 
 def masking(results: Sequence[MaskingResult], measure: str) -> Table:
     """One measure at every share: before, after, drop, interval, and the random sets."""
-    columns = ("neurons", "share", "before", "after", "drop", "interval", "relative")
+    columns = ("neurons", "share", "before", "after", "drop", "interval", "p", "relative")
     columns += ("random mean", "random largest", "beats")
     rows = tuple(_masking_row(r, measured(r, measure)) for r in sorted(results, key=lambda r: r.ratio))
     m = measured(results[0], measure)
     if m.unit:
         columns = tuple(c for c in columns if c != "relative")
-        rows = tuple((*row[:6], *row[7:]) for row in rows)
+        rows = tuple((*row[:7], *row[8:]) for row in rows)
     note = f"{level(m.interval)} bootstrap interval of the drop, n = {m.interval.n:,}"
+    note += "; p: paired permutation test" if m.p is not None else ""
     note += f"; {len(m.controls)} random sets." if m.controls else "; no random sets were run."
     if any(m.clear for m in (measured(r, measure) for r in results)):
         note += " Bold: larger than with every random set, and the interval lies above 0."
@@ -126,6 +127,7 @@ def _masking_row(result: MaskingResult, m: Measured) -> tuple[Cell, ...]:
         number(m.masked),
         Strong(drop) if m.clear else drop,
         span(m.interval),
+        "–" if m.p is None else f"{m.p:.2g}",
         f"{number(result.relative_drop, 1)} %",
         number(m.baseline - m.random_mean),
         number(m.baseline - m.random_worst),

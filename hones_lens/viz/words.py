@@ -28,6 +28,7 @@ class Measured:
         interval: Of the drop.
         controls: The measure under each random set.
         beaten: How many random sets lose strictly less than the selected neurons.
+        p: Of no drop; None where it was not tested.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Measured:
     interval: Interval
     controls: tuple[float, ...]
     beaten: int
+    p: float | None = None
 
     @property
     def drop(self) -> float:
@@ -74,12 +76,13 @@ def measured(result: MaskingResult, measure: str = "metric") -> Measured:
     if measure == "metric":
         values, beaten = tuple(c.metric for c in result.controls), result.beats("metric")
         arms = (result.baseline, result.masked, result.metric_interval)
-        return Measured(result.metric_name, result.metric_name, "", *arms, values, beaten)
+        return Measured(result.metric_name, result.metric_name, "", *arms, values, beaten, result.metric_p)
     if measure == "log_prob":
         values, beaten = tuple(c.log_prob for c in result.controls), result.beats("log_prob")
         arms = (result.baseline_log_prob, result.masked_log_prob, result.log_prob_interval)
         name = "log-probability"
-        return Measured(f"{name} of the right answer", name, " nats", *arms, values, beaten)
+        what = f"{name} of the right answer"
+        return Measured(what, name, " nats", *arms, values, beaten, result.log_prob_p)
     raise ValueError(f"unknown measure {measure!r}; valid: {', '.join(MEASURES)}")
 
 

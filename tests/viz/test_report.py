@@ -240,6 +240,8 @@ def test_masking_in_the_tables_is_the_results(whole, measure, table):
         assert value(cells["random mean"]) == pytest.approx(m.baseline - values.mean(), abs=0.00051)
         assert value(cells["random largest"]) == pytest.approx(m.baseline - values.min(), abs=0.00051)
         assert cells["beats"] == f"{int((values > m.masked).sum())} of 20"
+        p = result.metric_p if measure == "metric" else result.log_prob_p
+        assert cells["p"] == ("–" if p is None else f"{p:.2g}")
         if measure == "metric":
             assert value(cells["relative"]) == pytest.approx(result.relative_drop, abs=0.051)
 

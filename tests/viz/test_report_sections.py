@@ -1,4 +1,4 @@
-"""Sections of steering, overlap, group masking, side effects and the logit lens: their numbers are the results."""
+"""Report sections of steering, overlap and patches: what stands on the page is what was measured."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_overlap_in_the_tables_is_the_results(pages):
         assert row[:2] == [" & ".join(each.tasks), str(each.count)]
         assert value(row[2]) == pytest.approx(each.expected, abs=0.051)
         assert value(row[3]) == pytest.approx(each.p, rel=0.05)
-        assert [value(cell) for cell in row[4:]] == pytest.approx([each.jaccard, each.coefficient], abs=5e-4)
+        assert [value(cell) for cell in row[4:]] == pytest.approx([each.jaccard, each.coefficient], abs=6e-4)
     everything = found.shared[-1]
     assert (
         f"{everything.count} neurons were selected for all of vqa, ocr, caption and retrieval"
