@@ -1,4 +1,4 @@
-"""Report sections of steering, overlap and patches: what stands on the page is what was measured."""
+"""Sections of steering, overlap, groups, side effects and logit lens: what stands there is what was measured."""
 
 from __future__ import annotations
 
