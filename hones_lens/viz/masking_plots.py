@@ -28,7 +28,7 @@ def _sample(results: Sequence[MaskingResult]) -> str:
     counts = sorted({len(r.controls) for r in results})
     if not counts[-1]:
         return f"{text} No random sets were run."
-    sets = "/".join(str(c) for c in counts)
+    sets = "/".join(str(c) for c in counts if c)
     return f"{text} Random: {sets} sets with as many neurons in each layer."
 
 

@@ -161,14 +161,15 @@ def _rankings(run: RunView, name: str) -> Section | None:
 def _steering(run: RunView, name: str) -> Section | None:
     if not run.steering:
         return None
-    figures = [
-        _drawn(steering_plots.steering_bars(table), f"{name}-steering{i}", title=f"{run.task}, {label}")
-        for i, (label, table) in enumerate(run.steering.items())
-    ]
-    found = [shared_tables.steering(table, label) for label, table in run.steering.items()]
-    text = "Each neuron is scaled by a factor of its own, learned with the model frozen, beside controls. "
-    said = [f"{label[0].upper()}{label[1:]}: {steering_said(table)}" for label, table in run.steering.items()]
-    return Section(f"{name}-steering", "Steering", text + " ".join(said), figures, found, stacked=True)
+    figures, found = [], []
+    for i, (label, table) in enumerate(run.steering.items()):
+        label = label[0].upper() + label[1:]
+        for measure in MEASURES:
+            figure = steering_plots.steering_bars(table, (measure,))
+            figures.append(_drawn(figure, f"{name}-steering{i}-{measure}", title=label))
+        found.append(shared_tables.steering(table, label, steering_said(table)))
+    text = "Each neuron is scaled by a factor of its own, learned with the model frozen, beside controls."
+    return Section(f"{name}-steering", "Steering", text, figures, found, stacked=True)
 
 
 def steering_said(table: SteeringTable) -> str:

@@ -45,17 +45,24 @@ def held_out_heads(found: HeldOutHeads) -> Table:
     return Table("Critical heads on held-out examples", columns, tuple(rows), note)
 
 
-def steering(table: SteeringTable, title: str) -> Table:
-    """Every method: metric, gains with intervals, p, how far scales went, and what dev chose."""
+def steering(table: SteeringTable, title: str, said: str = "") -> Table:
+    """Every method: metric, gains with intervals, p, how far scales went, and what dev chose.
+
+    Args:
+        table: One task.
+        title: The heading.
+        said: What begins the note.
+    """
     columns = ("method", table.metric_name, "gain", "interval", "p", "log-probability gain (nats)")
     columns += ("interval", "max |a|", "chosen on dev")
     rows = tuple(_steering_row(table, row) for row in table.rows)
     base = table.row("Base")
     whole = metric_interval(load_task(table.task), np.array(base.statistics), seed=table.seed)
-    note = f"{table.n_neurons:,} neurons, learned on {table.n_learned:,} and chosen on {table.n_chosen:,} "
-    note += f"examples; n = {whole.n:,} held-out examples. Base: {number(whole.value)} {span(whole)}. "
+    note = f"{said} {table.n_neurons:,} neurons, learned on {table.n_learned:,} and chosen on "
+    note += f"{table.n_chosen:,} examples; n = {whole.n:,} held-out examples. "
+    note += f"Base: {number(whole.value)} {span(whole)}. "
     note += f"{level(whole)} bootstrap intervals, paired permutation tests. Bold: the interval lies above 0."
-    return Table(title, columns, rows, note)
+    return Table(title, columns, rows, note.strip())
 
 
 def _steering_row(table: SteeringTable, row: SteeringRow) -> tuple[Cell, ...]:
@@ -89,7 +96,7 @@ def groups_of(overlap: Overlap) -> Table:
     chance, by_layer = chance_sizes(overlap), overlap.per_layer()
     rows = []
     for name, neurons in overlap.groups.items():
-        layers = " ".join(f"L{layer}: {count}" for layer, count in enumerate(by_layer[name]) if count)
+        layers = ", ".join(f"L{layer}: {count}" for layer, count in enumerate(by_layer[name]) if count)
         rows.append((name, f"{len(neurons):,}", number(chance[name], 1), layers or "–"))
     note = "Chance: mean size if each task's neurons were random, as many in each layer."
     return Table("Groups of neurons", ("group", "neurons", "chance", "by layer"), tuple(rows), note)
@@ -158,10 +165,8 @@ def lens(delta: LensDelta) -> Table:
         for layer, (falls, rises) in enumerate(zip(delta.falls, delta.rises, strict=True))
     )
     note = "Logit lens at the last prompt position, baseline minus masked: "
-    note += (
-        f"{delta.n_neurons:,} neurons, mean over n = {delta.n_examples:,} examples. Empty below the first "
-    )
-    note += "first masked neuron."
+    note += f"{delta.n_neurons:,} neurons, mean over n = {delta.n_examples:,} examples. Empty below "
+    note += "the first of them."
     columns = ("layer", "falls when masked", "rises when masked")
     return Table("What the neurons make the model want to say", columns, rows, note)
 

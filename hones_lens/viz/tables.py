@@ -156,14 +156,15 @@ def rankings(results: Mapping[str, MaskingResult]) -> Table:
     """All rankings at one size, best first by the drop in the metric."""
     columns = ["ranking", "neurons"]
     for what in (next(iter(results.values())).metric_name, "log-probability"):
-        columns += [f"drop of {what}", "interval", "beats"]
+        columns += [f"drop of {what}", "interval", "p", "beats"]
     rows = []
     for name, result in sorted(results.items(), key=lambda item: -item[1].drop):
         cells: list[Cell] = [name.replace("_", " "), f"{result.n_neurons:,}"]
         for measure in MEASURES:
             m = measured(result, measure)
             beats = f"{m.beaten} of {len(m.controls)}" if m.controls else "–"
-            cells += [Strong(number(m.drop)) if m.clear else number(m.drop), span(m.interval), beats]
+            drop, p = number(m.drop), "–" if m.p is None else f"{m.p:.2g}"
+            cells += [Strong(drop) if m.clear else drop, span(m.interval), p, beats]
         rows.append(tuple(cells))
     interval = next(iter(results.values())).metric_interval
     note = f"{level(interval)} bootstrap interval of the drop, n = {interval.n:,}."

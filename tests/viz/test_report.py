@@ -266,7 +266,8 @@ def test_rankings_in_the_table_stand_beside_our_own(whole):
     for name, result in results.items():
         row = rows[name.replace("_", " ")]
         assert value(row[2]) == pytest.approx(result.drop, abs=0.00051)
-        assert value(row[5]) == pytest.approx(result.log_prob_drop, abs=0.00051)
+        assert value(row[6]) == pytest.approx(result.log_prob_drop, abs=0.00051)
+        assert value(row[4]) == pytest.approx(result.metric_p, rel=0.05)
 
 
 def test_head_map_tells_every_score(whole):

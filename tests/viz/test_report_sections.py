@@ -1,4 +1,4 @@
-"""Sections of steering, overlap, groups, side effects and logit lens: what stands there is what was measured."""
+"""Sections of steering, overlap, groups, side effects and logit lens: they say what was measured."""
 
 from __future__ import annotations
 
