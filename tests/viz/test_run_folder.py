@@ -69,7 +69,7 @@ def test_a_folder_of_what_concerns_several_tasks(tmp_path):
 
 
 def test_files_of_another_kind_and_other_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not a run folder: it has no settings.json"):
+    with pytest.raises(ValueError, match=r"is not a run folder: it has no settings\.json"):
         read_view(tmp_path)
     run = start(tmp_path / "vqa", task="vqa")
     write_json(run.path("lens.json"), {"kind": "heads"})
