@@ -156,6 +156,7 @@ def _steer(commands: Any) -> None:
     add("--epochs", type=_integers, default=(2, 8), help="among these (default: 2,8)")
     add("--factors", type=_numbers, default=(0.5, 0.75, 1.0, 1.25, 1.5, 2.0), help="of the grid search")
     add("--draws", type=int, default=5, help="random sets (default: 5)")
+    add("--patience", type=int, help="stop after so many epochs without a better dev metric (default: never)")
     for name, kind in (("accumulate", int), ("kl-weight", float), ("l2-weight", float), ("clamp", float)):
         add(f"--{name}", type=kind, help="default: HONES's")
     add("--negatives", type=int, help="wrong candidates an example of retrieval")

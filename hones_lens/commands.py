@@ -179,6 +179,8 @@ def steer(args: argparse.Namespace) -> int:
         "factors": args.factors,
         "draws": args.draws,
     }
+    if args.patience is not None:
+        options["patience"] = args.patience
     run = pipeline.start_steering(model, args.task, data, _steering_out(args), neurons, options)
     table = pipeline.steer_neurons(model, run, args.task, data, neurons, options)
     print(table, f"Run: {run.folder}", sep="\n\n")

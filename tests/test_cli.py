@@ -165,11 +165,15 @@ def test_stages_one_after_the_other_then_steering_and_overlap(tmp_path, capsys):
     (pair,) = json.loads((tmp_path / "overlap.json").read_text())["overlap"]["shared"]
     assert pair["tasks"] == ["vqa", "ocr"] and 0 <= pair["count"] <= 15
     capsys.readouterr()
-    few = ["--methods", "fixed_amp,HONES", "--lr", "0.01", "--epochs", "1", *limit]
+    few = ["--methods", "fixed_amp,HONES", "--lr", "0.01", "--epochs", "1", "--patience", "1", *limit]
     assert main(["steer", "--out", runs[0], *few]) == 0
     said = capsys.readouterr().out
     assert "Fixed-Amp" in said and "Grid-Search" not in said
-    scales = json.loads((tmp_path / "vqa" / "steering" / "shapes" / "neuron_scales.json").read_text())
+    folder = tmp_path / "vqa" / "steering" / "shapes"
+    assert json.loads((folder / "settings.json").read_text())["settings"]["patience"] == 1
+    learned = json.loads((folder / "steering.json").read_text())["rows"][-1]["scales"]
+    assert "dev_metric" in learned["history"][0], "dev is watched"
+    scales = json.loads((folder / "neuron_scales.json").read_text())
     assert {(r["layer"], r["neuron"]) for r in scales} == {(r["layer"], r["neuron"]) for r in rows}
     bank = str(tmp_path / "vqa" / "hones" / "neurons_top1pct.json")
     other = ["steer", "--out", str(tmp_path / "bank"), "--neurons", bank, "--methods", "fixed_amp", *limit]

@@ -16,7 +16,7 @@ from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.masking import matched_random_sets
 from hones_lens.statistics import bootstrap_interval, mean_interval, permutation_p
 from hones_lens.steering.config import SteeringConfig
-from hones_lens.steering.learning import Learner
+from hones_lens.steering.learning import Learner, measuring
 from hones_lens.steering.lessons import Lessons
 from hones_lens.steering.queries import Arms, answer_log_probs, check_apart, split_by_picture
 from hones_lens.steering.scales import Neurons, NeuronScales, to_steer
@@ -41,6 +41,7 @@ class _Data:
     test: Sequence[Example]
     config: SteeringConfig
     options: dict[str, Any]  # of a sweep
+    patience: int | None = None
 
     def measured(
         self, examples: Sequence[Example], arms: Arms, label: str
@@ -68,6 +69,7 @@ def compare_steering(
     factors: Sequence[float] = FACTORS,
     draws: int = 5,
     learn_share: float = 0.7,
+    patience: int | None = None,
     batch_size: int = 32,
     rows: int = 4,
     memory_budget: float | None = None,
@@ -94,6 +96,8 @@ def compare_steering(
         factors: Among which Grid-Search chooses.
         draws: Random sets with as many neurons in each layer.
         learn_share: The part of dev to learn on.
+        patience: Measure the part of dev that chooses after every epoch, stop after so many epochs that did
+            not better the best, and keep that one (a = 0 included). Default: all epochs, and the last.
         batch_size: Examples at a time in sweeps.
         rows: Rows in one pass of learning.
         memory_budget: GB, as in `learn_scales`.
@@ -102,7 +106,7 @@ def compare_steering(
 
     Raises:
         ValueError: An unknown method (lists the valid ones), no examples or neurons, nothing to choose
-            among, or examples of different sets that share a picture.
+            among, patience below 1, or examples of different sets that share a picture.
         FloatingPointError: A loss or logits that are not finite; names the examples.
     """
     for method in methods:
@@ -110,6 +114,8 @@ def compare_steering(
             raise ValueError(f"unknown method {method!r}; valid: {', '.join(METHODS)}")
     if not (learning_rates and epochs and factors and draws >= 1):
         raise ValueError("learning_rates, epochs and factors must not be empty, and draws at least 1")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be at least 1, not {patience}")
     task, config = sweep.as_task(task), config or SteeringConfig()
     for some in (dev, test, *([] if learn is None else [learn])):
         sweep.check_examples(task, some)
@@ -117,7 +123,7 @@ def compare_steering(
     parts = split_by_picture(dev, learn_share, config.seed) if learn is None else (list(learn), list(dev))
     check_apart({"learning": parts[0], "dev": parts[1], "test": test})
     options = {"batch_size": batch_size, "progress": progress, "journal": journal}
-    data = _Data(model, task, *parts, test, config, options)
+    data = _Data(model, task, *parts, test, config, options, patience)
     settings = [replace(config, lr=lr, epochs=n) for lr, n in itertools.product(learning_rates, epochs)]
     fitted = _uniform(data, chosen, methods, factors)
     fitted += _learned(data, chosen, methods, settings, draws, rows, memory_budget)
@@ -204,7 +210,11 @@ def _learn(
     journal, key = data.options["journal"], f"steering/{key}"
     if journal is not None and key in journal:
         return NeuronScales.from_dict(journal[key])
-    learner = Learner(data.model, lessons, neurons, config)
+    watch: dict[str, Any] = {}
+    if data.patience is not None:
+        on_dev = measuring(data.model, data.task, data.choose, neurons, config)
+        watch = {"on_dev": on_dev, "patience": data.patience}
+    learner = Learner(data.model, lessons, neurons, config, **watch)
     label = f"{key} · {data.task.name}, lr {config.lr:g}, {config.epochs} epochs"
     scales = NeuronScales(
         neurons=tuple((n[0], n[1]) for n in neurons),

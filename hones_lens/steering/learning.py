@@ -240,7 +240,7 @@ def learn_scales(
     if dev is not None:
         sweep.check_examples(task, dev)
         check_apart({"learning": examples, "dev": dev})
-        on_dev = _measuring(model, task, dev, chosen, config)
+        on_dev = measuring(model, task, dev, chosen, config)
     options: dict[str, Any] = {"batch_size": batch_size, "memory_budget": memory_budget}
     lessons = Lessons(model, task, examples, min(layer for layer, _ in chosen), config, **options)
     settings = {
@@ -268,7 +268,7 @@ def learn_scales(
     )
 
 
-def _measuring(
+def measuring(
     model: HookedVLM, task: Task, dev: Sequence[Example], neurons: Neurons, config: SteeringConfig
 ) -> Callable[[Sequence[float]], tuple[float, float]]:
     """A function from offsets to the metric and the log-probability on dev."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from data.real_formats import FORMATS, TASKS_OF, Written, some_scenes
 from hones_lens import HookedVLM, evaluate
 from hones_lens.data import DATASETS, load_examples, shapes
 from hones_lens.data.check import check_data
+from hones_lens.data.examples import Example
 from hones_lens.tasks import load_task
 
 EACH = [(name, task) for name, tasks in TASKS_OF.items() for task in tasks]
@@ -139,14 +143,37 @@ def test_a_file_of_captions_has_no_questions(written):
         load_examples("gqa", "ocr", "all", **written["gqa"].files)
 
 
-def test_a_model_is_evaluated_on_a_file(written):
-    one = written["hones"]
-    model = HookedVLM.from_pretrained("tiny-llava")
-    for task in ("vqa", "ocr"):
-        examples = load_examples(one.dataset, task, "discovery", 6, **one.files)
-        result = evaluate(model, task, examples, progress=False)
-        assert result.example_ids == tuple(e.id for e in examples)
-        assert 0 <= result.metric <= 1
+@cache
+def shipped() -> HookedVLM:
+    return HookedVLM.from_pretrained("tiny-llava")
+
+
+@pytest.mark.parametrize(("name", "task"), EACH)
+def test_a_shipped_model_is_evaluated_on_every_format(written, name, task):
+    """The scores are those of what the model says to one example at a time."""
+    one, chosen = written[name], load_task(task)
+    examples = load_examples(one.dataset, task, "all", 2 if chosen.ranks else 4, **one.files)
+    result = evaluate(shipped(), task, examples, progress=False)
+    assert result.example_ids == tuple(e.id for e in examples)
+    assert result.interval.n == len(examples) and result.metric_name == chosen.metric_name
+    some = examples[: 1 if chosen.ranks else 2]
+    said = [chosen.score(answer, e) for answer, e in zip(answers(chosen, some), some, strict=True)]
+    assert result.scores[: len(said)] == pytest.approx(said, abs=1e-6)
+
+
+def answers(task: Any, examples: Sequence[Example]) -> list[Any]:
+    """What the model says to each example, one at a time."""
+    found = []
+    for example in examples:
+        prompts = task.prompts(example)
+        inputs = shipped().prepare([example.image] * len(prompts), prompts)
+        if task.ranks:
+            logits = shipped()(inputs, logits_to_keep=1)[:, -1]
+            yes, no = (shipped().continuation(prompts[0], word)[0] for word in ("Yes", "No"))
+            found.append((logits[:, yes] - logits[:, no]).detach().numpy())
+        else:
+            found.append(shipped().generate(inputs, max_new_tokens=24)[0])
+    return found
 
 
 def test_paths_names_and_files_that_contradict_each_other(written, tmp_path):

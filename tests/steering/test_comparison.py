@@ -131,6 +131,22 @@ def test_settings_are_those_that_do_best_on_dev() -> None:
     assert found.row("Grid-Search").chosen == {"factor": factors[values.index(max(values))]}
 
 
+def test_patience_keeps_the_best_epoch_on_the_part_that_chooses() -> None:
+    _, model = pair()
+    dev, test = dev_and_test("vqa")
+    learn, choose = split_by_picture(dev, 0.7, 0)
+    options: dict[str, Any] = {**SMALL, "learning_rates": (0.5,), "epochs": (5,), "methods": ("HONES",)}
+    found = compare_steering(model, "vqa", dev, test, CHOSEN, patience=1, **options).scales()
+    config = SteeringConfig(lr=0.5, epochs=5)
+    alone = learn_scales(model, "vqa", learn, CHOSEN, config, dev=choose, patience=1, **QUIET)
+    assert found.offsets == alone.offsets and found.history == alone.history
+    assert len(found.history) < 5, "it stopped"
+    through = compare_steering(model, "vqa", dev, test, CHOSEN, **options).scales()
+    assert len(through.history) == 5 and through.offsets != found.offsets
+    with pytest.raises(ValueError, match="patience must be at least 1, not 0"):
+        compare_steering(model, "vqa", dev, test, CHOSEN, patience=0, **options)
+
+
 def test_table_files_and_words(tmp_path) -> None:
     found = table("vqa")
     found.save(tmp_path / "steering.json")

@@ -262,7 +262,7 @@ def test_the_best_on_dev_is_kept_and_patience_ends(monkeypatch) -> None:
         seen.append(tuple(offsets))
         return next(values)
 
-    monkeypatch.setattr(learning_module, "_measuring", lambda *_: pretend)
+    monkeypatch.setattr(learning_module, "measuring", lambda *_: pretend)
     config = replace(FAST, epochs=8)
     found = learn_scales(model, "vqa", examples[:2], CHOSEN, config, dev=examples[2:], patience=2, **QUIET)
     assert seen[0] == (0.0,) * len(CHOSEN) and len(seen) == 4 == len(found.history) + 1

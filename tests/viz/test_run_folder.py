@@ -23,17 +23,14 @@ def test_a_folder_of_one_task(tmp_path):
     run = start(tmp_path / "vqa", task="vqa")
     viz_results.neurons().save(run.path("neurons.json"))
     save_masking(run.path("masking.json"), viz_results.curve())
-    sizes = (7, 15, 76)
-    others = [
-        viz_results.masking(0.9, -0.3, method=m, n_neurons=n) for m in ("direct", "random") for n in sizes
-    ]
+    places = [(method, size) for method in ("direct", "random") for size in (7, 15, 76)]
+    others = [viz_results.masking(0.9, -0.3, method=method, n_neurons=size) for method, size in places]
     save_masking(run.path("others.json"), others)
     held_out().save(run.path("heads-held-out.json"))
     made.lens().save(run.path("lens.json"))
     for name in ("shapes", "shapes-shifted"):
-        made.steering(n=50).save(
-            start(run.folder / "steering" / name, task="vqa", dataset=name).path("steering.json")
-        )
+        inner = start(run.folder / "steering" / name, task="vqa", dataset=name)
+        made.steering(n=50).save(inner.path("steering.json"))
     made.steering(n=60).save(run.folder / "steering" / "shapes" / "on-shapes-shifted.json")
     view = read_view(run.folder)
     assert (view.title, view.task, view.metric_name) == ("tiny-llava · vqa", "vqa", "accuracy")
