@@ -67,11 +67,12 @@ test-all: $(VENV)/.dev
 test-fast: $(VENV)/.dev
 	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
-# 08 is for a GPU; a test runs its code on the small models.
+# 08 is for a GPU; the test runs its code on the small models.
 notebooks: $(VENV)/.dev
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout 600 \
 		--numprocesses $(WORKERS) -o testpaths= notebooks/0[1-7]*.ipynb $(TEST_ARGS)
+	$(PYTEST) tests/test_notebooks.py $(TEST_ARGS)
 
 coverage: $(VENV)/.dev
 	$(BIN)/python -m pytest --cov $(TEST_ARGS)

@@ -1,6 +1,6 @@
 """The notebooks: stripped of outputs, and the one for large models executed on the shipped ones.
 
-`make notebooks` executes the others.
+`make notebooks` executes them all, that one by way of the test here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def test_it_is_stripped_and_ends_in_a_finding_that_it_asserts(notebook):
     assert "assert " in "".join(code[-1]["source"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2.5-vl"])
 def test_the_one_for_large_models_runs_on_the_shipped_ones(name, tmp_path, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
