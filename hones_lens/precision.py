@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 
 from hones_lens import sweep
+from hones_lens.attribution.compare import spearman
 from hones_lens.attribution.heads import cells_of, default_top_k
 from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
@@ -92,7 +92,6 @@ def dtype_flips(
     means = [torch.from_numpy(each.mean(1)).view(model.cfg.n_layers, -1) for each in drops]
     k = default_top_k(model) if top_k is None else top_k
     critical = [{(c.layer, c.index) for c in ranked(mean, k, positive_only=True)} for mean in means]
-    level = any(float(mean.std()) == 0 for mean in means)
     return Flips(
         task=task.name,
         dtype=str(other.cfg.dtype).removeprefix("torch."),
@@ -101,7 +100,7 @@ def dtype_flips(
         drops=int((np.abs(drops[0] - drops[1]) > 1e-9).sum()),
         clean=int(differs[0].sum()),
         n=len(examples),
-        rank_correlation=np.nan if level else _spearman(*means),
+        rank_correlation=spearman(*(mean.flatten().numpy() for mean in means)),
         top_k=len(critical[0]),
         shared=len(critical[0] & critical[1]),
     )
@@ -122,9 +121,3 @@ def _run(
             [np.argsort(-np.array(margins), kind="stable")[:5].tolist() for margins in arm] for arm in said
         ]
     return said, np.array(scores)
-
-
-def _spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Correlation of the ranks; ties have the mean of theirs."""
-    ranks = [pd.Series(each.flatten().numpy()).rank().to_numpy() for each in (a, b)]
-    return float(np.corrcoef(np.stack(ranks))[0, 1])

@@ -233,8 +233,8 @@ class Sweep:
 
     def _texts(self, batch: Batch, numbers: Sequence[int]) -> list[list[str]]:
         ids, width = batch.ids, batch.inputs.input_ids.shape[1]
-        room = min(self.budget.decoding_rows(width + MAX_NEW_TOKENS), len(numbers) * len(ids))
-        answers = Answers(self.model, width, MAX_NEW_TOKENS, max(1, room), self.tally)
+        room = self.budget.decoding_rows(width + MAX_NEW_TOKENS)
+        answers = Answers(self.model, width, MAX_NEW_TOKENS, min(room, len(self.arms) * len(ids)), self.tally)
         clean: dict[int, list[int]] = {}
         for rows, inputs in buckets(batch.inputs, self.budget):
             names = [ids[row] for row in rows]
