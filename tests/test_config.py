@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,13 @@ def test_a_good_file(write) -> None:
     assert (settings.name, settings.family, settings.hub_id) == ("a", "llava", "x/a")
     assert (settings.top_k, settings.ratio, settings.aliases) == (3, 0.5, ("b", "c"))
     assert settings.checkpoint is None and settings.revision is None
+
+
+def test_models_of_the_hub_are_pinned_to_a_commit() -> None:
+    hub = [settings for settings in all_settings().values() if settings.hub_id]
+    assert len(hub) == 6
+    for settings in hub:
+        assert re.fullmatch(r"[0-9a-f]{40}", settings.revision or ""), settings.name
 
 
 def test_an_unknown_key_names_the_nearest(write) -> None:
