@@ -1,4 +1,4 @@
-"""Chromium and JupyterLab for tests: started without network, and ended with the test."""
+"""Chromium, JupyterLab and `hones explore` for tests: without network, and ended with the test."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chromium(**options: Any) -> Iterator[Any]:
     program = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        page: Any = browser.new_page(**options)
+        page: Any = browser.new_context(**options).new_page()
         page.errors = []
         page.on("console", lambda said: page.errors.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: page.errors.append(str(error)))
@@ -114,3 +114,51 @@ def run_all(page: Any, address: str, seconds: float = 240) -> None:
         timeout=1000 * seconds,
     )
     idle.wait_for(timeout=1000 * seconds)
+
+
+# Writes down what the program asks of sockets, and the names that it looks up.
+_WATCHED = """
+import socket, sys
+log = open(sys.argv.pop(1), "w")
+asks = [f"socket.{ask}" for ask in "bind connect sendto sendmsg getaddrinfo gethostbyname".split()]
+def note(event, args):
+    if event in asks:
+        print(event, *(arg for arg in args if not isinstance(arg, socket.socket)), file=log, flush=True)
+sys.addaudithook(note)
+from hones_lens.cli import main
+sys.exit(main())
+"""
+
+
+@contextmanager
+def exploring(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """`hones explore` without a browser, and the address that it says.
+
+    Into `folder` go `out.txt`, `err.txt`, and `network.txt`: all that it asks of the network.
+    """
+    homes = ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
+    environment = {**os.environ, **{name: str(folder / name.lower()) for name in homes}}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-c",
+        _WATCHED,
+        str(folder / "network.txt"),
+        "explore",
+        "--no-browser",
+        *arguments,
+    ]
+    out, err = folder / "out.txt", folder / "err.txt"
+    with out.open("w") as output, err.open("w") as errors:
+        program = subprocess.Popen(command, env=environment, stdout=output, stderr=errors)
+    try:
+        end = time.monotonic() + 90
+        while "\n" not in out.read_text():
+            if time.monotonic() > end or program.poll() is not None:
+                raise RuntimeError(f"hones explore did not start:\n{err.read_text()[-2000:]}")
+            time.sleep(0.1)
+        yield program, out.read_text().split()[1]
+    finally:
+        if program.poll() is None:
+            program.kill()
+        program.wait(30)

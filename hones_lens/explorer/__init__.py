@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.explorer.state import Edit, State
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.prompting import Picture
@@ -49,4 +49,6 @@ def explore(
         raise ImportError(
             "the explorer needs the extra `notebook`: pip install hones-lens[notebook]"
         ) from error
-    return Explorer(model, image, prompt, heads, max_new_tokens)
+    from hones_lens.explorer.views import Views
+
+    return Explorer(Views(model, image, prompt, heads, max_new_tokens))

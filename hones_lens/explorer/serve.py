@@ -1,127 +1,31 @@
-"""The explorer as a page of a small server of its own, which this computer alone can reach."""
+"""The explorer as a page in the browser: an app of marimo, which this computer alone can reach."""
 
 from __future__ import annotations
 
-import json
-import threading
+import secrets
+import socket
 import webbrowser
-from collections.abc import Callable
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hones_lens.data import load_examples
-from hones_lens.explorer import page
-from hones_lens.explorer.state import State
-from hones_lens.explorer.views import SECTIONS, Views, reads
+from hones_lens.explorer.views import Views
 from hones_lens.prompting import Picture
 from hones_lens.tasks import load_task
 
-_LOOPBACK = "127.0.0.1"
-_MOST = 100_000  # bytes of a question
-_BACKEND = 'ofServer("state", data)'
+if TYPE_CHECKING:
+    import uvicorn
 
+    from hones_lens.explorer.widget import Explorer
 
-class Served:
-    """What the server answers: the page, and the sections of the states that it asks for.
-
-    Args:
-        views: Computes them.
-    """
-
-    def __init__(self, views: Views):
-        self.views, self.state = views, views.start()
-        self._lock = threading.Lock()  # hooks are the model's: one question at a time
-
-    def page(self) -> str:
-        """The whole page, as it begins."""
-        state = self.state
-        view = {name: self.views.section(name, state) for name in SECTIONS} | {"token": state.token}
-        data = {"scene": self.views.scene(), "state": state.to_json(), "view": view}
-        return page.html(f"{data['scene']['model']} · explorer", data, _BACKEND)
-
-    def answer(self, question: bytes) -> dict[str, Any]:
-        """The sections of a state that differ from those of the state that the page shows.
-
-        Raises:
-            ValueError: Not a state, or one that does not fit.
-        """
-        try:
-            asked = json.loads(question)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"not JSON: {error}") from error
-        if not isinstance(asked, dict) or not isinstance(asked.get("shown"), dict):
-            raise ValueError("a question holds `state` and `shown`")
-        state, shown = State.from_json(asked.get("state", {})), State.from_json(asked["shown"])
-        stale = [name for name in SECTIONS if reads(name, state) != reads(name, shown)]
-        view = {name: self.views.section(name, state) for name in stale}
-        return {"state": state.to_json(), "view": {**view, "token": state.token}}
-
-    def locked(self, fn: Callable[[], Any]) -> Any:
-        """Call it while nobody else computes."""
-        with self._lock:
-            return fn()
-
-
-def serve(views: Views, port: int = 0) -> ThreadingHTTPServer:
-    """A server on 127.0.0.1; call its `serve_forever()`, and find its port in `server_port`.
-
-    It answers questions of its own page alone: those addressed to another name (a page elsewhere whose name
-    was bent to this computer) or sent by a page of another origin are refused.
-
-    Args:
-        views: What it shows.
-        port: Which; 0 for one that is free.
-    """
-    served = Served(views)
-
-    class Handler(BaseHTTPRequestHandler):
-        """Two addresses: `/` and `/state`."""
-
-        def _mine(self) -> bool:
-            port = self.connection.getsockname()[1]
-            names = [f"{host}:{port}" for host in (_LOOPBACK, "localhost")]
-            origin = self.headers.get("Origin")
-            return self.headers.get("Host") in names and (
-                origin is None or origin in [f"http://{name}" for name in names]
-            )
-
-        def _send(self, status: HTTPStatus, kind: str, body: str) -> None:
-            data = body.encode()
-            self.send_response(status)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Cache-Control", "no-store")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def do_GET(self) -> None:
-            if not self._mine():
-                self._send(HTTPStatus.FORBIDDEN, "text/plain", "not from here")
-            elif self.path != "/":
-                self._send(HTTPStatus.NOT_FOUND, "text/plain", "nothing here")
-            else:
-                self._send(HTTPStatus.OK, "text/html", served.locked(served.page))
-
-        def do_POST(self) -> None:
-            size = int(self.headers.get("Content-Length", 0))
-            if not self._mine() or self.headers.get("Content-Type") != "application/json":
-                self._send(HTTPStatus.FORBIDDEN, "text/plain", "not from here")
-            elif self.path != "/state" or size > _MOST:
-                self._send(HTTPStatus.NOT_FOUND, "text/plain", "nothing here")
-            else:
-                question = self.rfile.read(size)
-                try:
-                    found = served.locked(lambda: served.answer(question))
-                except ValueError as error:
-                    self._send(HTTPStatus.BAD_REQUEST, "application/json", json.dumps({"error": str(error)}))
-                    return
-                self._send(HTTPStatus.OK, "application/json", json.dumps(found, allow_nan=False))
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing of every request."""
-
-    return ThreadingHTTPServer((_LOOPBACK, port), Handler)
+LOOPBACK = "127.0.0.1"
+_APP = Path(__file__).with_name("app.py")
+# The explorer alone, over the whole width.
+_HEAD = """<style>
+[data-testid="notebook-actions-dropdown"] { display: none !important; }
+#App > div { padding: 4px 0 !important; }
+</style>"""
+_served: list[Views] = []  # the one that tabs show; marimo runs them as threads of this process
 
 
 def subject(image: str | None, prompt: str | None) -> tuple[Picture, str]:
@@ -135,23 +39,68 @@ def subject(image: str | None, prompt: str | None) -> tuple[Picture, str]:
     return image or example.image, prompt or task.target_prompt(example)
 
 
-def run(views: Views, port: int = 0, *, browser: bool = True) -> None:
-    """Serve until Ctrl-C.
+def listen(port: int = 0) -> socket.socket:
+    """A socket of this computer alone; a browser that comes early waits.
 
     Args:
-        views: What is shown.
         port: Which; 0 for one that is free.
-        browser: Open the page.
 
     Raises:
         OSError: The port is taken.
+        ValueError: There is no such port.
     """
-    with serve(views, port) as server:
-        address = f"http://{_LOOPBACK}:{server.server_port}/"
-        print(f"Explorer: {address} (Ctrl-C ends it)", flush=True)
-        if browser:
-            webbrowser.open(address)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
+    if not 0 <= port < 2**16:
+        raise ValueError(f"there is no port {port}")
+    return socket.create_server((LOOPBACK, port))
+
+
+def prepare(views: Views, listener: socket.socket) -> tuple[uvicorn.Server, str]:
+    """A server of the page, and the page's address, which holds the token that the page asks for.
+
+    Args:
+        views: What every tab shows.
+        listener: Where, from `listen`; `server.run([listener])` closes it in the end.
+    """
+    import marimo
+    import uvicorn
+
+    _served[:] = [views]
+    port = listener.getsockname()[1]
+    path = f"/explorer-{port}"  # cookies know paths and no ports: each server needs its own
+    token = secrets.token_urlsafe(16)
+    # A tab's thread ends with its connection (session_ttl), or the process would outlive Ctrl-C.
+    apps = marimo.create_asgi_app(quiet=True, token=token, session_ttl=0, html_head=_HEAD)
+    app = apps.with_app(path=path, root=str(_APP)).build()
+    config = uvicorn.Config(app, log_level="error", ws_ping_timeout=60, timeout_graceful_shutdown=1)
+    return uvicorn.Server(config), f"http://{LOOPBACK}:{port}{path}/?access_token={token}"
+
+
+def run(views: Views, listener: socket.socket, *, browser: bool = True) -> None:
+    """Serve until Ctrl-C.
+
+    Args:
+        views: What every tab shows.
+        listener: Where, from `listen`.
+        browser: Open the page.
+    """
+    server, address = prepare(views, listener)
+    print(f"Explorer: {address} (Ctrl-C ends it)", flush=True)
+    if browser:
+        webbrowser.open(address)
+    try:
+        server.run([listener])
+    except KeyboardInterrupt:
+        print()
+
+
+def tab() -> Explorer:
+    """The explorer of a tab that was opened: its state is its own, the model is everybody's.
+
+    Raises:
+        RuntimeError: Nothing is served.
+    """
+    from hones_lens.explorer.widget import Explorer
+
+    if not _served:
+        raise RuntimeError("nothing is served here: start this page with `hones explore`")
+    return Explorer(_served[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.explorer import compute
 from hones_lens.explorer.compute import Pass
 from hones_lens.explorer.state import Edit, Place, State
@@ -26,7 +27,7 @@ _DIGITS = 6
 
 
 class Views:
-    """The sections of an explorer of one prompt.
+    """The sections of an explorer of one prompt. Threads may share it: the model runs for one at a time.
 
     Args:
         model: The model.
@@ -59,6 +60,7 @@ class Views:
         self._passes: dict[tuple[Any, ...], Pass] = {}
         self._texts: dict[tuple[Edit, ...], str] = {}
         self._norms = compute.row_norms(model)
+        self._alone = threading.Lock()  # hooks are the model's
         self.base = self.ran((), self.said.first).log_probs
 
     # -- what is computed once, or kept ------------------------------------------------------------
@@ -66,16 +68,19 @@ class Views:
     def ran(self, edits: tuple[Edit, ...], token: int) -> Pass:
         """The pass under edits, looking from a token; the last one is kept."""
         key = (edits, token)
-        if key not in self._passes:
-            self._passes = {key: compute.run(self.model, self.said, edits, token)}
-        return self._passes[key]
+        with self._alone:
+            if key not in self._passes:
+                self._passes = {key: compute.run(self.model, self.said, edits, token)}
+            return self._passes[key]
 
     def text(self, edits: tuple[Edit, ...]) -> str:
         """What the model says under edits."""
-        if edits not in self._texts:
-            with self.model.hooks([edit.hook for edit in edits]):
-                (self._texts[edits],) = map(str, self.model.generate(self.said.prompt, self.max_new_tokens))
-        return self._texts[edits]
+        with self._alone:
+            if edits not in self._texts:
+                with self.model.hooks([edit.hook for edit in edits]):
+                    said = self.model.generate(self.said.prompt, self.max_new_tokens)
+                (self._texts[edits],) = map(str, said)
+            return self._texts[edits]
 
     def start(self) -> State:
         """The head that matters most, the neuron that it feeds most, looked at from the prompt's end."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,11 @@ from typing import Any
 import anywidget
 import traitlets
 
-from hones_lens.attribution.heads import HeadScores
 from hones_lens.explorer import page
 from hones_lens.explorer.state import Place, State
 from hones_lens.explorer.views import SECTIONS, Views, reads
-from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.inputs import VLMInputs
 from hones_lens.interventions import Hook
-from hones_lens.prompting import Picture
 
 
 class Explorer(anywidget.AnyWidget):
@@ -25,8 +21,8 @@ class Explorer(anywidget.AnyWidget):
 
     Setting `state`, or calling a method that does, redraws every place where the explorer is shown.
 
-    Attributes:
-        views: Computes what is shown.
+    Args:
+        views: Computes what is shown; several explorers may have the same.
     """
 
     _esm = page.script()
@@ -45,20 +41,13 @@ class Explorer(anywidget.AnyWidget):
     neuron = traitlets.Dict().tag(sync=True)
     lens = traitlets.Dict().tag(sync=True)
 
-    def __init__(
-        self,
-        model: HookedVLM,
-        image: Picture | Sequence[Picture] | None,
-        prompt: str,
-        heads: HeadScores | None = None,
-        max_new_tokens: int = 12,
-    ):
-        self.views = Views(model, image, prompt, heads, max_new_tokens)
-        self._state = self.views.start()
+    def __init__(self, views: Views):
+        self.views = views
+        self._state = views.start()
         self._made: dict[str, tuple[Any, ...]] = {}
-        sections = {name: self.views.section(name, self._state) for name in SECTIONS}
+        sections = {name: views.section(name, self._state) for name in SECTIONS}
         self._made = {name: reads(name, self._state) for name in SECTIONS}
-        super().__init__(scene=self.views.scene(), shown={**self._state.to_json(), "n": 0}, **sections)
+        super().__init__(scene=views.scene(), shown={**self._state.to_json(), "n": 0}, **sections)
 
     # -- the state ---------------------------------------------------------------------------------
 

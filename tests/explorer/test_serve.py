@@ -1,13 +1,13 @@
-"""The server of `hones explore`: it answers its own page, on this computer, and nobody else."""
+"""`hones explore`: a page of this computer, behind a token; what is wrong is said before it opens."""
 
 from __future__ import annotations
 
 import http.client
-import json
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,79 +15,90 @@ from explored import example, views
 
 from hones_lens.cli import main
 from hones_lens.explorer import serve as serving
-from hones_lens.explorer.serve import serve, subject
+from hones_lens.explorer.serve import listen, prepare, subject
 
-VIEWS = views()
+EXTRA = "the explorer needs the extra `notebook`: pip install hones-lens[notebook]"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ThreadingHTTPServer]:
-    with serve(VIEWS) as server:
-        thread = threading.Thread(target=server.serve_forever)
+def address() -> Iterator[str]:
+    """Of a server that runs in a thread."""
+    pytest.importorskip("marimo")
+    with listen() as listener:
+        server, address = prepare(views(), listener)
+        thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
-        yield server
-        server.shutdown()
+        yield address
+        server.should_exit = True
         thread.join()
 
 
-def ask(server: ThreadingHTTPServer, method: str, path: str, body: object = None, **headers: str):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-    sent = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-    connection.request(method, path, json.dumps(body) if body is not None else None, sent)
+def ask(address: str, **headers: str) -> tuple[int, str, dict[str, str]]:
+    host, _, path = address.removeprefix("http://").partition("/")
+    connection = http.client.HTTPConnection(host, timeout=60)
+    connection.request("GET", f"/{path}", headers=headers)
     reply = connection.getresponse()
-    found = reply.status, reply.read().decode()
+    found = reply.status, reply.read().decode(), dict(reply.getheaders())
     connection.close()
     return found
 
 
-def test_it_listens_on_this_computer_alone(server: ThreadingHTTPServer) -> None:
-    assert server.server_address[0] == "127.0.0.1"
+def test_it_listens_on_this_computer_alone() -> None:
+    with listen() as listener:
+        host, port = listener.getsockname()
+        assert host == "127.0.0.1"
+        socket.create_connection((host, port), timeout=5).close()
+        with pytest.raises(OSError):  # what listens everywhere listens here too
+            socket.create_connection(("127.0.0.2", port), timeout=5)
+    with pytest.raises(ValueError, match="no port 65536"):
+        listen(65_536)
 
 
-def test_the_page_is_complete(server: ThreadingHTTPServer) -> None:
-    status, text = ask(server, "GET", "/")
-    assert status == 200 and 'ofServer("state", data)' in text
-    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
-    state = VIEWS.start()
-    assert data["state"] == state.to_json()
-    assert data["view"]["head"] == VIEWS.section("head", state)
+def test_without_the_token_there_is_nothing_to_see(address: str) -> None:
+    page, _, token = address.partition("?access_token=")
+    assert len(token) >= 20
+    for wrong in (page, f"{page}?access_token=wrong", f"{page}?access_token="):
+        status, text, headers = ask(wrong)
+        assert status == 303 and "/auth/login" in headers["location"] and not text
+    assert ask(f"{page}api/status")[0] == ask(f"{page}api/usage")[0] == 401
 
 
-def test_a_click_is_answered_by_the_sections_that_change(server: ThreadingHTTPServer) -> None:
-    shown = VIEWS.start()
-    state = replace(shown, head=(0, 5))
-    status, text = ask(server, "POST", "/state", {"state": state.to_json(), "shown": shown.to_json()})
-    found = json.loads(text)
-    assert status == 200 and found["state"] == state.to_json()
-    assert found["view"] == {"token": state.token, "head": VIEWS.section("head", state)}
-    edited = state.edited("head", (0, 5), None)
-    _, text = ask(server, "POST", "/state", {"state": edited.to_json(), "shown": state.to_json()})
-    assert json.loads(text)["view"]["answer"]["text"] == "triangle"
+def test_the_token_opens_the_page_and_stays_out_of_its_address(address: str) -> None:
+    page = address.partition("?")[0]
+    status, _, headers = ask(address)
+    path = page.removeprefix("http://").partition("/")[2]
+    assert (status, headers["location"]) == (303, f"/{path}")
+    cookie = headers["set-cookie"]
+    # A browser sends a cookie to every port of a host: two explorers must not take each other's.
+    assert f"path=/{path.rstrip('/')};" in cookie and path.rstrip("/").endswith(
+        page.split(":")[2].split("/")[0]
+    )
+    status, text, _ = ask(page, Cookie=cookie.partition(";")[0])
+    assert status == 200 and "<title>Explorer</title>" in text
 
 
-@pytest.mark.parametrize(
-    ("headers", "path", "status"),
-    [
-        ({"Host": "evil.example"}, "/", 403),
-        ({"Origin": "http://evil.example"}, "/", 403),
-        ({}, "/etc/passwd", 404),
-    ],
-)
-def test_others_get_nothing(server: ThreadingHTTPServer, headers, path, status) -> None:
-    assert ask(server, "GET", path, **headers)[0] == status
-    assert ask(server, "POST", path if status == 404 else "/state", {}, **headers)[0] == status
+def test_tabs_have_states_of_their_own_and_one_model(address: str) -> None:
+    pytest.importorskip("anywidget")
+    first, second = serving.tab(), serving.tab()
+    first.ablate(head=(0, 5))
+    assert first.views is second.views
+    assert (first.answer["text"], second.answer["text"]) == ("triangle", "cross")
 
 
-def test_a_form_of_another_page_is_refused(server: ThreadingHTTPServer) -> None:
-    assert ask(server, "POST", "/state", {}, Content_Type="text/plain")[0] == 403
+def test_the_page_is_the_explorer_and_nothing_else(address: str) -> None:
+    pytest.importorskip("anywidget")
+    from hones_lens.explorer.app import app
+    from hones_lens.explorer.widget import Explorer
+
+    (shown,), _ = app.run()
+    assert isinstance(shown, Explorer) and shown.views is serving.tab().views
 
 
-def test_a_question_that_makes_no_sense_is_named(server: ThreadingHTTPServer) -> None:
-    shown = VIEWS.start().to_json()
-    status, text = ask(server, "POST", "/state", {"state": {**shown, "head": [9, 9]}, "shown": shown})
-    assert status == 400 and "no head 9 in layer 9" in json.loads(text)["error"]
-    assert ask(server, "POST", "/state", {"state": shown})[0] == 400
-    assert ask(server, "POST", "/state", [])[0] == 400
+def test_a_page_of_nothing_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("anywidget")
+    monkeypatch.setattr(serving, "_served", [])
+    with pytest.raises(RuntimeError, match="start this page with `hones explore`"):
+        serving.tab()
 
 
 def test_what_is_not_given_is_of_the_shapes_world() -> None:
@@ -98,7 +109,20 @@ def test_what_is_not_given_is_of_the_shapes_world() -> None:
     assert subject("my.png", "why?") == ("my.png", "why?")
 
 
-def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+# -- the command -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["anywidget", "marimo"])
+def test_without_the_extra_the_command_says_at_once_which_to_install(missing: str) -> None:
+    code = f"import sys; sys.modules['{missing}'] = None; from hones_lens.cli import main; "
+    run = [sys.executable, "-c", f"{code}print(main(['explore']), 'torch' in sys.modules)"]
+    found = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
+    assert (found.stdout, found.stderr) == ("1 False\n", f"hones: {EXTRA}\n")
+
+
+def test_the_command_writes_a_page_without_the_extra(tmp_path: Path, capsys, monkeypatch) -> None:
+    for name in ("anywidget", "ipywidgets", "marimo", "uvicorn"):
+        monkeypatch.setitem(sys.modules, name, None)
     picture = tmp_path / "picture.png"
     example().image.save(picture)
     monkeypatch.setattr("hones_lens.explorer.page.MOST_BYTES", 120_000)
@@ -108,20 +132,35 @@ def test_the_command_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture
     assert str(out) in capsys.readouterr().out and "ofPage(data)" in out.read_text()
 
 
-def test_the_command_serves_and_opens_the_page(monkeypatch, capsys) -> None:
+def test_the_command_serves_and_opens_the_page(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    pytest.importorskip("marimo")
     opened: list[str] = []
     monkeypatch.setattr(serving.webbrowser, "open", opened.append)
-    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", _interrupted)
+    monkeypatch.setattr("uvicorn.Server.run", _interrupted)
     assert main(["explore", "--device", "cpu"]) == 0
     (address,) = opened
-    assert address.startswith("http://127.0.0.1:") and address in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.out == f"Explorer: {address} (Ctrl-C ends it)\n\n" and not said.err
+    assert address.startswith("http://127.0.0.1:") and "?access_token=" in address
     assert main(["explore", "--device", "cpu", "--no-browser"]) == 0 and len(opened) == 1
 
 
-def test_the_command_names_what_is_not_there(capsys) -> None:
-    assert main(["explore", "--image", "nowhere.png"]) == 1
-    assert "nowhere.png" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--image", "--model", "--run"])
+def test_the_command_names_what_is_not_there(option: str, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("marimo")
+    assert main(["explore", option, str(tmp_path / "nothing")]) == 1
+    found = capsys.readouterr()
+    assert not found.out and str(tmp_path / "nothing") in found.err and found.err.count("\n") == 1
 
 
-def _interrupted(self: ThreadingHTTPServer) -> None:
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(monkeypatch, capsys) -> None:
+    pytest.importorskip("marimo")
+    loaded: list[str] = []
+    monkeypatch.setattr("hones_lens.loading.load_model", lambda name, *_, **__: loaded.append(name))
+    with listen() as taken:
+        assert main(["explore", "--port", str(taken.getsockname()[1])]) == 1
+    assert "in use" in capsys.readouterr().err and not loaded
+
+
+def _interrupted(*_: object) -> None:
     raise KeyboardInterrupt

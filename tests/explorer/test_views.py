@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -148,6 +149,16 @@ def test_sections_are_json_and_depend_on_what_reads_says(one: Views) -> None:
             changed = replace(start, **{field: value})
             if reads(name, changed) == reads(name, start):
                 assert json.dumps(one.section(name, changed)) == text, (name, field)
+
+
+def test_threads_that_share_the_views_do_not_see_each_others_edits() -> None:
+    start = views().start()
+    edits = [(), (Edit("head", 0, 5),), (Edit("neuron", 1, 3, 4.0),), (Edit("head", 1, 1, 0.0),)]
+    states = [replace(start, edits=edit) for edit in edits]
+    alone = [views().section("answer", state) for state in states]
+    shared = views()
+    with ThreadPoolExecutor(len(states)) as pool:
+        assert list(pool.map(lambda state: shared.section("answer", state), states * 3)) == alone * 3
 
 
 def test_a_prompt_without_picture_and_one_with_two() -> None:

@@ -286,7 +286,8 @@ export function mount(el, backend) {
           h("h4", { title: "of the unedited answer, token by token" }, state.edits.length ? `probability of ${quoted(scene.text)}` : "its tokens"),
           h("div", { class: "hx-tokens" }, chips)),
         h("div", {}, h("h4", { title: "the mark is the probability without edits" }, a.step ? `token ${a.step + 1} is likeliest to be` : "likeliest to come first"), likely)),
-      h("div", { class: "hx-edits" }, edits.length ? edits : h("span", { class: "hx-note" }, "Nothing is changed. Ablate or scale a head or a neuron below.")));
+      h("div", { class: "hx-edits" }, edits.length ? edits : h("span", { class: "hx-note" }, "Nothing is changed. Ablate or scale a head or a neuron below.")),
+      ...(edits.length && !backend.live ? [h("p", { class: "hx-note hx-frozen" }, "This page keeps the answer under an edit; all else is shown without it. The live explorer computes the rest.")] : []));
   }
 
   function buildPrompt() {
@@ -384,7 +385,7 @@ export function mount(el, backend) {
     const rows = d.directions.map((each) => h("tr", { title: `singular value ${number(each.size, 4)}; it writes ${number(each.along, 4)} along this direction here` },
       h("td", {}, number(each.size)), h("td", {}, number(each.along)), h("td", {}, each.up.slice(0, 4).map(([text, , raw]) => h("code", { title: raw }, text)))));
     body.replaceChildren(controls("head", place),
-      h("p", { class: "hx-note" }, `What it writes at ${from}${edited("head", place) ? ", as edited" : ""}, in logits of the tokens (length ${number(d.norm)} in the stream):`),
+      h("p", { class: "hx-note" }, `What it writes at ${from}${backend.live && edited("head", place) ? ", as edited" : ""}, in logits of the tokens (length ${number(d.norm)} in the stream):`),
       twoLists(d.up, d.down, "what its output adds to each token's logit, above the vocabulary's mean"),
       h("details", { class: "hx-more", open: cards.head.open }, h("summary", { key: "directions" }, "directions it can write in"),
         h("table", {}, h("thead", {}, h("tr", {}, h("th", { title: "singular value of W_V W_O, with the norm's weight" }, "gain"), h("th", { title: "length that it writes along it here" }, "here"), h("th", {}, "tokens"))), h("tbody", {}, rows))));
@@ -488,7 +489,7 @@ export function mount(el, backend) {
   return () => { forget?.(); el.replaceChildren(); };
 }
 
-// -- backends: a notebook's kernel, a server, or numbers kept in the page -----------------------------
+// -- backends: a kernel, or numbers kept in the page --------------------------------------------------
 
 const SECTIONS = ["answer", "map", "attention", "head", "neuron", "lens"];
 
@@ -524,29 +525,6 @@ export function ofKernel(model) {
       events.forEach((event) => model.on(event, changed));
       return () => events.forEach((event) => model.off(event, changed));
     },
-  };
-}
-
-export function ofServer(url, start) {
-  let tell = () => {}, waiting = false, next = null, { state: shown, view } = start;
-  async function send(state) {
-    waiting = true;
-    const asked = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ state, shown }) };
-    try {
-      const reply = await fetch(url, asked), found = await reply.json();
-      if (!reply.ok) throw new Error(found.error);
-      shown = found.state;
-      view = { ...view, ...found.view };
-    } finally {
-      waiting = false;
-    }
-    if (next !== null) { const later = next; next = null; send(later); }
-    tell(shown, view, !waiting);
-  }
-  return {
-    ...start, live: true, busy: () => waiting || next !== null,
-    ask(state) { if (waiting) next = state; else send(state); },
-    listen(fn) { tell = fn; return () => { tell = () => {}; }; },
   };
 }
 
