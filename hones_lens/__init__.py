@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hones_lens.attribution.compare import compare_rankings
-    from hones_lens.attribution.heads import HeadScores, localize_heads
+    from hones_lens.attribution.head_scores import HeadScores
+    from hones_lens.attribution.heads import localize_heads
     from hones_lens.attribution.held_out import remeasure_heads
     from hones_lens.attribution.neurons import NeuronScores, attribute_neurons
     from hones_lens.config import checkpoint_path
@@ -54,7 +55,7 @@ _HOMES = {
     "Box": "hones_lens.groups",
     "Evaluation": "hones_lens.evaluation",
     "Example": "hones_lens.data.examples",
-    "HeadScores": "hones_lens.attribution.heads",
+    "HeadScores": "hones_lens.attribution.head_scores",
     "HookedVLM": "hones_lens.hooked_vlm",
     "Labelled": "hones_lens.labelled",
     "MaskingResult": "hones_lens.masking",

@@ -165,7 +165,11 @@ def _steer(commands: Any) -> None:
 def _overlap(commands: Any) -> None:
     command = _add(commands, "overlap", do.overlap, "neurons that the tasks of several runs share (H6)")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one model, one a task")
-    command.add_argument("--mask", action="store_true", help="mask each group, and measure every task")
+    command.add_argument(
+        "--mask", action="store_true", help="mask each group, measure every task, and read the logit lens"
+    )
+    command.add_argument("--out", metavar="DIR", help="run folder (default: runs/MODEL-overlap[-masked])")
+    command.add_argument("--model", help="where the model is, if not where its name says")
     command.add_argument("--limit", type=int, help="how many examples to measure on")
     command.add_argument("--split", default="test", help="where results are measured (default: test)")
     _model_options(command, named=False)

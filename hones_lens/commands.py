@@ -7,12 +7,14 @@ import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hones_lens.attribution.heads import HeadScores
+    from hones_lens.attribution.head_scores import HeadScores
     from hones_lens.attribution.neurons import NeuronScores
+    from hones_lens.explorer.views import Views
     from hones_lens.hooked_vlm import HookedVLM
     from hones_lens.pipeline import DataChoice
     from hones_lens.precision import Flips
@@ -103,14 +105,16 @@ def demo(args: argparse.Namespace) -> int:
     from hones_lens.viz.terminal import print_summary
 
     model, data = _load(args), _data(args)
-    if _planned(args, model, data, ("heads", "neurons", "masking", "others")):
+    if _planned(args, model, data, ("heads", "held out", "neurons", "masking", "others")):
         return 0
     run = _start(args, model, data)
     heads = _heads(args, model, run, data)
+    pipeline.heads_again(model, run, args.task, data, heads)
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
     pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
     pipeline.mask_others(model, run, args.task, data, neurons.ratio)
-    views = pipeline.look_at_examples(model, args.task, data, heads.top()[0], neurons)
+    pipeline.find_flow(model, run, args.task, data, heads, neurons)
+    views = pipeline.look_at_examples(model, args.task, data, heads.top(), neurons)
     pipeline.save_examples(run, views)
     pipeline.save_promoted(run, pipeline.promoted_tokens(model, neurons))
     view = pipeline.read_view(run.folder)
@@ -127,7 +131,8 @@ def localize(args: argparse.Namespace) -> int:
     from hones_lens import pipeline
 
     model, data = _load(args), _data(args)
-    stages = {"heads": ("heads",), "neurons": ("neurons",)}.get(args.stage, ("heads", "neurons"))
+    every = ("heads", "held out", "neurons")
+    stages = {"heads": every[:2], "neurons": every[2:]}.get(args.stage, every)
     if _planned(args, model, data, stages):
         return 0
     run = _start(args, model, data)
@@ -136,6 +141,10 @@ def localize(args: argparse.Namespace) -> int:
     heads = _heads(args, model, run, data)
     found: dict[str, Any] = {"heads": [list(c) for c in heads.top()]}
     print(heads, end="\n\n")
+    again = pipeline.heads_again(model, run, args.task, data, heads)
+    if again is not None:
+        found["held_out"] = again.to_dataframe().to_dict("records")
+        print(again, end="\n\n")
     if args.stage != "heads":
         neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
         found["neurons"] = [list(c) for c in neurons.top()]
@@ -150,13 +159,14 @@ def mask(args: argparse.Namespace) -> int:
     from hones_lens import pipeline
 
     model, data = _load(args), _data(args)
-    if _planned(args, model, data, ("heads", "neurons", "masking")):
+    if _planned(args, model, data, ("heads", "held out", "neurons", "masking")):
         return 0
     run = _start(args, model, data)
     heads = _heads(args, model, run, data)
+    again = pipeline.heads_again(model, run, args.task, data, heads)
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
     results = pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
-    print(*results, f"Run: {run.folder}", sep="\n\n")
+    print(*([] if again is None else [again]), *results, f"Run: {run.folder}", sep="\n\n")
     _write_json(args, json.loads(run.path("masking.json").read_text(encoding="utf-8")))
     return 0
 
@@ -209,30 +219,36 @@ def _steering_out(args: argparse.Namespace) -> Path:
 
 
 def overlap(args: argparse.Namespace) -> int:
-    """Which neurons the runs' tasks share (H6), and with `--mask` what each group does to every task."""
+    """Which neurons the runs' tasks share (H6), and with `--mask` what they do to every task."""
     from dataclasses import asdict
 
-    from hones_lens.attribution.neurons import NeuronScores
-    from hones_lens.overlap import mask_groups
-    from hones_lens.overlap import overlap as overlap_of
-    from hones_lens.runs import read_run
+    from hones_lens import overlap_run as runs
 
-    settings = {folder: read_run(folder)[0] for folder in args.runs}
-    models = {s["model"] for s in settings.values()}
-    tasks = [s["task"] for s in settings.values()]
-    if len(models) > 1 or len(set(tasks)) < len(tasks):
-        raise ValueError(f"runs of one model and of different tasks are needed, not {models} and {tasks}")
-    neurons = {s["task"]: NeuronScores.load(Path(folder) / "neurons.json") for folder, s in settings.items()}
-    found = overlap_of(neurons)
-    print(found)
-    result: dict[str, Any] = {"overlap": asdict(found)}
-    if args.mask:
-        args.model = models.pop()
+    name, neurons = runs.neurons_of_runs(args.runs)
+    out, result = args.out or f"runs/{name}-overlap{'-masked' if args.mask else ''}", {}
+    if not args.mask:
+        run = runs.start_overlap(out, name, neurons)
+        found = runs.share_neurons(run, neurons)
+        print(found)
+    else:
+        args.model = args.model or name
         model, data = _load(args), _data(args)
-        groups = mask_groups(model, {task: data.test(task) for task in tasks}, found)
+        if model.cfg.model_name != name:
+            raise ValueError(f"the runs are of {name}, not of {model.cfg.model_name}")
+        examples = {task: data.test(task) for task in neurons}
+        run = runs.start_overlap(out, name, neurons, model, examples)
+        found = runs.share_neurons(run, neurons)
+        print(found)
+        groups = runs.mask_shared(model, run, examples, found)
         print(f"\n{groups}")
         result["groups"] = groups.to_dataframe().to_dict("records")
-    _write_json(args, result)
+        result["lenses"] = {}
+        for task, scores in neurons.items():
+            lens = runs.read_lens(model, run, task, examples[task], scores, f"lens-{task}.json")
+            print(f"\n{lens}")
+            result["lenses"][task] = lens.to_dataframe().to_dict("records")
+    print(f"\nRun: {run.folder}\nFigures: hones report {run.folder} --out {run.folder / 'report.html'}")
+    _write_json(args, {"overlap": asdict(found), **result})
     return 0
 
 
@@ -375,19 +391,28 @@ def report(args: argparse.Namespace) -> int:
 
 def explore(args: argparse.Namespace) -> int:
     """One prompt to click through: as a page of a local server, or in a file."""
-    from hones_lens.attribution.heads import HeadScores
+    if not args.out and None in map(find_spec, ("anywidget", "marimo")):
+        raise ImportError("the explorer needs the extra `notebook`: pip install hones-lens[notebook]")
+    from hones_lens.explorer import serve
     from hones_lens.explorer.page import write_page
-    from hones_lens.explorer.serve import run, subject
+
+    if args.out:
+        views = _views(args)
+        print(f"Page: {write_page(views, views.start(), args.out).resolve()}")
+        return 0
+    with serve.listen(args.port) as listener:
+        serve.run(_views(args), listener, browser=not args.no_browser)
+    return 0
+
+
+def _views(args: argparse.Namespace) -> Views:
+    from hones_lens.attribution.head_scores import HeadScores
+    from hones_lens.explorer.serve import subject
     from hones_lens.explorer.views import Views
 
     picture, prompt = subject(args.image, args.prompt)
     heads = HeadScores.load(Path(args.run_folder) / "heads.json") if args.run_folder else None
-    views = Views(_load(args), picture, prompt, heads)
-    if args.out:
-        print(f"Page: {write_page(views, views.start(), args.out).resolve()}")
-    else:
-        run(views, args.port, browser=not args.no_browser)
-    return 0
+    return Views(_load(args), picture, prompt, heads)
 
 
 def train_tiny(args: argparse.Namespace) -> int:

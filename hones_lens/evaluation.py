@@ -16,6 +16,18 @@ from hones_lens.tasks import Task
 
 
 @dataclass(frozen=True)
+class KindMetric:
+    """The metric on one kind of example; `interval` is None where there are fewer than two."""
+
+    value: float
+    n: int
+    interval: Interval | None
+
+    def __str__(self) -> str:
+        return str(self.interval) if self.interval else f"{self.value:.3f} (n = {self.n})"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The metric of a task.
 
@@ -23,7 +35,7 @@ class Evaluation:
         task, metric_name, model_name: What was measured.
         interval: The metric with its bootstrap interval over examples.
         scores: Each example's own score.
-        kinds: Metric and number of examples by kind.
+        kinds: The metric by kind.
         example_ids: Which examples, in the order of `scores`.
     """
 
@@ -32,7 +44,7 @@ class Evaluation:
     model_name: str
     interval: Interval
     scores: tuple[float, ...]
-    kinds: dict[str, tuple[float, int]]
+    kinds: dict[str, KindMetric]
     example_ids: tuple[str, ...]
 
     @property
@@ -45,8 +57,11 @@ class Evaluation:
         return {"kind": "evaluation", **asdict(self)}
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{kind} {value:.3f} (n={n})" for kind, (value, n) in self.kinds.items())
-        return f"{self.model_name}, {self.task}: {self.metric_name} {self.interval}; {kinds}"
+        lines = [f"{self.model_name}, {self.task}: {self.metric_name} {self.interval}"]
+        if len(self.kinds) > 1:
+            width = max(map(len, self.kinds))
+            lines += [f"  {kind:<{width}} {found}" for kind, found in self.kinds.items()]
+        return "\n".join(lines)
 
     __repr__ = __str__
 
@@ -73,14 +88,21 @@ def evaluate(
     sweep.check_examples(task, examples)
     options = {"batch_size": batch_size, "progress": progress, "journal": journal}
     arm = sweep.measure(model, task, examples, [[]], label="evaluate", **options)[0]
+    statistics = np.array(arm.statistics)
     kinds = dict.fromkeys(example.kind for example in examples)
     rows = {kind: [i for i, e in enumerate(examples) if e.kind == kind] for kind in kinds}
+    found = {
+        kind: KindMetric(
+            arm.metric(task, r), len(r), metric_interval(task, statistics[r]) if len(r) > 1 else None
+        )
+        for kind, r in rows.items()
+    }
     return Evaluation(
         task=task.name,
         metric_name=task.metric_name,
         model_name=model.cfg.model_name,
-        interval=metric_interval(task, np.array(arm.statistics)),
+        interval=metric_interval(task, statistics),
         scores=tuple(arm.scores),
-        kinds={kind: (arm.metric(task, r), len(r)) for kind, r in rows.items()},
+        kinds=found,
         example_ids=tuple(example.id for example in examples),
     )

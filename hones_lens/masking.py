@@ -16,7 +16,15 @@ from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.interventions import Hook, zero_neurons
 from hones_lens.results import Component, read_json, write_json
-from hones_lens.statistics import Interval, bootstrap_interval, mean_interval, permutation_p, sign_flip_p
+from hones_lens.statistics import (
+    Interval,
+    bootstrap_interval,
+    mean_interval,
+    metric_interval,
+    permutation_p,
+    relative_interval,
+    sign_flip_p,
+)
 from hones_lens.tasks import Task
 
 RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1)
@@ -38,7 +46,8 @@ class Control:
 class KindDrop:
     """One kind of question: how often it was asked, and the metric and log-probability by arm.
 
-    `interval` is that of the metric's drop; None where the kind has fewer than two examples.
+    `interval` is that of the metric's drop, the next two are those of the metric without and with masking;
+    None where the kind has fewer than two examples.
     """
 
     n: int
@@ -47,6 +56,8 @@ class KindDrop:
     baseline_log_prob: float
     masked_log_prob: float
     interval: Interval | None = None
+    baseline_interval: Interval | None = None
+    masked_interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,9 @@ class MaskingResult:
         drops: Baseline minus masked score of each example.
         log_prob_drops: Baseline minus masked log-probability of each example.
         metric_interval, log_prob_interval: Of the drop, paired bootstrap over examples.
+        relative_interval: Of the drop in per cent of the baseline, which is resampled with it.
+        baseline_interval, masked_interval: Of the metric.
+        baseline_log_prob_interval, masked_log_prob_interval: Of the log-probability.
         controls: The random sets, matched in their number per layer.
         kinds: The same by kind of question.
         example_ids: Which examples, in the order of `drops`.
@@ -81,6 +95,11 @@ class MaskingResult:
     log_prob_drops: tuple[float, ...]
     metric_interval: Interval
     log_prob_interval: Interval
+    relative_interval: Interval
+    baseline_interval: Interval
+    masked_interval: Interval
+    baseline_log_prob_interval: Interval
+    masked_log_prob_interval: Interval
     controls: tuple[Control, ...]
     kinds: dict[str, KindDrop]
     example_ids: tuple[str, ...]
@@ -132,18 +151,20 @@ class MaskingResult:
         return frame
 
     def __str__(self) -> str:
-        n, count = len(self.example_ids), len(self.controls)
+        count = len(self.controls)
         lines = [
             f"{self.model_name}, {self.task}: {self.n_neurons} neurons ({100 * self.ratio:.2g} %) "
-            f"by {self.method}, {n} examples",
-            f"  {self.metric_name}: {self.baseline:.3f} → {self.masked:.3f}, drop {self.metric_interval}"
-            f"{_tested(self.metric_p)}",
-            f"  log-probability of the answer: drop {self.log_prob_interval}{_tested(self.log_prob_p)}",
+            f"by {self.method}, {len(self.example_ids)} examples",
+            f"  {self.metric_name}: {_short(self.baseline_interval)} → {_short(self.masked_interval)}, drop "
+            f"{self.metric_interval}{_tested(self.metric_p)}",
+            f"  log-probability of the answer: {_short(self.baseline_log_prob_interval)} → "
+            f"{_short(self.masked_log_prob_interval)}, drop {self.log_prob_interval}"
+            f"{_tested(self.log_prob_p)}",
         ]
         if count:
-            mean = np.mean([self.baseline - c.metric for c in self.controls])
-            lp = np.mean([self.baseline_log_prob - c.log_prob for c in self.controls])
-            lines.append(f"  {count} random sets: mean drop {mean:.3f}, mean log-probability drop {lp:.3f}")
+            drops = [self.baseline - c.metric for c in self.controls]
+            likely = [self.baseline_log_prob - c.log_prob for c in self.controls]
+            lines.append(f"  {count} random sets: drop {_range(drops)}, of log-probability {_range(likely)}")
             lines.append(
                 f"  larger drop than {self.beats('metric')} (metric) and {self.beats()} (log-probability)"
             )
@@ -159,6 +180,14 @@ class MaskingResult:
         from hones_lens.viz.plots import masking_bars
 
         return masking_bars(self)
+
+
+def _short(interval: Interval) -> str:
+    return f"{interval.value:.3f} {interval.span}"
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} on average ({min(values):.3f} to {max(values):.3f})"
 
 
 def _tested(p: float | None) -> str:
@@ -334,6 +363,11 @@ def _result(
         log_prob_drops=tuple(falls.tolist()),
         metric_interval=bootstrap_interval(task, *statistics, seed=seed),
         log_prob_interval=mean_interval(falls, seed=seed),
+        relative_interval=relative_interval(task, *statistics, seed=seed),
+        baseline_interval=metric_interval(task, statistics[0], seed=seed),
+        masked_interval=metric_interval(task, statistics[1], seed=seed),
+        baseline_log_prob_interval=mean_interval(base.log_probs, seed=seed),
+        masked_log_prob_interval=mean_interval(masked.log_probs, seed=seed),
         controls=tuple(_control(c, rows) for c in controls),
         kinds={kind: _kind_drop(task, base, masked, r, seed) for kind, r in rows.items()},
         example_ids=tuple(example.id for example in examples),
@@ -344,13 +378,18 @@ def _result(
 
 def _kind_drop(task: Task, base: _Outcome, masked: _Outcome, rows: list[int], seed: int) -> KindDrop:
     statistics = [np.array(outcome.arm.statistics)[rows] for outcome in (base, masked)]
+    intervals: dict[str, Interval] = {}
+    if len(rows) > 1:
+        intervals["interval"] = bootstrap_interval(task, *statistics, seed=seed)
+        intervals["baseline_interval"] = metric_interval(task, statistics[0], seed=seed)
+        intervals["masked_interval"] = metric_interval(task, statistics[1], seed=seed)
     return KindDrop(
         n=len(rows),
         baseline=base.metric(rows),
         masked=masked.metric(rows),
         baseline_log_prob=base.log_prob(rows),
         masked_log_prob=masked.log_prob(rows),
-        interval=bootstrap_interval(task, *statistics, seed=seed) if len(rows) > 1 else None,
+        **intervals,
     )
 
 
@@ -380,10 +419,11 @@ def load_masking(file: str | Path) -> list[MaskingResult]:
 def _from_json(data: dict[str, Any]) -> MaskingResult:
     for name in ("drops", "log_prob_drops", "example_ids"):
         data[name] = tuple(data[name])
-    for name in ("metric_interval", "log_prob_interval"):
+    for name in (name for name in data if name.endswith("_interval")):
         data[name] = Interval(**data[name])
     data["controls"] = tuple(Control(**c) for c in data["controls"])
     for drop in data["kinds"].values():
-        drop["interval"] = None if drop["interval"] is None else Interval(**drop["interval"])
+        for name in (name for name in drop if name.endswith("interval")):
+            drop[name] = None if drop[name] is None else Interval(**drop[name])
     data["kinds"] = {kind: KindDrop(**drop) for kind, drop in data["kinds"].items()}
     return MaskingResult(**data)

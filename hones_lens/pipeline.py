@@ -7,16 +7,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hones_lens import sweep
-from hones_lens.attribution.heads import HeadScores, localize_heads
+from hones_lens.attending import head_attention
+from hones_lens.attribution.flow import HeadNeuronFlow, head_neuron_flow
+from hones_lens.attribution.head_scores import HeadScores
+from hones_lens.attribution.heads import localize_heads
+from hones_lens.attribution.held_out import HeldOutHeads, remeasure_heads
 from hones_lens.attribution.hones_files import save_heads, save_neurons
 from hones_lens.attribution.neurons import NeuronScores, attribute_neurons
 from hones_lens.data import load_examples
 from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.interventions import zero_neurons
+from hones_lens.lens import image_token_lens, logit_lens
 from hones_lens.masking import MaskingResult, load_masking, masking_curve, save_masking
 from hones_lens.results import Component, write_json
 from hones_lens.runs import Run, examples_hash, weights_hash
@@ -38,7 +41,12 @@ OTHER_RANKINGS = (
 )
 
 
-_EXAMPLE_TEXTS = ("prompt", "target", "answer", "answer_masked", "head", "masked_label")
+# Matched random sets beside every other ranking's neurons.
+OTHERS_CONTROLS = 5
+_EXAMPLE_TEXTS = ("prompt", "target", "answer", "answer_masked", "head", "masked_label", "region")
+_MOST_HEADS = 64  # heads up to which all of a model's are looked at
+_LENS_TOKENS = 5
+_FLOW_EXAMPLES = 96
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,20 @@ def find_heads(
     return HeadScores.load(file)
 
 
+def heads_again(
+    model: HookedVLM, run: Run, task: str, data: DataChoice, heads: HeadScores
+) -> HeldOutHeads | None:
+    """The critical heads on the held-out split, from the folder if they are there; None without any."""
+    file = run.path("heads-held-out.json")
+    if not file.exists():
+        if not heads.top():
+            return None
+        journal = run.journal("heads-held-out")
+        remeasure_heads(model, task, data.test(task), heads, journal=journal).save(file)
+        run.log("heads: measured again on the held-out split")
+    return HeldOutHeads.load(file)
+
+
 def find_neurons(
     model: HookedVLM, run: Run, task: str, data: DataChoice, heads: HeadScores, ratio: float | None = None
 ) -> NeuronScores:
@@ -177,7 +199,10 @@ def mask_others(
     ratio: float,
     names: Sequence[str] = OTHER_RANKINGS,
 ) -> dict[str, MaskingResult]:
-    """Other rankings of METHOD under the same budget, each masked on the held-out split."""
+    """Other rankings of METHOD under the same budget, each masked on the held-out split.
+
+    Beside each are matched random sets of its own.
+    """
     file = run.path("others.json")
     if not file.exists():
         discovery = data.discovery(task)
@@ -186,7 +211,8 @@ def mask_others(
             scores = attribute_neurons(model, task, discovery, ratio=ratio, method=name)
             sets.append([(c.layer, c.index) for c in scores.top()])
         journal = run.journal("others")
-        found = masking_curve(model, task, data.test(task), sets, n_controls=0, journal=journal)
+        examples, options = data.test(task), {"n_controls": OTHERS_CONTROLS, "journal": journal}
+        found = masking_curve(model, task, examples, sets, **options)
         save_masking(file, [replace(result, method=name) for name, result in zip(names, found, strict=True)])
         run.log(f"other rankings: {', '.join(names)}")
     return {result.method: result for result in load_masking(file)}
@@ -257,33 +283,58 @@ def steer_neurons(
 
 
 def look_at_examples(
-    model: HookedVLM, task: str, data: DataChoice, head: Component, neurons: NeuronScores, count: int = 2
+    model: HookedVLM,
+    task: str,
+    data: DataChoice,
+    heads: Sequence[Component],
+    neurons: NeuronScores,
+    count: int = 2,
 ) -> list[ExampleView]:
-    """A head's attention from the last prompt token over the image, with and without the neurons."""
-    chosen, examples = load_task(task), data.test(task)[:count]
+    """Answers with and without the neurons, where heads look from the last prompt token, and logit lenses.
+
+    Every head of a small model can be chosen, else those given; the first of them is shown.
+    """
+    chosen = load_task(task)
     masked = zero_neurons((c.layer, c.index) for c in neurons.top())
-    name = f"blocks.{head.layer}.attn.hook_pattern"
-    views = []
-    for example in examples:
-        batch = next(sweep.answer_batches(model, chosen, [example], 1, answers=False))
-        with torch.no_grad():
-            _, cache = model.run_with_cache(batch.inputs, names_filter=name)
-            answer = model.generate(batch.inputs, sweep.MAX_NEW_TOKENS)[0]
-            with model.hooks(fwd_hooks=masked):
-                answer_masked = model.generate(batch.inputs, sweep.MAX_NEW_TOKENS)[0]
+    every = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    looking = every if len(every) <= _MOST_HEADS else heads
+    first, views = f"L{heads[0].layer}H{heads[0].index}", []
+    for example in data.test(task)[:count]:
+        inputs = next(sweep.answer_batches(model, chosen, [example], 1, answers=False)).inputs
+        answer = model.generate(inputs, sweep.MAX_NEW_TOKENS)[0]
+        with model.hooks(fwd_hooks=masked):
+            answer_masked = model.generate(inputs, sweep.MAX_NEW_TOKENS)[0]
+        found = head_attention(model, inputs, looking)
+        looks = dict(zip(found.names, found.on_image(), strict=True))
+        prompt, right = chosen.target_prompt(example), chosen.answer(example)
         views.append(
             ExampleView(
                 image=example.image,
-                prompt=chosen.target_prompt(example),
-                target=chosen.answer(example),
+                prompt=prompt,
+                target=right,
                 answer=str(answer),
                 answer_masked=str(answer_masked),
-                head=f"L{head.layer}H{head.index}",
+                head=first,
                 masked_label=f"{neurons.count()} neurons masked",
-                attention=batch.inputs.heatmap(cache[name][0, head.index, -1].float().cpu()),
+                attention=looks[first],
+                region=inputs.regions[0][0],
+                looks=looks,
+                lens=logit_lens(model, inputs, k=_LENS_TOKENS),
+                image_lens=image_token_lens(model, inputs, model.continuation(prompt, right)[0]),
             )
         )
     return views
+
+
+def find_flow(
+    model: HookedVLM, run: Run, task: str, data: DataChoice, heads: HeadScores, neurons: NeuronScores
+) -> HeadNeuronFlow:
+    """Which heads feed the neurons, and what these promote, from the folder if it is there."""
+    file = run.path("flow.json")
+    if not file.exists():
+        examples = data.discovery(task)[:_FLOW_EXAMPLES]
+        head_neuron_flow(model, task, examples, heads, neurons).save(file)
+    return HeadNeuronFlow.load(file)
 
 
 def promoted_tokens(model: HookedVLM, neurons: NeuronScores, count: int = 5) -> list[list[Any]]:
@@ -311,11 +362,16 @@ def save_promoted(run: Run, promoted: Sequence[list[Any]]) -> None:
 
 
 def save_examples(run: Run, views: Sequence[ExampleView]) -> None:
-    """Keep example views in the run folder: pictures as PNG, the rest in examples.json."""
+    """Keep example views in the run folder: pictures as PNG, lenses, the rest in examples.json."""
     rows = []
     for i, view in enumerate(views):
         view.image.save(run.path(f"example-{i}.png"))
         texts = {name: getattr(view, name) for name in _EXAMPLE_TEXTS}
         attention = None if view.attention is None else view.attention.tolist()
-        rows.append({**texts, "image": f"example-{i}.png", "attention": attention})
+        looks = {head: values.tolist() for head, values in view.looks.items()}
+        rows.append({**texts, "image": f"example-{i}.png", "attention": attention, "looks": looks})
+        if view.lens is not None:
+            view.lens.save(run.path(f"example-{i}-logit-lens.json"))
+        if view.image_lens is not None:
+            view.image_lens.save(run.path(f"example-{i}-image-lens.json"))
     write_json(run.path("examples.json"), {"kind": "examples", "examples": rows})

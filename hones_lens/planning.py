@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from hones_lens import sweep
+from hones_lens import pipeline, sweep
+from hones_lens.attribution.heads import default_top_k
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.inputs import VLMInputs
 from hones_lens.masking import RATIOS
@@ -17,8 +18,6 @@ from hones_lens.tasks import load_task
 
 if TYPE_CHECKING:
     from hones_lens.pipeline import DataChoice
-
-_OTHER_RANKINGS = 5
 
 
 class _Cost(NamedTuple):
@@ -51,11 +50,14 @@ def plan(
     n_layers, heads = model.cfg.n_layers, model.cfg.n_layers * model.cfg.n_heads
     forked = (n_layers + 1) / 2  # a head of layer l computes what is above it
     masked = 1 + len(RATIOS) * (n_controls + 1)
+    again = default_top_k(model)
+    others = len(pipeline.OTHER_RANKINGS) * (pipeline.OTHERS_CONTROLS + 1)
     costs = {
         "heads": _Cost(heads, len(discovery), forked),
+        "held out": _Cost(1 + min(heads, again * 6), len(test), forked),  # with five random sets
         "neurons": _Cost(min(heads, 30) + 1, len(discovery), n_layers, ranks=False),
         "masking": _Cost(masked, len(test), n_layers),
-        "others": _Cost(_OTHER_RANKINGS + 1, len(test), n_layers),
+        "others": _Cost(1 + others, len(test), n_layers),
     }
     rate = _operations_per_second(model, sample)
     lines = [

@@ -35,7 +35,12 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] ({100 * self.level:g} %, n = {self.n})"
+        return f"{self.value:.3f} {self.span} ({100 * self.level:g} %, n = {self.n})"
+
+    @property
+    def span(self) -> str:
+        """Its ends, e.g. `[0.123, 0.456]`."""
+        return f"[{self.low:.3f}, {self.high:.3f}]"
 
 
 def bootstrap_interval(
@@ -67,6 +72,78 @@ def bootstrap_interval(
         return task.metric(counts @ base) - task.metric(counts @ other)
 
     return _bootstrap(difference, len(base), draws, level, seed)
+
+
+def bootstrap_intervals(
+    task: Task,
+    statistics_base: np.ndarray,
+    statistics_others: Sequence[np.ndarray],
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> list[Interval]:
+    """`bootstrap_interval` of metric(base) - metric(other) for each of many arms, on the same resamples."""
+    pairs = [_arms(statistics_base, other) for other in statistics_others]
+    if not pairs:
+        return []
+    base = pairs[0][0]
+
+    def differences(counts: np.ndarray) -> np.ndarray:
+        clean = task.metric(counts @ base)
+        return np.stack([clean - task.metric(counts @ other) for _, other in pairs])
+
+    return _bootstraps(differences, len(base), draws, level, seed)
+
+
+def mean_difference_interval(
+    task: Task,
+    statistics_base: np.ndarray,
+    statistics_others: Sequence[np.ndarray],
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """As `bootstrap_interval`, of the mean over several arms of metric(base) - metric(arm).
+
+    Raises:
+        ValueError: No arms, and as there.
+    """
+    pairs = [_arms(statistics_base, other) for other in statistics_others]
+    if not pairs:
+        raise ValueError("a mean over arms needs at least one")
+    base = pairs[0][0]
+
+    def mean(counts: np.ndarray) -> np.ndarray:
+        clean = task.metric(counts @ base)
+        return np.mean([clean - task.metric(counts @ other) for _, other in pairs], axis=0)
+
+    return _bootstrap(mean, len(base), draws, level, seed)
+
+
+def relative_interval(
+    task: Task,
+    statistics_base: np.ndarray,
+    statistics_other: np.ndarray,
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """As `bootstrap_interval`, of the difference in per cent of metric(base).
+
+    Each resample is divided by its own metric(base), so that the interval knows that the base is measured
+    too. Where the base is 0 there is nothing to lose, and the share is 0.
+    """
+    base, other = _arms(statistics_base, statistics_other)
+
+    def share(counts: np.ndarray) -> np.ndarray:
+        clean = np.asarray(task.metric(counts @ base), dtype=np.float64)
+        lost = 100 * (clean - task.metric(counts @ other))
+        return np.divide(lost, clean, out=np.zeros_like(lost), where=clean != 0)
+
+    return _bootstrap(share, len(base), draws, level, seed)
 
 
 def metric_interval(
@@ -199,15 +276,25 @@ def _bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray], n: int, draws: int, level: float, seed: int
 ) -> Interval:
     """Percentile interval of a statistic of the counts [draws, n] with which examples are drawn."""
+    return _bootstraps(lambda counts: statistic(counts)[None], n, draws, level, seed)[0]
+
+
+def _bootstraps(
+    statistic: Callable[[np.ndarray], np.ndarray], n: int, draws: int, level: float, seed: int
+) -> list[Interval]:
+    """The same of a statistic of several values, [value, draws]."""
     _check_draws(draws)
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, not {level}")
     rng = np.random.default_rng(seed)
     even = np.full(n, 1 / n)
     parts = [statistic(rng.multinomial(n, even, size).astype(np.float64)) for size in _chunks(draws, n)]
-    low, high = np.quantile(np.concatenate(parts), [(1 - level) / 2, (1 + level) / 2])
-    value = float(statistic(np.ones((1, n)))[0])
-    return Interval(value, float(low), float(high), level, n)
+    ends = np.quantile(np.concatenate(parts, axis=-1), [(1 - level) / 2, (1 + level) / 2], axis=-1)
+    values = statistic(np.ones((1, n)))[:, 0]
+    return [
+        Interval(float(value), float(low), float(high), level, n)
+        for value, low, high in zip(values, *ends, strict=True)
+    ]
 
 
 def _chunks(draws: int, n: int) -> Iterator[int]:

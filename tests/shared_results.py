@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from viz_results import masking
 
+from hones_lens.attribution.held_out import HeldOutHead, HeldOutHeads
 from hones_lens.lens.difference import LensToken
 from hones_lens.overlap import GroupMasking, LensDelta, Overlap, overlap
 from hones_lens.statistics import Interval
@@ -71,7 +72,7 @@ def effects() -> SideEffects:
         for task in TASKS:
             gain = 0.04 if owner == task else float(rng.normal(0, 0.012))
             n = 12 if task == "retrieval" else 84
-            about = (owner, task, METRICS[task], 0.7, 0.7 + gain)
+            about = (owner, task, METRICS[task], interval(0.7, 0.05, n), interval(0.7 + gain, 0.05, n))
             cells.append(SideEffect(*about, interval(gain, 0.02, n), interval(gain, 0.1, n)))
     return SideEffects("tiny-llava", tuple(cells))
 
@@ -101,6 +102,18 @@ def groups(tasks: Sequence[str] = TASKS) -> GroupMasking:
 
 def lens() -> LensDelta:
     """Nothing below layer 1; a token that HTML would take for a tag."""
-    falls = ((), (LensToken(5, "▁red", 0.31),), (LensToken(6, "<b>", 1.2), LensToken(7, "▁dax", 0.9)))
+    red = LensToken(5, "▁red", 0.31, 0.2, 0.44)
+    falls = ((), (red,), (LensToken(6, "<b>", 1.2), LensToken(7, "▁dax", 0.9)))
     rises = ((), (), (LensToken(8, "</s>", -0.4),))
     return LensDelta("vqa", "tiny-llava", 77, 84, falls, rises)
+
+
+def held_out() -> HeldOutHeads:
+    heads = (
+        HeldOutHead(1, 3, 0.45, interval(0.45, 0.1), True, interval(0.4, 0.1), 0.0005, True),
+        HeldOutHead(3, 2, 0.3, None, None, interval(0.02, 0.05), 0.4, False),
+    )
+    ids = tuple(f"t{i}" for i in range(84))
+    base = interval(0.93, 0.04)
+    about = ("vqa", "accuracy", "tiny-llava", 60, base, heads, interval(0.21, 0.07))
+    return HeldOutHeads(*about, (0.01, 0.05), 0.05, ids)

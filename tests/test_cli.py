@@ -161,7 +161,10 @@ def test_stages_one_after_the_other_then_steering_and_overlap(tmp_path, capsys):
         assert main(["localize", "--task", task, "--stage", "neurons", "--out", run, *limit]) == 0
     rows = json.loads((tmp_path / "vqa" / "hones" / "neurons_top1pct.json").read_text())
     assert len(rows) == 15 and set(rows[0]) >= {"layer", "neuron", "score"}
-    assert main(["overlap", *runs, "--json", str(tmp_path / "overlap.json")]) == 0
+    held_out = json.loads((tmp_path / "vqa" / "heads-held-out.json").read_text())
+    assert len(held_out["example_ids"]) == 6 and len(held_out["random"]) == 5
+    shared = ["overlap", *runs, "--out", str(tmp_path / "shared")]
+    assert main([*shared, "--json", str(tmp_path / "overlap.json")]) == 0
     (pair,) = json.loads((tmp_path / "overlap.json").read_text())["overlap"]["shared"]
     assert pair["tasks"] == ["vqa", "ocr"] and 0 <= pair["count"] <= 15
     capsys.readouterr()

@@ -14,6 +14,7 @@ from hones_lens import VLMInputs
 from hones_lens.groups import Box, token_mask
 from hones_lens.interventions import Hook, scale_heads, steering_vector, zero_neurons
 from hones_lens.lens import image_token_lens, lens_difference, logit_lens, reading
+from hones_lens.statistics import mean_interval
 
 FAMILIES = pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
 
@@ -147,8 +148,15 @@ def test_difference_is_that_of_two_lenses(made, group: str) -> None:
             assert [t.delta for t in tokens] == pytest.approx(values.tolist(), abs=1e-4)
             assert [float(deltas[layer, t.id]) for t in tokens] == pytest.approx(values.tolist(), abs=1e-4)
         assert found.falls[layer][0].delta > 1e-2
+    by_row = torch.einsum("lbpv,bp->blv", clean - masked, 3 * weights)
+    for token in found.falls[2]:
+        expected = mean_interval(by_row[:, 2, token.id].numpy())
+        assert [token.low, token.high] == pytest.approx([expected.low, expected.high], abs=1e-4)
+        assert token.low < token.high
     frame = found.to_dataframe()
     assert set(frame.layer) == {1, 2} and len(frame) == 2 * 2 * 4
+    one = lens_difference(both.model, inputs[:1], zero_neurons(neurons), group)
+    assert one.falls[2][0].low is None and one.falls[2][0].span == ""
     assert f"layer 1 falls: {found.falls[2][0].token}" in str(found)
     assert "layer embed rises: nothing" in str(found)
 

@@ -98,6 +98,17 @@ def test_what_comes_back() -> None:
         assert (
             interval.low <= value + 1e-12 and interval.high >= value - 1e-12 and interval.low < interval.high
         )
+    for interval, value in (
+        (found.baseline_interval, found.baseline),
+        (found.masked_interval, found.masked),
+        (found.baseline_log_prob_interval, found.baseline_log_prob),
+        (found.masked_log_prob_interval, found.masked_log_prob),
+        (found.relative_interval, found.relative_drop),
+    ):
+        assert np.isclose(interval.value, value) and interval.n == len(examples)
+        assert interval.low <= value + 1e-12 and interval.high >= value - 1e-12
+        assert interval.span in str(found) or interval is found.relative_interval
+    assert found.masked_log_prob_interval.low < found.masked_log_prob_interval.high
     assert set(found.intervals) == {"accuracy", "log-probability"}
     for p, each in ((found.metric_p, found.drops), (found.log_prob_p, found.log_prob_drops)):
         flips = np.array(list(itertools.product((-1, 1), repeat=len(examples))))
@@ -109,6 +120,11 @@ def test_what_comes_back() -> None:
     for kind, drop in found.kinds.items():
         rows = [i for i, e in enumerate(examples) if e.kind == kind]
         assert np.isclose(drop.baseline - drop.masked, np.mean(np.array(found.drops)[rows]))
+        parts = ((drop.interval, drop.baseline - drop.masked), (drop.baseline_interval, drop.baseline))
+        for interval, value in (*parts, (drop.masked_interval, drop.masked)):
+            assert (interval is None) == (len(rows) < 2)
+            if interval is not None:
+                assert np.isclose(interval.value, value) and interval.n == len(rows) == drop.n
         assert np.isclose(
             drop.baseline_log_prob - drop.masked_log_prob, np.mean(np.array(found.log_prob_drops)[rows])
         )

@@ -13,6 +13,7 @@ from hones_lens.attribution.neurons import NeuronScores
 from hones_lens.masking import evaluate_masking, load_masking, matched_random_sets
 from hones_lens.overlap import GroupMasking, LensDelta, Overlap, lens_delta, mask_groups, overlap
 from hones_lens.overlap.group_masking import masked_parts
+from hones_lens.statistics import mean_interval
 from hones_lens.tasks import load_task
 
 GENERAL = [(0, 1), (2, 7), (2, 8)]
@@ -224,18 +225,20 @@ def test_lens_delta_equals_caches_with_and_without_the_neurons(name: str, family
     def silence(post, hook):
         return post * torch.tensor([(int(hook.name.split(".")[1]), i) not in chosen for i in range(D_MLP)])
 
-    expected = torch.zeros(N_LAYERS, model.cfg.d_vocab)
+    expected, each = torch.zeros(N_LAYERS, model.cfg.d_vocab), []
     for example in examples:
         inputs = model.prepare([example.image], [task.target_prompt(example)])
         _, clean = model.run_with_cache(inputs)
         with model.hooks(fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", silence) for layer in range(N_LAYERS)]):
             _, masked = model.run_with_cache(inputs)
+        each.append(torch.zeros(N_LAYERS, model.cfg.d_vocab))
         for layer in range(N_LAYERS):
             logits = []
             for cached in (clean, masked):
                 x = cached["resid_post", layer][0, -1]
                 x = x / (x.pow(2).mean() + model.ln_final.eps).sqrt() * model.ln_final.weight
                 logits.append(x @ model.W_U)
+            each[-1][layer] = logits[0] - logits[1]
             expected[layer] += (logits[0] - logits[1]) / len(examples)
 
     assert table.falls[0] == table.rises[0] == (), "nothing changes below the first masked neuron"
@@ -247,6 +250,9 @@ def test_lens_delta_equals_caches_with_and_without_the_neurons(name: str, family
                 [t.delta for t in tokens], abs=2e-5
             )
         assert table.falls[layer][0].delta > 1e-3
+        for token in (*table.falls[layer], *table.rises[layer]):
+            over = mean_interval([float(deltas[layer, token.id]) for deltas in each])
+            assert [token.low, token.high] == pytest.approx([over.low, over.high], abs=2e-5)
 
 
 def test_lens_tables_text_and_file(tmp_path) -> None:

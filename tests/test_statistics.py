@@ -15,9 +15,12 @@ from hones_lens.statistics import (
     Interval,
     benjamini_hochberg,
     bootstrap_interval,
+    bootstrap_intervals,
+    mean_difference_interval,
     mean_interval,
     metric_interval,
     permutation_p,
+    relative_interval,
     sign_flip_p,
 )
 from hones_lens.tasks import load_task
@@ -69,6 +72,44 @@ def test_a_difference_of_means_is_the_mean_of_the_differences():
     np.testing.assert_allclose(
         [swapped.value, swapped.low, swapped.high], [-by_mean.value, -by_mean.high, -by_mean.low]
     )
+
+
+def test_many_intervals_are_those_of_each_alone():
+    rng = np.random.default_rng(6)
+    base, others = means(rng.uniform(size=25)), [means(rng.uniform(size=25)) for _ in range(3)]
+    for found, other in zip(bootstrap_intervals(VQA, base, others, seed=2), others, strict=True):
+        alone = bootstrap_interval(VQA, base, other, seed=2)
+        assert found.value == alone.value and found.n == 25
+        np.testing.assert_allclose([found.low, found.high], [alone.low, alone.high])
+    assert bootstrap_intervals(VQA, base, []) == []
+
+
+def test_a_mean_over_arms_is_resampled_as_one():
+    rng = np.random.default_rng(4)
+    base, others = rng.uniform(size=25), rng.uniform(size=(3, 25))
+    found = mean_difference_interval(VQA, means(base), [means(other) for other in others], seed=1)
+    alone = mean_interval(base - others.mean(0), seed=1)
+    np.testing.assert_allclose([found.value, found.low, found.high], [alone.value, alone.low, alone.high])
+    with pytest.raises(ValueError, match="needs at least one"):
+        mean_difference_interval(VQA, means(base), [])
+
+
+def test_a_relative_interval_resamples_the_base_too():
+    rng = np.random.default_rng(8)
+    base, other = rng.uniform(0.2, 1, size=30), rng.uniform(size=30)
+    found = relative_interval(VQA, means(base), means(other), draws=400, seed=3)
+    counts = np.random.default_rng(3).multinomial(30, np.full(30, 1 / 30), 400)
+    shares = [100 * (1 - (row @ other) / (row @ base)) for row in counts]
+    assert found.value == pytest.approx(100 * (1 - other.sum() / base.sum()))
+    assert [found.low, found.high] == pytest.approx(list(np.quantile(shares, [0.025, 0.975])))
+    fixed = bootstrap_interval(VQA, means(base), means(other), draws=400, seed=3)
+    assert found.high != pytest.approx(100 * fixed.high / base.mean(), rel=1e-3)
+
+
+def test_there_is_nothing_to_lose_of_a_base_of_zero():
+    nothing = np.zeros(6)
+    found = relative_interval(VQA, means(nothing), means(nothing))
+    assert (found.value, found.low, found.high) == (0, 0, 0)
 
 
 def captions(seed: int) -> tuple[list[str], list[str]]:

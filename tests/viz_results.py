@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.attribution.neurons import NeuronScores
 from hones_lens.masking import Control, KindDrop, MaskingResult
 from hones_lens.racing import RaceResult, Racing
@@ -29,18 +29,21 @@ def heads(
     share[1, 3], share[-1, 2], share[0, 1] = 0.45, 0.3, 0.02
     drops = (rng.random((*shape, n)) < share[..., None]).astype(float)
     drops[0, 0] = -(rng.random(n) < 0.15).astype(float)
+    scores = torch.tensor(drops.mean(-1))
     return HeadScores(
         task="vqa",
         metric_name=metric_name,
         intervention="replace_with_other_heads_mean",
         model_name="tiny-llava",
-        scores=torch.tensor(drops.mean(-1)),
+        scores=scores,
         drops=torch.tensor(drops),
         baseline=0.93,
         base_scores=torch.ones(n, dtype=torch.float64),
         example_ids=tuple(f"e{i}" for i in range(n)),
         kinds=tuple(KINDS[i % 3] for i in range(n)),
         top_k=top_k,
+        baseline_interval=Interval(0.93, 0.9, 0.96, 0.95, n),
+        score_ends=torch.stack([scores - 0.06, scores + 0.08], -1),
     )
 
 
@@ -78,6 +81,10 @@ def masking(
             for _ in range(20)
         ]
     drop, lost = baseline - masked, base_log_prob - masked_log_prob
+
+    def around(value: float, width: float) -> Interval:
+        return Interval(value, value - width, value + width, 0.95, n)
+
     shares = (0.4, 0.1, 1.6)
     kinds = {
         kind: KindDrop(n // 3, baseline, baseline - part * drop, base_log_prob, base_log_prob - part * lost)
@@ -97,8 +104,13 @@ def masking(
         masked_log_prob=masked_log_prob,
         drops=(drop,) * n,
         log_prob_drops=(lost,) * n,
-        metric_interval=Interval(drop, drop - half[0], drop + half[0], 0.95, n),
-        log_prob_interval=Interval(lost, lost - half[1], lost + half[1], 0.95, n),
+        metric_interval=around(drop, half[0]),
+        log_prob_interval=around(lost, half[1]),
+        relative_interval=around(100 * drop / baseline, 100 * half[0] / baseline),
+        baseline_interval=around(baseline, 0.03),
+        masked_interval=around(masked, 0.04),
+        baseline_log_prob_interval=around(base_log_prob, 0.06),
+        masked_log_prob_interval=around(masked_log_prob, 0.08),
         controls=tuple(random),
         kinds=kinds,
         example_ids=tuple(f"t{i}" for i in range(n)),

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hones_lens import sweep
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.attribution.neurons import NeuronScores, default_ratio, falls_by_head
 from hones_lens.attribution.rankings import mean_activation
 from hones_lens.data.examples import Example

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from torch import Tensor
 
 from hones_lens import sweep
 from hones_lens.attribution.gradients import first_order_falls
+from hones_lens.attribution.head_scores import INTERVENTIONS, LEVEL, HeadScores
 from hones_lens.config import find_settings
 from hones_lens.data.examples import Example
 from hones_lens.data.pairs import CounterfactualPair
@@ -23,151 +21,16 @@ from hones_lens.patching.measuring import measure_patches
 from hones_lens.patching.pairs import PatchPairs, counterfactual
 from hones_lens.patching.units import SITES, positions_of, targets_of
 from hones_lens.racing import Race, RaceResult, Racing
-from hones_lens.results import Component, nan_to_none, none_to_nan, ranked, read_json, write_json
+from hones_lens.results import ranked
 from hones_lens.speculation import Tally
-from hones_lens.statistics import benjamini_hochberg, sign_flip_p
+from hones_lens.statistics import (
+    bootstrap_intervals,
+    mean_interval,
+    metric_interval,
+)
 from hones_lens.tasks import Task
 
 _DEFAULT_SHARE = 0.03  # 30 of LLaVA-1.5-7B's 1,024 heads
-# By what `localize_heads` does to a head: what it is called in results, and in words.
-INTERVENTIONS = {
-    "mean": ("replace_with_other_heads_mean", "drop when replaced by the mean of the layer's others"),
-    "patch": ("patch", "drop when patched with its output on the corrupted input"),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class HeadScores:
-    """How much a task's metric falls when each head is replaced.
-
-    Attributes:
-        task, metric_name: What was measured.
-        intervention: What was done to the heads.
-        model_name: Whose heads.
-        scores: Base minus intervened metric over all examples, [layer head] (w of HONES eq. H1).
-        drops: The same for each example, [layer head example]; captions: smoothed sentence BLEU.
-        baseline: The metric without intervention.
-        base_scores: Its value for each example, [example].
-        example_ids, kinds: Which examples, in the order of `drops`.
-        top_k: How many heads are critical by default.
-        traded: What exactness was traded for speed, in words; empty where scores are exact. Then a head
-            may have been measured on some examples alone (`scores` is their mean, and the other drops are
-            NaN), or on none (its score is NaN, and it is never critical).
-        race: Who won, if heads were raced: only these are critical.
-        near_ties: Choices between tokens that rounding could have decided (see `speculation.Tally`).
-    """
-
-    task: str
-    metric_name: str
-    intervention: str
-    model_name: str
-    scores: Tensor
-    drops: Tensor
-    baseline: float
-    base_scores: Tensor
-    example_ids: tuple[str, ...]
-    kinds: tuple[str, ...]
-    top_k: int
-    traded: str = ""
-    race: RaceResult | None = None
-    near_ties: int = 0
-
-    @property
-    def counts(self) -> Tensor:
-        """On how many of the examples each head was measured, [layer head]."""
-        return (~self.drops.isnan()).sum(-1)
-
-    @property
-    def mean_drops(self) -> Tensor:
-        """Mean over the examples that each head was measured on, [layer head]; NaN without any."""
-        return self.drops.nanmean(-1)
-
-    @property
-    def standard_errors(self) -> Tensor:
-        """Of `mean_drops`, [layer head]; NaN with fewer than two examples."""
-        squares = (self.drops - self.mean_drops[..., None]).square().nansum(-1)
-        return (squares / (self.counts - 1) / self.counts).sqrt().where(self.counts > 1, torch.nan)
-
-    def top(self, k: int | None = None) -> list[Component]:
-        """The k largest scores above zero, as (layer, index, score); ties by layer, then index.
-
-        Raises:
-            ValueError: More than were raced for.
-        """
-        k = self.top_k if k is None else k
-        known = ~self.scores.isnan()
-        if self.race is not None:
-            if k > len(self.race.winners):
-                raise ValueError(f"{k} heads asked for, but {len(self.race.winners)} were raced for")
-            winners = torch.zeros_like(known).flatten()
-            winners[list(self.race.winners)] = True
-            known = winners.view_as(known)
-        return ranked(self.scores.where(known, -torch.inf), k, positive_only=True)
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row a head: layer, head, score; mean, standard error and number of the examples' drops."""
-        columns = {
-            "score": self.scores,
-            "mean_drop": self.mean_drops,
-            "standard_error": self.standard_errors,
-            "n": self.counts,
-        }
-        rows = [
-            {
-                "layer": layer,
-                "head": head,
-                **{name: each[layer, head].item() for name, each in columns.items()},
-            }
-            for layer, head in np.ndindex(*self.scores.shape)
-        ]
-        return pd.DataFrame(rows)
-
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON, with the critical heads as a list of (layer, head, score)."""
-        data = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
-        data["race"] = None if self.race is None else asdict(self.race)
-        tensors = {name: nan_to_none(v.tolist()) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        write_json(file, {"kind": "heads", **data, **tensors, "top": [list(c) for c in self.top()]})
-
-    @classmethod
-    def load(cls, file: str | Path) -> HeadScores:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: Another kind of file.
-        """
-        data = read_json(file, "heads")
-        for name in ("scores", "drops", "base_scores"):
-            data[name] = torch.tensor(none_to_nan(data[name]), dtype=torch.float64)
-        if data.get("race") is not None:
-            data["race"] = RaceResult.from_dict(data["race"])
-        for name in ("example_ids", "kinds"):
-            data[name] = tuple(data[name])
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.model_name}, {self.task}: {self.metric_name} {self.baseline:.3f} "
-            f"on {len(self.example_ids)} examples",
-            f"critical heads ({dict(INTERVENTIONS.values()).get(self.intervention, self.intervention)}):",
-        ]
-        lines += [f"  L{c.layer}H{c.index:<3} {c.score:+.4f}" for c in self.top()]
-        if self.traded:
-            lines.append(f"not exact: {self.traded}")
-        if self.near_ties:
-            lines.append(f"near-ties between tokens that rounding may settle: {self.near_ties}")
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.to_dataframe().sort_values("score", ascending=False).head(self.top_k).to_html(index=False)
-
-    def plot(self) -> Any:
-        """Heat map, layers × heads (a matplotlib figure)."""
-        from hones_lens.viz.plots import head_heatmap
-
-        return head_heatmap(self)
 
 
 def default_top_k(model: HookedVLM) -> int:
@@ -268,9 +131,9 @@ def localize_heads(
     arms = [[replace_with_other_heads_mean(*cell, positions)] for cell in cells]
     race = None
     if racing is None:
-        base, drops, scores = _measure_all(model, task, examples, cells, arms, options)
+        base, drops, found = _measure_all(model, task, examples, cells, arms, options)
     else:
-        base, drops, scores, race = _race(model, task, examples, arms, k, racing, options)
+        base, drops, found, race = _race(model, task, examples, arms, k, racing, options)
         traded.append(
             f"heads raced (right up to {racing.epsilon:g} with probability {1 - racing.delta:g}; "
             f"{np.mean(~np.isnan(drops)):.0%} of the cells measured)"
@@ -278,8 +141,8 @@ def localize_heads(
     where = tuple(zip(*cells, strict=True))
     shape = (model.cfg.n_layers, model.cfg.n_heads)
     all_drops = torch.full((*shape, len(examples)), torch.nan, dtype=torch.float64)
-    all_scores = torch.full(shape, torch.nan, dtype=torch.float64)
-    all_drops[where], all_scores[where] = torch.from_numpy(drops), torch.from_numpy(scores)
+    all_scores = torch.full((*shape, 3), torch.nan, dtype=torch.float64)
+    all_drops[where], all_scores[where] = torch.from_numpy(drops), torch.from_numpy(found)
     if race is not None:
         race = replace(race, winners=tuple(cells[i][0] * shape[1] + cells[i][1] for i in race.winners))
     return HeadScores(
@@ -287,7 +150,7 @@ def localize_heads(
         metric_name=task.metric_name,
         intervention=INTERVENTIONS["mean"][0],
         model_name=model.cfg.model_name,
-        scores=all_scores,
+        scores=all_scores[..., 0],
         drops=all_drops,
         baseline=base.metric(task),
         base_scores=torch.tensor(base.scores, dtype=torch.float64),
@@ -297,6 +160,9 @@ def localize_heads(
         traded="; ".join(traded),
         race=race,
         near_ties=tally.near_ties,
+        positions=positions,
+        baseline_interval=metric_interval(task, np.array(base.statistics)) if len(examples) > 1 else None,
+        score_ends=all_scores[..., 1:],
     )
 
 
@@ -328,6 +194,8 @@ def _patched(
     options |= {"direction": "noise", "metric": "logit_diff"}
     found = measure_patches(model, pairs, site, targets_of(site, model.cfg), where, **options)
     drops = (found.clean - found.values).view(model.cfg.n_layers, model.cfg.n_heads, -1)
+    several = len(pairs) > 1
+    ends = torch.from_numpy(_means(drops.flatten(0, 1).numpy()))[:, 1:].reshape(*drops.shape[:2], 2)
     return HeadScores(
         task=task.name,
         metric_name="logit difference",
@@ -341,6 +209,9 @@ def _patched(
         kinds=tuple(pair.clean.kind for pair in pairs.facts) or ("",) * len(pairs),
         top_k=k,
         traded="" if positions == "all" else "heads patched only at the end of the prompt",
+        positions=positions,
+        baseline_interval=mean_interval(found.clean.numpy()) if several else None,
+        score_ends=ends,
     )
 
 
@@ -352,7 +223,7 @@ def _measure_all(
     arms: Sequence[Sequence[Hook]],
     options: dict[str, Any],
 ) -> tuple[sweep.Outcome, np.ndarray, np.ndarray]:
-    """The clean outcome, every head's drops [head example], and its score."""
+    """The clean outcome, every head's drops [head example], and its score with its ends [head 3]."""
 
     def leaders(found: list[sweep.Outcome]) -> str:
         so_far = [found[0].metric(task) - outcome.metric(task) for outcome in found[1:]]
@@ -363,7 +234,26 @@ def _measure_all(
         model, task, examples, [[], *arms], label="heads", leaders=leaders, **options
     )
     drops = np.array(base.scores) - np.array([outcome.scores for outcome in under])
-    return base, drops, np.array([base.metric(task) - outcome.metric(task) for outcome in under])
+    scores = np.full((len(under), 3), np.nan)
+    scores[:, 0] = [base.metric(task) - outcome.metric(task) for outcome in under]
+    if len(examples) > 1:
+        clean, others = np.array(base.statistics), [np.array(outcome.statistics) for outcome in under]
+        intervals = bootstrap_intervals(task, clean, others, level=LEVEL)
+        scores[:, 1:] = [(interval.low, interval.high) for interval in intervals]
+    return base, drops, scores
+
+
+def _means(drops: np.ndarray) -> np.ndarray:
+    """Mean and ends of its interval, [head 3], over the examples each head was measured on."""
+    found = np.full((len(drops), 3), np.nan)
+    for row, some in zip(found, drops, strict=True):
+        seen = some[~np.isnan(some)]
+        if len(seen):
+            row[0] = seen.mean()
+        if len(seen) > 1:
+            interval = mean_interval(seen, level=LEVEL)
+            row[1:] = interval.low, interval.high
+    return found
 
 
 def _race(
@@ -394,38 +284,7 @@ def _race(
         found = np.array(clean.scores) - np.array([outcome.scores for outcome in under])
         drops[np.ix_(running, here)] = found
         race.add(found)
-    return base, drops, np.nanmean(drops, axis=1), race.result()
-
-
-def significant_heads(
-    heads: HeadScores, q: float = 0.05, *, draws: int = 10_000, seed: int = 0, dependent: bool = False
-) -> list[Component]:
-    """Heads whose mean drop is above zero, at a false discovery rate of q over all heads; best first.
-
-    One-sided paired permutation tests of `heads.drops` (captions: of the smoothed sentence BLEU).
-
-    Args:
-        heads: What `localize_heads` returned, exact: every head measured on every example.
-        q: False discovery rate.
-        draws: Permutations. The smallest p-value is 1 / (1 + draws), so take more than heads / q.
-        seed: Of the permutations.
-        dependent: Benjamini-Yekutieli, which holds however the tests depend on each other.
-
-    Raises:
-        ValueError: A head that was not measured on every example, or fewer than two examples.
-    """
-    short = torch.nonzero(heads.counts < len(heads.example_ids)).tolist()
-    if short:
-        raise ValueError(
-            f"{len(short)} heads, the first L{short[0][0]}H{short[0][1]}, were not measured on every "
-            "example: localize without racing or a prefilter"
-        )
-    p = sign_flip_p(heads.drops.flatten(0, 1).numpy(), draws=draws, seed=seed)
-    found = benjamini_hochberg(p, q, dependent=dependent)[1].reshape(heads.scores.shape)
-    if not found.any():
-        return []
-    among = heads.scores.where(torch.from_numpy(found), -torch.inf)
-    return ranked(among, int(found.sum()))
+    return base, drops, _means(drops), race.result()
 
 
 def cells_of(model: HookedVLM) -> list[tuple[int, int]]:

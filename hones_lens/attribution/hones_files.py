@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.attribution.neurons import NeuronScores
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.results import write_json

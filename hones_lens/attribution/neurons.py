@@ -16,15 +16,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hones_lens import sweep
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.config import find_settings
 from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.interventions import Hook, neuron_hook, replace_with_other_heads_mean
 from hones_lens.results import Component, nan_to_none, none_to_nan, ranked, read_json, write_json
+from hones_lens.statistics import Interval
 from hones_lens.tasks import Task
 
 DEFAULT_RATIO = 0.01
+_PARTS = 20  # of the examples, for standard errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,8 @@ class NeuronScores:
         scores: Higher is more important, [layer d_mlp]; minus infinity where it is not known.
         ratio: Share of all neurons that are task neurons by default.
         n_examples: How many examples it rests on.
+        errors: Standard error of each score over examples, [layer d_mlp] (jackknife); None where it is not
+            known: other rankings than `hones`, a file of HONES's, one example.
     """
 
     task: str
@@ -46,6 +50,7 @@ class NeuronScores:
     scores: Tensor
     ratio: float
     n_examples: int
+    errors: Tensor | None = None
 
     def count(self, ratio: float | None = None) -> int:
         """How many neurons a share of all is, to the nearest and at least one (LLaVA-1.5-7B, 1 %: 3,523)."""
@@ -64,12 +69,23 @@ class NeuronScores:
         return [counts[layer] for layer in range(len(self.scores))]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a neuron: layer, neuron, score, best first."""
-        return pd.DataFrame(ranked(self.scores, self.scores.numel()), columns=["layer", "neuron", "score"])
+        """One row a neuron: layer, neuron, score and its standard error, best first."""
+        frame = pd.DataFrame(ranked(self.scores, self.scores.numel()), columns=["layer", "neuron", "score"])
+        if self.errors is not None:
+            frame["standard_error"] = self.errors[frame["layer"].tolist(), frame["neuron"].tolist()].tolist()
+        return frame
+
+    def interval(self, layer: int, neuron: int) -> Interval | None:
+        """A score with its interval of 95 %, plus and minus 1.96 standard errors; None where not known."""
+        if self.errors is None:
+            return None
+        score, half = float(self.scores[layer, neuron]), 1.96 * float(self.errors[layer, neuron])
+        return Interval(score, score - half, score + half, 0.95, self.n_examples)
 
     def save(self, file: str | Path) -> None:
         """Write everything to JSON, with the task neurons as a list of (layer, neuron, score)."""
         data = {name: value for name, value in vars(self).items() if name != "scores"}
+        data["errors"] = None if self.errors is None else self.errors.tolist()
         top = [list(c) for c in self.top()]
         scores = nan_to_none(self.scores.where(self.scores.isfinite(), torch.nan).tolist())
         write_json(file, {"kind": "neurons", **data, "top": top, "scores": scores})
@@ -84,18 +100,24 @@ class NeuronScores:
         data = read_json(file, "neurons")
         scores = torch.tensor(none_to_nan(data["scores"]), dtype=torch.float64)
         data["scores"] = scores.nan_to_num(nan=-torch.inf)
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        if data.get("errors") is not None:
+            data["errors"] = torch.tensor(data["errors"], dtype=torch.float64)
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
 
     def __str__(self) -> str:
         best = self.top()
         lines = [
             f"{self.model_name}, {self.task}: {len(best)} task neurons by {self.method}, "
-            f"by layer {self.per_layer()}"
+            f"by layer {self.per_layer()}; scores over n = {self.n_examples} examples"
         ]
-        lines += [f"  L{c.layer}N{c.index:<5} {c.score:+.4g}" for c in best[:20]]
+        lines += [f"  L{c.layer}N{c.index:<5} {c.score:+.4g}{self._ends(c)}" for c in best[:20]]
         return "\n".join([*lines, "  …"] if len(best) > 20 else lines)
 
     __repr__ = __str__
+
+    def _ends(self, c: Component) -> str:
+        interval = self.interval(c.layer, c.index)
+        return f" [{interval.low:+.4g}, {interval.high:+.4g}] (95 %)" if interval else ""
 
     def _repr_html_(self) -> str:
         return self.to_dataframe().head(self.count()).to_html(index=False)
@@ -240,11 +262,11 @@ def attribute_neurons(
 
     task = sweep.as_task(task)
     sweep.check_examples(task, examples)
-    common = {"batch_size": batch_size, "progress": progress}
+    common, errors = {"batch_size": batch_size, "progress": progress}, None
     if method == "hones":
         if heads is None:
             raise ValueError("method 'hones' needs heads: pass what localize_heads returned")
-        scores = head_conditioned(model, task, examples, heads.top(), **common, **options)
+        scores, errors = head_conditioned(model, task, examples, heads.top(), **common, **options)
     elif method in rankings.RANKINGS:
         scores = rankings.RANKINGS[method](model, task, examples, **common, **options)
     else:
@@ -256,6 +278,7 @@ def attribute_neurons(
         scores=scores.double().cpu(),
         ratio=default_ratio(model) if ratio is None else ratio,
         n_examples=len(examples),
+        errors=errors,
     )
 
 
@@ -265,24 +288,67 @@ def head_conditioned(
     examples: Sequence[Example],
     heads: Sequence[Component],
     **options: Any,
-) -> Float[Tensor, "layer d_mlp"]:
-    """Head-conditioned importance of every neuron (HONES eq. H3).
+) -> tuple[Float[Tensor, "layer d_mlp"], Float[Tensor, "layer d_mlp"] | None]:
+    """Head-conditioned importance of every neuron (HONES eq. H3), and its standard error.
 
     `I(l,i) = Σ_h w_h [E c(l,i) − E c(l,i under I_h)]₊ / Σ_h w_h`, over heads with w_h > 0; the clamp
     comes after the mean over examples. A head of layer l changes neurons of layers ≥ l only.
+
+    The standard error is that of a delete-a-group jackknife: the importance is worked out anew without each
+    of up to 20 parts of the examples, clamp and all (Kott, J. Off. Stat. 17, 2001; w_h is taken as it is).
 
     Args:
         model, task, examples, heads: As for `falls_by_head`.
         options: Of `falls_by_head`.
 
+    Returns:
+        Both float64 on the CPU; no error where there is one example.
+
     Raises:
         ValueError: No head with w > 0: there is nothing to condition on.
     """
-    weights, falls = falls_by_head(model, task, examples, heads, **options)
-    return torch.einsum("h,hln->ln", weights, falls) / weights.sum()
+    weights, sums, counts = _summed_falls(model, task, examples, heads, **options)
+
+    def importance(total: Tensor, n: Tensor) -> Tensor:
+        return torch.einsum("h,hln->ln", weights, (total / n).clamp(min=0)) / weights.sum()
+
+    whole, n, parts = sums.sum(0), counts.sum(), len(counts)
+    scores = importance(whole, n)
+    if parts < 2:
+        return scores, None
+    mean, squares = torch.zeros_like(scores), torch.zeros_like(scores)
+    for part, count in zip(sums, counts, strict=True):
+        without = importance(whole - part, n - count) - scores
+        mean, squares = mean + without / parts, squares + without.square()
+    variance = (parts - 1) / parts * (squares - parts * mean.square())
+    return scores, variance.clamp(min=0).sqrt()
 
 
 def falls_by_head(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    heads: Sequence[Component],
+    **options: Any,
+) -> tuple[Float[Tensor, " head"], Float[Tensor, "head layer d_mlp"]]:
+    """The terms of HONES eq. H3, of the heads with w_h > 0 in their order.
+
+    Args:
+        model, task, examples: What to attribute.
+        heads: Critical heads with their w_h.
+        options: `batch_size`, `progress`; `normalize`, `apply_ln`, `foils` of `target_directions`.
+
+    Returns:
+        w_h, and `[E c(l,i) − E c(l,i under I_h)]₊`, float64 on the CPU.
+
+    Raises:
+        ValueError: No head with w > 0: there is nothing to condition on.
+    """
+    weights, sums, counts = _summed_falls(model, task, examples, heads, **options)
+    return weights, (sums.sum(0) / counts.sum()).clamp(min=0)
+
+
+def _summed_falls(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
@@ -293,33 +359,29 @@ def falls_by_head(
     normalize: bool = True,
     apply_ln: bool = False,
     foils: Sequence[str] | None = None,
-) -> tuple[Float[Tensor, " head"], Float[Tensor, "head layer d_mlp"]]:
-    """The terms of HONES eq. H3, of the heads with w_h > 0 in their order.
-
-    Returns:
-        w_h, and `[E c(l,i) − E c(l,i under I_h)]₊`, float64 on the CPU.
-
-    Raises:
-        ValueError: No head with w > 0: there is nothing to condition on.
-    """
+) -> tuple[Float[Tensor, " head"], Float[Tensor, "part head layer d_mlp"], Float[Tensor, " part"]]:
+    """w_h, `Σ c(l,i) − c(l,i under I_h)` over each part of the examples (every 20th), and their numbers."""
     critical = [head for head in heads if head.score > 0]
     if not critical:
         raise ValueError("no critical head has w > 0, so there is nothing to condition neurons on")
     options = {"normalize": normalize, "apply_ln": apply_ln, "foils": foils}
     directions = target_directions(model, task, examples, **options)
-    shape = (model.cfg.n_layers, model.cfg.d_mlp)
-    clean = torch.zeros(shape, dtype=torch.float64)
-    under = torch.zeros(len(critical), *shape, dtype=torch.float64)
+    parts = min(_PARTS, len(examples))
+    shape = (parts, len(critical), model.cfg.n_layers, model.cfg.d_mlp)
+    sums, counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(parts, dtype=torch.float64)
     total = len(examples) * (len(critical) + 1)
     done = 0
     with tqdm(total=total, desc=f"neurons · {task.name}", disable=not progress) as bar:
         for batch in sweep.answer_batches(model, task, examples, batch_size, answers=False):
             here = directions[done : done + len(batch.examples)]
+            part = torch.arange(done, done + len(batch.examples)) % parts
             done += len(batch.examples)
-            clean += write_in(model, batch, here, apply_ln=apply_ln).double().sum(0).cpu()
+            counts.index_add_(0, part, torch.ones(len(part), dtype=torch.float64))
+            clean = write_in(model, batch, here, apply_ln=apply_ln).double().cpu()
             for i, head in enumerate(critical):
                 hook = replace_with_other_heads_mean(head.layer, head.index)
-                under[i] += write_in(model, batch, here, [hook], apply_ln).double().sum(0).cpu()
+                fall = clean - write_in(model, batch, here, [hook], apply_ln).double().cpu()
+                sums[:, i].index_add_(0, part, fall)
             bar.update(len(batch.examples) * (len(critical) + 1))
     weights = torch.tensor([head.score for head in critical], dtype=torch.float64)
-    return weights, ((clean - under) / len(examples)).clamp(min=0)
+    return weights, sums, counts

@@ -14,15 +14,28 @@ from torch import Tensor
 from hones_lens.groups import Group, group_name, token_mask
 from hones_lens.hooked_vlm import HookedVLM, ModelInput
 from hones_lens.interventions import Hook
-from hones_lens.lens.reading import layer_names, streams, summed_logits, token_names
+from hones_lens.lens.reading import layer_names, streams, summed_logits, token_logits, token_names
+from hones_lens.statistics import mean_interval
 
 
 class LensToken(NamedTuple):
-    """A token of the vocabulary, and its logit-lens logit, baseline minus intervention."""
+    """A token of the vocabulary, and its logit-lens logit, baseline minus intervention.
+
+    `low` and `high` are the ends of the 95 % bootstrap interval of `delta` over rows or examples; None with
+    fewer than two. Tokens are chosen for a large delta, so the interval says how sure its size is, not that
+    the token was picked with foresight.
+    """
 
     id: int
     token: str
     delta: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def span(self) -> str:
+        """Its ends, e.g. `[+0.12, +0.34]`; empty where there are none."""
+        return "" if self.low is None else f"[{self.low:+.3g}, {self.high:+.3g}]"
 
 
 Tables = tuple[tuple[LensToken, ...], ...]  # by layer
@@ -50,13 +63,13 @@ class LensDifference:
     rises: Tables
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a token: layer, direction (`falls` or `rises`), rank from 1, id, token, delta."""
+        """One row a token: layer, direction (`falls` or `rises`), rank from 1, id, token, delta, ends."""
         return delta_frame(self.layers, self.falls, self.rises)
 
     def __str__(self) -> str:
         head = (
             f"{self.model_name}: logit lens at {self.group!r}, baseline minus intervention "
-            f"(mean over {self.n} rows)"
+            f"(mean over n = {self.n} rows, 95 % intervals)"
         )
         return "\n".join([head, *delta_lines(self.layers, self.falls, self.rises)])
 
@@ -96,13 +109,20 @@ def lens_difference(
     mask = token_mask(inputs, group)
     of_row = mask.nonzero()[:, 0]
     weights = (1 / mask.sum(-1).double() / len(mask))[of_row]
-    clean, changed = (
-        summed_logits(model, streams(model, inputs, mask, given), weights) for given in ([], hooks)
-    )
+    pair = [streams(model, inputs, mask, given) for given in ([], hooks)]
+    clean, changed = (summed_logits(model, stream, weights) for stream in pair)
     deltas = clean - changed
     if not bool(torch.isfinite(deltas).all()):
         raise FloatingPointError("logit-lens logits are not finite")
-    falls, rises = (tuple(largest(model, row, k, sign) for row in deltas) for sign in (1, -1))
+    shares = torch.zeros(len(mask), len(of_row), dtype=torch.float64)
+    shares[of_row.cpu(), torch.arange(len(of_row))] = len(mask) * weights.cpu()
+    falls, rises = (
+        tuple(
+            with_ends(model, largest(model, row, k, sign), before, after, shares)
+            for row, before, after in zip(deltas, *pair, strict=True)
+        )
+        for sign in (1, -1)
+    )
     name = group_name(group)
     return LensDifference(model.cfg.model_name, name, len(inputs), layer_names(model), falls, rises)
 
@@ -117,15 +137,36 @@ def largest(
     return tuple(LensToken(i, name, float(deltas[i])) for i, name in zip(ids, names, strict=True))
 
 
+def with_ends(
+    model: HookedVLM,
+    tokens: Sequence[LensToken],
+    clean: Float[Tensor, "place d_model"],
+    changed: Float[Tensor, "place d_model"],
+    shares: Float[Tensor, "row place"] | None = None,
+) -> tuple[LensToken, ...]:
+    """Tokens of one layer with the ends of their intervals over rows (default: every place is one)."""
+    rows = len(clean) if shares is None else len(shares)
+    if not tokens or rows < 2:
+        return tuple(tokens)
+    ids = [token.id for token in tokens]
+    deltas = token_logits(model, clean, ids) - token_logits(model, changed, ids)
+    deltas = deltas if shares is None else shares @ deltas
+    intervals = [mean_interval(column.numpy()) for column in deltas.T]
+    return tuple(
+        token._replace(low=interval.low, high=interval.high)
+        for token, interval in zip(tokens, intervals, strict=True)
+    )
+
+
 def delta_frame(layers: Sequence[Any], falls: Tables, rises: Tables) -> pd.DataFrame:
-    """One row a token: layer, direction, rank from 1, id, token, delta."""
+    """One row a token: layer, direction, rank from 1, id, token, delta and its ends."""
     rows = [
         {"layer": layer, "direction": direction, "rank": rank, **token._asdict()}
         for i, layer in enumerate(layers)
         for direction, table in (("falls", falls), ("rises", rises))
         for rank, token in enumerate(table[i], start=1)
     ]
-    return pd.DataFrame(rows, columns=["layer", "direction", "rank", "id", "token", "delta"])
+    return pd.DataFrame(rows, columns=["layer", "direction", "rank", *LensToken._fields])
 
 
 def delta_lines(layers: Sequence[Any], falls: Tables, rises: Tables) -> list[str]:
@@ -133,6 +174,6 @@ def delta_lines(layers: Sequence[Any], falls: Tables, rises: Tables) -> list[str
     lines = []
     for layer, *tables in zip(layers, falls, rises, strict=True):
         for name, table in zip(("falls", "rises"), tables, strict=True):
-            said = "  ".join(f"{token.token} {token.delta:+.3g}" for token in table)
+            said = "  ".join(f"{token.token} {token.delta:+.3g} {token.span}".rstrip() for token in table)
             lines.append(f"  layer {layer} {name}: {said or 'nothing'}")
     return lines

@@ -71,6 +71,14 @@ def summed_logits(
     return sums
 
 
+@torch.no_grad()
+def token_logits(
+    model: HookedVLM, stream: Float[Tensor, "place d_model"], ids: Sequence[int]
+) -> Float[Tensor, "place id"]:
+    """Logit-lens logits of some tokens at every place; float64 on the CPU."""
+    return torch.cat([logits[:, list(ids)].double().cpu() for logits in read(model, stream)])
+
+
 def token_names(model: HookedVLM, ids: Sequence[int]) -> list[str]:
     """Tokens as the tokenizer writes them; `[id]` for rows of W_U that no token has."""
     names = model.tokenizer.convert_ids_to_tokens(list(ids))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -16,8 +17,10 @@ from hones_lens.groups import Group, token_mask
 from hones_lens.hooked_vlm import HookedVLM, ModelInput
 from hones_lens.interventions import Hook
 from hones_lens.lens.reading import layer_names, read, streams, token_names
+from hones_lens.results import read_json, write_json
 
 _SHOWN = 3  # places that are printed
+_TENSORS = ("ids", "logits", "probabilities")
 
 
 class Place(NamedTuple):
@@ -88,6 +91,27 @@ class LogitLens:
             for rank, token in enumerate(self.tokens[p][i])
         ]
         return pd.DataFrame(rows)
+
+    def save(self, file: str | Path) -> None:
+        """Write everything to JSON."""
+        tensors = {name: getattr(self, name).tolist() for name in _TENSORS}
+        write_json(file, {"kind": "logit-lens", **vars(self), **tensors})
+
+    @classmethod
+    def load(cls, file: str | Path) -> LogitLens:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: Another kind of file.
+        """
+        data = read_json(file, "logit-lens")
+        return cls(
+            data["model_name"],
+            tuple(Place(*place) for place in data["places"]),
+            tuple(data["layers"]),
+            tokens=tuple(tuple(tuple(layer) for layer in place) for place in data["tokens"]),
+            **{name: torch.tensor(data[name]) for name in _TENSORS},
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.model_name}: logit lens, tokens with their probabilities"]

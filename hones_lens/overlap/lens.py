@@ -18,7 +18,7 @@ from hones_lens.attribution.neurons import NeuronScores
 from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.interventions import Hook, zero_neurons
-from hones_lens.lens.difference import LensToken, delta_frame, delta_lines, largest
+from hones_lens.lens.difference import LensToken, delta_frame, delta_lines, largest, with_ends
 from hones_lens.lens.reading import streams, summed_logits
 from hones_lens.masking import Neurons
 from hones_lens.overlap.groups import check_neurons
@@ -46,7 +46,7 @@ class LensDelta:
     rises: tuple[tuple[LensToken, ...], ...]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a token: layer, direction (`falls` or `rises`), rank from 1, id, token, delta."""
+        """One row a token: layer, direction (`falls` or `rises`), rank from 1, id, token, delta, ends."""
         return delta_frame(range(len(self.falls)), self.falls, self.rises)
 
     def save(self, file: str | Path) -> None:
@@ -68,7 +68,7 @@ class LensDelta:
     def __str__(self) -> str:
         head = (
             f"{self.model_name}, {self.task}: logit lens at the last prompt position, baseline minus masked "
-            f"({self.n_neurons} neurons, mean over {self.n_examples} examples)"
+            f"({self.n_neurons} neurons, mean over n = {self.n_examples} examples, 95 % intervals)"
         )
         return "\n".join([head, *delta_lines(range(len(self.falls)), self.falls, self.rises)])
 
@@ -81,13 +81,13 @@ class LensDelta:
             for layer, (falls, rises) in enumerate(zip(self.falls, self.rises, strict=True))
         ]
         about = f"{self.model_name}, {self.task}: logit lens, baseline minus masked "
-        about += f"({self.n_neurons:,} neurons, mean over n = {self.n_examples:,} examples)"
+        about += f"({self.n_neurons:,} neurons, mean over n = {self.n_examples:,} examples, 95 % intervals)"
         head = "<tr><th>layer</th><th>falls when masked</th><th>rises when masked</th></tr>"
         return f"<table><caption>{escape(about)}</caption>{head}{''.join(rows)}</table>"
 
 
 def _tokens(tokens: Sequence[LensToken]) -> str:
-    said = (f"<code>{escape(token.token)}</code>&nbsp;{token.delta:+.3g}" for token in tokens)
+    said = (f"<code>{escape(token.token)}</code>&nbsp;{token.delta:+.3g} {token.span}" for token in tokens)
     return " ".join(said) or "–"
 
 
@@ -126,27 +126,38 @@ def lens_delta(
     given = neurons.top() if isinstance(neurons, NeuronScores) else neurons
     chosen = check_neurons(given, model.cfg.n_layers, model.cfg.d_mlp, "the list of neurons to mask")
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_vocab, dtype=torch.float64)
+    parts: list[tuple[Tensor, Tensor]] = []  # of every batch, clean and masked, [layer example d_model]
     with tqdm(total=len(examples), desc=f"logit lens · {task.name}", disable=not progress) as bar:
         for batch in sweep.answer_batches(model, task, examples, batch_size, answers=False):
-            total += lens_logits(model, batch) - lens_logits(model, batch, zero_neurons(chosen))
+            pair = last_streams(model, batch), last_streams(model, batch, zero_neurons(chosen))
+            total += summed_logits(model, pair[0]) - summed_logits(model, pair[1])
+            parts.append((pair[0].cpu(), pair[1].cpu()))
             bar.update(len(batch.examples))
     if not bool(torch.isfinite(total).all()):
         raise FloatingPointError(f"logit-lens logits of {task.name} are not finite")
     mean = total / len(examples)
+    clean, masked = (torch.cat(arm, dim=1) for arm in zip(*parts, strict=True))
+
+    def table(sign: int) -> tuple[tuple[LensToken, ...], ...]:
+        device = model.cfg.device
+        return tuple(
+            with_ends(model, largest(model, row, k, sign), here.to(device), there.to(device))
+            for row, here, there in zip(mean, clean, masked, strict=True)
+        )
+
     return LensDelta(
         task=task.name,
         model_name=model.cfg.model_name,
         n_neurons=len(chosen),
         n_examples=len(examples),
-        falls=tuple(largest(model, row, k) for row in mean),
-        rises=tuple(largest(model, row, k, sign=-1) for row in mean),
+        falls=table(1),
+        rises=table(-1),
     )
 
 
 @torch.no_grad()
-def lens_logits(
+def last_streams(
     model: HookedVLM, batch: sweep.Batch, hooks: Sequence[Hook] = ()
-) -> Float[Tensor, "layer d_vocab"]:
-    """Logit-lens logits at the last prompt position, summed over a batch, float64 on the CPU."""
-    last = batch.inputs.token_groups["last"]
-    return summed_logits(model, streams(model, batch.inputs, last, hooks)[1:])
+) -> Float[Tensor, "layer example d_model"]:
+    """The residual stream after every layer at the last prompt position."""
+    return streams(model, batch.inputs, batch.inputs.token_groups["last"], hooks)[1:]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.attribution.held_out import HeldOutHeads
 from hones_lens.masking import MaskingResult
 from hones_lens.overlap import GroupMasking, LensDelta, Overlap
-from hones_lens.statistics import Interval, metric_interval
+from hones_lens.statistics import Interval
 from hones_lens.steering import SideEffects, SteeringTable
-from hones_lens.tasks import load_task
 
 _INTERVALS = "In brackets: 95 % bootstrap intervals over examples."
-_MATCHED = "`matched random`: mean of random sets with as many neurons in each layer, and the worst of them."
+_MATCHED = (
+    "k/N: it costs more than k of N random sets with as many neurons in each layer, drawn anew for each "
+    "method. `matched random`: mean of HONES's such sets, and the worst of them."
+)
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,15 @@ class Reproduction:
             found = results.held_out
             for head in found.heads:
                 row = {"task": name, "head": f"L{head.layer}H{head.head}"}
-                row["score on discovery"] = f"{head.selected_on:.3f}, n = {found.n_selected_on}"
+                score = f"{head.score:.3f}" if head.selected_on is None else _whole(head.selected_on)
+                row["score on discovery"] = f"{score}, n = {found.n_selected_on}"
                 row["stands on discovery"] = "yes" if head.significant else "no"
                 row["drop on the held-out split"] = f"{_whole(head.drop)}, n = {head.drop.n}, {_p(head.p)}"
                 rows.append({**row, "holds there": "yes" if head.holds else "no"})
             if found.random:
                 random = {"task": name, "head": "random heads"}
                 random["drop on the held-out split"] = (
-                    f"{np.mean(found.random):.3f} (largest of {len(found.random)} sets: "
+                    f"{np.mean(found.random):.3f} ({len(found.random)} sets: {min(found.random):.3f} to "
                     f"{max(found.random):.3f}), n = {len(found.example_ids)}"
                 )
                 rows.append({**dict.fromkeys(rows[-1], "–"), **random})
@@ -126,7 +129,8 @@ class Reproduction:
         """Gain of every task (columns) under the scales of every task (rows)."""
         rows: dict[str, dict[str, str]] = {}
         for c in self.side_effects[dataset].cells:
-            rows.setdefault(c.scales_of, {})[c.task] = f"{c.base:.3f} → {c.steered:.3f}, {_signed(c.gain)}"
+            arms = f"{_whole(c.base)} → {_whole(c.steered)}"
+            rows.setdefault(c.scales_of, {})[c.task] = f"{arms}, {_signed(c.gain)}"
         return _by_method(rows, "scales of")
 
     def groups_table(self) -> pd.DataFrame:
@@ -147,7 +151,7 @@ class Reproduction:
         parts.append(
             "Heads were selected on the discovery split. `stands`: at a false discovery rate of "
             f"{rate} over all {n_heads} heads there; `holds`: on the held-out split, over the selected ones. "
-            f"{_INTERVALS} `random heads`: mean drop of random sets of other heads, as many in each layer."
+            f"{_INTERVALS} `random heads`: mean drop of random sets of as many other heads, and their range."
         )
         parts += ["## Neurons that tasks share", f"```\n{self.overlap}\n```"]
         parts += [f"## Masking each group at one size ({self.groups.size} neurons)"]
@@ -167,7 +171,7 @@ class Reproduction:
                 parts.append(f"## Masking {100 * ratio:g} % of the neurons: {unit}")
                 parts.append(_markdown(self.masking_table(ratio, what)))
                 note = f"Held-out examples: {self._n(ns)} {_INTERVALS} p: two-sided paired permutation test."
-                parts.append(f"{note} {_MATCHED} `random`: one more such set.")
+                parts.append(f"{note} {_MATCHED}")
         return parts
 
     def _steering_parts(self) -> list[str]:
@@ -210,9 +214,10 @@ def _by_method(rows: dict[str, dict[str, str]], what: str = "method") -> pd.Data
 
 def _drop(result: MaskingResult, what: str) -> str:
     if what == "log_prob":
-        return _tested(_interval(result.log_prob_interval), result.log_prob_p)
-    scale = 100 / result.baseline if result.baseline else 0.0
-    return _tested(_interval(_scaled(result.metric_interval, scale)), result.metric_p)
+        text = _tested(_interval(result.log_prob_interval), result.log_prob_p)
+    else:
+        text = _tested(_interval(result.relative_interval), result.metric_p)
+    return f"{text}, {result.beats(what)}/{len(result.controls)}" if result.controls else text
 
 
 def _controls(result: MaskingResult, what: str) -> str:
@@ -232,13 +237,8 @@ def _gain(table: SteeringTable, method: str) -> str:
         ends = f"{len(gains)} draws: {min(gains):+.3f} to {max(gains):+.3f}"
         return f"{metric:.3f}, {np.mean(gains):+.3f} ({ends})"
     (row,) = rows
-    if method == "Base":
-        return _whole(metric_interval(load_task(table.task), np.array(row.statistics), seed=table.seed))
-    return _tested(f"{row.metric:.3f}, {_signed(row.gain)}", row.p)
-
-
-def _scaled(interval: Interval, by: float) -> Interval:
-    return replace(interval, value=interval.value * by, low=interval.low * by, high=interval.high * by)
+    metric = _whole(table.metric_of(row))
+    return metric if method == "Base" else _tested(f"{metric}, {_signed(row.gain)}", row.p)
 
 
 def _interval(interval: Interval) -> str:

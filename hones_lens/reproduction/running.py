@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hones_lens import pipeline
-from hones_lens.attribution.heads import HeadScores
-from hones_lens.attribution.held_out import HeldOutHeads, remeasure_heads
 from hones_lens.attribution.neurons import NeuronScores, attribute_neurons
 from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.masking import MaskingResult, load_masking, masking_curve, save_masking
-from hones_lens.overlap import GroupMasking, LensDelta, Overlap, lens_delta, mask_groups, overlap
-from hones_lens.pipeline import DataChoice
+from hones_lens.overlap import GroupMasking, Overlap
+from hones_lens.overlap_run import digest, mask_shared, read_lens, share_neurons
+from hones_lens.pipeline import OTHERS_CONTROLS, DataChoice
 from hones_lens.reproduction.result import Reproduction, TaskResults
 from hones_lens.runs import Run
 from hones_lens.steering import SideEffects, SteeringConfig, SteeringTable, side_effects, transfer_steering
@@ -71,14 +68,15 @@ def reproduce(
         settings = {"controls": n_controls, "ratios": list(ratios), "rankings": list(RANKINGS)}
         run = pipeline.start_run(model, task, data, out / task, tasks=list(tasks), **settings)
         heads = pipeline.find_heads(model, run, task, data)
-        held_out = _heads_again(model, run, task, data, heads)
+        held_out = pipeline.heads_again(model, run, task, data, heads)
+        if held_out is None:
+            raise ValueError(f"no head of {model.cfg.model_name} lowers {heads.metric_name} of {task}")
         neurons[task] = pipeline.find_neurons(model, run, task, data, heads, ratios[-1])
         masking = _mask(model, run, task, data, neurons[task], tasks, ratios, n_controls)
-        lenses[task] = _lens(model, run, task, data, neurons[task])
+        lenses[task] = read_lens(model, run, task, data.test(task), neurons[task], "lens.json")
         tables = _steer(model, run, task, worlds, neurons[task], steering)
         found[task] = TaskResults(heads, held_out, masking, tables)
-    shared = overlap(neurons)
-    groups, effects = _across(model, out / "across", _worlds(first, shifted), shared, found)
+    groups, shared, effects = _across(model, out / "across", _worlds(first, shifted), neurons, found)
     result = Reproduction(model.cfg.model_name, found, shared, groups, lenses, effects)
     (out / "tables.md").write_text(result.to_markdown(), encoding="utf-8")
     return result
@@ -93,19 +91,10 @@ def _sized(data: DataChoice, task: str) -> DataChoice:
 
 def _worlds(data: DataChoice, shifted: str | None) -> dict[str, DataChoice]:
     """The data sets by name, the one that heads and neurons come from first."""
-    worlds = {data.dataset: data}
+    worlds = {_short(data.dataset): data}
     if shifted is not None:
         worlds[shifted] = replace(data, dataset=shifted, data_file=None, image_dir=None)
     return worlds
-
-
-def _heads_again(model: HookedVLM, run: Run, task: str, data: DataChoice, heads: HeadScores) -> HeldOutHeads:
-    """The critical heads on the held-out split, from the folder if they are there."""
-    file = run.path("heads-held-out.json")
-    if not file.exists():
-        journal = run.journal("heads-held-out")
-        remeasure_heads(model, task, data.test(task), heads, journal=journal).save(file)
-    return HeldOutHeads.load(file)
 
 
 def _mask(
@@ -118,7 +107,7 @@ def _mask(
     ratios: Sequence[float],
     n_controls: int,
 ) -> dict[tuple[str, float], MaskingResult]:
-    """HONES's neurons beside matched random sets, and other rankings' neurons, at several sizes."""
+    """HONES's neurons and other rankings', at several sizes, beside matched random sets of their own."""
     file, test = run.path("masking.json"), data.test(task)
     if not file.exists():
         options = {"ratios": ratios, "n_controls": n_controls, "journal": run.journal("masking")}
@@ -129,7 +118,7 @@ def _mask(
         sizes = [neurons.count(ratio) for ratio in ratios]
         sets = [[(c.layer, c.index) for c in ranking.top(k)] for ranking in others for k in sizes]
         journal = run.journal("others")
-        results = masking_curve(model, task, test, sets, n_controls=0, journal=journal)
+        results = masking_curve(model, task, test, sets, n_controls=OTHERS_CONTROLS, journal=journal)
         named = [replace(result, method=name) for name, result in zip(names, results, strict=True)]
         save_masking(file_of_others, named)
     places = [("hones", ratio) for ratio in ratios]
@@ -157,12 +146,12 @@ def _steer(
     options = {"methods": pipeline.steering_methods(None), "config": SteeringConfig(), **steering}
     tables: dict[tuple[str, str], SteeringTable] = {}
     for name, data in worlds.items():
-        folder = run.folder / "steering" / _short(name)
+        folder = run.folder / "steering" / name
         mine = pipeline.start_steering(model, task, data, folder, neurons, options)
         tables[name, name] = pipeline.steer_neurons(model, mine, task, data, neurons, options)
     first, *others = worlds
     for name in others:
-        file = run.folder / "steering" / _short(first) / f"on-{_short(name)}.json"
+        file = run.folder / "steering" / first / f"on-{name}.json"
         if not file.exists():
             test = worlds[name].test(task)
             transfer_steering(model, tables[first, first], test).save(file)
@@ -170,21 +159,13 @@ def _steer(
     return tables
 
 
-def _lens(model: HookedVLM, run: Run, task: str, data: DataChoice, neurons: NeuronScores) -> LensDelta:
-    """Baseline minus masked in the logit lens, from the folder if it is there."""
-    file = run.path("lens.json")
-    if not file.exists():
-        lens_delta(model, task, data.test(task), neurons).save(file)
-    return LensDelta.load(file)
-
-
 def _across(
     model: HookedVLM,
     folder: Path,
     worlds: Mapping[str, DataChoice],
-    shared: Overlap,
+    neurons: Mapping[str, NeuronScores],
     found: Mapping[str, TaskResults],
-) -> tuple[GroupMasking, dict[str, SideEffects]]:
+) -> tuple[GroupMasking, Overlap, dict[str, SideEffects]]:
     """What concerns all tasks at once, in a run folder of its own: groups masked, and side effects."""
     tables = {name: {task: r.steering[name, name] for task, r in found.items()} for name in worlds}
     scales = {
@@ -196,26 +177,23 @@ def _across(
         {
             "model": model.cfg.model_name,
             "tasks": list(found),
-            "neurons": _digest(shared.selected),
-            "examples": _digest([[t.example_ids for t in here.values()] for here in tables.values()]),
-            "scales": _digest([[s.offsets for s in here.values()] for here in scales.values()]),
+            "neurons": digest({task: [list(c) for c in scores.top()] for task, scores in neurons.items()}),
+            "examples": digest([[t.example_ids for t in here.values()] for here in tables.values()]),
+            "scales": digest([[s.offsets for s in here.values()] for here in scales.values()]),
         },
     )
-    shared.save(run.path("overlap.json"))
+    shared = share_neurons(run, neurons)
     held_out = {name: {t: _sized(data, t).test(t) for t in found} for name, data in worlds.items()}
     first = next(iter(worlds))
-    if not run.path("groups.json").exists():
-        journals = {task: run.journal(f"groups-{task}") for task in found}
-        mask_groups(model, held_out[first], shared, journals=journals).save(run.path("groups.json"))
-    effects = {}
+    groups, effects = mask_shared(model, run, held_out[first], shared), {}
     for name in worlds:
         if scales[name]:
-            file = run.path(f"side-effects-on-{_short(name)}.json")
+            file = run.path(f"side-effects-on-{name}.json")
             if not file.exists():
-                journal = run.journal(f"side-effects-on-{_short(name)}")
+                journal = run.journal(f"side-effects-on-{name}")
                 side_effects(model, held_out[name], scales[name], journal=journal).save(file)
             effects[name] = SideEffects.load(file)
-    return GroupMasking.load(run.path("groups.json")), effects
+    return groups, shared, effects
 
 
 def _short(dataset: str) -> str:
@@ -225,7 +203,3 @@ def _short(dataset: str) -> str:
 
 def _learned(table: SteeringTable) -> bool:
     return any(row.method == "HONES" for row in table.rows)
-
-
-def _digest(data: Any) -> str:
-    return hashlib.blake2b(json.dumps(data).encode(), digest_size=12).hexdigest()

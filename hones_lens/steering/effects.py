@@ -14,20 +14,20 @@ from hones_lens import sweep
 from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.results import read_json, write_json
-from hones_lens.statistics import Interval, bootstrap_interval, mean_interval
+from hones_lens.statistics import Interval, bootstrap_interval, mean_interval, metric_interval
 from hones_lens.steering.queries import NEGATIVES, answer_log_probs
 from hones_lens.steering.scales import NeuronScales
 
 
 @dataclass(frozen=True)
 class SideEffect:
-    """One task under the scales of one task: metric and log-probability, and their gains over the base."""
+    """One task under the scales of one task: its metric, and the gains of metric and log-probability."""
 
     scales_of: str
     task: str
     metric_name: str
-    base: float
-    steered: float
+    base: Interval
+    steered: Interval
     gain: Interval
     log_prob_gain: Interval
 
@@ -54,9 +54,11 @@ class SideEffects:
         """One row a cell."""
         rows = []
         for cell in self.cells:
-            row = {name: value for name, value in vars(cell).items() if not isinstance(value, Interval)}
-            for name, interval in (("gain", cell.gain), ("log_prob_gain", cell.log_prob_gain)):
-                row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+            row: dict[str, Any] = {}
+            for name, value in vars(cell).items():
+                ends = isinstance(value, Interval)
+                row[name] = value.value if ends else value
+                row |= {f"{name}_low": value.low, f"{name}_high": value.high} if ends else {}
             rows.append({**row, "n": cell.gain.n})
         return pd.DataFrame(rows)
 
@@ -73,14 +75,14 @@ class SideEffects:
         """
         data = read_json(file, "side effects")
         for cell in data["cells"]:
-            cell |= {name: Interval(**cell[name]) for name in ("gain", "log_prob_gain")}
+            cell |= {name: Interval(**cell[name]) for name in ("base", "steered", "gain", "log_prob_gain")}
         return cls(data["model_name"], tuple(SideEffect(**cell) for cell in data["cells"]))
 
     def __str__(self) -> str:
         lines = [f"{self.model_name}: what scales of one task do to every task"]
         lines += [
-            f"  {c.task:<10} under the scales of {c.scales_of:<10} {c.metric_name} {c.base:.3f} → "
-            f"{c.steered:.3f}, gain {c.gain}"
+            f"  {c.task:<10} under the scales of {c.scales_of:<10} {c.metric_name} {c.base.value:.3f} "
+            f"{c.base.span} → {c.steered.value:.3f} {c.steered.span}, gain {c.gain}"
             for c in self.cells
         ]
         return "\n".join(lines)
@@ -140,8 +142,8 @@ def side_effects(
                 scales_of=scales_of,
                 task=name,
                 metric_name=task.metric_name,
-                base=base.metric(task),
-                steered=outcome.metric(task),
+                base=metric_interval(task, statistics[1], seed=seed),
+                steered=metric_interval(task, statistics[0], seed=seed),
                 gain=bootstrap_interval(task, *statistics, seed=seed),
                 log_prob_gain=mean_interval(log_probs - likely[0], seed=seed),
             )

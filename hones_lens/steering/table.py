@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from hones_lens.results import read_json, write_json
-from hones_lens.statistics import Interval, bootstrap_interval, permutation_p
+from hones_lens.statistics import Interval, bootstrap_interval, metric_interval, permutation_p
 from hones_lens.steering.scales import NeuronScales
 from hones_lens.tasks import load_task
 
@@ -98,6 +98,10 @@ class SteeringTable:
             raise ValueError(f"{method} scales nothing")
         return scales
 
+    def metric_of(self, row: SteeringRow) -> Interval:
+        """A row's metric with its interval."""
+        return metric_interval(load_task(self.task), np.array(row.statistics), seed=self.seed)
+
     def difference(self, a: str, b: str, draw_a: int = 0, draw_b: int = 0) -> tuple[Interval, float]:
         """Metric of one method minus another's, with its interval, and the permutation p-value.
 
@@ -115,6 +119,8 @@ class SteeringTable:
         for row in self.rows:
             gain, likely = row.gain, row.log_prob_gain
             values = {"method": row.method, "draw": row.draw, "metric": row.metric}
+            whole = self.metric_of(row)
+            values |= {"metric_low": whole.low, "metric_high": whole.high}
             values |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "p": row.p}
             values |= {"log_prob": row.log_prob, "log_prob_gain": likely.value}
             values |= {"log_prob_low": likely.low, "log_prob_high": likely.high}
@@ -140,15 +146,17 @@ class SteeringTable:
     def __str__(self) -> str:
         lines = [
             f"{self.model_name}, {self.task}: {self.n_neurons} neurons by {self.neuron_method}, learned on "
-            f"{self.n_learned}, chosen on {self.n_chosen}, reported on {len(self.example_ids)} examples",
-            f"  {'method':<17} {self.metric_name:>9}  {'gain':<24} {'p':>6}  "
+            f"{self.n_learned}, chosen on {self.n_chosen}, reported on n = {len(self.example_ids)} examples "
+            "(95 % intervals)",
+            f"  {'method':<17} {self.metric_name:<20}  {'gain':<24} {'p':>6}  "
             f"{'log-probability gain':<24} {'max |a|':>8}  chosen on dev",
         ]
         draws = [row for row in self.rows if row.method == "RandNeuron"]
         for row in self.rows:
             name = f"RandNeuron {row.draw + 1}" if row in draws else row.method
+            metric = f"{row.metric:.3f} {self.metric_of(row).span}"
             lines.append(
-                f"  {name:<17} {row.metric:>9.3f}  {_short(row.gain):<24} {row.p:>6.3f}  "
+                f"  {name:<17} {metric:<20}  {_short(row.gain):<24} {row.p:>6.3f}  "
                 f"{_short(row.log_prob_gain):<24} {row.max_abs:>8.3g}  {row.settings}"
             )
         if len(draws) > 1:

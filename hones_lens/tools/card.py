@@ -15,6 +15,7 @@ from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.loading import load_model
 from hones_lens.results import ranked, round_floats, write_json
 from hones_lens.runs import weights_hash
+from hones_lens.statistics import Interval
 from hones_lens.tasks import TASKS, load_task
 from hones_lens.tools.train_tiny import Recipe
 
@@ -100,16 +101,19 @@ There the loss also had a price on what neurons write.{shapes}
 """
 
 
+def _ends(interval: Interval | None) -> str:
+    return f"{interval.low:.3f}–{interval.high:.3f}" if interval else "–"
+
+
 def _metrics(found: Sequence[tuple[str, Evaluation]]) -> str:
     rows = [
-        f"| {data} | {e.task} | {e.metric_name} | {i.value:.3f} | {i.low:.3f}–{i.high:.3f} | {i.n} |"
+        f"| {data} | {e.task} | {e.metric_name} | {e.metric:.3f} | {_ends(e.interval)} | {e.interval.n} |"
         for data, e in found
-        for i in [e.interval]
     ]
     kinds = [
-        f"| {data} | {e.task}: {kind} | {value:.3f} | {n} |"
+        f"| {data} | {e.task}: {kind} | {k.value:.3f} | {_ends(k.interval)} | {k.n} |"
         for data, e in found
-        for kind, (value, n) in e.kinds.items()
+        for kind, k in e.kinds.items()
     ]
     return "\n".join(
         [
@@ -122,8 +126,8 @@ def _metrics(found: Sequence[tuple[str, Evaluation]]) -> str:
             "| --- | --- | --- | --- | --- | --- |",
             *rows,
             "",
-            "| data | kind | metric | n |",
-            "| --- | --- | --- | --- |",
+            "| data | kind | metric | interval | n |",
+            "| --- | --- | --- | --- | --- |",
             *kinds,
             "",
         ]

@@ -10,9 +10,8 @@ from hones_lens.attribution.held_out import HeldOutHeads
 from hones_lens.lens.difference import LensToken
 from hones_lens.masking import MaskingResult
 from hones_lens.overlap import GroupMasking, LensDelta, Overlap
-from hones_lens.statistics import Interval, metric_interval
+from hones_lens.statistics import Interval
 from hones_lens.steering import SideEffects, SteeringRow, SteeringTable
-from hones_lens.tasks import load_task
 from hones_lens.viz.overlap_plots import chance_sizes
 from hones_lens.viz.tables import Cell, Strong, Table, Tokens
 from hones_lens.viz.words import level, measured, number, span
@@ -27,21 +26,32 @@ def gain(interval: Interval) -> str:
 
 def held_out_heads(found: HeldOutHeads) -> Table:
     """The critical heads on examples that did not select them; those that hold stand out."""
-    columns = ("head", f"drop of {found.metric_name}", "interval", "p", "stands where selected", "holds")
+    columns = (
+        "head",
+        f"drop of {found.metric_name}",
+        "interval",
+        "p",
+        "holds",
+        "where selected",
+        "stands there",
+    )
     rows: list[tuple[Cell, ...]] = []
     for head in found.heads:
         drop = number(head.drop.value)
         cell = Strong(drop) if head.holds else drop
-        stands, holds = ("yes" if verdict else "no" for verdict in (head.significant, head.holds))
-        rows.append((f"L{head.layer}H{head.head}", cell, span(head.drop), _p(head.p), stands, holds))
+        stands = "–" if head.significant is None else "yes" if head.significant else "no"
+        score = f"{number(head.score)} {span(head.selected_on) if head.selected_on else ''}".rstrip()
+        row = (f"L{head.layer}H{head.head}", cell, span(head.drop), _p(head.p), "yes" if head.holds else "no")
+        rows.append((*row, score, stands))
     base, rate = found.baseline, f"{100 * found.q:g} %"
     note = f"Selected on {found.n_selected_on:,} examples, measured again on n = {base.n:,} others, where "
     note += f"{found.metric_name} is {number(base.value)} {span(base)}; {level(base)} bootstrap intervals, "
     note += f"paired permutation tests. Stands, holds: at a false discovery rate of {rate}, over all heads "
     note += "there, over the selected ones here."
     if found.random:
-        note += f" Mean drop {number(found.mean_drop)}; of {len(found.random)} random sets of other heads "
-        note += f"{number(float(np.mean(found.random)))}, largest {number(max(found.random))}."
+        note += f" Mean drop {number(found.mean_drop.value)} {span(found.mean_drop)}; of {len(found.random)} "
+        note += f"random sets of other heads {number(float(np.mean(found.random)))} on average, "
+        note += f"{number(min(found.random))} to {number(max(found.random))}."
     return Table("Critical heads on held-out examples", columns, tuple(rows), note)
 
 
@@ -56,11 +66,9 @@ def steering(table: SteeringTable, title: str, said: str = "") -> Table:
     columns = ("method", table.metric_name, "gain", "interval", "p", "log-probability gain (nats)")
     columns += ("interval", "max |a|", "chosen on dev")
     rows = tuple(_steering_row(table, row) for row in table.rows)
-    base = table.row("Base")
-    whole = metric_interval(load_task(table.task), np.array(base.statistics), seed=table.seed)
+    whole = table.row("Base").gain
     note = f"{said} {table.n_neurons:,} neurons, learned on {table.n_learned:,} and chosen on "
     note += f"{table.n_chosen:,} examples; n = {whole.n:,} held-out examples. "
-    note += f"Base: {number(whole.value)} {span(whole)}. "
     note += f"{level(whole)} bootstrap intervals, paired permutation tests. Bold: the interval lies above 0."
     return Table(title, columns, rows, note.strip())
 
@@ -68,10 +76,10 @@ def steering(table: SteeringTable, title: str, said: str = "") -> Table:
 def _steering_row(table: SteeringTable, row: SteeringRow) -> tuple[Cell, ...]:
     name = f"RandNeuron {row.draw + 1}" if row.method == "RandNeuron" else row.method
     if row.method == "Base":
-        return (name, number(row.metric), *("–",) * 7)
+        return (name, _metric(table, row), *("–",) * 7)
     return (
         name,
-        number(row.metric),
+        _metric(table, row),
         _clear(row.gain),
         span(row.gain),
         _p(row.p),
@@ -80,6 +88,11 @@ def _steering_row(table: SteeringTable, row: SteeringRow) -> tuple[Cell, ...]:
         f"{row.max_abs:.3g}",
         row.settings or "–",
     )
+
+
+def _metric(table: SteeringTable, row: SteeringRow) -> str:
+    interval = table.metric_of(row)
+    return f"{number(row.metric)} {span(interval)}"
 
 
 def _clear(interval: Interval) -> Cell:
@@ -136,7 +149,8 @@ def group_masking(groups: GroupMasking) -> Table:
 
 
 def _group_row(result: MaskingResult) -> tuple[Cell, ...]:
-    cells: list[Cell] = [result.task, result.method, number(result.baseline)]
+    before = f"{number(result.baseline)} {span(result.baseline_interval)}"
+    cells: list[Cell] = [result.task, result.method, before]
     for measure in ("metric", "log_prob"):
         m = measured(result, measure)
         cells += [Strong(number(m.drop)) if m.clear else number(m.drop), span(m.interval)]
@@ -153,8 +167,10 @@ def side_effects(effects: SideEffects, title: str) -> Table:
         cells = [effects.cell(owner, task) for task in tasks]
         rows.append((owner, *(Strong(gain(c.gain)) if c.gain.low > 0 else gain(c.gain) for c in cells)))
     firsts = [effects.cell(owners[0], task) for task in tasks]
-    bases = "; ".join(f"{c.task} {c.metric_name} {number(c.base)} (n = {c.gain.n:,})" for c in firsts)
-    note = f"Without scales: {bases}. {level(firsts[0].gain)} bootstrap intervals of the gain."
+    bases = "; ".join(
+        f"{c.task} {c.metric_name} {number(c.base.value)} {span(c.base)} (n = {c.base.n:,})" for c in firsts
+    )
+    note = f"Without scales: {bases}. {level(firsts[0].gain)} bootstrap intervals."
     return Table(title, ("scales of", *tasks), tuple(rows), f"{note} Bold: the interval lies above 0.")
 
 
@@ -165,11 +181,13 @@ def lens(delta: LensDelta) -> Table:
         for layer, (falls, rises) in enumerate(zip(delta.falls, delta.rises, strict=True))
     )
     note = "Logit lens at the last prompt position, baseline minus masked: "
-    note += f"{delta.n_neurons:,} neurons, mean over n = {delta.n_examples:,} examples. Empty below "
-    note += "the first of them."
+    note += f"{delta.n_neurons:,} neurons, mean over n = {delta.n_examples:,} examples, 95 % intervals. "
+    note += "Empty below the first of them."
     columns = ("layer", "falls when masked", "rises when masked")
     return Table("What the neurons make the model want to say", columns, rows, note)
 
 
 def _tokens(tokens: Sequence[LensToken]) -> Tokens:
-    return Tokens(tuple(f"{t.token} {number(t.delta, 2, sign=True)}" for t in tokens[:_MOST_TOKENS]))
+    return Tokens(
+        tuple(f"{t.token} {number(t.delta, 2, sign=True)} {t.span}".rstrip() for t in tokens[:_MOST_TOKENS])
+    )

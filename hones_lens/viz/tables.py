@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.attribution.neurons import NeuronScores
 from hones_lens.masking import MaskingResult
 from hones_lens.statistics import Interval
@@ -61,22 +61,26 @@ class Table:
 
 
 def top_heads(heads: HeadScores) -> Table:
-    """The critical heads: score, standard error, and how many examples lost."""
-    columns = ("head", f"drop of {heads.metric_name}", "standard error", "examples that lose", "that gain")
+    """The critical heads: score with its interval, whether it stands, and how many examples lost."""
+    columns = ("head", f"drop of {heads.metric_name}", "interval", "stands", "examples lose", "gain")
     top, n = heads.top(), heads.drops.shape[-1]
-    frame = heads.to_dataframe().set_index(["layer", "head"])
     rows = []
     for layer, head, score in top[:_MOST_ROWS]:
         drops = heads.drops[layer, head]
-        error = float(frame.at[(layer, head), "standard_error"])
+        interval, found = heads.interval(layer, head), heads.discoveries
+        ends = "–" if interval is None else span(interval)
+        stands = "–" if found is None else "yes" if (layer, head) in found else "no"
         lose, gain, seen = int((drops > 0).sum()), int((drops < 0).sum()), int(heads.counts[layer, head])
         bar = Bar(number(score), 100 * score / top[0].score)
-        rows.append((f"L{layer}H{head}", bar, number(error), f"{lose:,} of {seen:,}", f"{gain:,}"))
-    note = f"Base {heads.metric_name} {number(heads.baseline)}, n = {n:,}."
+        rows.append((f"L{layer}H{head}", bar, ends, stands, f"{lose:,} of {seen:,}", f"{gain:,}"))
+    base = heads.baseline_interval
+    note = f"Base {heads.metric_name} {number(heads.baseline)}{f' {span(base)}' if base else ''}, n = {n:,}; "
+    note += "95 % bootstrap intervals, on the examples that select the heads. Stands: at a false discovery "
+    note += f"rate of 5 % over all {heads.scores.numel():,} heads."
     if heads.traded:
         note += f" Not exact: {heads.traded}."
     if bool(((heads.mean_drops - heads.scores).abs() > 1e-6).any()):
-        note += f" Drops are of {heads.metric_name} over all examples, errors of the score of each."
+        note += f" Drops are of {heads.metric_name} over all examples, verdicts of the score of each."
     if not top:
         note += " No head lowers the metric when it is changed."
     return Table("Critical heads", columns, tuple(rows), note + _rest(len(top)))
@@ -93,11 +97,24 @@ def top_neurons(neurons: NeuronScores, promoted: Mapping[tuple[int, int], Sequen
     rows = []
     for c in top[:_MOST_ROWS]:
         share = max(0.0, 100 * c.score / top[0].score) if top[0].score > 0 else 0.0
-        row: tuple[Cell, ...] = (f"L{c.layer}N{c.index}", Bar(f"{c.score:#.4g}".replace("-", "−"), share))
+        row: tuple[Cell, ...] = (f"L{c.layer}N{c.index}", Bar(_digits(c.score), share))
+        if neurons.errors is not None:
+            row += (_digits_span(neurons.interval(c.layer, c.index)),)
         rows.append((*row, Tokens(tuple(promoted.get((c.layer, c.index), ())))) if told else row)
-    columns = ("neuron", "score", *(("promotes",) if told else ()))
+    columns = ("neuron", "score", *(("interval",) if neurons.errors is not None else ()))
+    columns += ("promotes",) if told else ()
     note = f"Scored by {neurons.method} on n = {neurons.n_examples:,} examples. L1N25: neuron 25 of layer 1."
+    if neurons.errors is not None:
+        note += " Intervals: 95 %, jackknife over examples."
     return Table("Top neurons", columns, tuple(rows), note + _rest(len(top)))
+
+
+def _digits(value: float) -> str:
+    return f"{value:#.4g}".replace("-", "−")
+
+
+def _digits_span(interval: Interval | None) -> str:
+    return "–" if interval is None else f"[{_digits(interval.low)}, {_digits(interval.high)}]"
 
 
 def masking(results: Sequence[MaskingResult], measure: str) -> Table:
@@ -109,7 +126,7 @@ def masking(results: Sequence[MaskingResult], measure: str) -> Table:
     if m.unit:
         columns = tuple(c for c in columns if c != "relative")
         rows = tuple((*row[:7], *row[8:]) for row in rows)
-    note = f"{level(m.interval)} bootstrap interval of the drop, n = {m.interval.n:,}"
+    note = f"{level(m.interval)} bootstrap intervals, n = {m.interval.n:,}"
     note += "; p: paired permutation test" if m.p is not None else ""
     note += f"; {len(m.controls)} random sets." if m.controls else "; no random sets were run."
     if any(m.clear for m in (measured(r, measure) for r in results)):
@@ -123,12 +140,12 @@ def _masking_row(result: MaskingResult, m: Measured) -> tuple[Cell, ...]:
     return (
         f"{result.n_neurons:,}",
         percent(result.ratio),
-        number(m.baseline),
-        number(m.masked),
+        f"{number(m.baseline)} {span(m.before)}",
+        f"{number(m.masked)} {span(m.after)}",
         Strong(drop) if m.clear else drop,
         span(m.interval),
         "–" if m.p is None else f"{m.p:.2g}",
-        f"{number(result.relative_drop, 1)} %",
+        f"{number(result.relative_drop, 1)} % {span(result.relative_interval, 1)}",
         number(m.baseline - m.random_mean),
         number(m.baseline - m.random_worst),
         f"{m.beaten} of {len(m.controls)}" if m.controls else "–",
@@ -141,15 +158,23 @@ def kinds(results: Sequence[MaskingResult]) -> Table:
     columns = ("kind", "n", "before", *(f"drop at {percent(r.ratio)}" for r in ordered))
     rows = []
     for kind, first in ordered[0].kinds.items():
-        cells: list[Cell] = [kind or "all", f"{first.n:,}", number(first.baseline)]
+        before = f"{number(first.baseline)} {_ends(first.baseline_interval)}".rstrip()
+        cells: list[Cell] = [kind or "all", f"{first.n:,}", before]
         for result in ordered:
             found = result.kinds[kind]
-            beaten = f" ({result.beats('metric', kind)}/{len(result.controls)})" if result.controls else ""
-            text = number(found.baseline - found.masked) + beaten
+            text = f"{number(found.baseline - found.masked)} {_ends(found.interval)}".rstrip()
+            if result.controls:
+                text += f" ({result.beats('metric', kind)}/{len(result.controls)})"
             cells.append(Strong(text) if kind_clear(result, kind) else text)
         rows.append(tuple(cells))
-    note = f"Of {ordered[0].metric_name}. In brackets: how many random sets lose less; bold: all of them."
-    return Table("Drop by kind of question", columns, tuple(rows), note if ordered[0].controls else "")
+    note = f"Of {ordered[0].metric_name}, with {level(ordered[0].metric_interval)} bootstrap intervals."
+    if ordered[0].controls:
+        note += " In brackets: how many random sets lose less; bold: all of them."
+    return Table("Drop by kind of question", columns, tuple(rows), note)
+
+
+def _ends(interval: Interval | None) -> str:
+    return span(interval) if interval else ""
 
 
 def rankings(results: Mapping[str, MaskingResult]) -> Table:

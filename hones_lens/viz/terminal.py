@@ -52,15 +52,27 @@ def _print_heads(console: Console, run: RunView) -> None:
     if run.heads is None:
         return
     top, n = run.heads.top(), run.heads.drops.shape[-1]
-    frame = run.heads.to_dataframe().set_index(["layer", "head"])
-    table = _table("head", f"drop of {run.heads.metric_name}", "standard error")
+    found = run.heads.discoveries
+    again = {(h.layer, h.head): h for h in run.held_out.heads} if run.held_out else {}
+    table = _table("head", f"drop of {run.heads.metric_name}", "interval", "stands", "held out", "holds")
     for layer, head, score in top[:_MOST_HEADS]:
-        error = float(frame.at[(layer, head), "standard_error"])
-        table.add_row(f"L{layer}H{head}", number(score), number(error))
+        interval, other = run.heads.interval(layer, head), again.get((layer, head))
+        table.add_row(
+            f"L{layer}H{head}",
+            number(score),
+            Text("–" if interval is None else span(interval)),
+            "–" if found is None else "yes" if (layer, head) in found else "no",
+            Text("–" if other is None else f"{number(other.drop.value)} {span(other.drop)}"),
+            "–" if other is None else "yes" if other.holds else "no",
+        )
     if len(top) > _MOST_HEADS:
         table.add_row(f"… {len(top) - _MOST_HEADS} more")
     title = "Critical heads" if top else "No head lowers the metric when it is changed"
-    note = f"{run.heads.metric_name} {number(run.heads.baseline)} with all heads, n = {n:,}"
+    base = run.heads.baseline_interval
+    note = f"{run.heads.metric_name} {number(run.heads.baseline)}{f' {span(base)}' if base else ''} with all "
+    note += f"heads, n = {n:,}; 95 % intervals; stands: FDR 5 % over all heads"
+    if run.held_out is not None:
+        note += f"; held out: measured again on n = {len(run.held_out.example_ids):,}, holds: FDR 5 %"
     if run.heads.traded:
         note += f"; not exact: {run.heads.traded}"
     if run.heads.near_ties:
@@ -86,19 +98,19 @@ def _print_masking(console: Console, run: RunView, measure: str) -> None:
     """One row a share of neurons."""
     results = sorted(run.masking, key=lambda r: r.ratio)
     first = measured(results[0], measure)
-    table = _table("masked", "before → after", "drop", "interval", "random", "beats")
+    table = _table("masked", "after", "drop", "random", "beats")
     for result in results:
         m = measured(result, measure)
         table.add_row(
             f"{result.n_neurons:,} ({percent(result.ratio)})",
-            f"{number(m.baseline)} → {number(m.masked)}",
-            number(m.drop),
-            Text(span(m.interval)),
+            Text(f"{number(m.masked)} {span(m.after)}"),
+            Text(f"{number(m.drop)} {span(m.interval)}"),
             number(m.random_mean),
             f"{m.beaten}/{len(m.controls)}" if m.controls else "–",
         )
     title = f"{first.name[0].upper()}{first.name[1:]} with neurons masked"
-    note = f"{level(first.interval)} interval of the drop, n = {first.interval.n:,}"
+    note = f"before: {number(first.baseline)} {span(first.before)}; {level(first.interval)} intervals, "
+    note += f"n = {first.interval.n:,}"
     if first.controls:
         note += f"; random: mean of {len(first.controls)} sets"
     _print(console, title, table, note)

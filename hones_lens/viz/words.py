@@ -25,7 +25,7 @@ class Measured:
         short: The same for headings.
         unit: ` nats` for log-probabilities, else empty.
         baseline, masked: Without and with the selected neurons masked.
-        interval: Of the drop.
+        interval, before, after: Of the drop, and of both arms.
         controls: The measure under each random set.
         beaten: How many random sets lose strictly less than the selected neurons.
         p: Of no drop; None where it was not tested.
@@ -37,6 +37,8 @@ class Measured:
     baseline: float
     masked: float
     interval: Interval
+    before: Interval
+    after: Interval
     controls: tuple[float, ...]
     beaten: int
     p: float | None = None
@@ -76,10 +78,12 @@ def measured(result: MaskingResult, measure: str = "metric") -> Measured:
     if measure == "metric":
         values, beaten = tuple(c.metric for c in result.controls), result.beats("metric")
         arms = (result.baseline, result.masked, result.metric_interval)
+        arms += (result.baseline_interval, result.masked_interval)
         return Measured(result.metric_name, result.metric_name, "", *arms, values, beaten, result.metric_p)
     if measure == "log_prob":
         values, beaten = tuple(c.log_prob for c in result.controls), result.beats("log_prob")
         arms = (result.baseline_log_prob, result.masked_log_prob, result.log_prob_interval)
+        arms += (result.baseline_log_prob_interval, result.masked_log_prob_interval)
         name = "log-probability"
         what = f"{name} of the right answer"
         return Measured(what, name, " nats", *arms, values, beaten, result.log_prob_p)

@@ -25,9 +25,11 @@ from attribution.build import (
 from tiny import make_config, make_pair
 
 from hones_lens.attribution.gradients import first_order_falls
-from hones_lens.attribution.heads import HeadScores, localize_heads, significant_heads
+from hones_lens.attribution.head_scores import HeadScores, significant_heads
+from hones_lens.attribution.heads import localize_heads
 from hones_lens.racing import Racing
 from hones_lens.results import Component, ranked
+from hones_lens.statistics import Interval, bootstrap_interval, mean_interval
 from hones_lens.tasks import load_task
 
 
@@ -219,3 +221,67 @@ def test_significant_heads_are_the_planted_ones() -> None:
     heads.drops[1, 2, 5] = torch.nan
     with pytest.raises(ValueError, match="1 heads, the first L1H2, were not measured on every example"):
         significant_heads(heads)
+
+
+@pytest.mark.parametrize("name", ["vqa", "caption"])
+def test_intervals_are_bootstrapped_from_each_example_once_more(name: str) -> None:
+    """The metric of resampled examples, worked out anew from what the models said under the head's change."""
+    hf_model, model = pair("llava")
+    task, examples = load_task(name), list(examples_of(name, 5))
+    found = localize_heads(model, name, examples, progress=False)
+    said = [hf_prediction(hf_model, model, e, task) for e in examples]
+    base = np.array([task.statistics(p, e) for p, e in zip(said, examples, strict=True)])
+    whole = found.baseline_interval
+    assert whole is not None and (whole.value, whole.n) == (pytest.approx(found.baseline), 5)
+    changed = 0
+    for layer, head in [(0, 0), (1, 2)]:
+        with hf_input_hook(hf_layers(hf_model)[layer].self_attn.o_proj, other_heads_mean(head)):
+            under = [hf_prediction(hf_model, model, e, task) for e in examples]
+        other = np.array([task.statistics(p, e) for p, e in zip(under, examples, strict=True)])
+        expected = bootstrap_interval(task, base, other)
+        interval = found.interval(layer, head)
+        assert interval is not None and interval.n == 5
+        assert [interval.value, interval.low, interval.high] == pytest.approx(
+            [expected.value, expected.low, expected.high]
+        )
+        changed += interval.low != interval.high
+    assert changed, "no head changes anything: the comparison would be empty"
+
+
+def test_intervals_of_a_race_are_over_the_examples_that_were_measured() -> None:
+    examples = [replace(e, id=f"{e.id} {i}") for i in range(8) for e in examples_of("ocr", 4)]
+    racing = Racing(delta=0.1, epsilon=0.2, round_size=8, seed=3)
+    found = localize_heads(pair()[1], "ocr", examples, 2, racing=racing, progress=False)
+    assert (found.counts < len(examples)).any(), "no head left early"
+    assert found.discoveries is None
+    for layer, head in np.ndindex(*found.scores.shape):
+        seen = found.drops[layer, head]
+        seen = seen[~seen.isnan()].numpy()
+        interval, expected = found.interval(layer, head), mean_interval(seen)
+        assert interval == replace(expected, value=found.scores[layer, head].item())
+
+
+def test_what_a_localization_says_of_its_heads(tmp_path) -> None:
+    drops = np.random.default_rng(0).normal(0.0, 0.1, size=(3, 4, 60))
+    drops[0, 1] += 1.0
+    scores = torch.from_numpy(drops.mean(-1))
+    ends = torch.stack([scores - 0.25, scores + 0.25], -1)
+    baseline = Interval(0.5, 0.4, 0.6, 0.95, 60)
+    many = {"drops": torch.from_numpy(drops), "example_ids": tuple(map(str, range(60)))}
+    heads = replace(_scores(scores), **many, score_ends=ends, baseline_interval=baseline)
+    assert heads.discoveries == {(0, 1)}
+    lines = str(heads).split("\n")
+    assert "accuracy 0.500 [0.400, 0.600] (95 %, n = 60)" in lines[0]
+    assert lines[2].startswith(f"  L0H1   {scores[0, 1]:.3f} [{scores[0, 1] - 0.25:.3f}, ")
+    assert lines[2].endswith("(95 %, n = 60), stands (FDR 5 % over 12 heads)")
+    assert all("does not stand (FDR 5 % over 12 heads)" in line for line in lines[3:5])
+    frame = heads.to_dataframe().set_index(["layer", "head"])
+    assert frame.at[(0, 1), "low"] == ends[0, 1, 0] and frame.at[(0, 1), "high"] == ends[0, 1, 1]
+    assert frame["stands"].sum() == 1 and frame.at[(0, 1), "stands"]
+    heads.save(tmp_path / "heads.json")
+    again = HeadScores.load(tmp_path / "heads.json")
+    assert again.baseline_interval == baseline and torch.equal(again.score_ends, ends)
+    assert str(again) == str(heads)
+    bare = replace(heads, score_ends=None, baseline_interval=None)
+    assert bare.interval(0, 1) is None and bare.to_dataframe()["low"].isna().all()
+    assert f"{scores[0, 1]:+.4f}" in str(bare)

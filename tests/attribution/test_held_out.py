@@ -10,7 +10,8 @@ import pytest
 import torch
 from attribution.build import N_HEADS, N_LAYERS, examples_of, pair
 
-from hones_lens.attribution.heads import HeadScores, localize_heads, significant_heads
+from hones_lens.attribution.head_scores import HeadScores, significant_heads
+from hones_lens.attribution.heads import localize_heads
 from hones_lens.attribution.held_out import HeldOutHeads, random_head_sets, remeasure_heads
 from hones_lens.statistics import benjamini_hochberg
 
@@ -36,8 +37,11 @@ def test_drops_are_those_of_a_localization_on_the_held_out_examples(name: str, f
     assert there.scores.any(), "no head matters: the comparison would be empty"
     for head, c in zip(found.heads, heads.top(), strict=True):
         assert head.drop.value == pytest.approx(float(there.scores[head.layer, head.head]), abs=1e-12)
-        assert head.selected_on == c.score and head.drop.n == 3
+        assert head.score == c.score and head.drop.n == 3
+        assert head.selected_on == heads.interval(c.layer, c.index)
         assert head.drop.low <= head.drop.value <= head.drop.high
+    mean = np.mean([head.drop.value for head in found.heads])
+    assert found.mean_drop.value == pytest.approx(mean) and f"mean drop {found.mean_drop}" in str(found)
     assert found.baseline.value == pytest.approx(there.baseline) and found.n_selected_on == 3
     selected = [(h.layer, h.head) for h in found.heads]
     for mean, some in zip(found.random, random_head_sets(selected, N_LAYERS, N_HEADS, 5), strict=True):
@@ -52,6 +56,7 @@ def test_verdicts_come_from_both_sides() -> None:
     drops[1, 2] = 1.0
     ids = tuple(f"d{i}" for i in range(40))
     sure = replace(localized(), scores=every, drops=drops, example_ids=ids, top_k=N_LAYERS * N_HEADS)
+    assert sure.discoveries == {(1, 2)}
     found = remeasure_heads(model, "vqa", parts("vqa")[1], sure, progress=False)
     assert [(c.layer, c.index) for c in significant_heads(sure)] == [(1, 2)]
     assert [h.significant for h in found.heads] == [(h.layer, h.head) == (1, 2) for h in found.heads]
@@ -70,8 +75,19 @@ def test_random_sets_are_matched_and_not_selected() -> None:
     for some in sets:
         assert [layer for layer, _ in some] == [0, 0, 2] and len(set(some)) == 3
         assert not set(some) & set(selected)
+
+
+def test_random_sets_differ_where_a_layer_has_few_heads_left() -> None:
+    """Of a layer's three others one is drawn, the rest from everywhere; sizes stay those of the selection."""
+    selected = [(0, head) for head in range(5)]
+    sets = random_head_sets(selected, 4, 8, 5)
+    assert len({tuple(some) for some in sets}) == 5
+    for some in sets:
+        assert len(set(some)) == 5 and not set(some) & set(selected)
+        assert sum(layer == 0 for layer, _ in some) >= 1
     few = random_head_sets([(0, 0), (0, 1), (0, 2), (1, 0)], 2, 4, 3)
-    assert all(some[0] == (0, 3) and len(some) == 2 for some in few), "all that the layer has left"
+    assert all(len(set(some)) == 4 for some in few)
+    assert random_head_sets([(0, 0)], 1, 2, 3) == [[(0, 1)]] * 3, "all that is left"
     assert random_head_sets([(0, 0), (0, 1)], 1, 2, 3) == []
 
 
@@ -91,6 +107,32 @@ def test_saves_loads_prints_and_goes_on(tmp_path) -> None:
     assert "selected on 3 examples, measured again on 3 others" in said and f"{found.baseline}" in said
 
 
+def test_heads_of_a_race_are_measured_again_without_a_verdict_on_all_heads() -> None:
+    model, heads = pair()[1], localized()
+    drops = heads.drops.clone()
+    drops[0, 0, 0] = torch.nan
+    raced = replace(heads, drops=drops, traded="heads raced")
+    assert raced.discoveries is None
+    found = remeasure_heads(model, "vqa", parts("vqa")[1], raced, progress=False)
+    exact = remeasure_heads(model, "vqa", parts("vqa")[1], heads, progress=False)
+    assert {h.significant for h in found.heads} == {None}
+    assert [h.drop for h in found.heads] == [h.drop for h in exact.heads]
+
+
+def test_heads_are_replaced_where_they_were_when_they_were_selected() -> None:
+    model = pair()[1]
+    discovery, test = parts("ocr")
+    last = localize_heads(model, "ocr", discovery, top_k=5, positions="last", progress=False)
+    there = localize_heads(model, "ocr", test, positions="last", progress=False)
+    everywhere = localize_heads(model, "ocr", test, progress=False)
+    assert not torch.equal(there.scores, everywhere.scores), "the two interventions must differ here"
+    every = replace(last, scores=torch.ones_like(last.scores))
+    found = remeasure_heads(model, "ocr", test, every, k=99, progress=False)
+    assert last.positions == "last" and len(found.heads) == N_LAYERS * N_HEADS
+    for head in found.heads:
+        assert head.drop.value == pytest.approx(float(there.scores[head.layer, head.head]), abs=1e-12)
+
+
 def test_what_is_refused() -> None:
     model = pair()[1]
     discovery, test = parts("vqa")
@@ -105,6 +147,5 @@ def test_what_is_refused() -> None:
     fails("the heads are of model 'other', not ", model_name="other")
     fails("the heads are of task 'vqa', not 'ocr'", list(examples_of("ocr", 3)), "ocr")
     fails("the heads are of intervention 'patch'", intervention="patch")
-    fails("not found exactly", traded="heads raced")
     fails("no head lowers the metric", scores=torch.zeros_like(heads.scores))
     fails("no examples", [])

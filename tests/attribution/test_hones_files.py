@@ -9,7 +9,7 @@ import pytest
 import torch
 from attribution.build import N_HEADS, N_LAYERS, pair
 
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.attribution.hones_files import load_heads, load_neurons, save_heads, save_neurons
 from hones_lens.attribution.neurons import NeuronScores
 

@@ -25,7 +25,8 @@ from attribution.build import (
 )
 
 from hones_lens import sweep
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution import neurons
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.attribution.neurons import NeuronScores, attribute_neurons, target_directions, write_in
 from hones_lens.data.examples import Example
 from hones_lens.tasks import load_task
@@ -134,6 +135,48 @@ def test_h3_equals_a_naive_loop_on_hf(name: str, family: str) -> None:
 
     ranking = attribute_neurons(model, name, examples, method="direct", progress=False)
     assert (ranking.scores - clean).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("parts", [20, 2])
+def test_standard_errors_leave_one_part_out_at_a_time(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole attribution, run anew without each part of the examples."""
+    _, model = pair()
+    examples, heads = list(examples_of("vqa", 5)), critical_heads()
+    monkeypatch.setattr(neurons, "_PARTS", parts)
+    found = attribute_neurons(model, "vqa", examples, heads, batch_size=2, progress=False)
+    count = min(parts, 5)
+    without = []
+    for part in range(count):
+        kept = [example for i, example in enumerate(examples) if i % count != part]
+        without.append(attribute_neurons(model, "vqa", kept, heads, progress=False).scores)
+    each = torch.stack(without)
+    expected = ((count - 1) / count * (each - each.mean(0)).square().sum(0)).sqrt()
+    assert found.errors is not None and expected.max() > 1e-4
+    assert torch.allclose(found.errors, expected, atol=1e-7)
+    best = found.top(1)[0]
+    interval = found.interval(best.layer, best.index)
+    assert interval is not None and interval.n == 5 and interval.value == best.score
+    half = 1.96 * expected[best.layer, best.index].item()
+    assert interval.high - interval.low == pytest.approx(2 * half, abs=1e-6)
+    assert f"{best.score:+.4g} [{interval.low:+.4g}, {interval.high:+.4g}]" in str(found)
+    assert found.to_dataframe()["standard_error"][0] == found.errors[best.layer, best.index]
+
+
+def test_errors_are_kept_in_files_and_not_claimed_where_they_are_not_known(tmp_path) -> None:
+    _, model = pair()
+    examples, heads = list(examples_of("vqa")), critical_heads()
+    found = attribute_neurons(model, "vqa", examples, heads, progress=False)
+    found.save(tmp_path / "n.json")
+    again = NeuronScores.load(tmp_path / "n.json")
+    assert again.errors is not None and torch.equal(again.errors, found.errors) and str(again) == str(found)
+    for other in (
+        attribute_neurons(model, "vqa", examples[:1], heads, progress=False),
+        attribute_neurons(model, "vqa", examples, method="direct", progress=False),
+    ):
+        assert other.errors is None and other.interval(0, 0) is None and "[" not in str(other).split("\n")[1]
+        assert f"n = {other.n_examples} examples" in str(other)
+        other.save(tmp_path / "o.json")
+        assert NeuronScores.load(tmp_path / "o.json").errors is None
 
 
 def test_a_head_leaves_the_layers_below_it_alone() -> None:

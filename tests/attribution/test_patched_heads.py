@@ -16,7 +16,8 @@ from torch import Tensor
 
 import hones_lens as hl
 from hones_lens.attribution.compare import compare_rankings, spearman
-from hones_lens.attribution.heads import HeadScores, localize_heads
+from hones_lens.attribution.head_scores import HeadScores
+from hones_lens.attribution.heads import localize_heads
 from hones_lens.labelled import Labelled
 from hones_lens.patching.pairs import PatchPairs, counterfactual
 from hones_lens.racing import Racing

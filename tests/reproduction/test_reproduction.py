@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.real_formats import hones_path
 
-from hones_lens import HookedVLM
+from hones_lens import HookedVLM, load_examples
 from hones_lens.attribution.held_out import remeasure_heads
 from hones_lens.masking import evaluate_masking, load_masking
 from hones_lens.overlap import GroupMasking, lens_delta
@@ -93,9 +94,13 @@ def test_masking_table_is_relative_to_the_baseline(made):
         hones = results.masking["hones", 0.02]
         drop, low, high = (float(x) for x in re.findall(r"-?[\d.]+", frame["hones"])[:3])
         assert drop == pytest.approx(100 * hones.drop / hones.baseline, rel=5e-3, abs=1e-9)
-        assert low == pytest.approx(100 * hones.metric_interval.low / hones.baseline, rel=5e-3, abs=1e-9)
-        assert high == pytest.approx(100 * hones.metric_interval.high / hones.baseline, rel=5e-3, abs=1e-9)
-        assert frame["hones"].endswith(f"p = {hones.metric_p:.2g}")
+        assert low == pytest.approx(hones.relative_interval.low, rel=5e-3, abs=1e-9)
+        assert high == pytest.approx(hones.relative_interval.high, rel=5e-3, abs=1e-9)
+        assert frame["hones"].endswith(f"p = {hones.metric_p:.2g}, {hones.beats('metric')}/2")
+        others = [r for (name, _), r in results.masking.items() if name != "hones"]
+        assert len(others) == len(RANKINGS) and all(len(r.controls) == 5 for r in others)
+        direct = results.masking["direct", 0.02]
+        assert frame["direct"].endswith(f", {direct.beats('metric')}/5")
         lost = [100 * (hones.baseline - c.metric) / hones.baseline for c in hones.controls]
         assert frame["matched random"] == f"{np.mean(lost):.3g} (worst of 2: {max(lost):.3g})"
         nats = found.masking_table(0.02, "log_prob").set_index("method")[task]
@@ -114,6 +119,8 @@ def test_steering_table_says_the_base_with_its_interval(made):
         gains = [table.row("RandNeuron", draw).gain.value for draw in range(2)]
         assert f"2 draws: {min(gains):+.3f} to {max(gains):+.3f}" in column["RandNeuron"]
         assert column["HONES"].endswith(f"p = {table.row('HONES').p:.2g}")
+        steered = metric_interval(load_task(task), np.array(table.row("HONES").statistics))
+        assert column["HONES"].startswith(f"{steered.value:.3f} [{steered.low:.3f}, {steered.high:.3f}], ")
         chosen = found.choices_table(name).set_index("method")[task]
         assert f"{table.row('HONES').max_abs:.3g}" in chosen["HONES"] and "lr 0.05" in chosen["HONES"]
 
@@ -132,6 +139,31 @@ def test_a_killed_run_gives_the_same_numbers(made, tmp_path):
             target.write_bytes(whole[: 2 * len(whole) // 3] if cut else whole)
     again = reproduce(model(), copied, DATA, steering=STEERING, **OPTIONS)
     assert again.to_markdown() == found.to_markdown()
+
+
+@pytest.mark.slow
+def test_a_file_with_split_files(tmp_path):
+    """Each stage reads the images of its own split file, and folders and tables are called after the file."""
+    written = hones_path(tmp_path / "data")
+    images = [str(100 + i) for i in range(40)]
+    parts = {"discovery": images[:12], "dev": images[12:24], "test": images[24:]}
+    file = tmp_path / "splits.json"
+    file.write_text(json.dumps(parts), encoding="utf-8")
+    sizes = {"n_discovery": 6, "n_dev": 5, "n_held_out": 6}
+    splits = [f"{file}:{name}" for name in parts]
+    names = dict(zip(("discovery_split", "dev_split", "held_out"), splits, strict=True))
+    data = DataChoice(written.dataset, image_dir=str(written.image_dir), **names, **sizes)
+    found = reproduce(model(), tmp_path / "r", data, steering=STEERING, **OPTIONS)
+    for task, results in found.tasks.items():
+        table = results.steering["unified", "unified"]
+        read = {"discovery": results.heads.example_ids, "test": results.held_out.example_ids}
+        assert table.example_ids == results.held_out.example_ids
+        for name, ids in read.items():
+            there = load_examples(data.dataset, task, f"{file}:{name}", image_dir=data.image_dir)
+            assert len(ids) == 6 and set(ids) <= {e.id for e in there}, f"{task}, {name}"
+        assert (tmp_path / "r" / task / "steering" / "unified" / "steering.json").exists()
+    said = (tmp_path / "r" / "tables.md").read_text(encoding="utf-8")
+    assert "## Steering: learned on unified, measured on unified" in said and str(tmp_path) not in said
 
 
 def test_what_is_refused(made, tmp_path):

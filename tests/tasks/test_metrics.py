@@ -10,6 +10,7 @@ import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import ndcg_score
 
 from hones_lens.tasks import metrics
 
@@ -231,6 +232,18 @@ def test_ndcg_ranks_the_relevant_one_last_among_equals(data, margins):
     assert score == pytest.approx(ndcg_by_sorting(margins, relevant))
     order = data.draw(st.permutations(range(len(margins))))
     assert metrics.ndcg(np.array(margins)[order], order.index(relevant)) == score
+
+
+def test_ndcg_is_that_of_scikit_learn():
+    """Without equal margins, which scikit-learn averages over and we rank against the true candidate."""
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 6, 50):
+        for _ in range(20):
+            margins, relevant = rng.permutation(n).astype(float), int(rng.integers(n))
+            truth = np.zeros((1, n))
+            truth[0, relevant] = 1
+            theirs = ndcg_score(truth, margins[None], k=5)
+            assert metrics.ndcg(margins, relevant) == pytest.approx(theirs, abs=1e-12)
 
 
 def test_equal_margins_never_help():

@@ -18,7 +18,7 @@ from hones_lens.viz import words
 from hones_lens.viz.report import RunView, story, write_report
 from hones_lens.viz.words import finding, headline, measured, number, percent, verdict
 
-VOID = {"meta", "link", "img", "br"}
+VOID = {"meta", "link", "img", "br", "input"}
 
 
 @dataclass
@@ -135,7 +135,8 @@ def test_figures_and_pictures_are_in_the_page(whole):
     source, page, _ = whole
     # Heads, neurons, two measures, kinds at two shares, rankings in two measures.
     assert source.count('<svg class="plot"') == 8
-    assert len(page.images) == 6
+    # Of each example three pictures, and the one head's map by patch and smoothed.
+    assert len(page.images) == 10
     for uri in page.images:
         Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).verify()
 
@@ -145,8 +146,40 @@ def test_several_runs_on_one_page_do_not_share_ids(tmp_path):
     _, page = written(tmp_path, made.run(), other)
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    assert page.text.count("Heads of OCR") == 2
+    assert page.text.count("Heads of OCR") == 3, "in the links, in the table of all runs, and above its own"
     assert "2 runs" in page.text
+
+
+def test_several_runs_stand_side_by_side(tmp_path):
+    tasks = {"vqa": (0.71, -1.05), "ocr": (0.9, -0.3)}
+    runs = [
+        made.run(
+            title=f"Heads of {task}",
+            neurons=made.neurons(task=task, seed=i),
+            masking=[made.masking(*after, task=task)],
+        )
+        for i, (task, after) in enumerate(tasks.items())
+    ]
+    source, page = written(tmp_path, *runs, made.run(title="Bare", neurons=None, masking=(), others={}))
+    part = source[source.index('<section id="together">') : source.index("<article")]
+    assert part.count("<svg") == 1 and "tiny-llava: task neurons per layer" in part
+    legend = re.findall(r"<text[^>]*>(vqa|ocr)</text>", part)
+    assert legend == ["vqa", "ocr"]
+    rows = page.table("run", "neurons", "share", "measured")
+    assert [row[0] for row in rows] == ["Heads of vqa", "Heads of ocr"]
+    for row, run in zip(rows, runs, strict=True):
+        assert row[1:5] == ["15", percent(run.main.ratio), "accuracy", "200"]
+        assert value(row[5]) == pytest.approx(run.main.drop, abs=6e-4)
+        assert value(row[8]) == pytest.approx(run.main.log_prob_drop, abs=6e-4)
+        for column, interval in ((6, run.main.metric_interval), (9, run.main.log_prob_interval)):
+            ends = [value(end) for end in row[column].strip("[]").split(",")]
+            assert ends == pytest.approx([interval.low, interval.high], abs=6e-4)
+        assert row[7] == f"{run.main.beats('metric')} of 20" and row[10] == f"{run.main.beats()} of 20"
+    # Two runs of one task can't be told apart in one figure.
+    source, _ = written(tmp_path, made.run(), made.run(title="Again"))
+    assert "together-neurons" not in source and "task neurons per layer" in source
+    source, _ = written(tmp_path, made.run())
+    assert 'id="together"' not in source
 
 
 def test_a_report_of_no_runs_is_refused(tmp_path):
@@ -195,14 +228,18 @@ def test_heads_that_were_not_all_measured(tmp_path):
 def test_heads_in_the_table_are_the_results(whole):
     _, page, run = whole
     rows = page.table("head", "drop of accuracy")
-    frame = run.heads.to_dataframe().set_index(["layer", "head"])
+    found = run.heads.discoveries
+    assert found and len(found) < len(run.heads.top()), "some stand and some do not"
     assert len(rows) == len(run.heads.top()) == 3
     for row, (layer, head, score) in zip(rows, run.heads.top(), strict=True):
         drops = run.heads.drops[layer, head]
         assert row[0] == f"L{layer}H{head}"
         assert value(row[1]) == pytest.approx(score, abs=0.0005)
-        assert value(row[2]) == pytest.approx(frame.at[(layer, head), "standard_error"], abs=0.0005)
-        assert row[3:] == [f"{int((drops > 0).sum())} of 60", f"{int((drops < 0).sum())}"]
+        ends = [value(end) for end in row[2].strip("[]").split(",")]
+        assert ends == pytest.approx(run.heads.score_ends[layer, head].tolist(), abs=0.0006)
+        assert row[3] == ("yes" if (layer, head) in found else "no")
+        assert row[4:] == [f"{int((drops > 0).sum())} of 60", f"{int((drops < 0).sum())}"]
+    assert "Base accuracy 0.930 [0.900, 0.960], n = 60" in page.text
 
 
 def test_neurons_in_the_table_are_the_results(whole):
@@ -232,8 +269,11 @@ def test_masking_in_the_tables_is_the_results(whole, measure, table):
         m = measured(result, measure)
         values = np.array([getattr(control, measure) for control in result.controls])
         assert (cells["neurons"], cells["share"]) == (str(result.n_neurons), percent(result.ratio))
-        assert value(cells["before"]) == pytest.approx(m.baseline, abs=0.0005)
-        assert value(cells["after"]) == pytest.approx(m.masked, abs=0.0005)
+        for name, point, interval in (("before", m.baseline, m.before), ("after", m.masked, m.after)):
+            said, _, ends = cells[name].partition(" ")
+            assert value(said) == pytest.approx(point, abs=0.0005)
+            ends = [value(end) for end in ends.strip("[]").split(",")]
+            assert ends == pytest.approx([interval.low, interval.high], abs=0.00051)
         assert value(cells["drop"]) == pytest.approx(m.baseline - m.masked, abs=0.00051)
         ends = [value(end) for end in cells["interval"].strip("[]").split(",")]
         assert ends == pytest.approx([m.interval.low, m.interval.high], abs=0.00051)
@@ -243,7 +283,11 @@ def test_masking_in_the_tables_is_the_results(whole, measure, table):
         p = result.metric_p if measure == "metric" else result.log_prob_p
         assert cells["p"] == ("–" if p is None else f"{p:.2g}")
         if measure == "metric":
-            assert value(cells["relative"]) == pytest.approx(result.relative_drop, abs=0.051)
+            said, _, ends = cells["relative"].partition(" % ")
+            assert value(said) == pytest.approx(result.relative_drop, abs=0.051)
+            low, high = result.relative_interval.low, result.relative_interval.high
+            ends = [value(end) for end in ends.strip("[]").split(",")]
+            assert ends == pytest.approx([low, high], abs=0.051)
 
 
 def test_kinds_in_the_table_are_the_results(whole):

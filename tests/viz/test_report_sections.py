@@ -10,7 +10,6 @@ import shared_results as made
 import viz_results
 from viz.test_report import Page, value, written
 
-from hones_lens.attribution.held_out import HeldOutHead, HeldOutHeads
 from hones_lens.lens.difference import LensToken
 from hones_lens.overlap import GroupMasking
 from hones_lens.statistics import Interval, metric_interval
@@ -21,22 +20,12 @@ from hones_lens.viz.report_sections import steering_said
 from hones_lens.viz.words import number
 
 
-def held_out() -> HeldOutHeads:
-    heads = (
-        HeldOutHead(1, 3, 0.45, True, made.interval(0.4, 0.1), 0.0005, True),
-        HeldOutHead(3, 2, 0.3, False, made.interval(0.02, 0.05), 0.4, False),
-    )
-    ids = tuple(f"t{i}" for i in range(84))
-    base = made.interval(0.93, 0.04)
-    return HeldOutHeads("vqa", "accuracy", "tiny-llava", 60, base, heads, (0.01, 0.05), 0.05, ids)
-
-
 def one_task() -> RunView:
     tables = {
         "learned and measured on shapes": made.steering(),
         "learned on shapes, measured on shapes-shifted": made.steering(n=50),
     }
-    return viz_results.run(held_out=held_out(), steering=tables, lens=made.lens())
+    return viz_results.run(held_out=made.held_out(), steering=tables, lenses={"vqa": made.lens()})
 
 
 def across() -> RunView:
@@ -79,7 +68,10 @@ def test_steering_in_the_tables_is_the_results(pages):
     assert len(found[0]) == 1 + len(table.rows)
     for cells, row in zip(found[0][1:], table.rows, strict=True):
         cells = [cell.strip() for cell in cells]
-        assert cells[0].startswith(row.method) and value(cells[1]) == pytest.approx(row.metric, abs=5e-4)
+        metric, _, interval = cells[1].partition(" ")
+        assert cells[0].startswith(row.method) and value(metric) == pytest.approx(row.metric, abs=5e-4)
+        whole = metric_interval(load_task("vqa"), np.array(row.statistics))
+        assert ends(interval) == pytest.approx([whole.low, whole.high], abs=6e-4)
         if row.method == "Base":
             assert set(cells[2:]) == {"–"}
             continue
@@ -89,8 +81,7 @@ def test_steering_in_the_tables_is_the_results(pages):
         assert value(cells[5]) == pytest.approx(row.log_prob_gain.value, abs=5e-4)
         assert ends(cells[6]) == pytest.approx([row.log_prob_gain.low, row.log_prob_gain.high], abs=6e-4)
         assert cells[7:] == ["0.4", "lr 0.05, epochs 4"]
-    base = metric_interval(load_task("vqa"), np.array(table.row("Base").statistics))
-    assert f"n = 84 held-out examples. Base: {number(base.value)} [{number(base.low)}" in pages[0].text
+    assert "n = 84 held-out examples. 95 % bootstrap intervals" in pages[0].text
     assert "Accuracy, steered (learned and measured on shapes)" in pages[0].text
     assert "Gain +0.041, 95 % interval [0.011, 0.071], n = 84." in pages[0].text
 
@@ -118,11 +109,14 @@ def test_what_is_said_of_steering_follows_from_the_numbers():
 
 def test_heads_on_held_out_examples(pages):
     rows = pages[0].table("head", "drop of accuracy", "interval", "p")
-    assert rows[0] == ["L1H3", "0.400", "[0.300, 0.500]", "0.0005", "yes", "yes"]
-    assert rows[1] == ["L3H2", "0.020", "[−0.030, 0.070]", "0.4", "no", "no"]
+    assert rows[0] == ["L1H3", "0.400", "[0.300, 0.500]", "0.0005", "yes", "0.450 [0.350, 0.550]", "yes"]
+    assert rows[1] == ["L3H2", "0.020", "[−0.030, 0.070]", "0.4", "no", "0.300", "–"]
     text = pages[0].text
     assert "Selected on 60 examples, measured again on n = 84 others, where accuracy is 0.930" in text
-    assert "Mean drop 0.210; of 2 random sets of other heads 0.030, largest 0.050." in text
+    assert (
+        "Mean drop 0.210 [0.140, 0.280]; of 2 random sets of other heads 0.030 on average, 0.010 to 0.050."
+        in text
+    )
     assert "L1H3" in text and "without it on held-out examples: 0.400, 95 % interval [0.300, 0.500]" in text
 
 
@@ -154,6 +148,10 @@ def test_groups_in_the_table_are_the_results(pages):
     assert len(rows) == len(groups.results) == 28
     for row, result in zip(rows, groups.results, strict=True):
         assert row[:2] == [result.task, result.method]
+        before, _, interval = row[2].partition(" ")
+        assert value(before) == pytest.approx(result.baseline, abs=6e-4)
+        base = result.baseline_interval
+        assert ends(interval) == pytest.approx([base.low, base.high], abs=6e-4)
         assert value(row[3]) == pytest.approx(result.drop, abs=6e-4)
         interval = result.metric_interval
         assert ends(row[4]) == pytest.approx([interval.low, interval.high], abs=6e-4)
@@ -172,19 +170,19 @@ def test_side_effects_in_the_table_are_the_results(pages):
             gain, _, interval = cell.partition(" ")
             assert value(gain) == pytest.approx(found.value, abs=6e-4)
             assert ends(interval) == pytest.approx([found.low, found.high], abs=6e-4)
-    assert "retrieval NDCG@5 0.700 (n = 12)" in pages[1].text
+    assert "retrieval NDCG@5 0.700 [0.650, 0.750] (n = 12)" in pages[1].text
 
 
 def test_lens_tables_show_tokens_as_they_are(pages, tmp_path):
     rows = pages[0].table("layer", "falls when masked", "rises when masked")
     assert rows == [
         ["layer 0", "", ""],
-        ["layer 1", "▁red +0.31", ""],
+        ["layer 1", "▁red +0.31 [+0.2, +0.44]", ""],
         ["layer 2", "<b> +1.20 ▁dax +0.90", "</s> −0.40"],
     ]
     assert "77 neurons, mean over n = 84 examples" in pages[0].text
     many = replace(made.lens(), falls=((), (), tuple(LensToken(i, f"t{i}", 1.0) for i in range(10))))
-    _, page = written(tmp_path, replace(one_task(), lens=many))
+    _, page = written(tmp_path, replace(one_task(), lenses={"vqa": many}))
     assert page.table("layer", "falls when masked")[2][1].count("+1.00") == 6
 
 

@@ -7,6 +7,7 @@ import io
 import pytest
 import viz_results as made
 from rich.console import Console
+from shared_results import held_out
 
 from hones_lens.viz.report import RunView
 from hones_lens.viz.terminal import print_summary
@@ -28,10 +29,19 @@ def test_it_fits_80_columns_and_needs_no_colours():
 def test_heads_and_neurons_are_the_results():
     run = made.run()
     text = printed(run)
-    frame = run.heads.to_dataframe().set_index(["layer", "head"])
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    stands = set()
     for layer, head, score in run.heads.top():
-        error = number(frame.at[(layer, head), "standard_error"])
-        assert [f"L{layer}H{head}", number(score), error] in [line.split() for line in text.splitlines()]
+        verdict = "yes" if (layer, head) in run.heads.discoveries else "no"
+        interval = span(run.heads.interval(layer, head))
+        assert f"L{layer}H{head} {number(score)} {interval} {verdict} – –" in lines
+        stands.add(verdict)
+    assert stands == {"yes", "no"}
+    again = held_out()
+    both = [" ".join(line.split()) for line in printed(made.run(held_out=again)).splitlines()]
+    first = again.heads[0]
+    end = f"{number(first.drop.value)} {span(first.drop)} yes"
+    assert any(line.startswith("L1H3 ") and line.endswith(end) for line in both)
     for layer, count in enumerate(run.neurons.per_layer()):
         best = [f"N{c.index}" for c in run.neurons.top() if c.layer == layer][:6]
         assert " ".join([f"L{layer}", str(count), *best]) in " ".join(text.split())
@@ -45,11 +55,13 @@ def test_masking_is_the_results(measure):
     for result in run.masking:
         m = measured(result, measure)
         row = (
-            f"{result.n_neurons} ({percent(result.ratio)}) {number(m.baseline)} → {number(m.masked)} "
+            f"{result.n_neurons} ({percent(result.ratio)}) {number(m.masked)} {span(m.after)} "
             f"{number(m.drop)} {span(m.interval)} {number(m.random_mean)} {m.beaten}/20"
         )
         assert row in lines
-    assert "95 % interval of the drop, n = 200; random: mean of 20 sets" in lines
+    m = measured(run.masking[0], measure)
+    said = f"before: {number(m.baseline)} {span(m.before)}; 95 % intervals, n = 200; random: mean of 20 sets"
+    assert said in " ".join(lines)
 
 
 def test_the_finding_ends_it():
