@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -14,13 +13,13 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.attribution.neurons import NeuronScores
 from hones_lens.viz import theme
 from hones_lens.viz.attention_plots import attention_over_image
 from hones_lens.viz.masking_plots import kinds_bars, masking_bars, masking_curve, ranking_bars
 from hones_lens.viz.theme import GRID, INK, ON_ACCENT, RANDOM, SURFACE, Plot, styled
-from hones_lens.viz.words import number
+from hones_lens.viz.words import number, tied
 
 __all__ = [
     "attention_over_image",
@@ -33,27 +32,15 @@ __all__ = [
 ]
 
 _MOST_VALUES = (8, 12)  # heads and layers up to which a map has its numbers written in
-_ALPHA = 0.05
 _STRONG = 0.55  # share of the largest score from which a cell is so dark that its text is light
-
-
-def significant(heads: HeadScores) -> Tensor:
-    """Heads whose mean drop differs from 0 at p < 0.05, corrected for the number of heads.
-
-    Normal approximation over examples, two-sided, Bonferroni.
-
-    Returns:
-        bool [layer head]; False for a head that was measured on fewer than two examples.
-    """
-    bound = NormalDist().inv_cdf(1 - _ALPHA / (2 * heads.scores.numel()))
-    return heads.mean_drops.abs() > bound * heads.standard_errors
 
 
 @styled
 def head_heatmap(heads: HeadScores) -> Plot:
     """Map of layers × heads: by how much the metric falls when a head is replaced.
 
-    The scale is centred at 0. Critical heads are outlined; a dot marks heads of `significant`.
+    The scale is centred at 0. Critical heads are outlined; a dot marks the heads whose
+    drop stands at a false discovery rate of 5 % over all heads (`HeadScores.discoveries`).
     """
     n_layers, n_heads = heads.scores.shape
     title = f"{heads.task}: drop of {heads.metric_name} without a head"
@@ -88,18 +75,27 @@ def head_heatmap(heads: HeadScores) -> Plot:
 def _heads_note(heads: HeadScores) -> str:
     top, n = len(heads.top()), heads.drops.shape[-1]
     note = f"Outlined: the {top} critical heads. " if top else "No head lowers the metric. "
-    note += f"Dot: differs from 0 (p < {_ALPHA}, corrected for {heads.scores.numel():,} heads). "
+    if heads.discoveries is not None:
+        note += f"Dot: stands at a false discovery rate of 5 % over {heads.scores.numel():,} heads. "
     if heads.traded:
         note += f"Not exact: {heads.traded}. "
     if n == 1:
         return f"{note}n = 1 example."
-    error = float(heads.standard_errors.nanmedian())
-    return f"{note}n = {n:,} examples; median standard error of a head {number(error)}."
+    if heads.score_ends is None:
+        return tied(f"{note}n = {n:,} examples.")
+    halves = (heads.score_ends[..., 1] - heads.score_ends[..., 0]) / 2
+    shown = [float(halves[layer, head]) for layer, head, _ in heads.top()]
+    half = f"of a head, median: ± {number(float(halves.nanmedian()))}"
+    if shown:
+        half = f"of the critical heads: ± {number(min(shown))} to ± {number(max(shown))}"
+    return tied(f"{note}n = {n:,} examples; 95 % interval {half}.")
 
 
 def _draw_dots(axes: Axes, heads: HeadScores, limit: float, offset: tuple[float, float]) -> None:
-    """A dot at (x, y) of `offset` in the cell of each significant head."""
-    marked = significant(heads)
+    """A dot at (x, y) of `offset` in the cell of each head that stands."""
+    marked = torch.zeros(heads.scores.shape, dtype=torch.bool)
+    for place in heads.discoveries or ():
+        marked[place] = True
     layers, columns = (index.numpy() for index in torch.nonzero(marked, as_tuple=True))
     strong = heads.scores.abs()[marked].numpy() > _STRONG * limit
     colours = [ON_ACCENT if s else INK for s in strong]

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from hones_lens.steering import SteeringTable
-from hones_lens.viz import overlap_plots, plots, shared_tables, steering_plots, tables, theme
-from hones_lens.viz.run_view import ExampleView, RunView
+from hones_lens.viz import (
+    flow_plots,
+    lens_plots,
+    overlap_plots,
+    patch_sections,
+    plots,
+    shared_tables,
+    steering_plots,
+    tables,
+    theme,
+)
+from hones_lens.viz.cards import Card, example_card, pair_card
+from hones_lens.viz.run_view import RunView
 from hones_lens.viz.tables import Table
 from hones_lens.viz.words import MEASURES, headline, listed, number, percent
 
@@ -17,11 +27,15 @@ _SECOND_SHARE = 0.05  # kinds of question are drawn at the headline's share and 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure in the page: its heading, the SVG, and what is to be known about it."""
+    """A figure in the page: its heading, the SVG, what is to be known about it, and its width [pixels].
+
+    A width of 0 is that of a phone.
+    """
 
     title: str
     svg: str
     note: str
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,68 +47,74 @@ class Section:
     text: str
     figures: Sequence[Drawn] = ()
     tables: Sequence[Table] = ()
-    pictures: Sequence[dict[str, Any]] = ()
+    pictures: Sequence[Card] = ()
     stacked: bool = False
 
 
 def sections(run: RunView, name: str) -> list[Section]:
     """The sections of what the run holds, in the order of the method; `name` begins their ids."""
-    makers = (_examples, _heads, _neurons, _masking, _kinds, _rankings, _steering, _overlap, _groups)
-    makers += (_effects, _lens, _settings)
+    makers = (_examples, _patching, _heads, _neurons, _flow, _masking, _kinds, _rankings, _steering)
+    makers += (_overlap, _groups, _effects, _lens, _settings)
     return [section for make in makers if (section := make(run, name))]
 
 
-def _drawn(
+def drawn(
     figure: theme.Plot,
     name: str,
     tooltips: Mapping[str, Sequence[str]] | None = None,
     title: str | None = None,
 ) -> Drawn:
+    """A figure as it stands in a page; `name` begins its ids, `title` is instead of its own."""
     assert figure.heading is not None
     title = figure.heading.title if title is None else title
     svg = theme.themed_svg(figure, name, f"{title}. {figure.heading.note}", tooltips)
-    return Drawn(title, svg, figure.heading.note)
+    width = round(72 * figure.get_figwidth()) if figure.get_figwidth() > theme.WIDTH else 0
+    return Drawn(title, svg, figure.heading.note, width)
 
 
 def _examples(run: RunView, name: str) -> Section | None:
     evaluation = [tables.evaluation(run.evaluation)] if run.evaluation else []
     if not run.examples and not evaluation:
         return None
-    text = "What the model is asked, and where a head looks: brighter patches get more attention."
-    pictures = [_picture(example) for example in run.examples]
-    title = "The task, and where the head looks" if pictures else "The task"
+    pictures = [example_card(example) for example in run.examples]
+    text = "What the model is asked, and where heads look: brighter patches get more attention."
+    if any(len(card.looks) > 1 for card in pictures):
+        text += " Choose a head below the pictures; the bluer its field, the more it attends to the picture."
+    title = "The task, and where heads look" if pictures else "The task"
     return Section(f"{name}-examples", title, text if pictures else "", (), evaluation, pictures)
 
 
-def _picture(example: ExampleView) -> dict[str, Any]:
-    """Pictures as data URIs, and the texts around them."""
-    values = {"example": example, "image": theme.image_uri(example.image), "overlays": []}
-    if example.attention is not None:
-        for smooth, label in ((False, "patches"), (True, "smoothed")):
-            figure = plots.attention_over_image(example.image, example.attention, smooth=smooth, bare=True)
-            values["overlays"].append((label, theme.image_uri(theme.plot_image(figure))))
-        values["brightest"] = number(float(example.attention.max()))
-        values["total"] = number(float(example.attention.sum()))
-        values["grid"] = " × ".join(str(side) for side in example.attention.shape)
-    return values
+def _patching(run: RunView, name: str) -> Section | None:
+    if run.patching is None:
+        return None
+    figure, tips = patch_sections.heat_map(run.patching.result)
+    title = patch_sections.sentence(run.patching.result.what)
+    figures = [drawn(figure, f"{name}-patching", tips, title)]
+    over = patch_sections.on_picture(run.patching)
+    if over is not None:
+        figures.append(drawn(over, f"{name}-patched", title="The same on the picture"))
+    pictures = [pair_card(run.patching.pair)] if run.patching.pair else []
+    found = [patch_sections.values(run.patching.result)]
+    text = patch_sections.meant(run.patching)
+    return Section(f"{name}-patching", "Activation patching", text, figures, found, pictures, stacked=True)
 
 
 def _heads(run: RunView, name: str) -> Section | None:
     if run.heads is None:
         return None
     scores, frame, tried = run.heads.scores, run.heads.to_dataframe(), int((run.heads.counts > 0).sum())
-    columns = (frame[name].tolist() for name in ("layer", "head", "score", "standard_error", "n"))
+    columns = (frame[name].tolist() for name in ("layer", "head", "score", "low", "high", "n"))
     tips = [
-        f"L{layer}H{head}: {number(score, sign=True)} (standard error {number(error)}, n = {n:,})"
+        f"L{layer}H{head}: {number(score, sign=True)} [{number(low)}, {number(high)}] (95 %, n = {n:,})"
         if n
         else f"L{layer}H{head}: not measured"
-        for layer, head, score, error, n in zip(*columns, strict=True)
+        for layer, head, score, low, high, n in zip(*columns, strict=True)
     ]
     text = (
         f"How much {run.metric_name} falls when a head's output is changed: blue heads are missed, orange "
         f"ones were in the way. {tried:,} heads of {len(scores)} layers were tried one by one."
     )
-    figure = _drawn(plots.head_heatmap(run.heads), f"{name}-heads", {"cells": tips})
+    figure = drawn(plots.head_heatmap(run.heads), f"{name}-heads", {"cells": tips})
     found = [tables.top_heads(run.heads)]
     if run.held_out is not None:
         found.append(shared_tables.held_out_heads(run.held_out))
@@ -108,10 +128,19 @@ def _neurons(run: RunView, name: str) -> Section | None:
         f"The {run.neurons.count():,} neurons with the highest score, {percent(run.neurons.ratio)} of "
         f"{run.neurons.scores.numel():,}, are the task neurons."
     )
-    figure = _drawn(plots.neurons_per_layer([run.neurons]), f"{name}-neurons")
+    figure = drawn(plots.neurons_per_layer([run.neurons]), f"{name}-neurons")
     return Section(
         f"{name}-neurons", "Neurons", text, [figure], [tables.top_neurons(run.neurons, run.promoted)]
     )
+
+
+def _flow(run: RunView, name: str) -> Section | None:
+    if run.flow is None or not bool(run.flow.contributions.gt(0).any()):
+        return None
+    tips = flow_plots.flow_tooltips(run.flow)
+    figure = drawn(flow_plots.head_neuron_token_flow(run.flow), f"{name}-flow", tips)
+    text = "Which critical heads make which neurons write, and the tokens that these neurons promote."
+    return Section(f"{name}-flow", "From heads to tokens", text, [figure], stacked=True)
 
 
 def _masking(run: RunView, name: str) -> Section | None:
@@ -124,7 +153,7 @@ def _masking(run: RunView, name: str) -> Section | None:
     figures, found = [], []
     for measure in ("metric", "log_prob"):
         figure = plots.masking_curve(run.masking, (measure,))
-        figures.append(_drawn(figure, f"{name}-{measure}"))
+        figures.append(drawn(figure, f"{name}-{measure}"))
         found.append(tables.masking(run.masking, measure))
     return Section(f"{name}-masking", "Masking", text, figures, found)
 
@@ -133,7 +162,7 @@ def _kinds(run: RunView, name: str) -> Section | None:
     if run.main is None or len(run.main.kinds) < 2:
         return None
     shown = {result.n_neurons: result for result in (run.main, headline(run.masking, _SECOND_SHARE))}
-    figures = [_drawn(plots.kinds_bars(result), f"{name}-kinds{count}") for count, result in shown.items()]
+    figures = [drawn(plots.kinds_bars(result), f"{name}-kinds{count}") for count, result in shown.items()]
     text = "The same drop by kind of question."
     if run.main.controls:
         once = len(run.main.controls) + 1
@@ -151,7 +180,7 @@ def _rankings(run: RunView, name: str) -> Section | None:
         results[own.method] = own
     results.update(run.others)
     figures = [
-        _drawn(plots.ranking_bars(results, measure), f"{name}-rank-{measure}")
+        drawn(plots.ranking_bars(results, measure), f"{name}-rank-{measure}")
         for measure in ("metric", "log_prob")
     ]
     text = "Other ways of choosing neurons, masked in the same way and number."
@@ -166,7 +195,7 @@ def _steering(run: RunView, name: str) -> Section | None:
         label = label[0].upper() + label[1:]
         for measure in MEASURES:
             figure = steering_plots.steering_bars(table, (measure,))
-            figures.append(_drawn(figure, f"{name}-steering{i}-{measure}", title=label))
+            figures.append(drawn(figure, f"{name}-steering{i}-{measure}", title=label))
         found.append(shared_tables.steering(table, label, steering_said(table)))
     text = "Each neuron is scaled by a factor of its own, learned with the model frozen, beside controls."
     return Section(f"{name}-steering", "Steering", text, figures, found, stacked=True)
@@ -195,7 +224,7 @@ def _overlap(run: RunView, name: str) -> Section | None:
     if run.overlap is None:
         return None
     figures = [
-        _drawn(draw(run.overlap), f"{name}-overlap{i}")
+        drawn(draw(run.overlap), f"{name}-overlap{i}")
         for i, draw in enumerate(
             (overlap_plots.overlap_sizes, overlap_plots.overlap_shared, overlap_plots.overlap_layers)
         )
@@ -211,7 +240,7 @@ def _groups(run: RunView, name: str) -> Section | None:
     if run.groups is None:
         return None
     figures = [
-        _drawn(overlap_plots.group_masking_bars(run.groups, measure), f"{name}-groups-{measure}")
+        drawn(overlap_plots.group_masking_bars(run.groups, measure), f"{name}-groups-{measure}")
         for measure in MEASURES
     ]
     text = "What each task loses when neurons of one group are silenced, as many of each group."
@@ -223,7 +252,7 @@ def _effects(run: RunView, name: str) -> Section | None:
     if not run.effects:
         return None
     figures = [
-        _drawn(steering_plots.side_effect_bars(effects), f"{name}-effects{i}", title=f"On {dataset}")
+        drawn(steering_plots.side_effect_bars(effects), f"{name}-effects{i}", title=f"On {dataset}")
         for i, (dataset, effects) in enumerate(run.effects.items())
     ]
     found = [shared_tables.side_effects(effects, f"On {dataset}") for dataset, effects in run.effects.items()]
@@ -232,10 +261,30 @@ def _effects(run: RunView, name: str) -> Section | None:
 
 
 def _lens(run: RunView, name: str) -> Section | None:
-    if run.lens is None:
+    """Of the examples one by one, and of all with and without the neurons."""
+    figures = []
+    for i, example in enumerate(run.examples, start=1):
+        if example.lens is not None:
+            title = f"Example {i}: the next token, read after each layer"
+            figures.append(drawn(lens_plots.lens_grid(example.lens, title=title), f"{name}-lens{i}"))
+        if example.image_lens is not None:
+            title = f"Example {i}: {example.image_lens.what}"
+            options = {"region": example.region, "title": title}
+            figure = lens_plots.image_lens(example.image_lens, example.image, **options)
+            figures.append(drawn(figure, f"{name}-image-lens{i}"))
+    found = [shared_tables.lens(delta) for delta in run.lenses.values()]
+    if len(found) > 1:
+        found = [
+            replace(table, title=f"{task}: {table.title[0].lower()}{table.title[1:]}")
+            for task, table in zip(run.lenses, found, strict=True)
+        ]
+    if not figures and not found:
         return None
-    text = "Read in every layer through the final norm and the unembedding, before and after masking."
-    return Section(f"{name}-lens", "Logit lens", text, (), [shared_tables.lens(run.lens)])
+    text = "What the residual stream after each layer would say, read through the final norm and the "
+    text += "unembedding"
+    text += ": of the examples above" if figures else ""
+    text += f"{', and' if figures else ':'} before and after masking the neurons" if found else ""
+    return Section(f"{name}-lens", "Logit lens", f"{text}.", figures, found)
 
 
 def _settings(run: RunView, name: str) -> Section | None:

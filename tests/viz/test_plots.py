@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from hones_lens.attribution.head_scores import significant_heads
 from hones_lens.masking import KindDrop
 from hones_lens.statistics import Interval
 from hones_lens.viz import plots, theme
@@ -61,31 +62,38 @@ def test_heat_map_outlines_the_critical_heads_and_writes_the_values():
     outlined = {(int(p.get_y()), int(p.get_x())) for p in axes.patches if isinstance(p, Rectangle)}
     assert outlined == {(c.layer, c.index) for c in heads.top()}
     assert len(outlined) == 3
+    halves = [(heads.score_ends[c.layer, c.index].diff().item()) / 2 for c in heads.top()]
+    note = plots.head_heatmap(heads).heading.note
+    assert note.endswith(f"interval of the critical heads: ± {min(halves):.3f} to ± {max(halves):.3f}.")
     written = {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in axes.texts}
     for (layer, head), text in written.items():
         assert float(text.replace("−", "-")) == pytest.approx(float(heads.scores[layer, head]), abs=0.0051)
     assert len(written) == 32
 
 
-def test_dots_mark_the_heads_that_differ_from_0():
-    heads = made.heads()
-    marked = plots.significant(heads)
+def dots(heads) -> set[tuple[int, int]]:
     axes = plots.head_heatmap(heads).axes[0]
-    dots = {(int(y), int(x)) for x, y in axes.collections[1].get_offsets()}
-    assert dots == {tuple(cell) for cell in torch.nonzero(marked).tolist()}
-    assert {(1, 3), (3, 2)} <= dots
-    assert (2, 2) not in dots
+    return {(int(y), int(x)) for x, y in axes.collections[1].get_offsets()}
 
 
-def test_significance_is_corrected_for_the_number_of_heads():
-    # 25 examples, mean 0.2 and standard error 0.0816: 2.45 errors from 0.
-    drops = torch.tensor([1.0] * 5 + [0.0] * 20, dtype=torch.float64)
-    one = replace(made.heads(), drops=drops.view(1, 1, -1), scores=drops.mean().view(1, 1))
-    many = replace(one, drops=drops.expand(4, 8, -1), scores=drops.mean().expand(4, 8))
-    assert plots.significant(one).tolist() == [[True]]
-    assert not plots.significant(many).any()
-    alone = replace(one, drops=drops[:1].view(1, 1, 1))
-    assert plots.significant(alone).tolist() == [[False]]
+def test_dots_mark_the_heads_that_stand_over_all_heads():
+    heads = made.heads()
+    found = {(c.layer, c.index) for c in significant_heads(heads)}
+    assert dots(heads) == found and {(1, 3), (3, 2)} <= found
+    assert (2, 2) not in found and (0, 0) not in found, "one that does nothing, and one that was in the way"
+
+
+def test_a_drop_that_stands_alone_does_not_among_many():
+    drops = torch.tensor([1.0] * 6 + [0.0] * 19, dtype=torch.float64)
+    ids = tuple(map(str, range(25)))
+    one = replace(made.heads(), drops=drops.view(1, 1, -1), scores=drops.mean().view(1, 1), example_ids=ids)
+    many = replace(made.heads((4, 8), 25), drops=torch.zeros(4, 8, 25, dtype=torch.float64), example_ids=ids)
+    many.drops[1, 2] = drops
+    many = replace(many, scores=many.drops.mean(-1))
+    assert dots(replace(one, score_ends=None)) == {(0, 0)}
+    assert dots(many) == set()
+    note = plots.head_heatmap(many).heading.note.replace("\N{NO-BREAK SPACE}", " ")
+    assert "Dot: stands at a false discovery rate of 5 % over 32 heads" in note
 
 
 def test_heat_map_of_heads_that_were_not_all_measured():
@@ -96,7 +104,7 @@ def test_heat_map_of_heads_that_were_not_all_measured():
     written = [text.get_text() for text in figure.axes[0].texts]
     assert written[16:24] == [""] * 8 and all(written[24:])
     assert "Not exact: heads raced" in figure.heading.note
-    assert not plots.significant(heads)[2].any() and plots.significant(heads)[1, 3]
+    assert dots(heads) == set() and "Dot" not in figure.heading.note
 
 
 def test_heat_map_of_a_large_model_has_no_numbers_in_it_and_fewer_ticks():
@@ -121,6 +129,10 @@ def test_bars_count_the_neurons_of_each_layer():
     heights = [bar.get_height() for bar in axes.containers[0]]
     assert heights == neurons.per_layer()
     assert sum(heights) == neurons.count() == 15
+    assert [bar.get_x() + bar.get_width() / 2 for bar in axes.containers[0]] == pytest.approx(range(4))
+    (band,) = [patch for patch in axes.patches if patch not in axes.containers[0].patches]
+    low, high = plots.chance_range(4, 384, 15)
+    assert (band.get_y(), band.get_y() + band.get_height()) == (low, high) and low < high
 
 
 def test_several_rankings_side_by_side_or_as_lines():
@@ -128,6 +140,7 @@ def test_several_rankings_side_by_side_or_as_lines():
     figure = plots.neurons_per_layer(few)
     for bars, ranking in zip(figure.axes[0].containers, few, strict=True):
         assert [bar.get_height() for bar in bars] == ranking.per_layer()
+        assert [round(bar.get_x() + bar.get_width() / 2) for bar in bars] == [0, 1, 2, 3]
     assert [text.get_text() for text in figure.legends[0].texts] == ["vqa", "ocr"]
 
     deep = [made.neurons((32, 50), task=task, seed=i) for i, task in enumerate(("vqa", "ocr"))]
@@ -166,9 +179,21 @@ def test_rankings_of_different_models_are_refused():
 # --- Masking -----------------------------------------------------------------------------------
 
 
+def lopsided(result):
+    """The result with intervals that reach further up than down."""
+    drop, lost = result.drop, result.log_prob_drop
+    metric = replace(result.metric_interval, low=drop - 0.01, high=drop + 0.09)
+    return replace(
+        result,
+        metric_interval=metric,
+        log_prob_interval=replace(result.log_prob_interval, low=lost - 0.02, high=lost + 0.3),
+        kinds={kind: replace(found, interval=metric) for kind, found in result.kinds.items()},
+    )
+
+
 @pytest.mark.parametrize("panel, measure", [(0, "metric"), (1, "log_prob")])
 def test_curve_draws_selected_random_and_baseline(panel, measure):
-    results = made.curve()
+    results = [lopsided(result) for result in made.curve()]
     axes = drawn(plots.masking_curve(results[::-1])).axes[panel]
     shares = [100 * r.ratio for r in results]
     baseline, masked, interval = {
@@ -221,7 +246,7 @@ def test_figures_of_nothing_are_refused():
 
 
 def test_bars_of_one_result():
-    result = made.masking()
+    result = lopsided(made.masking())
     metric, log_prob = drawn(plots.masking_bars(result)).axes
     heights = [bar.get_height() for bar in metric.containers[0]]
     mean = float(np.mean([c.metric for c in result.controls]))
@@ -232,7 +257,9 @@ def test_bars_of_one_result():
         group(metric, "controls").get_offsets()[:, 1], [c.metric for c in result.controls]
     )
     (whisker,) = metric.containers[1][2][0].get_segments()
-    np.testing.assert_allclose(whisker[:, 1], [0.66, 0.76])
+    np.testing.assert_allclose(whisker[:, 1], [0.71 - 0.09, 0.71 + 0.01])
+    (whisker,) = log_prob.containers[1][2][0].get_segments()
+    np.testing.assert_allclose(whisker[:, 1], [-1.05 - 0.3, -1.05 + 0.02])
     np.testing.assert_allclose([bar.get_height() for bar in log_prob.containers[0]][:2], [-0.21, -1.05])
 
     (alone,) = plots.masking_bars(replace(result, controls=()), ("metric",)).axes
@@ -267,19 +294,24 @@ def test_kinds_with_intervals_get_whiskers():
 @pytest.mark.parametrize("measure", ["metric", "log_prob"])
 def test_rankings_from_the_largest_drop(measure):
     results = {
-        "mean_activation": made.masking(0.95, -0.19),
-        "hones": made.masking(),
-        "direct": made.masking(0.88, -0.4),
+        "mean_activation": lopsided(made.masking(0.95, -0.19)),
+        "hones": lopsided(made.masking()),
+        "direct": lopsided(made.masking(0.88, -0.4)),
     }
     axes = drawn(plots.ranking_bars(results, measure)).axes[0]
     assert tick_labels(axes.yaxis) == ["hones", "direct", "mean activation"]
     expected = [0.22, 0.05, -0.02] if measure == "metric" else [0.84, 0.19, -0.02]
     np.testing.assert_allclose([bar.get_width() for bar in axes.containers[0]], expected)
-    half = 0.05 if measure == "metric" else 0.12
-    for container, drop in zip(axes.containers[1:], expected, strict=True):
-        np.testing.assert_allclose(
-            container[2][0].get_segments()[0][:, 0], [drop - half, drop + half], atol=1e-9
-        )
+    down, up = (0.01, 0.09) if measure == "metric" else (0.02, 0.3)
+    for place, (container, drop) in enumerate(zip(axes.containers[1:], expected, strict=True)):
+        (segment,) = container[2][0].get_segments()
+        np.testing.assert_allclose(segment[:, 0], [drop - down, drop + up], atol=1e-9)
+        assert segment[:, 1].tolist() == [place, place]
+    for place, name in enumerate(("hones", "direct", "mean_activation")):
+        one = results[name]
+        before = one.baseline if measure == "metric" else one.baseline_log_prob
+        drops = [before - getattr(control, measure) for control in one.controls]
+        np.testing.assert_allclose(group(axes, f"controls-{place}").get_offsets()[:, 0], drops)
     colours = [bar.get_facecolor()[:3] for bar in axes.containers[0]]
     assert colours[0] == colours[1] != colours[2]
 
@@ -298,8 +330,8 @@ FIGURES = {
 @pytest.mark.parametrize("name", [name for name in FIGURES if name != "attention"])
 def test_every_figure_of_results_says_n_and_what_its_interval_is(name):
     heading = FIGURES[name]().heading
-    assert re.search(r"n = \d+", heading.note)
-    assert re.search(r"95 %|standard error|[Rr]andom", heading.note)
+    assert re.search(r"n\s=\s\d+", heading.note)
+    assert re.search(r"95\s%|standard error|[Rr]andom", heading.note)
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -316,10 +316,12 @@ def test_rankings_in_the_table_stand_beside_our_own(whole):
 
 def test_head_map_tells_every_score(whole):
     source, _, run = whole
-    tips = re.findall(r"<title>L(\d+)H(\d+): (\S+) \(standard error (\S+), n = 60\)</title>", source)
+    tips = re.findall(r"<title>L(\d+)H(\d+): (\S+) \[(\S+), (\S+)\] \(95 %, n = 60\)</title>", source)
     assert len(tips) == 32
-    for layer, head, score, _ in tips:
-        assert value(score) == pytest.approx(float(run.heads.scores[int(layer), int(head)]), abs=0.0005)
+    for layer, head, score, *ends in tips:
+        place = int(layer), int(head)
+        assert value(score) == pytest.approx(float(run.heads.scores[place]), abs=0.0005)
+        assert [value(end) for end in ends] == pytest.approx(run.heads.score_ends[place].tolist(), abs=0.0006)
 
 
 def test_headline_numbers_are_those_of_the_share_of_task_neurons(whole):
