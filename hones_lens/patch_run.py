@@ -8,15 +8,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from hones_lens import corruptions
 from hones_lens.corruptions import Corruption
 from hones_lens.data import counterfactual_pairs, load_examples
+from hones_lens.data.examples import Example
 from hones_lens.groups import Box
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.labelled import Labelled
 from hones_lens.patching.activation import patch_activations
 from hones_lens.patching.pairs import PatchPairs, corrupted_by, counterfactual, told_apart
 from hones_lens.patching.units import as_patch_site, positions_of, targets_of
+from hones_lens.prompting import open_image
+from hones_lens.results import write_json
 from hones_lens.runs import Run, weights_hash
 from hones_lens.tasks import load_task
 
@@ -78,9 +83,7 @@ class PairsChoice:
             limit = DEFAULT_LIMIT if self.limit is None else self.limit
             drawn = counterfactual_pairs(self.task, self.kind, self.split, limit, self.seed)
             return counterfactual(model, drawn, self.task)
-        task, limit = load_task(self.task), self.limit or DEFAULT_LIMIT
-        files = {"data_file": self.data_file, "image_dir": self.image_dir, "on_error": self.on_error}
-        examples = load_examples(self.dataset, self.task, self.split, limit, self.seed, **files)
+        task, examples = load_task(self.task), self._examples()
         prompts = [task.target_prompt(example) for example in examples]
         inputs = model.prepare([example.image for example in examples], prompts)
         answers = [
@@ -90,6 +93,23 @@ class PairsChoice:
         ids = [example.id for example in examples]
         made = corrupted_by(model, inputs, self.corruption(), answers, ids=ids)
         return replace(made, task=self.task)
+
+    def _examples(self) -> list[Example]:
+        files = {"data_file": self.data_file, "image_dir": self.image_dir, "on_error": self.on_error}
+        limit = self.limit or DEFAULT_LIMIT
+        return load_examples(self.dataset, self.task, self.split, limit, self.seed, **files)
+
+    def first(self, pairs: PatchPairs) -> tuple[Image.Image, Image.Image | None, str]:
+        """The first of these pairs: its clean picture, its corrupted one if it is a picture, its prompt."""
+        if self.image is not None:
+            other = None if self.corrupted_image is None else open_image(self.corrupted_image)
+            return open_image(self.image), other, str(self.prompt)
+        task = load_task(self.task)
+        if pairs.facts:
+            clean, corrupted = pairs.facts[0].clean, pairs.facts[0].corrupted
+            return clean.image, corrupted.image, task.target_prompt(clean)
+        example = self._examples()[0]
+        return example.image, None, task.target_prompt(example)
 
     def corruption(self) -> Corruption:
         """The built-in corruption that was asked for."""
@@ -164,7 +184,7 @@ def start_patching(
         ValueError: The folder holds a run with other settings.
     """
     groups = options.get("groups")
-    return Run(
+    run = Run(
         out,
         {
             "model": model.cfg.model_name,
@@ -176,6 +196,31 @@ def start_patching(
             "patch": {**options, "groups": groups and [str(group) for group in groups]},
         },
     )
+    if not run.path("pair.json").exists():
+        _save_first(model, run, pairs, choice)
+    return run
+
+
+def _save_first(model: HookedVLM, run: Run, pairs: PatchPairs, choice: PairsChoice) -> None:
+    """Keep the first pair for the report: its pictures, texts, and where its patches lie."""
+    clean, corrupted, prompt = choice.first(pairs)
+    pictures = {"clean": clean, "corrupted": corrupted}
+    files = {name: None if picture is None else f"pair-{name}.png" for name, picture in pictures.items()}
+    for name, file in files.items():
+        if file is not None:
+            pictures[name].save(run.path(file))
+    inputs, decode = pairs.clean[0].without_padding(), model.tokenizer.decode
+    about = {
+        "id": pairs.ids[0],
+        "prompt": prompt,
+        "answer": decode([int(pairs.answer[0])]),
+        "foil": None if pairs.foil is None else decode([int(pairs.foil[0])]),
+        "image_mask": "".join(str(int(here)) for here in inputs.image_mask[0]),
+        "grids": inputs.grids[0],
+        "regions": inputs.regions[0],
+        "leading_tokens": inputs.leading_tokens,
+    }
+    write_json(run.path("pair.json"), {"kind": "patch-pair", **files, **about})
 
 
 def run_patching(model: HookedVLM, run: Run, pairs: PatchPairs, options: dict[str, Any]) -> Labelled:

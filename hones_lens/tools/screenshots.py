@@ -1,6 +1,7 @@
-"""Pictures of the explorer for the README, as Chromium draws it: `python -m hones_lens.tools.screenshots`.
+"""The README's pictures of explorer and report, as Chromium draws them.
 
-Needs playwright and a Chromium; neither is a dependency of the package.
+`python -m hones_lens.tools.screenshots` makes them all, the report's from the run folder of a `hones demo`.
+Needs the extra `notebook`, playwright and a Chromium.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import argparse
 import io
 import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +19,12 @@ from typing import Any
 
 from PIL import Image
 
-from hones_lens.explorer.serve import serve, subject
+from hones_lens.explorer.serve import listen, prepare, subject
 from hones_lens.explorer.views import Views
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.loading import load_model
+from hones_lens.viz.report import write_report
+from hones_lens.viz.run_folder import read_view
 
 MOST_BYTES = 300_000
 _FLAGS = (
@@ -34,16 +40,81 @@ SHOTS: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "explorer-ablated": (1100, "light", ('[data-head="0.5"]', '[data-key="ablate-head"]')),
 }
 
+# Of the report, by name: width and height of the window, scheme.
+REPORT_SHOTS: dict[str, tuple[int, int, str]] = {"report": (1200, 1500, "light")}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write every picture into a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="docs/images", help="folder (default: docs/images)")
     parser.add_argument("--model", default="tiny-llava", help="name, folder or Hub id (default: tiny-llava)")
+    parser.add_argument(
+        "--run", default="runs/demo", help="of the report; made if need be (default: runs/demo)"
+    )
     args = parser.parse_args(argv)
-    for file in shoot_explorer(load_model(args.model), Path(args.out)):
-        print(f"{file}: {file.stat().st_size:,} bytes")
+    run = demo_run(Path(args.run))
+    files = [*shoot_explorer(load_model(args.model), Path(args.out)), *shoot_report(run, Path(args.out))]
+    for file in files:
+        size = file.stat().st_size
+        print(f"{file}: {size:,} bytes")
+        if size > MOST_BYTES:
+            raise RuntimeError(f"{file} has {size:,} bytes, more than {MOST_BYTES:,}")
     return 0
+
+
+def demo_run(folder: Path) -> Path:
+    """A run folder of the demo, made if there is none yet.
+
+    Raises:
+        subprocess.CalledProcessError: The demo fails.
+    """
+    if not (folder / "settings.json").is_file():
+        subprocess.run([sys.executable, "-m", "hones_lens.cli", "demo", "--out", str(folder)], check=True)
+    return folder
+
+
+def shoot_report(run: Path, folder: Path) -> list[Path]:
+    """The top of a run's report: write each of REPORT_SHOTS.
+
+    Raises:
+        FileNotFoundError: No Chromium.
+        ImportError: No playwright.
+        RuntimeError: The page's console says an error.
+        ValueError: Not a run folder.
+    """
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        raise FileNotFoundError("no chromium on the path")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
+        report = write_report(Path(scratch) / "report.html", [read_view(run)])
+        browser = playwright.chromium.launch(executable_path=program, args=list(_FLAGS))
+        try:
+            for name in REPORT_SHOTS:
+                picture = _shoot_report(browser, report.as_uri(), *REPORT_SHOTS[name])
+                files.append(folder / f"{name}.png")
+                files[-1].write_bytes(picture)
+        finally:
+            browser.close()
+    return files
+
+
+def _shoot_report(browser: Any, address: str, width: int, height: int, scheme: str) -> bytes:
+    viewport = {"width": width, "height": height}
+    page = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True).new_page()
+    errors: list[str] = []
+    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    picture = page.screenshot()
+    page.close()
+    if errors:
+        raise RuntimeError(f"the page's console says: {errors[0]}")
+    return _small(picture)
 
 
 def shoot_explorer(model: HookedVLM, folder: Path) -> list[Path]:
@@ -51,7 +122,7 @@ def shoot_explorer(model: HookedVLM, folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: No Chromium.
-        ImportError: No playwright.
+        ImportError: No playwright, or not the extra `notebook`.
         RuntimeError: The page's console says an error.
     """
     from playwright.sync_api import sync_playwright
@@ -61,37 +132,39 @@ def shoot_explorer(model: HookedVLM, folder: Path) -> list[Path]:
         raise FileNotFoundError("no chromium on the path")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    with serve(Views(model, *subject(None, None))) as server, sync_playwright() as playwright:
-        thread = threading.Thread(target=server.serve_forever)
+    with listen() as listener, sync_playwright() as playwright:
+        server, address = prepare(Views(model, *subject(None, None)), listener)
+        thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         browser = playwright.chromium.launch(executable_path=program, args=list(_FLAGS))
         try:
             for name in SHOTS:
-                picture = _shoot(browser, f"http://127.0.0.1:{server.server_port}/", *SHOTS[name])
+                picture = _shoot(browser, address, *SHOTS[name])
                 files.append(folder / f"{name}.png")
                 files[-1].write_bytes(picture)
         finally:
             browser.close()
-            server.shutdown()
+            server.should_exit = True
             thread.join()
     return files
 
 
 def _shoot(browser: Any, address: str, width: int, scheme: str, clicks: Sequence[str]) -> bytes:
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = browser.new_page(viewport={"width": width, "height": 1400}, color_scheme=scheme)
     errors: list[str] = []
     page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
-    page.locator(".hx-cell").first.wait_for()
+    explorer = page.locator(".hones-explorer")
+    explorer.locator(".hx-cell").first.wait_for()
     for number, clicked in enumerate(clicks, 1):
         page.locator(clicked).click()
-        done = f"document.querySelector('.hones-explorer').dataset.drawn === '{number}'"
-        page.wait_for_function(done)
+        shown = [explorer.element_handle(), str(number)]
+        page.wait_for_function("([explorer, n]) => explorer.dataset.drawn === n", arg=shown)
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur()")
     page.wait_for_timeout(400)  # transitions end
-    picture = page.screenshot(full_page=True)
+    picture = explorer.screenshot()
     page.close()
     if errors:
         raise RuntimeError(f"the page's console says: {errors[0]}")

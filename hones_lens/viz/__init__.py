@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hones_lens.viz.attention_plots import attention_maps, attention_over_image
+    from hones_lens.viz.cell_plots import cell_patterns, cell_values
     from hones_lens.viz.flow_plots import flow_tooltips, head_neuron_token_flow
     from hones_lens.viz.image_plots import on_image
     from hones_lens.viz.labelled_plots import labelled
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "attention_plots": ("attention_maps", "attention_over_image"),
+    "cell_plots": ("cell_patterns", "cell_values"),
     "flow_plots": ("flow_tooltips", "head_neuron_token_flow"),
     "image_plots": ("on_image",),
     "labelled_plots": ("labelled",),
@@ -47,6 +49,8 @@ __all__ = [
     "attention_maps",
     "attention_over_image",
     "attention_tokens",
+    "cell_patterns",
+    "cell_values",
     "coloured_tokens",
     "direct_bars",
     "flow_tooltips",

@@ -60,6 +60,8 @@ def attention_over_image(
     else:
         brightest, total = number(float(values.max())), number(float(values.sum()))
         note = f"{rows} × {columns} patches; brightest {brightest}, in all {total}."
+        if shown != (0, 0, width, height):
+            note += " Veiled: cut off before the model sees it."
         tall = min(5.0, (theme.WIDTH - 0.8) * height / width + 0.2)
         figure, (axes,) = theme.new_plot(title, note, tall)
     limit = float(values.max()) or 1.0

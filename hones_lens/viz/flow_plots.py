@@ -251,7 +251,7 @@ def _draw_nodes(axes: Axes, column: Sequence[_Node], x: float, name: str) -> Non
             Path([(x - _BAR, low), (x + _BAR, low), (x + _BAR, high), (x - _BAR, high), (x - _BAR, low)])
         )
         side, shift = ("right", -0.05) if name == "heads" else ("left", 0.05)
-        style = {"size": 8.6, "ha": side, "va": "center", "parse_math": False, "gid": f"{name}-name"}
+        style = {"size": 8.6, "ha": side, "va": "center", "gid": f"{name}-name"}
         if name == "neurons":
             style["bbox"] = {"facecolor": SURFACE, "alpha": 0.7, "linewidth": 0, "pad": 0.8}
         axes.text(x + shift, (low + high) / 2, node.name, **style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ SCALES = ("diverging", "sequential")
 _GRID_AXES = ("row", "column")
 _ACROSS = 4
 _BACKING = 0.88  # grey under a scale of see-through colours, on light and dark pages alike
-_DOT = "#16191d"  # on pale pictures, whatever the page
+ON_PALE = "#16191d"  # marks on pale pictures, whatever the page
 
 
 def check_region(region: Region | None, picture: Image.Image) -> Region:
@@ -148,6 +149,8 @@ def on_image(
         ticks=MaxNLocator(5),
     )
     bar.outline.set(edgecolor=GRID)
+    if title and result.what != "values":
+        bar.set_label(textwrap.fill(result.what, 40))
     return figure
 
 
@@ -229,9 +232,9 @@ def _draw(axes: Axes, picture: Image.Image, region: Region, layer: _Layer, scale
         rows, columns = layer.values.shape
         y, x = (index.numpy() + 0.5 for index in torch.nonzero(layer.away, as_tuple=True))
         across, down = left + x * (right - left) / columns - 0.5, top + y * (bottom - top) / rows - 0.5
-        axes.scatter(across, down, s=6, color=_DOT, linewidths=0, gid="away")
+        axes.scatter(across, down, s=6, color=ON_PALE, linewidths=0, gid="away")
     if layer.name:
-        axes.set_title(layer.name, size=8.8, pad=3)
+        axes.set_title(theme.drawable(layer.name), size=8.8, pad=3)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +21,7 @@ from hones_lens.labelled import Labelled
 from hones_lens.statistics import benjamini_hochberg
 from hones_lens.viz import theme
 from hones_lens.viz.theme import GRID, INK, MUTED, ON_ACCENT, SELECTED, SURFACE, Plot, styled
-from hones_lens.viz.words import number
+from hones_lens.viz.words import number, tied
 
 _MOST_VALUES = (8, 16)  # columns and rows up to which a map has its numbers written in
 _MOST_PANELS, _COLUMNS = 16, 4
@@ -86,11 +88,22 @@ def _note(result: Labelled) -> str:
     parts = [] if result.n is None else [f"n = {result.n:,}."]
     if result.p is not None:
         parts.append("Dot: differs from 0 (false discovery rate < 5 %).")
+    elif result.low is not None and len(result.axes) > 1:
+        parts.append("Dot: 95 % interval without 0.")
     elif result.low is not None:
-        marks = "Bars" if len(result.axes) == 1 else "Dot"
-        means = "95 % interval" if len(result.axes) == 1 else "95 % interval without 0"
-        parts.append(f"{marks}: {means}.")
-    return " ".join([*parts, *(line.rstrip(".") + "." for line in result.notes)])
+        parts.append(f"{'Band' if _numbered(result) else 'Black line'}: 95 % interval.")
+    note = " ".join([*parts, *(line.rstrip(".") + "." for line in result.notes)])
+    return tied(re.sub(r"(?<!\w)-(?=\d)", "−", note))
+
+
+def _numbered(result: Labelled) -> bool:
+    """The first axis has numbers for names, so that a curve can be drawn over it."""
+    return all(isinstance(name, (int, float)) for name in result.names(result.axes[0]))
+
+
+def _unit(result: Labelled, title: str, width: int) -> str:
+    """What the values are, in lines, where the title does not say it."""
+    return "" if title == result.what else textwrap.fill(result.what, width)
 
 
 # -- one axis ----------------------------------------------------------------------------------------
@@ -99,7 +112,7 @@ def _note(result: Labelled) -> str:
 def _line(result: Labelled, title: str) -> Plot:
     (axis,), values = result.axes, result.values.double().numpy()
     names = result.names(axis)
-    numbers = all(isinstance(name, (int, float)) for name in names)
+    numbers = _numbered(result)
     figure, (axes,) = theme.new_plot(title, _note(result), 2.5 if numbers else 0.36 * len(names) + 0.7)
     ends = [None if end is None else end.double().numpy() for end in (result.low, result.high)]
     if numbers:
@@ -107,7 +120,7 @@ def _line(result: Labelled, title: str) -> Plot:
         axes.plot(names, values, color=SELECTED, marker="o", markersize=3.5, gid="curve")
         if ends[0] is not None and ends[1] is not None:
             axes.fill_between(names, ends[0], ends[1], color=SELECTED, alpha=0.2, linewidth=0, gid="interval")
-        axes.set_xlabel(axis)
+        axes.set(xlabel=axis, ylabel=_unit(result, title, 36))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
         axes.grid(axis="y")
         return figure
@@ -116,10 +129,10 @@ def _line(result: Labelled, title: str) -> Plot:
     if ends[0] is not None and ends[1] is not None:
         axes.hlines(y, ends[0], ends[1], color=INK, linewidth=1.4, gid="interval")
     axes.axvline(0, color=MUTED, linewidth=0.8)
-    axes.set_yticks(y, [str(name) for name in names])
+    axes.set_yticks(y, [theme.drawable(str(name)) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set_ylabel(axis)
+    axes.set(ylabel=axis, xlabel=_unit(result, title, 48))
     axes.grid(axis="x")
     return figure
 
@@ -142,7 +155,7 @@ def _maps(parts: Sequence[Labelled], headings: Sequence[str], whole: Labelled, t
     limit = float(whole.values.abs().nan_to_num(0).max()) or 1.0
     for axes, part, heading in zip(every, parts, headings, strict=False):
         mesh = _map(axes, part, limit, turned)
-        axes.set_title(heading)
+        axes.set_title(theme.drawable(heading))
     for axes in every[len(parts) :]:
         axes.set_axis_off()
     ticks = MaxNLocator(5, symmetric=True)
@@ -150,6 +163,9 @@ def _maps(parts: Sequence[Labelled], headings: Sequence[str], whole: Labelled, t
     assert bar.solids is not None
     bar.solids.set(rasterized=False, edgecolor="none", linewidth=0, gid=theme.CRISP)
     bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.set_label(_unit(whole, title, 30))
+    if not bool((whole.values < 0).any()):
+        bar.ax.set_ylim(0, limit)
     return figure
 
 
@@ -198,5 +214,5 @@ def _ticks(axis: Axis, names: Sequence[Any]) -> None:
     if all(isinstance(name, int) for name in names):
         step = 1 if n <= 16 else 4 if n <= 40 else 8 if n <= 160 else math.ceil(n / 20)
     places = range(0, n, step)
-    axis.set_ticks([i + 0.5 for i in places], labels=[str(names[i]) for i in places])
+    axis.set_ticks([i + 0.5 for i in places], labels=[theme.drawable(str(names[i])) for i in places])
     axis.set_tick_params(length=0)

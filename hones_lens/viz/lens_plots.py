@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_rgb
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -20,6 +18,7 @@ from hones_lens.inputs import Region
 from hones_lens.labelled import Labelled
 from hones_lens.lens import LogitLens
 from hones_lens.viz import theme
+from hones_lens.viz.image_plots import ON_PALE, check_region, on_grey, veil
 from hones_lens.viz.theme import (
     GRID,
     INK,
@@ -57,16 +56,9 @@ def _panels(
 # -- logit lens ----------------------------------------------------------------------------------------
 
 
-@cache
-def _glyphs() -> frozenset[int]:
-    return frozenset(get_font(findfont(theme.STYLE["font.family"])).get_charmap())
-
-
 def as_drawn(token: str, longest: int) -> str:
     """A token with what can't be seen or drawn written as escapes, cut to a length."""
-    text = "".join(
-        c if c.isprintable() and ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in token
-    )
+    text = theme.drawable(token)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
@@ -102,7 +94,7 @@ def lens_grid(lens: LogitLens, place: int = 0, *, k: int = _NARROW, title: str =
             share = float(shares[layer, rank])
             ink = ON_ACCENT if share > _STRONG else INK
             text = as_drawn(tokens[layer][rank], longest)
-            style = {"va": "center", "color": ink, "parse_math": False}
+            style = {"va": "center", "color": ink}
             axes.text(rank + 0.06, layer + 0.42, text, size=_TOKEN, gid="token", **style)
             axes.text(rank + 0.94, layer + 0.78, number(share, 2), size=5.2, ha="right", **style)
     axes.set_xticks(np.arange(k) + 0.5, labels=[str(rank + 1) for rank in range(k)])
@@ -142,7 +134,8 @@ def image_lens(
         title: Default: what the result is.
 
     Raises:
-        ValueError: A result of other axes, a layer that it does not have, or values that are not finite.
+        ValueError: A result of other axes, a layer that it does not have, values that are not finite, or a
+            region outside of the picture.
     """
     if result.axes != ("layer", "row", "column"):
         raise ValueError(f"a result with the axes layer, row, column is needed, not {', '.join(result.axes)}")
@@ -158,18 +151,20 @@ def image_lens(
     down = -(-(1 + len(names)) // across)
     rows, columns = maps[0].shape
     height = down * ((theme.WIDTH - 0.9) / across * image.height / image.width + 0.27)
+    where = check_region(region, image)
     note = f"{rows} × {columns} image tokens; each layer's strongest is outlined. One scale for all layers."
+    if where != (0, 0, *image.size):
+        note += " Veiled: cut off before the model sees it."
     figure, axes = _panels(title or _sentence(result.what), note, height, (down, across))
     for one in axes.flat:
         one.set_axis_off()
     first, *rest = axes.flat
     first.imshow(image.convert("RGB"), interpolation="nearest")
     first.set_title("picture", size=8.8, pad=3)
-    over = [
-        _map(one, image, region, name, values, limits)
-        for one, name, values in zip(rest, names, shown, strict=False)
-    ]
-    bar = figure.colorbar(over[0], ax=axes, fraction=0.045, pad=0.02, aspect=22, ticks=MaxNLocator(4))
+    for one, name, values in zip(rest, names, shown, strict=False):
+        _map(one, image, where, name, values, limits)
+    shown_as = on_grey(Normalize(*limits), _glow())
+    bar = figure.colorbar(shown_as, ax=axes, fraction=0.045, pad=0.02, aspect=22, ticks=MaxNLocator(4))
     bar.outline.set(edgecolor=GRID)
     if ranks:
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{10**-value:,.0f}")
@@ -180,17 +175,17 @@ def image_lens(
 def _map(
     axes: Axes,
     image: Image.Image,
-    region: Region | None,
+    region: Region,
     name: Any,
     values: Tensor,
     limits: tuple[float, float],
-) -> Any:
+) -> None:
     """One layer's values over the picture in pale grey, the strongest outlined."""
     width, height = image.size
-    left, top, right, bottom = region or (0.0, 0.0, float(width), float(height))
+    left, top, right, bottom = region
     pale = Image.blend(image.convert("L"), Image.new("L", image.size, 255), 0.5).convert("RGB")
     axes.imshow(pale, interpolation="nearest")
-    over = axes.imshow(
+    axes.imshow(
         values.numpy(),
         cmap=_glow(),
         vmin=limits[0],
@@ -202,11 +197,11 @@ def _map(
     row, column = divmod(int(values.argmax()), columns)
     wide, tall = (right - left) / columns, (bottom - top) / rows
     corner = (left + column * wide - 0.5, top + row * tall - 0.5)
-    outline = {"fill": False, "edgecolor": INK, "linewidth": 1.3}
+    outline = {"fill": False, "edgecolor": ON_PALE, "linewidth": 1.3, "gid": "strongest"}
     axes.set_title(name if isinstance(name, str) else f"layer {name}", size=8.8, pad=3)
     axes.add_patch(Rectangle(corner, wide, tall, **outline))
+    veil(axes, image.size, region)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    return over
 
 
 # -- direct logit attribution --------------------------------------------------------------------------

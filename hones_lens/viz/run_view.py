@@ -9,9 +9,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.attribution.heads import HeadScores
+from hones_lens.attribution.flow import HeadNeuronFlow
+from hones_lens.attribution.head_scores import HeadScores
 from hones_lens.attribution.held_out import HeldOutHeads
 from hones_lens.attribution.neurons import NeuronScores
+from hones_lens.inputs import Region, VLMInputs
+from hones_lens.labelled import Labelled
+from hones_lens.lens import LogitLens
 from hones_lens.masking import MaskingResult
 from hones_lens.overlap import GroupMasking, LensDelta, Overlap
 from hones_lens.statistics import Interval
@@ -31,6 +35,10 @@ class ExampleView:
         attention: Of that head from one token to the image, [rows columns]; None: not drawn.
         masked_label: What was masked, e.g. `76 neurons masked`.
         attention_from: The token that looks.
+        region: The part of the picture that the grids show; None: all of it.
+        looks: By head, e.g. `L0H0`: its attention, as `attention`, for the heads that can be chosen.
+        lens: The likeliest tokens after every layer at the last prompt token.
+        image_lens: How much the image tokens speak for the right answer, by layer, row and column.
     """
 
     image: Image.Image
@@ -42,6 +50,54 @@ class ExampleView:
     attention: Tensor | None = None
     masked_label: str = "task neurons masked"
     attention_from: str = "the last prompt token"
+    region: Region | None = None
+    looks: Mapping[str, Tensor] = field(default_factory=dict)
+    lens: LogitLens | None = None
+    image_lens: Labelled | None = None
+
+    @property
+    def by_head(self) -> dict[str, Tensor]:
+        """Attention by head, that of `head` too."""
+        own = {} if self.attention is None else {self.head: self.attention}
+        return {**self.looks, **own}
+
+
+@dataclass(frozen=True, eq=False)
+class PairView:
+    """The first pair of a patching, for showing.
+
+    Attributes:
+        id, prompt, answer: What was asked of the clean picture, and the token that is right there.
+        clean: The clean picture.
+        foil: The token that is right on the corrupted input; None where there is no other answer.
+        corrupted: The corrupted picture, where it is one.
+        inputs: Where the picture's patches lie among the positions.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    clean: Image.Image
+    foil: str | None
+    corrupted: Image.Image | None
+    inputs: VLMInputs
+
+
+@dataclass(frozen=True, eq=False)
+class PatchView:
+    """One patching.
+
+    Attributes:
+        result: What it changed.
+        options: Of `patch_activations`: `what`, `by`, `direction`, `metric`, `raw`.
+        pairs: What was patched, in words, e.g. `64 counterfactual pairs of vqa`.
+        pair: The first of them; None where it was not kept.
+    """
+
+    result: Labelled
+    options: Mapping[str, Any]
+    pairs: str
+    pair: PairView | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +119,9 @@ class RunView:
         steering: HONES eq. H5, by what they are called on the page, e.g. `learned and measured on shapes`.
         overlap, groups: HONES eq. H6: which neurons tasks share, and each group of them masked.
         effects: By data set: every task under the scales of every task.
-        lens: What the neurons make the model want to say.
+        lenses: By task: what its neurons make the model want to say.
+        flow: From the critical heads through the neurons to the tokens that these promote.
+        patching: One activation patching.
     """
 
     title: str
@@ -84,7 +142,9 @@ class RunView:
     overlap: Overlap | None = None
     groups: GroupMasking | None = None
     effects: Mapping[str, SideEffects] = field(default_factory=dict)
-    lens: LensDelta | None = None
+    lenses: Mapping[str, LensDelta] = field(default_factory=dict)
+    flow: HeadNeuronFlow | None = None
+    patching: PatchView | None = None
 
     @property
     def share(self) -> float:

@@ -131,7 +131,8 @@ def side_effect_bars(effects: SideEffects) -> Plot:
     axes.set_xlabel("gain")
     axes.grid(axis="x")
     colours = [theme.SERIES[j % len(theme.SERIES)] for j in range(len(tasks))]
-    theme.add_legend(figure, [Line2D([], [], color=colour, linewidth=6) for colour in colours], tasks)
+    style = {"linewidth": 6, "solid_capstyle": "butt"}
+    theme.add_legend(figure, [Line2D([], [], color=colour, **style) for colour in colours], tasks)
     return figure
 
 

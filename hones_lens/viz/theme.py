@@ -10,8 +10,11 @@ import base64
 import io
 import re
 import textwrap
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,23 +23,22 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from PIL import Image
 
-# Name: on a light, and on a dark background. Data colours are Okabe and Ito's, safe for colour-blind readers.
-PALETTE = {
-    "ink": ("#1a1d21", "#e8eaed"),
-    "muted": ("#59616b", "#a3abb6"),
-    "grid": ("#dfe3e8", "#363d46"),
-    "surface": ("#ffffff", "#1b1f24"),
-    "selected": ("#0072b2", "#56b4e9"),
-    "random": ("#7d8590", "#949daa"),
-    "negative": ("#d55e00", "#f58b45"),
-    "green": ("#009e73", "#2fc79a"),
-    "purple": ("#b0568a", "#e39cc4"),
-    "on-accent": ("#fffffe", "#10141a"),
-}
+from hones_lens.viz.schemes import (
+    PALETTE,
+    SCHEMES,
+    DarkCanvas,
+    check_scheme,
+    dark_svg,
+    following,
+    following_svg,
+    variables,
+)
+
 INK, MUTED, GRID, SURFACE = (PALETTE[name][0] for name in ("ink", "muted", "grid", "surface"))
 SELECTED, RANDOM, NEGATIVE = (PALETTE[name][0] for name in ("selected", "random", "negative"))
 GREEN, PURPLE, ON_ACCENT = (PALETTE[name][0] for name in ("green", "purple", "on-accent"))
@@ -44,6 +46,8 @@ CRISP = "crisp"  # id of groups whose shapes touch and must show no seams
 BRIGHT = "#f0e442"  # on darkened pictures
 SERIES = (SELECTED, NEGATIVE, GREEN, PURPLE)
 
+FONT = "DejaVu Sans"
+KINDS = ("png", "svg", "html", "pdf")
 WIDTH = 4.3  # inches of one panel: a phone's width at the size of a printed page
 _DPI = 144
 _TITLE, _NOTE, _BASE = 11.5, 8.8, 9.8  # points
@@ -51,11 +55,18 @@ _LINE = 1.35  # line height
 # What stays the page's to say, and references to ids.
 _PAGE_STYLE = re.compile(r"font-family:[^;]*;? ?|stroke-line(join|cap): (miter|square);? ?")
 _REFERENCE = re.compile(r"^(?P<url>url\()?#(?P<id>[\w.-]+)")
+_PAGE = """\
+body { margin: 0 auto; padding: 1.25rem; max-width: 60rem; background: var(--surface); color: var(--ink); }
+body, svg.plot text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, sans-serif; }
+h1 { font-size: 1.2rem; line-height: 1.3; margin: 0 0 .6rem; }
+p { font-size: .875rem; line-height: 1.45; color: var(--muted); margin: .6rem 0 0; }
+svg.plot { display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt; }
+"""
 _STEPS = 101  # of the diverging scale; odd, so that one is exactly 0
 
 STYLE: Any = {
     "font.size": _BASE,
-    "font.family": "DejaVu Sans",
+    "font.family": FONT,
     "text.color": INK,
     "axes.titlesize": _BASE,
     "axes.titlecolor": INK,
@@ -83,6 +94,7 @@ STYLE: Any = {
     "legend.borderpad": 0.0,
     "legend.borderaxespad": 0.0,
     "lines.linewidth": 1.8,
+    "text.parse_math": False,  # a `$` in a token or prompt is a `$`
     "svg.fonttype": "none",
     "svg.hashsalt": "hones_lens",
 }
@@ -105,18 +117,74 @@ class Plot(Figure):
 
     heading: Heading | None = None
 
-    def save(self, file: str | Path) -> Path:
-        """Write PNG, SVG or PDF, by the file's ending; the background is white and opaque."""
+    def save(self, file: str | Path, scheme: str | None = None) -> Path:
+        """Write PNG, SVG, HTML or PDF, by the file's ending; the background is opaque.
+
+        Args:
+            file: Where to; folders are made.
+            scheme: `light` or `dark`. Default: SVG and HTML follow the scheme of whoever reads them, PNG and
+                PDF are light.
+
+        Raises:
+            ValueError: Another ending, an unknown scheme, or a PDF in the dark.
+        """
         file = Path(file)
+        kind = file.suffix.lower().removeprefix(".")
+        if kind not in KINDS:
+            raise ValueError(f"figures are saved as {', '.join(f'.{k}' for k in KINDS)}, not {file.name!r}")
+        if scheme is not None and check_scheme(scheme) and kind == "pdf":
+            raise ValueError("a PDF is light: save .png, .svg or .html in the dark")
+        data = self._data(kind, scheme)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with rc_context(STYLE):
-            self.savefig(file, dpi=_DPI)
+        file.write_bytes(data)
         return file
 
-    def _repr_png_(self) -> bytes:
+    def _data(self, kind: str, scheme: str | None) -> bytes:
+        """The content of a file of that kind."""
+        if kind == "html":
+            return page_of(self, scheme).encode()
+        if kind == "png" and scheme == "dark":
+            return self._dark_png()
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=_DPI)
+        metadata = {"Date": None} if kind == "svg" else None
+        with rc_context(STYLE):
+            self.savefig(buffer, format=kind, dpi=_DPI, metadata=metadata)
+        if kind != "svg":
+            return buffer.getvalue()
+        svg = buffer.getvalue().decode().replace(f"'{FONT}'", f"'{FONT}', sans-serif")
+        svg = svg.replace(f'id="{CRISP}"', f'id="{CRISP}" shape-rendering="crispEdges"')
+        recoloured = {None: following_svg, "light": str, "dark": dark_svg}[scheme]
+        return recoloured(svg).encode()
+
+    def _dark_png(self) -> bytes:
+        canvas, buffer = self.canvas, io.BytesIO()
+        try:
+            with rc_context(STYLE):
+                DarkCanvas(self).print_figure(buffer, format="png", dpi=_DPI)
+        finally:
+            self.set_canvas(canvas)
         return buffer.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self._data("png", "light")
+
+    def _repr_html_(self) -> str:
+        """Both pictures, of which the page's scheme chooses; where styles are taken out, the light one."""
+        light, dark = (base64.b64encode(self._data("png", scheme)).decode() for scheme in SCHEMES)
+        name = f"hones-figure-{uuid.uuid4().hex[:12]}"
+        style = following(
+            f"#{name}",
+            "--seen: visible; background: none;",
+            "--seen: hidden; background: var(--dark) 0 0 / 100% 100%;",
+        )
+        about = escape(f"{self.heading.title}. {self.heading.note}" if self.heading else "a figure")
+        return (
+            f'<div id="{name}" style="display: inline-block; max-width: 100%"><style>\n{style}\n'
+            f"#{name} {{ --dark: url(data:image/png;base64,{dark}) }}\n"
+            f"#{name} img {{ display: block; max-width: 100%; height: auto; visibility: var(--seen) }}\n"
+            f'</style><img width="{96 * self.get_figwidth():.0f}" alt="{about}" '
+            f'src="data:image/png;base64,{light}"></div>'
+        )
 
 
 def new_plot(
@@ -132,8 +200,8 @@ def new_plot(
         legend: Keep a line for `add_legend`.
     """
     width = WIDTH * panels
-    bold = textwrap.fill(title, int(width * 72 / (_TITLE * 0.68)))
-    wrapped = textwrap.fill(note, int(width * 72 / (_NOTE * 0.56)))
+    bold = textwrap.fill(drawable(title.replace("\n", " ")), int(width * 72 / (_TITLE * 0.68)))
+    wrapped = textwrap.fill(drawable(note.replace("\n", " ")), int(width * 72 / (_NOTE * 0.56)))
     above = (bold.count("\n") + 1) * _TITLE * _LINE + 7 if title else 0.0
     below = (wrapped.count("\n") + 1) * _NOTE * _LINE + 6 if note else 0.0
     line = _BASE * _LINE + 5 if legend else 0.0
@@ -147,6 +215,21 @@ def new_plot(
     )
     figure.heading = Heading(title, note, above, below, texts)
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    return frozenset(get_font(findfont(FONT)).get_charmap())
+
+
+def drawable(text: str) -> str:
+    """A text with what can't be seen, or is not in the font, written as escapes."""
+    return "".join(
+        c
+        if (c.isprintable() or c == "\N{NO-BREAK SPACE}") and ord(c) in _glyphs()
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def add_legend(figure: Plot, handles: Sequence[Any], labels: Sequence[str]) -> None:
@@ -180,7 +263,8 @@ def themed_svg(
         figure: What a function of `plots` returned.
         name: Prefix of the ids in it: a page may hold several figures.
         label: What it shows, for screen readers.
-        tooltips: By group id: a text for each of the group's shapes, shown when pointed at.
+        tooltips: By group id: a text for each of the group's shapes, shown when pointed at; where several
+            groups have the id, group after group.
     """
     heading = figure.heading
     above, below = (heading.above, heading.below) if heading else (0.0, 0.0)
@@ -203,6 +287,25 @@ def themed_svg(
         "style": f"max-width: {1.5 * width:.0f}px",
     }
     return _with_variables(ElementTree.tostring(root, encoding="unicode"))
+
+
+def page_of(figure: Plot, scheme: str | None = None) -> str:
+    """A page with the figure alone, in the colours of its reader's scheme, or of one."""
+    heading = figure.heading or Heading("", "", 0.0, 0.0, ())
+    title = escape(heading.title)
+    colours = f":root {{ {variables(0 if scheme is None else check_scheme(scheme))} }}"
+    if scheme is None:
+        colours += f"\n@media (prefers-color-scheme: dark) {{ :root {{ {variables(1)} }} }}"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="{scheme or "light dark"}">\n'
+        '<meta name="generator" content="hones_lens">\n<link rel="icon" href="data:,">\n'
+        f"<title>{title or 'Figure'}</title>\n<style>\n{colours}\n{_PAGE}</style>\n</head>\n<body>\n"
+        f"{f'<h1>{title}</h1>' if title else ''}\n"
+        f"{themed_svg(figure, 'figure', f'{heading.title}. {heading.note}')}\n"
+        f"{f'<p>{escape(heading.note)}</p>' if heading.note else ''}\n</body>\n</html>\n"
+    )
 
 
 def _clean(root: ElementTree.Element, name: str) -> None:
@@ -232,8 +335,9 @@ def _clean(root: ElementTree.Element, name: str) -> None:
 
 
 def _add_tooltips(root: ElementTree.Element, tooltips: Mapping[str, Sequence[str]]) -> None:
+    texts = {name: iter(said) for name, said in tooltips.items()}
     for group in root.iter("g"):
-        for shape, text in zip(group, tooltips.get(group.attrib.pop("data-group", ""), ()), strict=False):
+        for shape, text in zip(group, texts.get(group.attrib.pop("data-group", ""), ()), strict=False):
             ElementTree.SubElement(shape, "title").text = text
     for element in root.iter():
         element.attrib.pop("data-group", None)
@@ -261,5 +365,6 @@ def image_uri(image: Image.Image, longest: int = 480) -> str:
 def plot_image(figure: Plot, dpi: int = 100) -> Image.Image:
     """The figure as a picture."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=dpi)
     return Image.open(buffer)

@@ -9,43 +9,61 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from hones_lens.folding import Cells, FoldedAttention
 from hones_lens.results import round_floats
+from hones_lens.viz.cell_plots import cell_patterns, cell_values, checked
 from hones_lens.viz.image_plots import region_of
-from hones_lens.viz.theme import NEGATIVE, SELECTED, image_uri
+from hones_lens.viz.schemes import following, variables
+from hones_lens.viz.theme import NEGATIVE, SELECTED, Plot, image_uri
 from hones_lens.viz.words import number
 
 _MOST_POINTS = 200_000  # of all heads: more take a browser seconds
 _JOINER = "\N{WORD JOINER}"  # takes no room
 _SIDE = 220  # of a patch grid, longest [CSS pixels]
 _DIGITS = 4
-_FRAME = "background: #fff; color: #1a1d21; color-scheme: light; padding: .6rem; font-family: sans-serif"
+_PICTURES = (".png", ".svg", ".pdf")
+# circuitsvis draws for a white page, on canvases as well: on a dark one, light and dark are swapped there.
+_TURNED = "invert(.89) hue-rotate(180deg)"
+_STYLE = """
+.hones-tokens { background: var(--surface); color: var(--ink); padding: .6rem; font-family: sans-serif; }
+.hones-tokens p { margin: .2rem 0 .6rem; font-size: .85em; }
+.hones-tokens p, .hones-tokens .told { color: var(--muted); }
+.hones-tokens > .drawn { background: #fff; color: #1a1d21; color-scheme: light; filter: var(--turned); }
+.hones-tokens details { margin-top: .6rem; }
+.hones-tokens details > div { display: flex; flex-wrap: wrap; gap: .8rem; margin-top: .5rem; }
+.hones-tokens figure { margin: 0; font-size: .85em; }
+.hones-tokens figure svg { outline: 1px solid var(--grid); }
+.hones-tokens .above { fill: var(--selected); }
+.hones-tokens .below { fill: var(--negative); }
+"""
 _HEAD = "<!DOCTYPE html>\n<meta charset='utf-8'><meta name='color-scheme' content='light dark'>"
 
 
 @dataclass(frozen=True)
 class TokenView:
-    """A view that shows in Jupyter and saves as a page.
+    """A view that shows in Jupyter and saves as a page, or as a picture without its script.
 
     Attributes:
-        html: An element with its script; needs no other file and no network.
+        html: An element with its script; needs no other file and no network. It follows the scheme of the
+            page, light or dark.
+        draw: Draws the cells as a figure.
     """
 
     html: str
+    draw: Callable[[], Plot] = field(repr=False)
 
     def _repr_html_(self) -> str:
         return self.html
@@ -53,9 +71,25 @@ class TokenView:
     def __repr__(self) -> str:
         return f"TokenView({len(self.html):,} letters of HTML)"
 
-    def save(self, file: str | Path) -> Path:
-        """Write a page of its own."""
+    def save(self, file: str | Path, scheme: str | None = None) -> Path:
+        """Write a page (.html), or a picture of the cells (.png, .svg, .pdf), by the file's ending.
+
+        Args:
+            file: Where to; folders are made.
+            scheme: Of a picture, as for `Plot.save`; pages follow their reader's.
+
+        Raises:
+            ValueError: Another ending, or a scheme for a page.
+        """
         file = Path(file)
+        ending = file.suffix.lower()
+        if ending in _PICTURES:
+            return self.draw().save(file, scheme)
+        if ending != ".html":
+            valid = ", ".join((".html", *_PICTURES))
+            raise ValueError(f"token views are saved as {valid}, not {file.name!r}")
+        if scheme is not None:
+            raise ValueError("a page of tokens follows its reader's scheme; pictures alone have their own")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{_HEAD}<link rel='icon' href='data:,'>{self.html}\n", encoding="utf-8")
         return file
@@ -105,8 +139,8 @@ def attention_tokens(
         about = f"attention from cell {source % n_cells}, {folded.cells.names[source]}"
         grids.append(_opened(folded.cells, image, maps, about, pictures))
     heading = title or f"{folded.model_name}: attention between tokens"
-    note = "Keys of an image are summed, queries averaged; dark is the largest weight of all heads."
-    return TokenView(_framed(heading, note, view, grids))
+    note = "Keys of an image are summed, queries averaged; the fullest colour is the largest weight."
+    return TokenView(_framed(heading, note, view, grids), partial(cell_patterns, folded, heading))
 
 
 def coloured_tokens(
@@ -130,9 +164,7 @@ def coloured_tokens(
         ImportError: circuitsvis is not installed.
         ValueError: An unknown fold, another number of values or pictures, or values that are not finite.
     """
-    values = values.detach().float().cpu()
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{what}: values that are not finite")
+    values = checked(values, what)
     folded = cells.fold(values, fold)
     limit = float(folded.abs().max()) or 1.0
     view = _component(
@@ -150,9 +182,10 @@ def coloured_tokens(
         for image in images
     ]
     note = (
-        f"An image is the {fold} of its tokens. Blue above 0, orange below; the darkest is {number(limit)}."
+        f"An image is the {fold} of its tokens. Blue above 0, orange below; the fullest is {number(limit)}."
     )
-    return TokenView(_framed(what, note, view, grids))
+    draw = partial(cell_values, cells, values, fold=fold, what=what)
+    return TokenView(_framed(what, note, view, grids), draw)
 
 
 # -- circuitsvis ---------------------------------------------------------------------------------------
@@ -175,7 +208,10 @@ def _bundle() -> str:
     """
     spec = find_spec("circuitsvis")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("token views need circuitsvis: pip install hones-lens[viz]")
+        raise ImportError(
+            "token views need circuitsvis: pip install hones-lens[viz]; without it, `cell_patterns` and "
+            "`cell_values` draw the same as pictures"
+        )
     file = Path(spec.submodule_search_locations[0]) / "dist" / "cdn" / "iife.js"
     if not file.is_file():
         raise ImportError(f"this circuitsvis has no {file}: pip install 'circuitsvis>=1.43'")
@@ -201,10 +237,11 @@ def _plain(token: str) -> str:
 
 
 def _framed(heading: str, note: str, view: str, grids: Sequence[str]) -> str:
-    """White in light and dark, since circuitsvis draws for a white page."""
+    """With colours that follow the page's scheme."""
+    light, dark = f"{variables(0)} --turned: none;", f"{variables(1)} --turned: {_TURNED};"
     return (
-        f'<div style="{_FRAME}"><b>{escape(heading)}</b><p style="margin: .2rem 0 .6rem; font-size: .85em; '
-        f'color: #59616b">{escape(note)}</p>{view}{"".join(grids)}</div>'
+        f'<div class="hones-tokens"><style>{following(".hones-tokens", light, dark)}{_STYLE}</style>'
+        f'<b>{escape(heading)}</b><p>{escape(note)}</p><div class="drawn">{view}</div>{"".join(grids)}</div>'
     )
 
 
@@ -227,8 +264,7 @@ def _opened(
     drawn = "".join(_grid(name, values, picture) for name, values in maps)
     (name,) = [n for n, which in zip(cells.names, cells.images, strict=True) if which == image]
     return (
-        f'<details style="margin-top: .6rem"><summary>{escape(name)}: {escape(about)}, by patch</summary>'
-        f'<div style="display: flex; flex-wrap: wrap; gap: .8rem; margin-top: .5rem">{drawn}</div></details>'
+        f"<details><summary>{escape(name)}: {escape(about)}, by patch</summary><div>{drawn}</div></details>"
     )
 
 
@@ -240,8 +276,8 @@ def _grid(name: str, values: Tensor, picture: Image.Image | None) -> str:
     limit = float(values.abs().max()) or 1.0
     cells = []
     for (row, column), value in np.ndenumerate(values.numpy()):
-        colour = SELECTED if value >= 0 else NEGATIVE
-        shade = f'fill="{colour}" fill-opacity="{0.85 * abs(value) / limit:.3f}"'
+        side = "above" if value >= 0 else "below"
+        shade = f'class="{side}" fill-opacity="{0.85 * abs(value) / limit:.3f}"'
         about = f"<title>{row}, {column}: {value:.4g}</title>"
         cells.append(f'<rect x="{column}" y="{row}" width="1" height="1" {shade}>{about}</rect>')
     under = ""
@@ -251,8 +287,7 @@ def _grid(name: str, values: Tensor, picture: Image.Image | None) -> str:
     size = f'viewBox="0 0 {columns} {rows}" width="{width * scale:.0f}" height="{height * scale:.0f}"'
     told = f"in all {number(float(values.sum()))}, most {number(float(values.max()))}"
     return (
-        f'<figure style="margin: 0; font-size: .85em"><figcaption>{escape(name)} '
-        f'<span style="color: #59616b">{told}</span></figcaption>'
-        f'<svg {size} preserveAspectRatio="none" style="outline: 1px solid #dfe3e8" role="img" '
+        f'<figure><figcaption>{escape(name)} <span class="told">{told}</span></figcaption>'
+        f'<svg {size} preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(name)}">{under}{"".join(cells)}</svg></figure>'
     )

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import shared_results as made
 import viz_results
-from viz.test_report_sections import held_out
 
 from hones_lens.masking import save_masking
 from hones_lens.results import write_json
@@ -26,7 +25,7 @@ def test_a_folder_of_one_task(tmp_path):
     places = [(method, size) for method in ("direct", "random") for size in (7, 15, 76)]
     others = [viz_results.masking(0.9, -0.3, method=method, n_neurons=size) for method, size in places]
     save_masking(run.path("others.json"), others)
-    held_out().save(run.path("heads-held-out.json"))
+    made.held_out().save(run.path("heads-held-out.json"))
     made.lens().save(run.path("lens.json"))
     for name in ("shapes", "shapes-shifted"):
         inner = start(run.folder / "steering" / name, task="vqa", dataset=name)
@@ -34,7 +33,11 @@ def test_a_folder_of_one_task(tmp_path):
     made.steering(n=60).save(run.folder / "steering" / "shapes" / "on-shapes-shifted.json")
     view = read_view(run.folder)
     assert (view.title, view.task, view.metric_name) == ("tiny-llava · vqa", "vqa", "accuracy")
-    assert view.masking == viz_results.curve() and view.held_out == held_out() and view.lens == made.lens()
+    assert (
+        view.masking == viz_results.curve()
+        and view.held_out == made.held_out()
+        and view.lenses == {"vqa": made.lens()}
+    )
     chosen = viz_results.neurons().count()
     assert {name: r.n_neurons for name, r in view.others.items()} == {"direct": chosen, "random": chosen}
     assert {label: len(table.example_ids) for label, table in view.steering.items()} == {

@@ -1,0 +1,134 @@
+"""Pictures of tokens in cells: the attention between them, and a value each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from hones_lens.folding import Cells, FoldedAttention
+from hones_lens.labelled import Labelled
+from hones_lens.viz import theme
+from hones_lens.viz.labelled_plots import labelled
+from hones_lens.viz.lens_plots import as_drawn
+from hones_lens.viz.theme import FONT, GRID, INK, ON_ACCENT, Plot, styled
+
+_MOST_HEADS = 16
+_LONGEST = 24  # letters of a cell's name
+_SIZE, _TALL, _GAP, _PAD = 9.2, 17.0, 3.0, 3.5  # of text, of a cell, between and in cells [points]
+_STRONG = 0.55  # share of the largest value from which a cell is so dark that its text is light
+
+
+@styled
+def cell_patterns(folded: FoldedAttention, title: str = "") -> Plot:
+    """A map of query by key for each head, over the cells; one scale for all.
+
+    Args:
+        folded: From `folded_attention`.
+        title: Default: the model.
+
+    Raises:
+        ValueError: More heads than 16.
+    """
+    if len(folded.heads) > _MOST_HEADS:
+        raise ValueError(f"{len(folded.heads)} heads can't be drawn at once: take at most {_MOST_HEADS}")
+    names = tuple(as_drawn(name, _LONGEST) for name in folded.cells.names)
+    result = Labelled(
+        "attention",
+        folded.pattern,
+        ("head", "query", "key"),
+        {"head": folded.names, "query": names, "key": names},
+        notes=("An image is one cell: its keys are summed, its queries averaged.",),
+    )
+    return labelled(result, title=title or f"{folded.model_name}: attention between tokens", panels="head")
+
+
+class _Placed(NamedTuple):
+    """A cell's name, and where it lies [points]."""
+
+    name: str
+    left: float
+    line: int
+    width: float
+
+
+@styled
+def cell_values(
+    cells: Cells, values: Float[Tensor, " pos"], *, fold: str = "mean", what: str = "value", title: str = ""
+) -> Plot:
+    """The row's tokens one after the other, coloured by a value each.
+
+    Args:
+        cells: From `fold_tokens`.
+        values: One a position of the row.
+        fold: How a cell's tokens become one value: `sum`, `mean` or `max`.
+        what: What the values are.
+        title: Default: the same.
+
+    Raises:
+        ValueError: An unknown fold, another number of values, or values that are not finite.
+    """
+    folded = cells.fold(checked(values, what), fold)
+    limit = float(folded.abs().max()) or 1.0
+    placed = _laid(cells.names, 2 * theme.WIDTH * 72 - 90)
+    height = (placed[-1].line + 1) * (_TALL + _GAP)
+    note = f"An image is the {fold} of its tokens."
+    figure, axes = theme.new_plot(title or what, note, max(1.0, height / 72 + 0.2), panels=2)
+    for one in axes:
+        one.remove()
+    place = figure.subplots()
+    norm = Normalize(-limit, limit)
+    for one, value in zip(placed, folded.tolist(), strict=True):
+        _draw(place, one, theme.diverging()(norm(value)), abs(value) > _STRONG * limit)
+    place.set(xlim=(0, 2 * theme.WIDTH * 72 - 90), ylim=(max(height, 72), -_GAP))
+    place.set_axis_off()
+    scale = ScalarMappable(norm, theme.diverging())
+    ticks = MaxNLocator(4, symmetric=True)
+    bar = figure.colorbar(scale, ax=place, fraction=0.05, pad=0.02, aspect=8, ticks=ticks)
+    bar.outline.set(edgecolor=GRID)
+    if title:
+        bar.set_label(as_drawn(what, 40))
+    return figure
+
+
+def checked(values: Tensor, what: str) -> Tensor:
+    """The values on the CPU.
+
+    Raises:
+        ValueError: Some are not finite.
+    """
+    values = values.detach().float().cpu()
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{what}: values that are not finite")
+    return values
+
+
+def _laid(names: tuple[str, ...], across: float) -> list[_Placed]:
+    """Names in lines, as long as there is room."""
+    font, left, line, out = FontProperties(family=FONT, size=_SIZE), 0.0, 0, []
+    for name in names:
+        text = as_drawn(name, _LONGEST)
+        width = text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] + 2 * _PAD
+        if left and left + width > across:
+            left, line = 0.0, line + 1
+        out.append(_Placed(text, left, line, width))
+        left += width + _GAP
+    return out
+
+
+def _draw(axes: Axes, one: _Placed, colour: tuple[float, ...], strong: bool) -> None:
+    top = one.line * (_TALL + _GAP)
+    style = {"facecolor": colour, "edgecolor": GRID, "linewidth": 0.6, "gid": "cell"}
+    axes.add_patch(Rectangle((one.left, top), one.width, _TALL, **style))
+    ink = ON_ACCENT if strong else INK
+    place = (one.left + _PAD, top + _TALL / 2)
+    axes.text(*place, one.name, size=_SIZE, va="center_baseline", color=ink, gid="name")

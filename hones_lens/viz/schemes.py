@@ -1,0 +1,159 @@
+"""Light and dark: the palette of both, styles that follow a page, and figures drawn in the dark colours.
+
+Figures are drawn once, in the light colours. Where a figure becomes a picture, each colour of the palette is
+replaced by its dark counterpart: in the text of an SVG, or by the renderer of a PNG.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backend_bases import GraphicsContextBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.colors import to_rgb, to_rgba
+
+# Name: on a light, and on a dark background. Data colours are Okabe and Ito's, safe for colour-blind readers.
+PALETTE = {
+    "ink": ("#1a1d21", "#e8eaed"),
+    "muted": ("#59616b", "#a3abb6"),
+    "grid": ("#dfe3e8", "#363d46"),
+    "surface": ("#ffffff", "#1b1f24"),
+    "selected": ("#0072b2", "#56b4e9"),
+    "random": ("#7d8590", "#949daa"),
+    "negative": ("#d55e00", "#f58b45"),
+    "green": ("#009e73", "#2fc79a"),
+    "purple": ("#b0568a", "#e39cc4"),
+    "on-accent": ("#fffffe", "#10141a"),
+}
+SCHEMES = ("light", "dark")
+_SAME = 1e-4  # colours closer than that, of 1, are the same; the palette's own lie further apart
+_LIGHT, _DARK = (np.array([to_rgb(pair[i]) for pair in PALETTE.values()]) for i in (0, 1))
+
+
+def check_scheme(scheme: str) -> int:
+    """Where in a pair of the palette the scheme's colour is.
+
+    Raises:
+        ValueError: An unknown scheme.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
+    return SCHEMES.index(scheme)
+
+
+def variables(scheme: int) -> str:
+    """The palette as CSS variables: 0 light, 1 dark."""
+    return " ".join(f"--{name}: {pair[scheme]};" for name, pair in PALETTE.items())
+
+
+def following(selector: str, light: str, dark: str) -> str:
+    """CSS rules that follow the scheme of the page, or of Jupyter, marimo, Colab and VS Code.
+
+    Args:
+        selector: Of what is styled.
+        light, dark: Declarations.
+    """
+    hosts = {
+        'body[data-jp-theme-light="true"]': light,
+        'body[data-jp-theme-light="false"]': dark,
+        "body.vscode-light": light,
+        "body.vscode-dark": dark,
+        'html[theme="dark"]': dark,
+        "body.light": light,
+        "body.dark": dark,
+        "html.light": light,
+        "html.dark": dark,
+    }
+    rules = [f"{host} {selector} {{ {said} }}" for host, said in hosts.items()]
+    scheme = f"@media (prefers-color-scheme: dark) {{ {selector} {{ {dark} }} }}"
+    return "\n".join([f"{selector} {{ {light} }}", scheme, *rules])
+
+
+def following_svg(svg: str) -> str:
+    """The text of an SVG file whose colours follow its reader; programs that know no CSS see it light."""
+    rules = [
+        f'[style*="{what}: {light}"] {{ {what}: {dark} !important }}'
+        for light, dark in PALETTE.values()
+        for what in ("fill", "stroke")
+    ]
+    style = f"<style>@media (prefers-color-scheme: dark) {{ {' '.join(rules)} }}</style>"
+    head, start, rest = svg.partition("<defs>")
+    return f"{head}{style}\n {start}{rest}"
+
+
+def dark_svg(svg: str) -> str:
+    """The text of an SVG file in the dark colours."""
+    for light, dark in PALETTE.values():
+        svg = svg.replace(f": {light}", f": {dark}")
+    return svg
+
+
+# -- PNG in the dark colours -----------------------------------------------------------------------------
+
+
+def darkened(colours: np.ndarray) -> np.ndarray:
+    """RGBA rows with the palette's colours in their dark counterparts, opacity kept."""
+    changed = np.array(colours, dtype=float, copy=True)
+    if changed.size:
+        far = np.abs(changed[:, None, :3] - _LIGHT).max(-1)
+        found = far.min(-1) < _SAME
+        changed[found, :3] = _DARK[far[found].argmin(-1)]
+    return changed
+
+
+def _one(colour: Any) -> Any:
+    return tuple(darkened(np.array([to_rgba(colour)]))[0].tolist())
+
+
+class _DarkContext(GraphicsContextBase):
+    """Lines and text."""
+
+    def set_foreground(self, fg: Any, isRGBA: bool = False) -> None:
+        super().set_foreground(_one(fg), isRGBA=True)
+
+
+class _DarkRenderer(RendererAgg):
+    """Draws what it is told, in the dark colours."""
+
+    def __init__(self, width: float, height: float, dpi: float):
+        super().__init__(width, height, dpi)
+        # The base class binds these three to its compiled renderer, as attributes.
+        self._of_base: tuple[Any, ...] = (self.draw_markers, self.draw_path_collection, self.draw_quad_mesh)
+        self.draw_markers, self.draw_path_collection = self._markers, self._path_collection
+        self.draw_quad_mesh = self._quad_mesh
+
+    def new_gc(self) -> GraphicsContextBase:
+        return _DarkContext()
+
+    def draw_path(self, gc: Any, path: Any, transform: Any, rgbFace: Any = None) -> None:
+        super().draw_path(gc, path, transform, None if rgbFace is None else _one(rgbFace))
+
+    def _markers(
+        self, gc: Any, marker_path: Any, marker_trans: Any, path: Any, trans: Any, rgbFace: Any = None
+    ) -> None:
+        face = None if rgbFace is None else _one(rgbFace)
+        self._of_base[0](gc, marker_path, marker_trans, path, trans, face)
+
+    def _path_collection(self, *given: Any, **named: Any) -> None:
+        """Faces and edges are the seventh and eighth argument."""
+        self._of_base[1](*given[:6], *_recoloured(given[6:8]), *given[8:], **named)
+
+    def _quad_mesh(self, *given: Any, **named: Any) -> None:
+        """Faces are the eighth argument, edges the tenth."""
+        (faces,), (edges,) = _recoloured(given[7:8]), _recoloured(given[9:10])
+        self._of_base[2](*given[:7], faces, given[8], edges, *given[10:], **named)
+
+
+def _recoloured(arrays: Sequence[Any]) -> list[np.ndarray]:
+    return [darkened(np.asarray(array).reshape(-1, 4)) for array in arrays]
+
+
+class DarkCanvas(FigureCanvasAgg):
+    """Prints a figure as PNG in the dark colours."""
+
+    def get_renderer(self) -> RendererAgg:
+        """A new one."""
+        like = super().get_renderer()
+        return _DarkRenderer(like.width, like.height, like.dpi)
