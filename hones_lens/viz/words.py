@@ -207,9 +207,16 @@ def _conclusion(result: MaskingResult) -> str:
             f"neurons.\nMasking {size} lowers {metric} more than masking any of {count} matched random sets "
             "does, but not the probability of the right answer. The answers' form may be what suffers."
         )
+    if found == NEITHER and carried != "carried":
+        more = listed([m.name for m in (measured(result, w) for w in MEASURES) if m.exceeds])
+        return (
+            f"The {task} task is not {carried} by these neurons.\nMasking {size} costs more than masking "
+            f"any of {count} matched random sets ({more}), but {result.metric_interval.n} examples do not "
+            "settle that it costs anything."
+        )
     if found == NEITHER:
         return (
-            f"The {task} task is not {carried} by these neurons.\nMasking {size} does not stand out from "
+            f"The {task} task is not carried by these neurons.\nMasking {size} does not stand out from "
             f"masking as many random neurons, neither in {metric} nor in the right answer's probability."
         )
     return (

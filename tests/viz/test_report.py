@@ -411,6 +411,11 @@ def test_an_interval_that_reaches_0_settles_nothing():
     text = verdict([at_0])
     assert "not shown to be carried by these neurons" in text
     assert "The interval reaches 0, so 200 examples do not settle it." in text
+    both = replace(at_0, log_prob_interval=Interval(0.84, -0.1, 1.7, 0.95, 200))
+    assert finding(both) == words.NEITHER
+    text = verdict([both])
+    assert "not shown to be carried by these neurons" in text and "stand out" not in text
+    assert "(accuracy and log-probability of the right answer), but 200 examples do not settle" in text
     above = replace(at_0, metric_interval=Interval(0.05, 1e-6, 0.1, 0.95, 200))
     assert finding(above) == words.BOTH
 
