@@ -66,12 +66,8 @@ def bootstrap_interval(
         ValueError: Fewer than two examples, arms of different shape, values that are not finite, or a
             `level` or `draws` out of range.
     """
-    base, other = _arms(statistics_base, statistics_other)
-
-    def difference(counts: np.ndarray) -> np.ndarray:
-        return task.metric(counts @ base) - task.metric(counts @ other)
-
-    return _bootstrap(difference, len(base), draws, level, seed)
+    options = {"draws": draws, "level": level, "seed": seed}
+    return bootstrap_intervals(task, statistics_base, [statistics_other], **options)[0]
 
 
 def bootstrap_intervals(
@@ -84,9 +80,9 @@ def bootstrap_intervals(
     seed: int = 0,
 ) -> list[Interval]:
     """`bootstrap_interval` of metric(base) - metric(other) for each of many arms, on the same resamples."""
-    pairs = [_arms(statistics_base, other) for other in statistics_others]
-    if not pairs:
+    if not statistics_others:
         return []
+    pairs = [_arms(statistics_base, other) for other in statistics_others]
     base = pairs[0][0]
 
     def differences(counts: np.ndarray) -> np.ndarray:
