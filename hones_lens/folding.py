@@ -163,6 +163,24 @@ class FoldedAttention:
         """What the heads are called: `L1H3`."""
         return tuple(f"L{layer}H{head}" for layer, head in self.heads)
 
+    def __str__(self) -> str:
+        return f"{self.model_name}: attention of {', '.join(self.names)} between {len(self.cells)} cells"
+
+    __repr__ = __str__
+
+    def plot(self, **options: Any) -> Any:
+        """A map of query by key for each head.
+
+        Args:
+            options: Of `hones_lens.viz.cell_plots.cell_patterns`.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from hones_lens.viz.cell_plots import cell_patterns
+
+        return cell_patterns(self, **options)
+
 
 @torch.no_grad()
 def folded_attention(

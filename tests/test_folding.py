@@ -50,6 +50,7 @@ def test_attention_to_an_image_is_summed_and_from_it_averaged(made) -> None:
                 assert torch.allclose(found.patches[image][h, a], expected_patches, atol=1e-6)
     assert found.pattern.sum(-1).allclose(torch.ones(3, len(cells)), atol=1e-5)
     assert found.names == ("L0H3", "L2H1", "L1H0")
+    assert str(found).endswith(f"attention of L0H3, L2H1, L1H0 between {len(cells)} cells")
 
 
 def test_text_that_is_not_kept_becomes_stretches() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from drawn import check_drawing, groups
+from matplotlib.colors import to_hex
 
 from hones_lens.attribution.flow import HeadNeuronFlow, Promoted
 from hones_lens.results import Component
@@ -93,6 +94,16 @@ def test_links_from_heads_are_the_contributions() -> None:
     for n in range(12):
         (height,) = [h for name, h in heights.items() if name.split()[0] == f"L{n % 3}N{100 + n}"]
         assert height == pytest.approx(made.neurons[n].score)
+
+
+def test_links_have_the_colour_of_their_head() -> None:
+    axes = head_neuron_token_flow(flow(), heads=5).axes[0]
+    (bars,), (bands,) = groups(axes, "heads"), groups(axes, LINKS[0])
+    of_head = dict(zip(names(axes, "heads"), bars.get_facecolor()[:, :3].tolist(), strict=True))
+    shown = bands.get_facecolor()[:, :3].tolist()
+    assert [of_head[head] for head, _ in links(axes, 0)] == shown
+    given = flow().contributions[:, :12].sum(1).argsort(descending=True)[:4].tolist()
+    assert [to_hex(of_head[f"L{h // 4}H{h % 4}"]) for h in given] == list(theme.SERIES)
 
 
 def test_heads_that_contribute_least_become_one() -> None:

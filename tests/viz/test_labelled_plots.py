@@ -43,7 +43,7 @@ def made(shape: tuple[int, ...], axes: tuple[str, ...], seed: int = 0, **more) -
 
 
 def test_a_curve_over_numbers_with_its_interval() -> None:
-    result = made((5,), ("layer",), labels={"layer": (2, 3, 4, 6, 9)}, notes=("clean 3, corrupted 1",))
+    result = made((5,), ("layer",), labels={"layer": (2, 3, 4, 6, 9)}, notes=("clean 3, corrupted -1.5",))
     figure = drawn(labelled(result))
     axes = figure.axes[0]
     curve = group(axes, "curve")
@@ -58,7 +58,7 @@ def test_a_curve_over_numbers_with_its_interval() -> None:
     assert axes.get_xlabel() == "layer"
     heading = figure.heading
     assert heading is not None and heading.title == "share restored"
-    assert heading.note == "n = 12. Bars: 95 % interval. clean 3, corrupted 1."
+    assert heading.note.replace("\u00a0", " ") == "n = 12. Band: 95 % interval. clean 3, corrupted −1.5."
 
 
 def test_bars_over_names_the_first_on_top() -> None:
@@ -68,9 +68,23 @@ def test_bars_over_names_the_first_on_top() -> None:
     assert [bar.get_width() for bar in bars] == pytest.approx(result.values.tolist())
     assert tick_labels(axes.yaxis) == ["image", "question", "last"] and axes.yaxis_inverted()
     ends = [segment[:, 0].tolist() for segment in group(axes, "interval").get_segments()]
+    places = [segment[:, 1].tolist() for segment in group(axes, "interval").get_segments()]
+    assert places == [[i, i] for i in range(3)]
+    assert [bar.get_y() + bar.get_height() / 2 for bar in bars] == pytest.approx(range(3))
     assert result.low is not None and result.high is not None
     expected = torch.stack((result.low, result.high), 1).tolist()
     assert np.allclose(ends, expected)
+    assert axes.get_xlabel() == "share restored", "the title does not say it"
+    assert labelled(result).axes[0].get_xlabel() == ""
+    assert axes.figure.heading.note.replace("\u00a0", " ") == "n = 12. Black line: 95 % interval."
+
+
+def test_a_title_of_its_own_leaves_the_unit_to_the_axes() -> None:
+    over_layers, grid = made((5,), ("layer",)), made((4, 3), ("layer", "group"))
+    assert labelled(over_layers, title="Where").axes[0].get_ylabel() == "share restored"
+    for title, expected in ((None, ""), ("Where", "share restored")):
+        figure = labelled(grid, title=title)
+        assert [axes.get_ylabel() for axes in figure.axes if axes not in maps(figure)] == [expected]
 
 
 def test_a_map_holds_the_values_in_a_scale_around_0() -> None:
@@ -110,7 +124,7 @@ def test_p_values_are_marked_at_a_false_discovery_rate() -> None:
     assert marked is not None and not bool(marked[1, 1]) and bool(marked[0, 0])
     assert significant(Labelled("change", torch.ones(2), ("layer",))) is None
     heading = labelled(result).heading
-    assert heading is not None and "false discovery rate < 5 %" in heading.note
+    assert heading is not None and "false discovery rate < 5\u00a0%" in heading.note
 
 
 def test_unknown_values_are_grey_and_have_no_number() -> None:

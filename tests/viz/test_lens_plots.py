@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from drawn import groups
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -96,14 +97,19 @@ def test_maps_lie_where_the_grid_lies_on_the_picture(value: str) -> None:
         over = axes.get_images()[1]
         assert np.allclose(over.get_array(), expected)
         assert tuple(over.get_extent()) == (9.5, 49.5, 39.5, -0.5)
-        assert over.get_clim() == pytest.approx((float(larger.min()), float(larger.max())))
-        (box,) = axes.patches
+        limits = float(larger.min()), float(larger.max())
+        assert over.get_clim() == pytest.approx(limits)
+        assert [(veil.get_x(), veil.get_width()) for veil in groups(axes, "cut")] == [(-0.5, 10), (49.5, 10)]
+        (box,) = groups(axes, "strongest")
         row, column = divmod(int(expected.argmax()), 4)
         assert box.get_xy() == (10 + 10 * column - 0.5, 20 * row - 0.5)
         assert (box.get_width(), box.get_height()) == (10, 20)
         assert axes.get_xlim() == (-0.5, 59.5) and axes.get_ylim() == (39.5, -0.5)
     bar = figure.axes[-1]
-    assert bar.get_ylabel() == value.replace("_", "-")
+    assert bar.get_ylabel() == value.replace("_", "-") and bar.get_ylim() == pytest.approx(limits)
+    assert figure.heading is not None and "Veiled" in figure.heading.note
+    with pytest.raises(ValueError, match="does not lie in a picture of 60 × 40"):
+        image_lens(result, picture, (10.0, 0.0, 80.0, 40.0))
     if value == "rank":
         figure.draw_without_rendering()
         at = [float(label.get_text()) for label in bar.get_yticklabels()]
@@ -136,11 +142,17 @@ def attributed(axes: tuple[str, ...], shape: tuple[int, ...], labels: dict | Non
 
 
 def whiskers(axes: Axes, upright: bool = True) -> list[tuple[float, float]]:
-    """Ends of the error bars, in the order drawn."""
-    found = []
+    """Ends of the error bars, in the order drawn; each stands in the middle of a bar."""
+    found, places = [], []
     for container in axes.containers:
         for lines in getattr(container, "lines", (None, None, ()))[2]:
             found += [tuple(segment[:, int(upright)]) for segment in lines.get_segments()]
+            places += [segment[0, int(not upright)] for segment in lines.get_segments()]
+    if upright:
+        middles = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+    else:
+        middles = [bar.get_y() + bar.get_height() / 2 for bar in axes.patches]
+    assert places == pytest.approx(middles)
     return found
 
 
@@ -156,6 +168,10 @@ def test_bars_of_components_and_layers() -> None:
     assert np.allclose(whiskers(axes), ends)
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["embed", "0", "1"]
     assert [text.get_text() for text in figure.legends[0].texts] == ["embedding", "attention", "MLP"]
+    first_of_each = {bar.get_facecolor(): bar.get_height() for bar in reversed(axes.patches)}
+    of_legend = [first_of_each[handle.get_facecolor()] for handle in figure.legends[0].legend_handles]
+    assert of_legend == pytest.approx(result.values[[0, 1, 2]].tolist())
+    assert sorted(round(bar.get_x() + bar.get_width() / 2) for bar in axes.patches) == [0, 1, 1, 2, 2]
     assert figure.heading is not None and "Mean 3." in figure.heading.note
     assert "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}8" in figure.heading.note
     layers = attributed(("layer",), (4,), {"layer": ("embed", 0, 1, 2)})

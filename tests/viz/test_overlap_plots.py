@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import shared_results as made
 from matplotlib.axes import Axes
 
-from hones_lens.masking import matched_random_sets
-from hones_lens.overlap import overlap
+from hones_lens.masking import MaskingResult, matched_random_sets
+from hones_lens.overlap import GroupMasking, overlap
 from hones_lens.viz import theme
 from hones_lens.viz.overlap_plots import (
     chance_sizes,
@@ -35,7 +36,10 @@ def names(axes: Axes) -> list[str]:
 
 
 def chance_lines(axes: Axes) -> list[float]:
+    """Where they are, each across its own bar."""
     (lines,) = [artist for artist in axes.collections if artist.get_gid() == "chance"]
+    for place, segment in enumerate(lines.get_segments()):
+        assert segment[:, 1].mean() == pytest.approx(place) and np.ptp(segment[:, 1]) < 1
     return [segment[0][0] for segment in lines.get_segments()]
 
 
@@ -68,6 +72,7 @@ def test_sizes_beside_chance():
     assert widths(axes) == [len(neurons) for neurons in found.groups.values()]
     assert chance_lines(axes) == pytest.approx(list(chance_sizes(found).values()))
     said = [text.get_text() for text in axes.texts]
+    assert [text.xy[1] for text in axes.texts] == pytest.approx(range(len(said)))
     assert said[-1] == f"{len(found.groups['general'])}  (chance {chance_sizes(found)['general']:.1f})"
     assert "Selected of 160 neurons: vqa 16, ocr 16, caption 16, retrieval 16." in axes.figure.heading.note
 
@@ -91,7 +96,10 @@ def test_layers_are_bars_or_lines_of_the_same_counts(n_layers):
     axes = figure.axes[0]
     if n_layers == 4:
         series = [[bar.get_height() for bar in c.patches] for c in axes.containers]
+        for container in axes.containers:
+            assert [round(bar.get_x() + bar.get_width() / 2) for bar in container.patches] == [0, 1, 2, 3]
     else:
+        assert all(list(line.get_xdata()) == list(range(28)) for line in axes.lines)
         series = [list(line.get_ydata()) for line in axes.lines]
     frame = found.per_layer()
     alone = frame[[f"{task} only" for task in made.TASKS]].sum(axis=1)
@@ -99,11 +107,28 @@ def test_layers_are_bars_or_lines_of_the_same_counts(n_layers):
     assert sum(map(sum, series)) == len(found.owners)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["one task", "pair", "triple", "general"]
+    drawn_in = (
+        [container.patches[0].get_facecolor() for container in axes.containers]
+        if n_layers == 4
+        else [line.get_color() for line in axes.lines]
+    )
+    handles = figure.legends[0].legend_handles
+    assert drawn_in == [h.get_facecolor() if n_layers == 4 else h.get_color() for h in handles]
+
+
+def lopsided(result: MaskingResult) -> MaskingResult:
+    """The result with intervals that reach further up than down."""
+    metric = replace(result.metric_interval, high=result.drop + 0.2)
+    return replace(
+        result,
+        metric_interval=metric,
+        log_prob_interval=replace(result.log_prob_interval, high=result.log_prob_drop + 0.5),
+    )
 
 
 @pytest.mark.parametrize("measure", ["metric", "log_prob"])
 def test_each_task_has_a_panel_of_groups(measure):
-    groups = made.groups()
+    groups = GroupMasking(tuple(lopsided(result) for result in made.groups().results))
     figure = drawn(group_masking_bars(groups, measure))
     assert [axes.get_title(loc="left").split(" (")[0] for axes in figure.axes] == list(made.TASKS)
     for axes, task in zip(figure.axes, made.TASKS, strict=True):
@@ -112,6 +137,7 @@ def test_each_task_has_a_panel_of_groups(measure):
         assert names(axes) == [r.method for r in results] and widths(axes) == pytest.approx(drops)
         lines = [c.lines[2][0].get_segments()[0] for c in axes.containers if not hasattr(c, "patches")]
         ends = [(line[0][0], line[1][0]) for line in lines]
+        assert [line[:, 1].tolist() for line in lines] == [[i, i] for i in range(len(results))]
         intervals = [r.metric_interval if measure == "metric" else r.log_prob_interval for r in results]
         assert np.allclose(ends, [(i.low, i.high) for i in intervals])
         (dots,) = [artist for artist in axes.collections if artist.get_gid() == "controls-0"]

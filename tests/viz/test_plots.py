@@ -142,6 +142,8 @@ def test_several_rankings_side_by_side_or_as_lines():
         assert [bar.get_height() for bar in bars] == ranking.per_layer()
         assert [round(bar.get_x() + bar.get_width() / 2) for bar in bars] == [0, 1, 2, 3]
     assert [text.get_text() for text in figure.legends[0].texts] == ["vqa", "ocr"]
+    colours = [bars[0].get_facecolor() for bars in figure.axes[0].containers]
+    assert [handle.get_facecolor() for handle in figure.legends[0].legend_handles] == colours
 
     deep = [made.neurons((32, 50), task=task, seed=i) for i, task in enumerate(("vqa", "ocr"))]
     axes = plots.neurons_per_layer(deep).axes[0]
@@ -254,9 +256,12 @@ def test_bars_of_one_result():
     written = [float(t.get_text().replace("−", "-")) for t in metric.texts]
     np.testing.assert_allclose(written, heights, atol=0.00051)
     np.testing.assert_array_equal(
-        group(metric, "controls").get_offsets()[:, 1], [c.metric for c in result.controls]
+        group(metric, "controls").get_offsets(), [(2, c.metric) for c in result.controls]
     )
     (whisker,) = metric.containers[1][2][0].get_segments()
+    assert whisker[:, 0].tolist() == [1, 1]
+    names = [name.replace("\n", " ") for name in tick_labels(metric.xaxis)]
+    assert names == ["nothing masked", "selected neurons", "20 random sets"]
     np.testing.assert_allclose(whisker[:, 1], [0.71 - 0.09, 0.71 + 0.01])
     (whisker,) = log_prob.containers[1][2][0].get_segments()
     np.testing.assert_allclose(whisker[:, 1], [-1.05 - 0.3, -1.05 + 0.02])
@@ -276,7 +281,9 @@ def test_kinds_from_the_largest_drop_with_their_random_sets():
     np.testing.assert_allclose([bar.get_width() for bar in axes.containers[0]], drops)
     for place, kind in enumerate(order):
         expected = [result.kinds[kind].baseline - c.kinds[kind] for c in result.controls]
-        np.testing.assert_allclose(group(axes, f"controls-{place}").get_offsets()[:, 0], expected)
+        dots = group(axes, f"controls-{place}").get_offsets()
+        np.testing.assert_allclose(dots[:, 0], expected)
+        assert place < dots[:, 1].min() <= dots[:, 1].max() < place + 0.5
         ((left, _), (right, _)) = group(axes, f"range-{place}").get_segments()[0]
         assert (left, right) == pytest.approx((min(expected), max(expected)))
 

@@ -11,7 +11,8 @@ import shared_results as made
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
-from hones_lens.steering import SideEffects
+from hones_lens.statistics import Interval
+from hones_lens.steering import SideEffects, SteeringTable
 from hones_lens.viz import theme
 from hones_lens.viz.steering_plots import gain_rows, side_effect_bars, steering_bars
 
@@ -39,9 +40,19 @@ def ends(axes: Axes) -> list[tuple[float, float, float]]:
     return [(line[0][1], line[0][0], line[1][0]) for line in lines]
 
 
+def wider(gain: Interval) -> Interval:
+    """Reaching twice as far up as down."""
+    return replace(gain, high=gain.value + 2 * (gain.value - gain.low))
+
+
+def lopsided(table: SteeringTable) -> SteeringTable:
+    rows = [replace(row, gain=wider(row.gain), log_prob_gain=wider(row.log_prob_gain)) for row in table.rows]
+    return replace(table, rows=tuple(rows))
+
+
 @pytest.mark.parametrize("panel, measure", [(0, "metric"), (1, "log_prob")])
 def test_bars_are_gains_with_their_intervals_and_draws(panel, measure):
-    table = made.steering()
+    table = lopsided(made.steering())
     axes = drawn(steering_bars(table)).axes[panel]
     times = {"metric": 1, "log_prob": 5}[measure]
     expected = {**made.GAINS, "RandNeuron": float(np.mean(made.DRAWS))}
@@ -53,10 +64,11 @@ def test_bars_are_gains_with_their_intervals_and_draws(panel, measure):
     half = {"metric": 0.03, "log_prob": 0.11}[measure]
     for place, low, high in ends(axes):
         gain = times * expected[METHODS[int(place)]]
-        assert (low, high) == (pytest.approx(gain - half), pytest.approx(gain + half))
+        assert (low, high) == (pytest.approx(gain - half), pytest.approx(gain + 2 * half))
     assert [int(place) for place, *_ in ends(axes)] == [0, 1, 3, 4], "the random sets have no one interval"
     (dots,) = [artist for artist in axes.collections if artist.get_gid() == "draws-2"]
     assert dots.get_offsets()[:, 0].tolist() == pytest.approx([times * gain for gain in made.DRAWS])
+    assert set(dots.get_offsets()[:, 1]) == {METHODS.index("RandNeuron")}
     assert axes.yaxis_inverted() and ("accuracy" in axes.get_xlabel()) == (measure == "metric")
 
 
@@ -81,11 +93,18 @@ def test_rows_are_methods_in_order_and_bad_ones_are_refused():
 
 
 def test_side_effects_are_drawn_task_by_task():
-    effects = made.effects()
+    cells = tuple(replace(cell, gain=wider(cell.gain)) for cell in made.effects().cells)
+    effects = replace(made.effects(), cells=cells)
     axes = drawn(side_effect_bars(effects)).axes[0]
     widths = [width for _, width, _ in bars(axes)]
     assert widths == [pytest.approx(cell.gain.value) for cell in effects.cells]
     found = [(pytest.approx(low), pytest.approx(high)) for _, low, high in ends(axes)]
+    step = len(made.TASKS) + 0.9
+    beside = [made.TASKS.index(c.scales_of) * step + made.TASKS.index(c.task) for c in effects.cells]
+    assert [place for place, *_ in ends(axes)] == pytest.approx(beside)
+    assert [place for place, *_ in bars(axes)] == pytest.approx(beside)
+    middles = [i * step + (len(made.TASKS) - 1) / 2 for i in range(len(made.TASKS))]
+    assert axes.get_yticks().tolist() == pytest.approx(middles)
     assert [(cell.gain.low, cell.gain.high) for cell in effects.cells] == found
     places = [place for place, *_ in bars(axes)]
     assert places == sorted(places) and axes.yaxis_inverted()

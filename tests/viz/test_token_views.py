@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -10,14 +11,18 @@ from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from test_attending import FAMILIES, HEADS, ROW, patches, twin
 from viz.test_attention_plots import pictures_of
 
 from hones_lens.folding import FoldedAttention, fold_tokens, folded_attention
 from hones_lens.viz import attention_tokens, coloured_tokens, token_views
+from hones_lens.viz.schemes import PALETTE
+from hones_lens.viz.theme import NEGATIVE, SELECTED
 
 needs_circuitsvis = pytest.mark.skipif(find_spec("circuitsvis") is None, reason="no circuitsvis")
 HOSTILE = ("<s>", "</script>", "<!--", "&lt;", "<image>", "a\nb")
@@ -104,6 +109,7 @@ def test_an_image_s_cell_opens_to_its_patches(made, bundle) -> None:
                 assert float(value) == pytest.approx(float(expected[row, column]), rel=2e-3, abs=1e-6)
                 rect = next(shades)
                 assert (rect["x"], rect["y"]) == (str(column), str(row))
+                assert rect["class"] == "above"
                 share = float(expected[row, column] / expected.max())
                 assert float(rect["fill-opacity"]) == pytest.approx(0.85 * share, abs=2e-3)
     assert next(told, None) is None
@@ -132,6 +138,9 @@ def test_coloured_tokens_hold_a_value_each(made, fold: str, bundle) -> None:
     on_patches = [float(text.partition(": ")[2]) for text in page.found["title"]]
     grids = torch.cat([patches(both, inputs, ROW, image).flatten() for image in (0, 1)])
     assert on_patches == pytest.approx(values[grids].tolist(), rel=1e-3)
+    sides = [rect["class"] for rect in page.attributes["rect"]]
+    assert sides == ["above" if value >= 0 else "below" for value in values[grids].tolist()]
+    assert properties["positiveColor"] == SELECTED and properties["negativeColor"] == NEGATIVE
 
 
 def hostile() -> FoldedAttention:
@@ -195,6 +204,55 @@ def test_the_script_is_the_installed_one_and_asks_for_nothing(monkeypatch, tmp_p
     page = view.save(tmp_path / "new" / "view.html").read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>") and view.html in page
     assert view._repr_html_() == view.html and len(repr(view)) < 60
+
+
+def test_views_save_as_pages_and_pictures_and_nothing_else(bundle, tmp_path: Path) -> None:
+    folded = hostile()
+    values = torch.linspace(-1, 1, folded.cells.inputs.input_ids.shape[1])
+    for view in (attention_tokens(folded), coloured_tokens(folded.cells, values, what="activation")):
+        view.save(tmp_path / "view.html")
+        text = view.save(tmp_path / "view.svg", "light").read_text(encoding="utf-8")
+        assert text == view.draw().save(tmp_path / "drawn.svg", "light").read_text(encoding="utf-8")
+        texts = [unescape(found) for found in re.findall(r"<text[^>]*>([^<]*)</text>", text)]
+        assert {*HOSTILE[:5], "a\\nb"} <= set(texts)
+        for file, scheme, says in (
+            ("view.gif", None, r"saved as \.html, \.png, \.svg, \.pdf, not 'view\.gif'"),
+            ("view", None, "not 'view'"),
+            ("view.html", "dark", "a page of tokens follows its reader's scheme"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                view.save(tmp_path / "new" / file, scheme)
+    assert not (tmp_path / "new").exists()
+    assert view.save(tmp_path / "view.PNG", "dark").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_circuitsvis
+@pytest.mark.browser
+def test_a_dark_page_has_dark_views_whose_text_stands_out(tmp_path: Path) -> None:
+    pytest.importorskip("playwright")
+    from browsing import chromium
+
+    token_views._bundle.cache_clear()
+    folded = hostile()
+    values = torch.linspace(-1, 1, folded.cells.inputs.input_ids.shape[1])
+    views = (attention_tokens(folded, pictures_of(tiny)), coloured_tokens(folded.cells, values))
+    for scheme, at in (("light", 0), ("dark", 1)):
+        with chromium(color_scheme=scheme, viewport={"width": 900, "height": 700}) as page:
+            for view, drawn in zip(views, ("canvas", ".colored-tokens"), strict=True):
+                page.goto(view.save(tmp_path / f"{scheme}.html").as_uri())
+                page.wait_for_selector(drawn)
+                page.wait_for_timeout(300)
+                for place in (".hones-tokens > .drawn", ".hones-tokens"):
+                    with Image.open(io.BytesIO(page.locator(place).first.screenshot())) as shot:
+                        shades = np.asarray(shot.convert("L"))
+                    dark, light = (int(shades.min()), int(shades.max()))
+                    assert light - dark > 120, place
+                    assert (shades.mean() > 128) == (scheme == "light"), place
+                assert int(shades[3, -3]) in (range(250, 256), range(50))[at]
+                colour = page.evaluate("getComputedStyle(document.querySelector('.hones-tokens')).color")
+                assert [int(c) for c in re.findall(r"\d+", colour)] == list(
+                    bytes.fromhex(PALETTE["ink"][at][1:])
+                )
 
 
 @needs_circuitsvis
