@@ -84,7 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "models", do.models, "models that are known by name")
     report = _add(commands, "report", do.report, "one HTML page of one or more run folders")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    report.add_argument("--out", required=True, metavar="FILE", help="the page to write")
+    report.add_argument(
+        "--out", metavar="FILE", help="the page to write (default: report.html in the first RUN)"
+    )
     train = _add(commands, "train-tiny", do.train_tiny, "train a shipped model anew on the shapes world")
     train.add_argument("family", choices=list(TINY))
     train.add_argument("--out", required=True, help="folder for checkpoints, log and the model")

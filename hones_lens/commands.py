@@ -385,7 +385,8 @@ def report(args: argparse.Namespace) -> int:
     from hones_lens.pipeline import read_view
     from hones_lens.viz.report import write_report
 
-    print(f"Report: {write_report(Path(args.out), [read_view(run) for run in args.runs]).resolve()}")
+    out = Path(args.out or Path(args.runs[0]) / "report.html")
+    print(f"Report: {write_report(out, [read_view(run) for run in args.runs]).resolve()}")
     return 0
 
 

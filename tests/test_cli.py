@@ -117,8 +117,11 @@ def test_demo_runs_resumes_and_reports(task, tmp_path, capsys):
     assert (tmp_path / "run" / "masking.json").read_bytes() == before
     assert main([*argv, "--seed", "1"]) == 1
     assert "seed: 3407 there, 1 now" in capsys.readouterr().err
+    page = tmp_path / "run" / "report.html"
+    page.unlink()
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "again.html")]) == 0
-    assert (tmp_path / "again.html").stat().st_size > 10_000
+    assert (tmp_path / "again.html").stat().st_size > 10_000 and not page.exists()
+    assert main(["report", str(tmp_path / "run")]) == 0 and page.stat().st_size > 10_000
 
 
 @pytest.mark.slow

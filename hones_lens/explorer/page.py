@@ -68,6 +68,7 @@ def stylesheet() -> str:
         f'body[data-jp-theme-light="false"] .hones-explorer {{ {dark} }}',
         f":host-context(.light) .hones-explorer {{ {light} }}",
         f":host-context(.dark) .hones-explorer {{ {dark} }}",
+        f"body.vscode-light .hones-explorer {{ {light} }}",
         f"body.vscode-dark .hones-explorer {{ {dark} }}",
     ]
     return "\n".join([*rules, _static("explorer.css")])

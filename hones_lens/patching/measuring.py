@@ -103,7 +103,7 @@ class Measured:
             )
         cells, share = self.values.numel(), self.full / max(1, self.run)
         lines.append(
-            f"{self.run:,} of {cells:,} patches run, {share:.0%} of them as full passes; in the others "
+            f"{self.run:,} of {cells:,} patches run, {100 * share:.0f} % of them as full passes; in the others "
             "both runs have the same activations"
         )
         return tuple(lines)
