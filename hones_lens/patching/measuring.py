@@ -103,8 +103,8 @@ class Measured:
             )
         cells, share = self.values.numel(), self.full / max(1, self.run)
         lines.append(
-            f"{self.run:,} of {cells:,} patches run, {100 * share:.0f} % of them as full passes; in the others "
-            "both runs have the same activations"
+            f"{self.run:,} of {cells:,} patches run, {100 * share:.0f} % of them as full passes; in the "
+            "others both runs have the same activations"
         )
         return tuple(lines)
 

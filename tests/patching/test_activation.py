@@ -273,7 +273,7 @@ def test_where_both_runs_are_alike_nothing_is_run() -> None:
     result = patch_activations(twin.model, pairs, "resid_pre", layers=[0], progress=False)
     assert result.select(layer=0, group="question").item() == 0 and result.low.shape == (1, 3)
     assert float(result.select(layer=0, group="image").values) == pytest.approx(1, abs=1e-5)
-    assert "3 of 9 patches run, 0% of them as full passes" in result.notes[-1]
+    assert "3 of 9 patches run, 0 % of them as full passes" in result.notes[-1]
 
 
 @FAMILIES
@@ -312,7 +312,7 @@ def test_lasting_hooks_are_kept() -> None:
     expected = difference(pairs, patched) - difference(pairs, base)
     assert (result.values[:, 1, 2] - expected).abs().max() <= TOLERANCE
     assert (result.values[:, 1, 2] - plain[1, 2]).abs().max() > 1e-3
-    assert "100% of them as full passes" in result.notes[-1]
+    assert "100 % of them as full passes" in result.notes[-1]
 
 
 # -- positions ---------------------------------------------------------------------------------------
