@@ -113,10 +113,7 @@ def demo(args: argparse.Namespace) -> int:
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
     pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
     pipeline.mask_others(model, run, args.task, data, neurons.ratio)
-    pipeline.find_flow(model, run, args.task, data, heads, neurons)
-    views = pipeline.look_at_examples(model, args.task, data, heads.top(), neurons)
-    pipeline.save_examples(run, views)
-    pipeline.save_promoted(run, pipeline.promoted_tokens(model, neurons))
+    pipeline.keep_views(model, run, args.task, data, heads, neurons)
     view = pipeline.read_view(run.folder)
     page = write_report(run.path("report.html"), [view])
     print_summary(Console(), view)
@@ -149,6 +146,7 @@ def localize(args: argparse.Namespace) -> int:
         neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
         found["neurons"] = [list(c) for c in neurons.top()]
         print(neurons, end="\n\n")
+        pipeline.keep_views(model, run, args.task, data, heads, neurons)
     print(f"Run: {run.folder}")
     _write_json(args, found)
     return 0
@@ -166,6 +164,7 @@ def mask(args: argparse.Namespace) -> int:
     again = pipeline.heads_again(model, run, args.task, data, heads)
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
     results = pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
+    pipeline.keep_views(model, run, args.task, data, heads, neurons)
     print(*([] if again is None else [again]), *results, f"Run: {run.folder}", sep="\n\n")
     _write_json(args, json.loads(run.path("masking.json").read_text(encoding="utf-8")))
     return 0

@@ -326,6 +326,19 @@ def look_at_examples(
     return views
 
 
+def keep_views(
+    model: HookedVLM, run: Run, task: str, data: DataChoice, heads: HeadScores, neurons: NeuronScores
+) -> None:
+    """Keep what the report draws of examples, and of the way from heads to tokens, if it is not there."""
+    if not heads.top():
+        return
+    find_flow(model, run, task, data, heads, neurons)
+    if not run.path("promoted.json").exists():
+        save_promoted(run, promoted_tokens(model, neurons))
+    if not run.path("examples.json").exists():
+        save_examples(run, look_at_examples(model, task, data, heads.top(), neurons))
+
+
 def find_flow(
     model: HookedVLM, run: Run, task: str, data: DataChoice, heads: HeadScores, neurons: NeuronScores
 ) -> HeadNeuronFlow:

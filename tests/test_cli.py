@@ -164,6 +164,11 @@ def test_stages_one_after_the_other_then_steering_and_overlap(tmp_path, capsys):
         assert main(["localize", "--task", task, "--stage", "neurons", "--out", run, *limit]) == 0
     rows = json.loads((tmp_path / "vqa" / "hones" / "neurons_top1pct.json").read_text())
     assert len(rows) == 15 and set(rows[0]) >= {"layer", "neuron", "score"}
+    kept = {file.name for file in (tmp_path / "vqa").iterdir()}
+    assert {"examples.json", "flow.json", "promoted.json", "example-1-logit-lens.json"} <= kept
+    before = (tmp_path / "vqa" / "example-0.png").stat().st_mtime_ns
+    assert main(["localize", "--task", "vqa", "--out", runs[0], *limit]) == 0
+    assert (tmp_path / "vqa" / "example-0.png").stat().st_mtime_ns == before, "what is there is not made anew"
     held_out = json.loads((tmp_path / "vqa" / "heads-held-out.json").read_text())
     assert len(held_out["example_ids"]) == 6 and len(held_out["random"]) == 5
     shared = ["overlap", *runs, "--out", str(tmp_path / "shared")]

@@ -74,6 +74,7 @@ def reproduce(
         neurons[task] = pipeline.find_neurons(model, run, task, data, heads, ratios[-1])
         masking = _mask(model, run, task, data, neurons[task], tasks, ratios, n_controls)
         lenses[task] = read_lens(model, run, task, data.test(task), neurons[task], "lens.json")
+        pipeline.keep_views(model, run, task, data, heads, neurons[task])
         tables = _steer(model, run, task, worlds, neurons[task], steering)
         found[task] = TaskResults(heads, held_out, masking, tables)
     groups, shared, effects = _across(model, out / "across", _worlds(first, shifted), neurons, found)

@@ -50,6 +50,7 @@ def test_stages_are_those_run_by_themselves(made):
         hones = results.masking["hones", 0.02]
         assert replace(alone, method="hones") == hones
         assert [result.method for result in load_masking(folder / task / "others.json")] == list(RANKINGS)
+        assert {"examples.json", "flow.json"} <= {file.name for file in (folder / task).iterdir()}
         delta = lens_delta(model(), task, test, neurons, progress=False)
         assert found.lenses[task].falls == delta.falls and found.lenses[task].rises == delta.rises
     tests = {task: DATA.test(task) for task in found.tasks}
