@@ -24,13 +24,12 @@ from hones_lens.statistics import (
     metric_interval,
     permutation_p,
     relative_interval,
-    sign_flip_p,
+    two_sided_p,
 )
 from hones_lens.tasks import Task
 
 RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1)
 Neurons = Sequence[tuple[int, int]]
-_DRAWS = 2000  # of a permutation test
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,9 @@ class Control:
 class KindDrop:
     """One kind of question: how often it was asked, and the metric and log-probability by arm.
 
-    `interval` is that of the metric's drop, the next two are those of the metric without and with masking;
-    None where the kind has fewer than two examples.
+    `interval` is that of the metric's drop, the next two are those of the metric without and with masking,
+    and `p` is that of a two-sided paired permutation test of no drop; None where the kind has fewer than two
+    examples.
     """
 
     n: int
@@ -59,6 +59,7 @@ class KindDrop:
     interval: Interval | None = None
     baseline_interval: Interval | None = None
     masked_interval: Interval | None = None
+    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -373,24 +374,25 @@ def _result(
         kinds={kind: _kind_drop(task, base, masked, r, seed) for kind, r in rows.items()},
         example_ids=tuple(example.id for example in examples),
         metric_p=permutation_p(task, *statistics, seed=seed),
-        log_prob_p=float(sign_flip_p(falls[None], alternative="two-sided", draws=_DRAWS, seed=seed)[0]),
+        log_prob_p=two_sided_p(falls, seed=seed),
     )
 
 
 def _kind_drop(task: Task, base: _Outcome, masked: _Outcome, rows: list[int], seed: int) -> KindDrop:
-    statistics = [np.array(outcome.arm.statistics)[rows] for outcome in (base, masked)]
-    intervals: dict[str, Interval] = {}
+    before, after = (np.array(outcome.arm.statistics)[rows] for outcome in (base, masked))
+    found: dict[str, Any] = {}
     if len(rows) > 1:
-        intervals["interval"] = bootstrap_interval(task, *statistics, seed=seed)
-        intervals["baseline_interval"] = metric_interval(task, statistics[0], seed=seed)
-        intervals["masked_interval"] = metric_interval(task, statistics[1], seed=seed)
+        found["interval"] = bootstrap_interval(task, before, after, seed=seed)
+        found["baseline_interval"] = metric_interval(task, before, seed=seed)
+        found["masked_interval"] = metric_interval(task, after, seed=seed)
+        found["p"] = permutation_p(task, before, after, seed=seed)
     return KindDrop(
         n=len(rows),
         baseline=base.metric(rows),
         masked=masked.metric(rows),
         baseline_log_prob=base.log_prob(rows),
         masked_log_prob=masked.log_prob(rows),
-        **intervals,
+        **found,
     )
 
 

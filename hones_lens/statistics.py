@@ -232,6 +232,12 @@ def sign_flip_p(
     return (1 + as_large) / (1 + draws)
 
 
+def two_sided_p(differences: Sequence[float] | np.ndarray, *, draws: int = 2000, seed: int = 0) -> float:
+    """`sign_flip_p` of one arm's paired differences, [n_examples], two-sided."""
+    rows = np.asarray(differences, dtype=np.float64)[None]
+    return float(sign_flip_p(rows, alternative="two-sided", draws=draws, seed=seed)[0])
+
+
 def benjamini_hochberg(
     p_values: Sequence[float] | np.ndarray, q: float = 0.05, *, dependent: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:

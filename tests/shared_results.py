@@ -73,7 +73,7 @@ def effects() -> SideEffects:
             gain = 0.04 if owner == task else float(rng.normal(0, 0.012))
             n = 12 if task == "retrieval" else 84
             about = (owner, task, METRICS[task], interval(0.7, 0.05, n), interval(0.7 + gain, 0.05, n))
-            cells.append(SideEffect(*about, interval(gain, 0.02, n), interval(gain, 0.1, n)))
+            cells.append(SideEffect(*about, interval(gain, 0.02, n), interval(gain, 0.1, n), 0.03, 0.4))
     return SideEffects("tiny-llava", tuple(cells))
 
 

@@ -119,10 +119,14 @@ def test_what_comes_back() -> None:
     assert sum(kind.n for kind in found.kinds.values()) == len(examples)
     for kind, drop in found.kinds.items():
         rows = [i for i, e in enumerate(examples) if e.kind == kind]
+        if len(rows) > 1:
+            flips = np.array(list(itertools.product((-1, 1), repeat=len(rows)))) @ np.array(found.drops)[rows]
+            exact = np.mean(np.abs(flips) >= abs(np.array(found.drops)[rows].sum()) - 1e-9)
+            assert drop.p is not None and abs(drop.p - exact) < 0.05
         assert np.isclose(drop.baseline - drop.masked, np.mean(np.array(found.drops)[rows]))
         parts = ((drop.interval, drop.baseline - drop.masked), (drop.baseline_interval, drop.baseline))
         for interval, value in (*parts, (drop.masked_interval, drop.masked)):
-            assert (interval is None) == (len(rows) < 2)
+            assert (interval is None) == (len(rows) < 2) == (drop.p is None)
             if interval is not None:
                 assert np.isclose(interval.value, value) and interval.n == len(rows) == drop.n
         assert np.isclose(

@@ -18,6 +18,7 @@ from hones_lens.results import Component, nan_to_none, none_to_nan, ranked, read
 from hones_lens.statistics import Interval, benjamini_hochberg, sign_flip_p
 
 LEVEL = 0.95  # of the scores' intervals
+_Q = 0.05  # false discovery rate of the verdicts
 # By what `localize_heads` does to a head: what it is called in results, and in words.
 INTERVENTIONS = {
     "mean": ("replace_with_other_heads_mean", "drop when replaced by the mean of the layer's others"),
@@ -94,12 +95,23 @@ class HeadScores:
         return Interval(float(self.scores[layer, head]), low, high, LEVEL, n)
 
     @cached_property
-    def discoveries(self) -> frozenset[tuple[int, int]] | None:
-        """The heads of `significant_heads`, at 5 %; None where some were not measured on every example."""
+    def p_values(self) -> Tensor | None:
+        """Of no drop, [layer head]: those that `significant_heads` rests on.
+
+        None where some heads were not measured on every example, or there are fewer than two examples.
+        """
         n = len(self.example_ids)
         if n < 2 or bool((self.counts < n).any()):
             return None
-        return frozenset((c.layer, c.index) for c in significant_heads(self))
+        return _permuted(self, _draws_for(self, _Q))
+
+    @cached_property
+    def discoveries(self) -> frozenset[tuple[int, int]] | None:
+        """The heads of `significant_heads`, at 5 %; None where there are no `p_values`."""
+        if self.p_values is None:
+            return None
+        found = benjamini_hochberg(self.p_values.flatten().numpy(), _Q)[1].reshape(self.scores.shape)
+        return frozenset((int(layer), int(head)) for layer, head in np.argwhere(found))
 
     def top(self, k: int | None = None) -> list[Component]:
         """The k largest scores above zero, as (layer, index, score); ties by layer, then index.
@@ -118,10 +130,10 @@ class HeadScores:
         return ranked(self.scores.where(known, -torch.inf), k, positive_only=True)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head: layer, head, score, the ends of its 95 % interval, whether it stands.
+        """One row a head: layer, head, score, the ends of its 95 % interval, p, whether it stands.
 
-        Then mean, standard error and number of the examples' drops. `stands` is None where not every head
-        was measured on every example.
+        Then mean, standard error and number of the examples' drops. `p` is NaN and `stands` None where not
+        every head was measured on every example.
         """
         unknown = torch.full_like(self.scores, torch.nan)
         low, high = (unknown, unknown) if self.score_ends is None else self.score_ends.unbind(-1)
@@ -129,6 +141,7 @@ class HeadScores:
             "score": self.scores,
             "low": low,
             "high": high,
+            "p": unknown if self.p_values is None else self.p_values,
             "mean_drop": self.mean_drops,
             "standard_error": self.standard_errors,
             "n": self.counts,
@@ -191,9 +204,10 @@ class HeadScores:
 
     def _line(self, c: Component) -> str:
         line = f"  L{c.layer}H{c.index:<3} {self.interval(c.layer, c.index) or f'{c.score:+.4f}'}"
-        if self.discoveries is None:
+        if self.discoveries is None or self.p_values is None:
             return line
         found = (c.layer, c.index) in self.discoveries
+        line += f", p = {float(self.p_values[c.layer, c.index]):.2g}"
         return f"{line}, {'stands' if found else 'does not stand'} (FDR 5 % over {self.scores.numel()} heads)"
 
     def _repr_html_(self) -> str:
@@ -230,10 +244,19 @@ def significant_heads(
             f"{len(short)} heads, the first L{short[0][0]}H{short[0][1]}, were not measured on every "
             "example: localize without racing or a prefilter"
         )
-    draws = max(10_000, math.ceil(heads.scores.numel() / q)) if draws is None else draws
-    p = sign_flip_p(heads.drops.flatten(0, 1).numpy(), draws=draws, seed=seed)
+    p = _permuted(heads, _draws_for(heads, q) if draws is None else draws, seed).flatten().numpy()
     found = benjamini_hochberg(p, q, dependent=dependent)[1].reshape(heads.scores.shape)
     if not found.any():
         return []
     among = heads.scores.where(torch.from_numpy(found), -torch.inf)
     return ranked(among, int(found.sum()))
+
+
+def _permuted(heads: HeadScores, draws: int, seed: int = 0) -> Tensor:
+    """One-sided p-values of no drop, [layer head]."""
+    p = sign_flip_p(heads.drops.flatten(0, 1).numpy(), draws=draws, seed=seed)
+    return torch.from_numpy(p).view(heads.scores.shape)
+
+
+def _draws_for(heads: HeadScores, q: float) -> int:
+    return max(10_000, math.ceil(heads.scores.numel() / q))

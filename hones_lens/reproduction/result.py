@@ -84,7 +84,10 @@ class Reproduction:
             for head in found.heads:
                 row = {"task": name, "head": f"L{head.layer}H{head.head}"}
                 score = f"{head.score:.3f}" if head.selected_on is None else _whole(head.selected_on)
-                row["score on discovery"] = f"{score}, n = {found.n_selected_on}"
+                found_p = results.heads.p_values
+                told = f"{score}, n = {found.n_selected_on}"
+                p = None if found_p is None else float(found_p[head.layer, head.head])
+                row["score on discovery"] = _tested(told, p)
                 row["stands on discovery"] = "yes" if head.significant else "no"
                 row["drop on the held-out split"] = f"{_whole(head.drop)}, n = {head.drop.n}, {_p(head.p)}"
                 rows.append({**row, "holds there": "yes" if head.holds else "no"})
@@ -130,7 +133,7 @@ class Reproduction:
         rows: dict[str, dict[str, str]] = {}
         for c in self.side_effects[dataset].cells:
             arms = f"{_whole(c.base)} → {_whole(c.steered)}"
-            rows.setdefault(c.scales_of, {})[c.task] = f"{arms}, {_signed(c.gain)}"
+            rows.setdefault(c.scales_of, {})[c.task] = _tested(f"{arms}, {_signed(c.gain)}", c.p)
         return _by_method(rows, "scales of")
 
     def groups_table(self) -> pd.DataFrame:

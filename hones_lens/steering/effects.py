@@ -14,14 +14,24 @@ from hones_lens import sweep
 from hones_lens.data.examples import Example
 from hones_lens.hooked_vlm import HookedVLM
 from hones_lens.results import read_json, write_json
-from hones_lens.statistics import Interval, bootstrap_interval, mean_interval, metric_interval
+from hones_lens.statistics import (
+    Interval,
+    bootstrap_interval,
+    mean_interval,
+    metric_interval,
+    permutation_p,
+    two_sided_p,
+)
 from hones_lens.steering.queries import NEGATIVES, answer_log_probs
 from hones_lens.steering.scales import NeuronScales
 
 
 @dataclass(frozen=True)
 class SideEffect:
-    """One task under the scales of one task: its metric, and the gains of metric and log-probability."""
+    """One task under the scales of one task: its metric, and the gains of metric and log-probability.
+
+    `p` and `log_prob_p` are of two-sided paired permutation tests of no gain.
+    """
 
     scales_of: str
     task: str
@@ -30,6 +40,8 @@ class SideEffect:
     steered: Interval
     gain: Interval
     log_prob_gain: Interval
+    p: float
+    log_prob_p: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class SideEffects:
         lines = [f"{self.model_name}: what scales of one task do to every task"]
         lines += [
             f"  {c.task:<10} under the scales of {c.scales_of:<10} {c.metric_name} {c.base.value:.3f} "
-            f"{c.base.span} → {c.steered.value:.3f} {c.steered.span}, gain {c.gain}"
+            f"{c.base.span} → {c.steered.value:.3f} {c.steered.span}, gain {c.gain}, p = {c.p:.2g}"
             for c in self.cells
         ]
         return "\n".join(lines)
@@ -146,6 +158,8 @@ def side_effects(
                 steered=metric_interval(task, statistics[0], seed=seed),
                 gain=bootstrap_interval(task, *statistics, seed=seed),
                 log_prob_gain=mean_interval(log_probs - likely[0], seed=seed),
+                p=permutation_p(task, *statistics, seed=seed),
+                log_prob_p=two_sided_p(log_probs - likely[0], seed=seed),
             )
             cells.append(cell)
     return SideEffects(model.cfg.model_name, tuple(cells))

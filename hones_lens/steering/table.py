@@ -10,7 +10,13 @@ import numpy as np
 import pandas as pd
 
 from hones_lens.results import read_json, write_json
-from hones_lens.statistics import Interval, bootstrap_interval, metric_interval, permutation_p
+from hones_lens.statistics import (
+    Interval,
+    bootstrap_interval,
+    metric_interval,
+    permutation_p,
+    two_sided_p,
+)
 from hones_lens.steering.scales import NeuronScales
 from hones_lens.tasks import load_task
 
@@ -102,6 +108,10 @@ class SteeringTable:
         """A row's metric with its interval."""
         return metric_interval(load_task(self.task), np.array(row.statistics), seed=self.seed)
 
+    def log_prob_p(self, row: SteeringRow) -> float:
+        """Two-sided p-value of a paired permutation test of no gain in log-probability."""
+        return two_sided_p(np.subtract(row.log_probs, self.row("Base").log_probs), seed=self.seed)
+
     def difference(self, a: str, b: str, draw_a: int = 0, draw_b: int = 0) -> tuple[Interval, float]:
         """Metric of one method minus another's, with its interval, and the permutation p-value.
 
@@ -124,6 +134,7 @@ class SteeringTable:
             values |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "p": row.p}
             values |= {"log_prob": row.log_prob, "log_prob_gain": likely.value}
             values |= {"log_prob_low": likely.low, "log_prob_high": likely.high}
+            values["log_prob_p"] = self.log_prob_p(row)
             rows.append({**values, "max_abs": row.max_abs, "n": gain.n, "chosen": row.settings})
         return pd.DataFrame(rows)
 
@@ -149,15 +160,16 @@ class SteeringTable:
             f"{self.n_learned}, chosen on {self.n_chosen}, reported on n = {len(self.example_ids)} examples "
             "(95 % intervals)",
             f"  {'method':<17} {self.metric_name:<20}  {'gain':<24} {'p':>6}  "
-            f"{'log-probability gain':<24} {'max |a|':>8}  chosen on dev",
+            f"{'log-probability gain':<24} {'p':>6} {'max |a|':>8}  chosen on dev",
         ]
         draws = [row for row in self.rows if row.method == "RandNeuron"]
         for row in self.rows:
             name = f"RandNeuron {row.draw + 1}" if row in draws else row.method
             metric = f"{row.metric:.3f} {self.metric_of(row).span}"
+            likely = f"{_short(row.log_prob_gain):<24} {self.log_prob_p(row):>6.3f}"
             lines.append(
                 f"  {name:<17} {metric:<20}  {_short(row.gain):<24} {row.p:>6.3f}  "
-                f"{_short(row.log_prob_gain):<24} {row.max_abs:>8.3g}  {row.settings}"
+                f"{likely} {row.max_abs:>8.3g}  {row.settings}"
             )
         if len(draws) > 1:
             gains = [row.gain.value for row in draws]

@@ -64,7 +64,7 @@ def steering(table: SteeringTable, title: str, said: str = "") -> Table:
         said: What begins the note.
     """
     columns = ("method", table.metric_name, "gain", "interval", "p", "log-probability gain (nats)")
-    columns += ("interval", "max |a|", "chosen on dev")
+    columns += ("interval", "p", "max |a|", "chosen on dev")
     rows = tuple(_steering_row(table, row) for row in table.rows)
     whole = table.row("Base").gain
     note = f"{said} {table.n_neurons:,} neurons, learned on {table.n_learned:,} and chosen on "
@@ -76,7 +76,7 @@ def steering(table: SteeringTable, title: str, said: str = "") -> Table:
 def _steering_row(table: SteeringTable, row: SteeringRow) -> tuple[Cell, ...]:
     name = f"RandNeuron {row.draw + 1}" if row.method == "RandNeuron" else row.method
     if row.method == "Base":
-        return (name, _metric(table, row), *("–",) * 7)
+        return (name, _metric(table, row), *("–",) * 8)
     return (
         name,
         _metric(table, row),
@@ -85,6 +85,7 @@ def _steering_row(table: SteeringTable, row: SteeringRow) -> tuple[Cell, ...]:
         _p(row.p),
         _clear(row.log_prob_gain),
         span(row.log_prob_gain),
+        _p(table.log_prob_p(row)),
         f"{row.max_abs:.3g}",
         row.settings or "–",
     )
@@ -165,12 +166,13 @@ def side_effects(effects: SideEffects, title: str) -> Table:
     rows = []
     for owner in owners:
         cells = [effects.cell(owner, task) for task in tasks]
-        rows.append((owner, *(Strong(gain(c.gain)) if c.gain.low > 0 else gain(c.gain) for c in cells)))
+        said = [f"{gain(c.gain)}, p = {_p(c.p)}" for c in cells]
+        rows.append((owner, *(Strong(t) if c.gain.low > 0 else t for t, c in zip(said, cells, strict=True))))
     firsts = [effects.cell(owners[0], task) for task in tasks]
     bases = "; ".join(
         f"{c.task} {c.metric_name} {number(c.base.value)} {span(c.base)} (n = {c.base.n:,})" for c in firsts
     )
-    note = f"Without scales: {bases}. {level(firsts[0].gain)} bootstrap intervals."
+    note = f"Without scales: {bases}. {level(firsts[0].gain)} bootstrap intervals, paired permutation tests."
     return Table(title, ("scales of", *tasks), tuple(rows), f"{note} Bold: the interval lies above 0.")
 
 

@@ -62,20 +62,22 @@ class Table:
 
 def top_heads(heads: HeadScores) -> Table:
     """The critical heads: score with its interval, whether it stands, and how many examples lost."""
-    columns = ("head", f"drop of {heads.metric_name}", "interval", "stands", "examples lose", "gain")
+    columns = ("head", f"drop of {heads.metric_name}", "interval", "p", "stands", "examples lose", "gain")
     top, n = heads.top(), heads.drops.shape[-1]
     rows = []
     for layer, head, score in top[:_MOST_ROWS]:
         drops = heads.drops[layer, head]
         interval, found = heads.interval(layer, head), heads.discoveries
         ends = "–" if interval is None else span(interval)
+        p = "–" if heads.p_values is None else f"{float(heads.p_values[layer, head]):.2g}"
         stands = "–" if found is None else "yes" if (layer, head) in found else "no"
         lose, gain, seen = int((drops > 0).sum()), int((drops < 0).sum()), int(heads.counts[layer, head])
         bar = Bar(number(score), 100 * score / top[0].score)
-        rows.append((f"L{layer}H{head}", bar, ends, stands, f"{lose:,} of {seen:,}", f"{gain:,}"))
+        rows.append((f"L{layer}H{head}", bar, ends, p, stands, f"{lose:,} of {seen:,}", f"{gain:,}"))
     base = heads.baseline_interval
     note = f"Base {heads.metric_name} {number(heads.baseline)}{f' {span(base)}' if base else ''}, n = {n:,}; "
-    note += "95 % bootstrap intervals, on the examples that select the heads. Stands: at a false discovery "
+    note += "95 % bootstrap intervals, paired permutation tests of no drop (one-sided), on the examples that "
+    note += "select the heads. Stands: at a false discovery "
     note += f"rate of 5 % over all {heads.scores.numel():,} heads."
     if heads.traded:
         note += f" Not exact: {heads.traded}."
@@ -163,6 +165,7 @@ def kinds(results: Sequence[MaskingResult]) -> Table:
         for result in ordered:
             found = result.kinds[kind]
             text = f"{number(found.baseline - found.masked)} {_ends(found.interval)}".rstrip()
+            text += "" if found.p is None else f", p = {found.p:.2g}"
             if result.controls:
                 text += f" ({result.beats('metric', kind)}/{len(result.controls)})"
             cells.append(Strong(text) if kind_clear(result, kind) else text)

@@ -29,7 +29,7 @@ from hones_lens.attribution.head_scores import HeadScores, significant_heads
 from hones_lens.attribution.heads import localize_heads
 from hones_lens.racing import Racing
 from hones_lens.results import Component, ranked
-from hones_lens.statistics import Interval, bootstrap_interval, mean_interval
+from hones_lens.statistics import Interval, bootstrap_interval, mean_interval, sign_flip_p
 from hones_lens.tasks import load_task
 
 
@@ -273,11 +273,15 @@ def test_what_a_localization_says_of_its_heads(tmp_path) -> None:
     lines = str(heads).split("\n")
     assert "accuracy 0.500 [0.400, 0.600] (95 %, n = 60)" in lines[0]
     assert lines[2].startswith(f"  L0H1   {scores[0, 1]:.3f} [{scores[0, 1] - 0.25:.3f}, ")
-    assert lines[2].endswith("(95 %, n = 60), stands (FDR 5 % over 12 heads)")
+    p = heads.p_values
+    assert torch.equal(p, torch.from_numpy(sign_flip_p(drops.reshape(12, 60))).view(3, 4))
+    assert lines[2].endswith(f"(95 %, n = 60), p = {p[0, 1]:.2g}, stands (FDR 5 % over 12 heads)")
+    assert {(c.layer, c.index) for c in significant_heads(heads)} == heads.discoveries
     assert all("does not stand (FDR 5 % over 12 heads)" in line for line in lines[3:5])
     frame = heads.to_dataframe().set_index(["layer", "head"])
     assert frame.at[(0, 1), "low"] == ends[0, 1, 0] and frame.at[(0, 1), "high"] == ends[0, 1, 1]
     assert frame["stands"].sum() == 1 and frame.at[(0, 1), "stands"]
+    assert frame["p"].tolist() == p.flatten().tolist()
     heads.save(tmp_path / "heads.json")
     again = HeadScores.load(tmp_path / "heads.json")
     assert again.baseline_interval == baseline and torch.equal(again.score_ends, ends)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -23,6 +24,7 @@ from steering.scaled import CHOSEN, QUIET, hf_scaled
 
 from hones_lens import sweep
 from hones_lens.data import load_examples
+from hones_lens.statistics import metric_interval
 from hones_lens.steering import (
     METHODS,
     NeuronScales,
@@ -154,6 +156,14 @@ def test_table_files_and_words(tmp_path) -> None:
     said, frame = str(found), found.to_dataframe()
     assert "max |a|" in said and "RandNeuron 2" in said and "2 random sets: mean gain" in said
     assert all(row.settings in said for row in found.rows)
+    base = found.row("Base").log_probs
+    for row in found.rows[1:]:
+        gaps = np.subtract(row.log_probs, base)
+        flips = np.array(list(itertools.product((-1, 1), repeat=len(gaps)))) @ gaps
+        exact = np.mean(np.abs(flips) >= abs(gaps.sum()) - 1e-12)
+        assert found.log_prob_p(row) == pytest.approx(exact, abs=0.05)
+        whole = metric_interval(load_task("vqa"), np.array(row.statistics), seed=found.seed)
+        assert found.metric_of(row) == whole and f"{whole.value:.3f} {whole.span}" in said
     assert list(frame["method"]) == [row.method for row in found.rows] and "<table" in found._repr_html_()
 
 
@@ -211,9 +221,12 @@ def test_side_effects(tmp_path) -> None:
         (s, t) for t in ("vqa", "retrieval") for s in ("vqa", "ocr")
     ]
     mine, row = found.cell("vqa", "vqa"), table("vqa").row("HONES")
-    assert mine.gain == row.gain and mine.steered == row.metric and mine.log_prob_gain == row.log_prob_gain
+    assert mine.gain == row.gain and mine.steered.value == row.metric
+    assert mine.log_prob_gain == row.log_prob_gain
+    assert mine.base == table("vqa").metric_of(table("vqa").row("Base"))
+    assert (mine.p, mine.log_prob_p) == (row.p, table("vqa").log_prob_p(row))
     idle = found.cell("ocr", "retrieval")
-    assert idle.gain.value == 0 and idle.base == idle.steered
+    assert idle.gain.value == 0 and idle.base == idle.steered and idle.p == 1
     found.save(tmp_path / "effects.json")
     assert SideEffects.load(tmp_path / "effects.json") == found
     assert "under the scales of vqa" in str(found) and len(found.to_dataframe()) == 4

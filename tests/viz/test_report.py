@@ -237,8 +237,9 @@ def test_heads_in_the_table_are_the_results(whole):
         assert value(row[1]) == pytest.approx(score, abs=0.0005)
         ends = [value(end) for end in row[2].strip("[]").split(",")]
         assert ends == pytest.approx(run.heads.score_ends[layer, head].tolist(), abs=0.0006)
-        assert row[3] == ("yes" if (layer, head) in found else "no")
-        assert row[4:] == [f"{int((drops > 0).sum())} of 60", f"{int((drops < 0).sum())}"]
+        assert value(row[3]) == pytest.approx(float(run.heads.p_values[layer, head]), rel=0.05)
+        assert row[4] == ("yes" if (layer, head) in found else "no")
+        assert row[5:] == [f"{int((drops > 0).sum())} of 60", f"{int((drops < 0).sum())}"]
     assert "Base accuracy 0.930 [0.900, 0.960], n = 60" in page.text
 
 

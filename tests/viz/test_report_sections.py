@@ -80,7 +80,8 @@ def test_steering_in_the_tables_is_the_results(pages):
         assert value(cells[4]) == pytest.approx(row.p)
         assert value(cells[5]) == pytest.approx(row.log_prob_gain.value, abs=5e-4)
         assert ends(cells[6]) == pytest.approx([row.log_prob_gain.low, row.log_prob_gain.high], abs=6e-4)
-        assert cells[7:] == ["0.4", "lr 0.05, epochs 4"]
+        assert value(cells[7]) == pytest.approx(table.log_prob_p(row), rel=0.05)
+        assert cells[8:] == ["0.4", "lr 0.05, epochs 4"]
     assert "n = 84 held-out examples. 95 % bootstrap intervals" in pages[0].text
     assert "Accuracy, steered (learned and measured on shapes)" in pages[0].text
     assert "Gain +0.041, 95 % interval [0.011, 0.071], n = 84." in pages[0].text
@@ -108,7 +109,7 @@ def test_what_is_said_of_steering_follows_from_the_numbers():
 
 
 def test_heads_on_held_out_examples(pages):
-    rows = pages[0].table("head", "drop of accuracy", "interval", "p")
+    rows = pages[0].table("head", "drop of accuracy", "interval", "p", "holds")
     assert rows[0] == ["L1H3", "0.400", "[0.300, 0.500]", "0.0005", "yes", "0.450 [0.350, 0.550]", "yes"]
     assert rows[1] == ["L3H2", "0.020", "[−0.030, 0.070]", "0.4", "no", "0.300", "–"]
     text = pages[0].text
@@ -167,7 +168,8 @@ def test_side_effects_in_the_table_are_the_results(pages):
     for row in rows:
         for task, cell in zip(made.TASKS, row[1:], strict=True):
             found = effects.cell(row[0], task).gain
-            gain, _, interval = cell.partition(" ")
+            assert cell.endswith(", p = 0.03")
+            gain, _, interval = cell.removesuffix(", p = 0.03").partition(" ")
             assert value(gain) == pytest.approx(found.value, abs=6e-4)
             assert ends(interval) == pytest.approx([found.low, found.high], abs=6e-4)
     assert "retrieval NDCG@5 0.700 [0.650, 0.750] (n = 12)" in pages[1].text
