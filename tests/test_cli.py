@@ -102,7 +102,9 @@ def test_what_was_traded_is_a_setting_and_is_told(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["vqa", "ocr", "caption", "retrieval"])
+@pytest.mark.parametrize(
+    "task", ["vqa", "caption", "retrieval", pytest.param("ocr", marks=pytest.mark.exhaustive)]
+)
 def test_demo_runs_resumes_and_reports(task, tmp_path, capsys):
     size = ["--limit", "2" if task == "retrieval" else "8", "--controls", "2"]
     argv = ["demo", "--task", task, "--out", str(tmp_path / "run"), "--json", str(tmp_path / "r.json"), *size]
@@ -126,7 +128,7 @@ def test_demo_runs_resumes_and_reports(task, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_numbers_of_an_unbroken_one(tmp_path):
-    command = [sys.executable, "-m", "hones_lens.cli", "localize", "--limit", "48"]
+    command = [sys.executable, "-m", "hones_lens.cli", "localize", "--limit", "12", "--discovery-limit", "48"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     process = subprocess.Popen([*command, "--out", str(broken)], env=env, stderr=subprocess.DEVNULL)
@@ -237,7 +239,7 @@ def test_reproduce_writes_all_tables_and_goes_on_where_it_stopped(tmp_path, caps
         "--tasks",
         "vqa,ocr",
         "--limit",
-        "10",
+        "4",
         "--controls",
         "2",
         "--out",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, SiglipVisionConfig
 
 from hones_lens import HookedVLM, checkpoint_path
+from hones_lens.config import find_settings
 from hones_lens.families.llava import HookedLlava
 from hones_lens.loading import resolve
 
@@ -251,7 +252,7 @@ def test_the_shipped_model_by_its_name() -> None:
 
 
 def test_names_resolve() -> None:
-    hub = ("llava-hf/llava-1.5-7b-hf", "main")
+    hub = ("llava-hf/llava-1.5-7b-hf", find_settings("llava").revision)
     assert resolve("llava") == resolve("llava-1.5-7b") == resolve("llava-hf/llava-1.5-7b-hf") == hub
     assert resolve("someone/something") == ("someone/something", None)
 

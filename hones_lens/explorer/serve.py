@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 import webbrowser
@@ -87,10 +88,9 @@ def run(views: Views, listener: socket.socket, *, browser: bool = True) -> None:
     print(f"Explorer: {address} (Ctrl-C ends it)", flush=True)
     if browser:
         webbrowser.open(address)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         server.run([listener])
-    except KeyboardInterrupt:
-        print()
+    print()
 
 
 def tab() -> Explorer:

@@ -150,7 +150,7 @@ def test_a_file_with_split_files(tmp_path):
     parts = {"discovery": images[:12], "dev": images[12:24], "test": images[24:]}
     file = tmp_path / "splits.json"
     file.write_text(json.dumps(parts), encoding="utf-8")
-    sizes = {"n_discovery": 6, "n_dev": 5, "n_held_out": 6}
+    sizes = {"n_discovery": 3, "n_dev": 3, "n_held_out": 3}
     splits = [f"{file}:{name}" for name in parts]
     names = dict(zip(("discovery_split", "dev_split", "held_out"), splits, strict=True))
     data = DataChoice(written.dataset, image_dir=str(written.image_dir), **names, **sizes)
@@ -161,7 +161,7 @@ def test_a_file_with_split_files(tmp_path):
         assert table.example_ids == results.held_out.example_ids
         for name, ids in read.items():
             there = load_examples(data.dataset, task, f"{file}:{name}", image_dir=data.image_dir)
-            assert len(ids) == 6 and set(ids) <= {e.id for e in there}, f"{task}, {name}"
+            assert len(ids) == 3 and set(ids) <= {e.id for e in there}, f"{task}, {name}"
         assert (tmp_path / "r" / task / "steering" / "unified" / "steering.json").exists()
     said = (tmp_path / "r" / "tables.md").read_text(encoding="utf-8")
     assert "## Steering: learned on unified, measured on unified" in said and str(tmp_path) not in said
