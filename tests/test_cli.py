@@ -103,7 +103,8 @@ def test_what_was_traded_is_a_setting_and_is_told(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "task", ["vqa", "caption", "retrieval", pytest.param("ocr", marks=pytest.mark.exhaustive)]
+    "task",
+    ["vqa", "retrieval", *(pytest.param(task, marks=pytest.mark.exhaustive) for task in ("ocr", "caption"))],
 )
 def test_demo_runs_resumes_and_reports(task, tmp_path, capsys):
     size = ["--limit", "2" if task == "retrieval" else "8", "--controls", "2"]
@@ -128,7 +129,8 @@ def test_demo_runs_resumes_and_reports(task, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_numbers_of_an_unbroken_one(tmp_path):
-    command = [sys.executable, "-m", "hones_lens.cli", "localize", "--limit", "12", "--discovery-limit", "48"]
+    command = [sys.executable, "-m", "hones_lens.cli", "localize", "--stage", "heads"]
+    command += ["--limit", "6", "--discovery-limit", "48"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     process = subprocess.Popen([*command, "--out", str(broken)], env=env, stderr=subprocess.DEVNULL)
@@ -141,7 +143,7 @@ def test_a_killed_run_goes_on_with_the_numbers_of_an_unbroken_one(tmp_path):
     assert not (broken / "heads.json").exists()
     for out in (broken, whole):
         subprocess.run([*command, "--out", str(out)], env=env, check=True, capture_output=True)
-    for name in ("heads.json", "neurons.json"):
+    for name in ("heads.json", "heads-held-out.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
@@ -232,7 +234,7 @@ run: {task: vqa, output_dir: artifacts/llava/vqa, top_k_heads: 7, top_neuron_rat
         assert len(json.loads((folder / "hones" / "neurons_top1pct.json").read_text())) == 31
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the stages are tested in tests/reproduction
 def test_reproduce_writes_all_tables_and_goes_on_where_it_stopped(tmp_path, capsys):
     argv = [
         "reproduce",
