@@ -104,7 +104,7 @@ def test_what_was_traded_is_a_setting_and_is_told(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "task",
-    ["vqa", "retrieval", *(pytest.param(task, marks=pytest.mark.exhaustive) for task in ("ocr", "caption"))],
+    ["vqa", *(pytest.param(t, marks=pytest.mark.exhaustive) for t in ("ocr", "caption", "retrieval"))],
 )
 def test_demo_runs_resumes_and_reports(task, tmp_path, capsys):
     size = ["--limit", "2" if task == "retrieval" else "8", "--controls", "2"]

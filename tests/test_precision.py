@@ -24,7 +24,7 @@ def _said(model: HookedVLM, examples: list) -> tuple[list[str], list[float]]:
     return texts, scores
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_flips_are_those_of_a_loop() -> None:
     # In float64, so that no batch rounds otherwise than another; with the weights' errors of bfloat16.
     models = [HookedVLM.from_pretrained("tiny-llava", dtype=t) for t in (torch.float32, torch.float64)]

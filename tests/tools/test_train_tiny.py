@@ -21,7 +21,8 @@ def _few_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("at", [1, *(pytest.param(at, marks=pytest.mark.exhaustive) for at in (2, 3))])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_broken_training_goes_on_to_the_same_weights(tmp_path, monkeypatch, at):
     whole = train(tiny_llava, tmp_path / "whole", SMALL)
     step = train_tiny._step
