@@ -106,16 +106,21 @@ def start_run(model: HookedVLM, task: str, data: DataChoice, out: str | Path, **
     """Open a run folder whose settings tell model, weights and examples by their hashes.
 
     Raises:
-        ValueError: The folder holds a run with other settings.
+        ValueError: The folder holds a run with other settings, or an example is in both splits.
     """
-    chosen = load_task(task)
+    chosen, discovery, test = load_task(task), data.discovery(task), data.test(task)
+    if shared := sorted({example.id for example in discovery} & {example.id for example in test}):
+        raise ValueError(
+            f"{len(shared)} {task} examples, the first {shared[0]!r}, are both in {data.discovery_split!r} and "
+            f"in {data.held_out!r}: what they select can't be judged on them"
+        )
     return Run(
         out,
         {
             **_common_settings(model, task, data),
             "held_out_split": data.held_out,
-            "discovery": examples_hash(chosen, data.discovery(task)),
-            "test": examples_hash(chosen, data.test(task)),
+            "discovery": examples_hash(chosen, discovery),
+            "test": examples_hash(chosen, test),
             **settings,
         },
     )
@@ -316,7 +321,6 @@ def look_at_examples(
                 answer_masked=str(answer_masked),
                 head=first,
                 masked_label=f"{neurons.count()} neurons masked",
-                attention=looks[first],
                 region=inputs.regions[0][0],
                 looks=looks,
                 lens=logit_lens(model, inputs, k=_LENS_TOKENS),
@@ -380,9 +384,8 @@ def save_examples(run: Run, views: Sequence[ExampleView]) -> None:
     for i, view in enumerate(views):
         view.image.save(run.path(f"example-{i}.png"))
         texts = {name: getattr(view, name) for name in _EXAMPLE_TEXTS}
-        attention = None if view.attention is None else view.attention.tolist()
         looks = {head: values.tolist() for head, values in view.looks.items()}
-        rows.append({**texts, "image": f"example-{i}.png", "attention": attention, "looks": looks})
+        rows.append({**texts, "image": f"example-{i}.png", "looks": looks})
         if view.lens is not None:
             view.lens.save(run.path(f"example-{i}-logit-lens.json"))
         if view.image_lens is not None:

@@ -55,6 +55,24 @@ def test_failures_are_one_line_and_exit_with_1(argv, says, capsys, tmp_path, mon
     assert says in error and error.startswith("hones: ") and error.count("\n") == 1
 
 
+def test_an_example_of_both_splits_is_refused_before_anything_runs(tmp_path, capsys):
+    hones(tmp_path / "data")
+    ids = [r["image_id"] for r in json.loads((tmp_path / "data" / "unified.json").read_text())["data"]]
+    for name, some in (("a", ids[:6]), ("b", ids[5:12])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(some))
+    files = [
+        "--dataset",
+        str(tmp_path / "data" / "unified.json"),
+        "--image-dir",
+        str(tmp_path / "data" / "images"),
+    ]
+    splits = ["--discovery-split", str(tmp_path / "a.json"), "--split", str(tmp_path / "b.json")]
+    assert main(["localize", *files, *splits, "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert "1 vqa examples, the first " in said and "are both in " in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_debug_shows_the_error_itself():
     with pytest.raises(ValueError, match="unknown model"):
         main(["evaluate", "--model", "nope", "--debug"])

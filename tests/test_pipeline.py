@@ -36,7 +36,7 @@ def test_examples_hold_every_head_s_attention_and_the_lenses_readings(name: str,
             pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0, head, -1][inputs.image_mask[0]]
             found = view.looks[f"L{layer}H{head}"]
             assert torch.allclose(found.flatten(), pattern, atol=1e-5)
-    assert torch.equal(view.attention, view.looks["L1H3"]) and view.region == inputs.regions[0][0]
+    assert view.region == inputs.regions[0][0]
     assert view.lens.ids[0, -1].tolist() == logits[0, -1].topk(5).indices.tolist()
     assert view.answer == model.generate(inputs, 24)[0]
     (first, *_) = model.continuation(view.prompt, view.target)

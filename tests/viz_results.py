@@ -152,7 +152,7 @@ def example(**changes: object) -> ExampleView:
         "answer": "dax",
         "answer_masked": "wug",
         "head": "L1H3",
-        "attention": attention(),
+        "looks": {"L1H3": attention()},
     }
     return ExampleView(**{**values, **changes})
 

@@ -125,23 +125,19 @@ def lens_delta(
     sweep.check_examples(task, examples)
     given = neurons.top() if isinstance(neurons, NeuronScores) else neurons
     chosen = check_neurons(given, model.cfg.n_layers, model.cfg.d_mlp, "the list of neurons to mask")
-    total = torch.zeros(model.cfg.n_layers, model.cfg.d_vocab, dtype=torch.float64)
-    parts: list[tuple[Tensor, Tensor]] = []  # of every batch, clean and masked, [layer example d_model]
+    parts: list[tuple[Tensor, Tensor]] = []  # of every batch, clean and masked
     with tqdm(total=len(examples), desc=f"logit lens · {task.name}", disable=not progress) as bar:
         for batch in sweep.answer_batches(model, task, examples, batch_size, answers=False):
-            pair = last_streams(model, batch), last_streams(model, batch, zero_neurons(chosen))
-            total += summed_logits(model, pair[0]) - summed_logits(model, pair[1])
-            parts.append((pair[0].cpu(), pair[1].cpu()))
+            parts.append((last_streams(model, batch), last_streams(model, batch, zero_neurons(chosen))))
             bar.update(len(batch.examples))
-    if not bool(torch.isfinite(total).all()):
-        raise FloatingPointError(f"logit-lens logits of {task.name} are not finite")
-    mean = total / len(examples)
     clean, masked = (torch.cat(arm, dim=1) for arm in zip(*parts, strict=True))
+    mean = (summed_logits(model, clean) - summed_logits(model, masked)) / len(examples)
+    if not bool(torch.isfinite(mean).all()):
+        raise FloatingPointError(f"logit-lens logits of {task.name} are not finite")
 
     def table(sign: int) -> tuple[tuple[LensToken, ...], ...]:
-        device = model.cfg.device
         return tuple(
-            with_ends(model, largest(model, row, k, sign), here.to(device), there.to(device))
+            with_ends(model, largest(model, row, k, sign), here, there)
             for row, here, there in zip(mean, clean, masked, strict=True)
         )
 

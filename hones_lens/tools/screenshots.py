@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,38 +84,13 @@ def shoot_report(run: Path, folder: Path) -> list[Path]:
         RuntimeError: The page's console says an error.
         ValueError: Not a run folder.
     """
-    from playwright.sync_api import sync_playwright
-
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        raise FileNotFoundError("no chromium on the path")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
+    pictures = {}
+    with tempfile.TemporaryDirectory() as scratch, _chromium() as browser:
         report = write_report(Path(scratch) / "report.html", [read_view(run)])
-        browser = playwright.chromium.launch(executable_path=program, args=list(_FLAGS))
-        try:
-            for name in REPORT_SHOTS:
-                picture = _shoot_report(browser, report.as_uri(), *REPORT_SHOTS[name])
-                files.append(folder / f"{name}.png")
-                files[-1].write_bytes(picture)
-        finally:
-            browser.close()
-    return files
-
-
-def _shoot_report(browser: Any, address: str, width: int, height: int, scheme: str) -> bytes:
-    viewport = {"width": width, "height": height}
-    page = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True).new_page()
-    errors: list[str] = []
-    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(address)
-    picture = page.screenshot()
-    page.close()
-    if errors:
-        raise RuntimeError(f"the page's console says: {errors[0]}")
-    return _small(picture)
+        for name, (width, height, scheme) in REPORT_SHOTS.items():
+            with _opened(browser, report.as_uri(), (width, height), scheme, offline=True) as page:
+                pictures[name] = page.screenshot()
+    return _written(pictures, folder)
 
 
 def shoot_explorer(model: HookedVLM, folder: Path) -> list[Path]:
@@ -125,36 +101,23 @@ def shoot_explorer(model: HookedVLM, folder: Path) -> list[Path]:
         ImportError: No playwright, or not the extra `notebook`.
         RuntimeError: The page's console says an error.
     """
-    from playwright.sync_api import sync_playwright
-
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        raise FileNotFoundError("no chromium on the path")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    with listen() as listener, sync_playwright() as playwright:
+    pictures = {}
+    with listen() as listener, _chromium() as browser:
         server, address = prepare(Views(model, *subject(None, None)), listener)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
-        browser = playwright.chromium.launch(executable_path=program, args=list(_FLAGS))
         try:
-            for name in SHOTS:
-                picture = _shoot(browser, address, *SHOTS[name])
-                files.append(folder / f"{name}.png")
-                files[-1].write_bytes(picture)
+            for name, (width, scheme, clicks) in SHOTS.items():
+                with _opened(browser, address, (width, 1400), scheme) as page:
+                    pictures[name] = _clicked(page, clicks)
         finally:
-            browser.close()
             server.should_exit = True
             thread.join()
-    return files
+    return _written(pictures, folder)
 
 
-def _shoot(browser: Any, address: str, width: int, scheme: str, clicks: Sequence[str]) -> bytes:
-    page = browser.new_page(viewport={"width": width, "height": 1400}, color_scheme=scheme)
-    errors: list[str] = []
-    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(address)
+def _clicked(page: Any, clicks: Sequence[str]) -> bytes:
+    """The explorer after some clicks."""
     explorer = page.locator(".hones-explorer")
     explorer.locator(".hx-cell").first.wait_for()
     for number, clicked in enumerate(clicks, 1):
@@ -164,11 +127,47 @@ def _shoot(browser: Any, address: str, width: int, scheme: str, clicks: Sequence
     page.mouse.move(0, 0)
     page.evaluate("document.activeElement.blur()")
     page.wait_for_timeout(400)  # transitions end
-    picture = explorer.screenshot()
+    return explorer.screenshot()
+
+
+@contextmanager
+def _chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        raise FileNotFoundError("no chromium on the path")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=list(_FLAGS))
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def _opened(
+    browser: Any, address: str, size: tuple[int, int], scheme: str, offline: bool = False
+) -> Iterator[Any]:
+    """A page; it is an error if its console says one until it is closed."""
+    viewport = {"width": size[0], "height": size[1]}
+    page = browser.new_context(viewport=viewport, color_scheme=scheme, offline=offline).new_page()
+    errors: list[str] = []
+    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    yield page
     page.close()
     if errors:
         raise RuntimeError(f"the page's console says: {errors[0]}")
-    return _small(picture)
+
+
+def _written(pictures: Mapping[str, bytes], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.png" for name in pictures]
+    for file, picture in zip(files, pictures.values(), strict=True):
+        file.write_bytes(_small(picture))
+    return files
 
 
 def _small(picture: bytes) -> bytes:

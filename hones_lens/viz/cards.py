@@ -72,11 +72,11 @@ def example_card(example: ExampleView) -> Card:
     ]
     if example.answer_masked is not None:
         facts.append(Fact(example.masked_label, example.answer_masked, True))
-    looks = [_look(example, head, values) for head, values in example.by_head.items()]
+    looks = [_look(example, head, values) for head, values in example.looks.items()]
     uri = theme.image_uri(example.image)
     labels = ("picture", "attention by patch", "smoothed") if looks else ("picture",)
     aspect = f"{example.image.width} / {example.image.height}"
-    return Card([(label, uri) for label in labels], facts, looks, _columns(list(example.by_head)), aspect)
+    return Card([(label, uri) for label in labels], facts, looks, _columns(list(example.looks)), aspect)
 
 
 def _columns(heads: Sequence[str]) -> int:

@@ -171,11 +171,10 @@ def _examples(folder: Path) -> list[ExampleView]:
     views = []
     for row in read_json(folder / "examples.json", "examples")["examples"]:
         file = folder / row.pop("image")
-        attention, region, looks = (row.pop(name, None) for name in ("attention", "region", "looks"))
+        region, looks = row.pop("region"), row.pop("looks")
         parts: dict[str, Any] = {
-            "attention": None if attention is None else torch.tensor(attention),
             "region": None if region is None else tuple(region),
-            "looks": {head: torch.tensor(values) for head, values in (looks or {}).items()},
+            "looks": {head: torch.tensor(values) for head, values in looks.items()},
             "lens": _if_there(file.with_name(f"{file.stem}-logit-lens.json"), LogitLens.load),
             "image_lens": _if_there(file.with_name(f"{file.stem}-image-lens.json"), Labelled.load),
         }

@@ -31,12 +31,11 @@ class ExampleView:
         image: The picture.
         prompt, target: What was asked, and the right answer.
         answer, answer_masked: What the model says, as it is and with neurons masked; None: not asked.
-        head: Whose attention, e.g. `L3H5`.
-        attention: Of that head from one token to the image, [rows columns]; None: not drawn.
+        head: Whose attention is shown at first, e.g. `L3H5`.
         masked_label: What was masked, e.g. `76 neurons masked`.
         attention_from: The token that looks.
         region: The part of the picture that the grids show; None: all of it.
-        looks: By head, e.g. `L0H0`: its attention, as `attention`, for the heads that can be chosen.
+        looks: By head that can be chosen: its attention from one token to the image, [rows columns].
         lens: The likeliest tokens after every layer at the last prompt token.
         image_lens: How much the image tokens speak for the right answer, by layer, row and column.
     """
@@ -47,19 +46,12 @@ class ExampleView:
     answer: str
     answer_masked: str | None = None
     head: str = ""
-    attention: Tensor | None = None
     masked_label: str = "task neurons masked"
     attention_from: str = "the last prompt token"
     region: Region | None = None
     looks: Mapping[str, Tensor] = field(default_factory=dict)
     lens: LogitLens | None = None
     image_lens: Labelled | None = None
-
-    @property
-    def by_head(self) -> dict[str, Tensor]:
-        """Attention by head, that of `head` too."""
-        own = {} if self.attention is None else {self.head: self.attention}
-        return {**self.looks, **own}
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,9 +64,8 @@ def test_every_head_can_be_chosen_and_shows_its_own_attention(tmp_path) -> None:
 def test_the_map_lies_where_the_patches_are() -> None:
     attention = torch.zeros(2, 4)
     attention[1, 2] = 0.5
-    example = made.example(
-        image=made.image((160, 112)), region=(24.0, 0.0, 136.0, 112.0), attention=attention
-    )
+    parts = {"region": (24.0, 0.0, 136.0, 112.0), "looks": {"L1H3": attention}}
+    example = made.example(image=made.image((160, 112)), **parts)
     (look,) = example_card(example).looks
     assert look.place == "left: 15%; top: 0%; width: 70%; height: 100%"
     assert look.brightest == "left: 50%; top: 50%; width: 25%; height: 50%"
@@ -87,14 +86,14 @@ def test_the_map_lies_where_the_patches_are() -> None:
 )
 def test_lines_are_layers_where_all_heads_are_there(heads: list[str], columns: int) -> None:
     looks = {head: made.attention() for head in heads}
-    card = example_card(made.example(head=heads[0], attention=looks[heads[0]], looks=looks))
+    card = example_card(made.example(head=heads[0], looks=looks))
     assert card.columns == columns and [look.head for look in card.looks] == heads
 
 
 def test_one_head_is_no_choice_and_none_is_a_picture(tmp_path) -> None:
     source, page = written(tmp_path, made.run(examples=[made.example()]))
     assert 'class="heads only"' in source and "Choose a head" not in page.text
-    card = example_card(made.example(attention=None, answer_masked=None))
+    card = example_card(made.example(looks={}, answer_masked=None))
     assert [label for label, _ in card.pictures] == ["picture"] and not card.looks
     assert [fact.name for fact in card.facts] == ["prompt", "right answer", "model"]
 

@@ -197,7 +197,7 @@ def test_a_report_of_no_runs_is_refused(tmp_path):
         {"masking": [made.masking(controls=())], "others": {}},
         {"masking": ()},
         {"settings": {}, "environment": {}, "evaluation": {}, "examples": ()},
-        {"examples": [made.example(attention=None, answer_masked=None)]},
+        {"examples": [made.example(looks={}, answer_masked=None)]},
     ],
     ids=lambda changes: "-".join(changes),
 )
