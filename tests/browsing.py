@@ -125,7 +125,7 @@ def note(event, args):
     if event in asks:
         print(event, *(arg for arg in args if not isinstance(arg, socket.socket)), file=log, flush=True)
 sys.addaudithook(note)
-from hones_lens.cli import main
+from hones_lens.app.cli import main
 sys.exit(main())
 """
 

@@ -10,16 +10,16 @@ import shared_results as shared
 import tiny
 import torch
 import viz_results as made
+from analysis.test_attention import HEADS, ROW, twin
 from PIL import Image
-from test_attending import HEADS, ROW, twin
 
 from hones_lens import viz
-from hones_lens.attending import HeadAttention, head_attention
-from hones_lens.attribution.flow import HeadNeuronFlow, Promoted
-from hones_lens.folding import FoldedAttention, folded_attention
-from hones_lens.labelled import Labelled
-from hones_lens.lens import LogitLens, Place
-from hones_lens.results import Component
+from hones_lens.analysis.attention import HeadAttention, head_attention
+from hones_lens.analysis.lens.table import LogitLens, Place
+from hones_lens.analysis.token_cells import FoldedAttention, folded_attention
+from hones_lens.hones.attribution.flow import HeadNeuronFlow, Promoted
+from hones_lens.results.files import Component
+from hones_lens.results.labelled import Labelled
 from hones_lens.viz.theme import Plot
 
 HOSTILE = ("<s>", "</script>", "<image>", "&lt;", "$x^2$", "<!--", "猫")

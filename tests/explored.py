@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 from hones_lens import HookedVLM, load_examples, load_task
+from hones_lens.app.explorer.views import Views
 from hones_lens.data.examples import Example
-from hones_lens.explorer.views import Views
 
 
 @cache

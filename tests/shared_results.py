@@ -7,12 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 from viz_results import masking
 
-from hones_lens.attribution.held_out import HeldOutHead, HeldOutHeads
-from hones_lens.lens.difference import LensToken
-from hones_lens.overlap import GroupMasking, LensDelta, Overlap, overlap
-from hones_lens.statistics import Interval
-from hones_lens.steering import METHODS, NeuronScales, SideEffects, SteeringRow, SteeringTable
-from hones_lens.steering.effects import SideEffect
+from hones_lens.analysis.lens.difference import LensToken
+from hones_lens.hones.attribution.held_out import HeldOutHead, HeldOutHeads
+from hones_lens.hones.overlap.group_masking import GroupMasking
+from hones_lens.hones.overlap.groups import Overlap, find_overlap
+from hones_lens.hones.overlap.lens_delta import LensDelta
+from hones_lens.hones.steering.comparison import METHODS
+from hones_lens.hones.steering.scales import NeuronScales
+from hones_lens.hones.steering.side_effects import SideEffect, SideEffects
+from hones_lens.hones.steering.table import SteeringRow, SteeringTable
+from hones_lens.results.statistics import Interval
 
 TASKS = ("vqa", "ocr", "caption", "retrieval")
 METRICS = {"vqa": "accuracy", "ocr": "ANLS", "caption": "BLEU-4", "retrieval": "NDCG@5"}
@@ -85,7 +89,7 @@ def shared(tasks: Sequence[str] = TASKS, n_layers: int = 4, d_mlp: int = 40) -> 
     for task in tasks:
         rest = {(int(rng.integers(n_layers)), int(rng.integers(4, d_mlp))) for _ in range(40)}
         chosen[task] = core + sorted(rest)[:12]
-    return overlap(chosen, shape=(n_layers, d_mlp), draws=500)
+    return find_overlap(chosen, shape=(n_layers, d_mlp), draws=500)
 
 
 def groups(tasks: Sequence[str] = TASKS) -> GroupMasking:

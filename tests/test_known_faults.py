@@ -16,10 +16,10 @@ from hf_twin import Twin
 from torch import Tensor
 from transformer_lens import ActivationCache, patching
 
-from hones_lens.hooked_vlm import HookedVLM
-from hones_lens.inputs import VLMInputs
-from hones_lens.nn.attention import Attention, AttentionContext
-from hones_lens.nn.block import Block
+from hones_lens.model.hooked_vlm import HookedVLM
+from hones_lens.model.inputs import VLMInputs
+from hones_lens.model.nn.attention import Attention, AttentionContext
+from hones_lens.model.nn.block import Block
 
 TOLERANCE = 2e-5
 

@@ -42,11 +42,16 @@ def shipped() -> set[str]:
     }
 
 
+def _not_of_the_source(folder: str, names: list[str]) -> set[str]:
+    top = {".git", ".venv", "runs"} if Path(folder) == ROOT else set()
+    return {name for name in names if name in top or name == "__pycache__"}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # From a copy, so that the build leaves nothing in the checkout.
     source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+    shutil.copytree(ROOT, source, ignore=_not_of_the_source)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*build, "--no-build-isolation", "--wheel-dir", str(out), str(source)], check=True)
     (file,) = out.glob("*.whl")
@@ -63,7 +68,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_the_wheel_has_the_licence_and_the_command(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (entry_points,) = (n for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
-    assert "hones = hones_lens.cli:main" in archive.read(entry_points).decode()
+    assert "hones = hones_lens.app.cli:main" in archive.read(entry_points).decode()
     assert any(n.endswith("/licenses/LICENSE") for n in archive.namelist())
 
 
@@ -72,7 +77,7 @@ def test_model_configs_are_found_in_an_installed_wheel(wheel: Path, tmp_path: Pa
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from hones_lens.config import all_settings, settings_folder\n"
+        "from hones_lens.model.config import all_settings, settings_folder\n"
         "print(settings_folder(), *all_settings())"
     )
     found = subprocess.run(
@@ -82,7 +87,7 @@ def test_model_configs_are_found_in_an_installed_wheel(wheel: Path, tmp_path: Pa
 
 
 def test_model_configs_are_found_in_the_checkout() -> None:
-    config = import_module("hones_lens.config")
+    config = import_module("hones_lens.model.config")
     assert config.settings_folder() == ROOT / "model_configs"
     assert sorted(config.all_settings()) == [p.stem for p in CONFIGS]
 

@@ -14,13 +14,13 @@ from transformers import (
 )
 
 import hones_lens as hl
-from hones_lens import sweep
-from hones_lens.interventions import replace_with_other_heads_mean, zero_neurons
-from hones_lens.masking import masking_curve
-from hones_lens.results import ranked
-from hones_lens.runs import weights_hash
-from hones_lens.tasks import TASKS, load_task
-from hones_lens.tools import tiny_llava, tiny_qwen
+from hones_lens.app.runs.folder import weights_hash
+from hones_lens.app.tiny import tiny_llava, tiny_qwen
+from hones_lens.engine import sweep
+from hones_lens.hones.masking import masking_curve
+from hones_lens.interventions.hooks import replace_with_other_heads_mean, zero_neurons
+from hones_lens.results.files import ranked
+from hones_lens.tasks.registry import TASKS, load_task
 
 BARS = {"vqa": (0.90, 350), "ocr": (0.95, 150), "caption": (0.75, 150), "retrieval": (0.80, 40)}
 DATASETS = {"tiny-llava": tiny_llava.DATASETS, "tiny-qwen2.5-vl": tiny_qwen.DATASETS}

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hones_lens import HookedVLM, VLMInputs
-from hones_lens.tools.tiny_tokenizer import build_llava_tokenizer
+from hones_lens.app.tiny.tiny_tokenizer import build_llava_tokenizer
 
 PATCH = 7
 SIZE = 28

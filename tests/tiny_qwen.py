@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from hones_lens import HookedVLM, VLMInputs
-from hones_lens.families.qwen2_5_vl import QwenProcessor
-from hones_lens.tools.tiny_tokenizer import build_qwen_tokenizer
+from hones_lens.app.tiny.tiny_tokenizer import build_qwen_tokenizer
+from hones_lens.model.families.qwen2_5_vl import QwenProcessor
 
 PATCH = 7
 SIZES = ((40, 31), (70, 28), (28, 84))  # width, height: grids of tokens (2, 3), (2, 5), (6, 2)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hones_lens.hooked_vlm import HookedVLM
-from hones_lens.tools import tiny_llava
+from hones_lens.app.tiny import tiny_llava
+from hones_lens.model.hooked_vlm import HookedVLM
 
 
 def untrained(seed: int = 0) -> HookedVLM:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from hones_lens.attribution.head_scores import HeadScores
-from hones_lens.attribution.neurons import NeuronScores
-from hones_lens.masking import Control, KindDrop, MaskingResult
-from hones_lens.racing import RaceResult, Racing
-from hones_lens.statistics import Interval
-from hones_lens.viz.report import ExampleView, RunView
+from hones_lens.app.report.run_view import ExampleView, RunView
+from hones_lens.hones.attribution.head_scores import HeadScores
+from hones_lens.hones.attribution.neuron_scores import NeuronScores
+from hones_lens.hones.masking import Control, KindDrop, MaskingResult
+from hones_lens.results.racing import RaceResult, Racing
+from hones_lens.results.statistics import Interval
 
 KINDS = ("color", "shape", "name")
 RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hones_lens.data import resolve
 from hones_lens.data.files import Examined, Skipped, examine, image_folder, picture_of
 from hones_lens.data.images import Picture, clip_box, told
+from hones_lens.data.loading import resolve
 from hones_lens.data.negatives import N_NEGATIVES, captions_by_image, plain
 from hones_lens.data.records import BadRecord, Record
 from hones_lens.data.splits import SHARES, split_of

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hones_lens.data.examples import Example
+from hones_lens.data import Example
 
 
 class Task(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hones_lens.data.examples import Example
+from hones_lens.data import Example
 from hones_lens.tasks.base import lacking, summed_metric
 from hones_lens.tasks.metrics import bleu_statistics, corpus_bleu, sentence_bleu
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hones_lens.data.examples import Example
+from hones_lens.data import Example
 from hones_lens.tasks.base import lacking, mean_metric, mean_statistics, summed_metric
 from hones_lens.tasks.metrics import vqa_accuracy
 

@@ -14,12 +14,12 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.attending import TIMES, HeadAttention
-from hones_lens.inputs import Region
+from hones_lens.analysis import TIMES, HeadAttention
+from hones_lens.model import Region
 from hones_lens.viz import theme
 from hones_lens.viz.image_plots import check_region, on_grey, region_of, veil
+from hones_lens.viz.text import number, tied
 from hones_lens.viz.theme import BRIGHT, GRID, MUTED, Plot, styled
-from hones_lens.viz.words import number, tied
 
 _ACROSS = 4  # maps side by side
 _FEW = 2  # maps side by side that fit into the width of one panel

@@ -15,8 +15,8 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from hones_lens.folding import Cells, FoldedAttention
-from hones_lens.labelled import Labelled
+from hones_lens.analysis import Cells, FoldedAttention
+from hones_lens.results import Labelled
 from hones_lens.viz import theme
 from hones_lens.viz.labelled_plots import labelled
 from hones_lens.viz.lens_plots import as_drawn

@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.path import Path
 
-from hones_lens.attribution.flow import HeadNeuronFlow
+from hones_lens.hones import HeadNeuronFlow
 from hones_lens.viz import theme
 from hones_lens.viz.lens_plots import as_drawn
+from hones_lens.viz.text import percent, tied
 from hones_lens.viz.theme import INK, MUTED, RANDOM, SERIES, SURFACE, Plot, styled
-from hones_lens.viz.words import percent, tied
 
 _PLACES = (0.0, 1.0, 2.0)  # of the three columns
 _BAR = 0.025  # half a node's width

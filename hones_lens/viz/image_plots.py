@@ -17,11 +17,11 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.inputs import Region, VLMInputs
-from hones_lens.labelled import Labelled
+from hones_lens.model import Region, VLMInputs
+from hones_lens.results import Labelled
 from hones_lens.viz import theme
+from hones_lens.viz.text import number, tied
 from hones_lens.viz.theme import GRID, SURFACE, Plot, styled
-from hones_lens.viz.words import number, tied
 
 SCALES = ("diverging", "sequential")
 _GRID_AXES = ("row", "column")

@@ -17,11 +17,10 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from hones_lens.labelled import Labelled
-from hones_lens.statistics import benjamini_hochberg
+from hones_lens.results import Labelled, benjamini_hochberg
 from hones_lens.viz import theme
+from hones_lens.viz.text import number, tied
 from hones_lens.viz.theme import GRID, INK, MUTED, ON_ACCENT, SELECTED, SURFACE, Plot, styled
-from hones_lens.viz.words import number, tied
 
 _MOST_VALUES = (8, 16)  # columns and rows up to which a map has its numbers written in
 _MOST_PANELS, _COLUMNS = 16, 4

@@ -14,11 +14,12 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.inputs import Region
-from hones_lens.labelled import Labelled
-from hones_lens.lens import LogitLens
+from hones_lens.analysis import LogitLens
+from hones_lens.model import Region
+from hones_lens.results import Labelled
 from hones_lens.viz import theme
 from hones_lens.viz.image_plots import ON_PALE, check_region, on_grey, veil
+from hones_lens.viz.text import number, tied
 from hones_lens.viz.theme import (
     GRID,
     INK,
@@ -32,7 +33,6 @@ from hones_lens.viz.theme import (
     Plot,
     styled,
 )
-from hones_lens.viz.words import number, tied
 
 _STRONG = 0.55  # probability from which a cell is so dark that its text is light
 _NARROW = 5  # tokens a layer that fit into the width of one panel

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from hones_lens.masking import MaskingResult
-from hones_lens.statistics import Interval
+from hones_lens.hones import MEASURES, MaskingResult, Measured, measured
+from hones_lens.results import Interval
 from hones_lens.viz import theme
+from hones_lens.viz.text import level, listed, number, percent
 from hones_lens.viz.theme import INK, MUTED, NEGATIVE, RANDOM, SELECTED, Plot, styled
-from hones_lens.viz.words import MEASURES, Measured, level, listed, measured, number, percent
 
 DOTS = {"s": 9, "alpha": 0.5, "linewidths": 0}  # one random set each
 

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from hones_lens.masking import MaskingResult
-from hones_lens.overlap import GroupMasking, Overlap
+from hones_lens.hones import GroupMasking, MaskingResult, Overlap, chance_sizes, measured
 from hones_lens.viz import theme
 from hones_lens.viz.masking_plots import DropRow, draw_rows
+from hones_lens.viz.text import level, number
 from hones_lens.viz.theme import INK, SELECTED, Plot, styled
-from hones_lens.viz.words import level, measured, number
 
 _SPECIFIC = "one task"
 _MOST_BARS = 12  # layers up to which counts by layer are bars
-
-
-def chance_sizes(overlap: Overlap) -> dict[str, float]:
-    """Mean size of each group, if every task's neurons were drawn at random, as many in each layer.
-
-    A neuron of layer l is drawn for task t with probability c(t, l) / d_mlp, for each task by itself.
-    """
-    counts = {task: Counter(layer for layer, _ in neurons) for task, neurons in overlap.selected.items()}
-    layers = range(overlap.n_layers)
-    shares = np.array([[count[layer] / overlap.d_mlp for layer in layers] for count in counts.values()])
-    names, tasks = list(overlap.groups), range(len(overlap.tasks))
-    found = dict.fromkeys(names, 0.0)
-    for size in range(1, len(overlap.tasks) + 1):
-        for some in combinations(tasks, size):
-            inside = np.prod([shares[t] if t in some else 1 - shares[t] for t in tasks], axis=0)
-            # Groups come in this order: one for each task, then by the number of tasks.
-            name = names[some[0]] if size == 1 else names[len(overlap.tasks) + size - 2]
-            found[name] += float(overlap.d_mlp * inside.sum())
-    return found
 
 
 @styled

@@ -13,13 +13,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from hones_lens.attribution.head_scores import HeadScores
-from hones_lens.attribution.neurons import NeuronScores
+from hones_lens.hones import HeadScores, NeuronScores
 from hones_lens.viz import theme
 from hones_lens.viz.attention_plots import attention_over_image
 from hones_lens.viz.masking_plots import kinds_bars, masking_bars, masking_curve, ranking_bars
+from hones_lens.viz.text import number, tied
 from hones_lens.viz.theme import GRID, INK, ON_ACCENT, RANDOM, SURFACE, Plot, styled
-from hones_lens.viz.words import number, tied
 
 __all__ = [
     "attention_over_image",

@@ -9,13 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from hones_lens.statistics import Interval
-from hones_lens.steering import SideEffects, SteeringTable
-from hones_lens.steering.effects import SideEffect
+from hones_lens.hones import MEASURES, SideEffect, SideEffects, SteeringTable
+from hones_lens.results import Interval
 from hones_lens.viz import theme
 from hones_lens.viz.masking_plots import DOTS, whiskers_of
+from hones_lens.viz.text import level, number
 from hones_lens.viz.theme import GRID, INK, MUTED, NEGATIVE, RANDOM, SELECTED, Plot, styled
-from hones_lens.viz.words import MEASURES, level, number
 
 _GAINS = {"metric": "gain", "log_prob": "log_prob_gain"}
 

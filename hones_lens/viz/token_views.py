@@ -22,13 +22,13 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.folding import Cells, FoldedAttention
+from hones_lens.analysis import Cells, FoldedAttention
 from hones_lens.results import round_floats
 from hones_lens.viz.cell_plots import cell_patterns, cell_values, checked
 from hones_lens.viz.image_plots import region_of
 from hones_lens.viz.schemes import following, variables
+from hones_lens.viz.text import number
 from hones_lens.viz.theme import NEGATIVE, SELECTED, Plot, image_uri
-from hones_lens.viz.words import number
 
 _MOST_POINTS = 200_000  # of all heads: more take a browser seconds
 _JOINER = "\N{WORD JOINER}"  # takes no room

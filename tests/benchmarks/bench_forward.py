@@ -11,7 +11,7 @@ from transformer_lens.model_bridge.sources.transformers import boot
 from transformers import LlavaForConditionalGeneration
 
 from hones_lens import HookedVLM
-from hones_lens.inputs import VLMInputs
+from hones_lens.model.inputs import VLMInputs
 
 TOKENS, BATCH, ROUNDS = 300, 4, 40
 BRIDGE = "TransformerLens's bridge"

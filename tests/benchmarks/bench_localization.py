@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from attribution.build import hf_input_hook, hf_inputs, hf_layers
+from hones.attribution.build import hf_input_hook, hf_inputs, hf_layers
 from transformer_lens.model_bridge.sources.transformers import boot
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 import hones_lens as hl
-from hones_lens import HookedVLM, localize_heads, sweep
-from hones_lens.attribution.heads import cells_of
-from hones_lens.interventions import replace_with_other_heads_mean
-from hones_lens.speculation import Tally
-from hones_lens.tasks import TASKS, load_task
+from hones_lens import HookedVLM, localize_heads
+from hones_lens.engine import sweep
+from hones_lens.engine.speculation import Tally
+from hones_lens.hones.attribution.head_scores import cells_of
+from hones_lens.interventions.hooks import replace_with_other_heads_mean
+from hones_lens.tasks.registry import TASKS, load_task
 
 BARS = {"vqa": 20, "ocr": 28, "caption": 25, "retrieval": 50}
 NAIVE_CELLS = {"vqa": 24, "ocr": 24, "caption": 16, "retrieval": 2}  # sampled anew in each round

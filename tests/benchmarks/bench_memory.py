@@ -10,8 +10,9 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import hones_lens as hl
-from hones_lens import HookedVLM, sweep
-from hones_lens.tasks import load_task
+from hones_lens import HookedVLM
+from hones_lens.engine import sweep
+from hones_lens.tasks.registry import load_task
 
 BATCH = 16
 

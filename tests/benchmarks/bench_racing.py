@@ -6,7 +6,7 @@ import numpy as np
 
 import hones_lens as hl
 from hones_lens import HookedVLM, localize_heads
-from hones_lens.racing import Racing, replay
+from hones_lens.results.racing import Racing, replay
 
 
 def share_measured(values: np.ndarray, k: int, racing: Racing, layers: np.ndarray) -> tuple[float, bool]:

@@ -17,9 +17,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from hones_lens import HookedVLM, counterfactual_pairs
-from hones_lens.patching.agreement import Agreement, atp_against_measured
-from hones_lens.patching.gradient import attribute_patching
-from hones_lens.patching.pairs import PatchPairs, counterfactual
+from hones_lens.analysis.patching.agreement import Agreement, atp_against_measured
+from hones_lens.analysis.patching.gradient import attribute_patching
+from hones_lens.analysis.patching.pairs import PatchPairs, counterfactual
 
 MODELS = ("tiny-llava", "tiny-qwen2.5-vl")
 TASKS = ("vqa", "ocr", "caption", "retrieval")

@@ -12,10 +12,11 @@ import pytest
 from data.real_formats import FORMATS, TASKS_OF, Written, some_scenes
 
 from hones_lens import HookedVLM, evaluate
-from hones_lens.data import DATASETS, load_examples, shapes
+from hones_lens.data import shapes
 from hones_lens.data.check import check_data
 from hones_lens.data.examples import Example
-from hones_lens.tasks import load_task
+from hones_lens.data.loading import DATASETS, load_examples
+from hones_lens.tasks.registry import load_task
 
 EACH = [(name, task) for name, tasks in TASKS_OF.items() for task in tasks]
 

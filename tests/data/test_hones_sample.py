@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hones_lens.data import load_examples
 from hones_lens.data.check import check_data
-from hones_lens.tasks import load_task
+from hones_lens.data.loading import load_examples
+from hones_lens.tasks.registry import load_task
 
 SAMPLE = Path(__file__).parent / "sample_hones_unified.json"
 CLIPPED = ["101094", "247508", "57375"]

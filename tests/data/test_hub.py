@@ -7,8 +7,9 @@ import sys
 import pytest
 from data.real_formats import box, some_scenes, ten
 
-from hones_lens.data import load_examples, shapes
+from hones_lens.data import shapes
 from hones_lens.data.check import check_data
+from hones_lens.data.loading import load_examples
 
 datasets = pytest.importorskip("datasets")
 

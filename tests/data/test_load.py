@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from hones_lens.data import load_examples, shapes
+from hones_lens.data import shapes
 from hones_lens.data.drawing import text_box
+from hones_lens.data.loading import load_examples
 
 
 def test_the_name_resolves_to_its_module():

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from data.real_formats import FORMATS, Written, own_rows, some_scenes, write, write_csv
 
-from hones_lens.data import load_examples
 from hones_lens.data.check import check_data
+from hones_lens.data.loading import load_examples
 
 
 def edited(change: Callable[[Any], Any]) -> Callable[[Written], None]:

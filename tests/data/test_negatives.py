@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hones_lens.data import load_examples
+from hones_lens.data.loading import load_examples
 from hones_lens.data.negatives import CaptionIndex, hard_negatives, plain
 from hones_lens.data.records import Record
 

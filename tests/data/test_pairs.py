@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from seeing import Picture, Seen, answer_from_picture, look
 
-from hones_lens.data import CounterfactualPair, counterfactual_pairs
+from hones_lens.data.pairs import CounterfactualPair, counterfactual_pairs
 from hones_lens.data.shapes import KINDS, SPLITS
-from hones_lens.tasks import load_task
+from hones_lens.tasks.registry import load_task
 
 FACTS_OF_KIND = {kind: {kind} for kind in KINDS} | {"count": {"count", "color"}, "name": {"shape"}}
 ATTRIBUTES = ("shape", "color", "size", "where")

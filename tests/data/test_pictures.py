@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 
-from hones_lens.data import load_examples
 from hones_lens.data.check import check_data
 from hones_lens.data.drawing import BOX_BLUE
 from hones_lens.data.images import Picture, clip_box
+from hones_lens.data.loading import load_examples
 from hones_lens.data.records import BadRecord
 
 SIZES = st.integers(1, 400)

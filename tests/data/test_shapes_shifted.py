@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hones_lens.data import load_examples, shapes, shapes_shifted
+from hones_lens.data import shapes, shapes_shifted
 from hones_lens.data.drawing import LETTERS, PALETTE, RADII, glyph, shape_mask, text_box
+from hones_lens.data.loading import load_examples
 from hones_lens.data.shapes_shifted import LOOK, ShiftedScene, backdrop, shifted_glyph
 
 GOLDEN_PIXELS = {"discovery": "90e64d38e149706f", "dev": "1863799708eb6271", "test": "dca6bf7b24536957"}

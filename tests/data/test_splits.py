@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from data.real_formats import FORMATS, Written, write
 
-from hones_lens.data import load_examples
+from hones_lens.data.loading import load_examples
 from hones_lens.data.splits import SPLITS, split_of
 
 KEYS = [str(n) for n in range(5000)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hones_lens.data import Example, load_examples
-from hones_lens.tasks import TASKS, load_task
+from hones_lens.data.examples import Example
+from hones_lens.data.loading import load_examples
 from hones_lens.tasks.base import mean_metric, mean_statistics
+from hones_lens.tasks.registry import TASKS, load_task
 
 
 def perfect(task, example: Example):

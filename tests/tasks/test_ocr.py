@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hones_lens.data import Example
+from hones_lens.data.examples import Example
 from hones_lens.data.shapes import Scene
 from hones_lens.tasks.ocr import TASK
 

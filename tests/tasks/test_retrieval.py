@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hones_lens.data import Example
+from hones_lens.data.examples import Example
 from hones_lens.data.shapes import Scene
 from hones_lens.tasks.retrieval import TASK
 

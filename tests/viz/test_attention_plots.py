@@ -10,11 +10,11 @@ import tiny
 import tiny_qwen
 import torch
 import viz_results as made
+from analysis.test_attention import FAMILIES, HEADS, ROW, patches, twin
 from drawn import check_drawing, drawn, groups, maps_of
 from PIL import Image
-from test_attending import FAMILIES, HEADS, ROW, patches, twin
 
-from hones_lens.attending import HeadAttention, head_attention
+from hones_lens.analysis.attention import HeadAttention, head_attention
 from hones_lens.viz import attention_plots, theme
 
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from analysis.test_attention import FAMILIES, HEADS, ROW, patches, twin
 from drawn import check_drawing, drawn, groups
 from matplotlib.colors import to_rgb
-from test_attending import FAMILIES, HEADS, ROW, patches, twin
 
-from hones_lens.folding import fold_tokens, folded_attention
-from hones_lens.viz import cell_patterns, cell_values, theme
+from hones_lens.analysis.token_cells import fold_tokens, folded_attention
+from hones_lens.viz import theme
+from hones_lens.viz.cell_plots import cell_patterns, cell_values
 
 
 def cells_of(axes) -> np.ndarray:

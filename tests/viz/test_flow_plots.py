@@ -11,10 +11,10 @@ import torch
 from drawn import check_drawing, groups
 from matplotlib.colors import to_hex
 
-from hones_lens.attribution.flow import HeadNeuronFlow, Promoted
-from hones_lens.results import Component
-from hones_lens.viz import flow_tooltips, head_neuron_token_flow, theme
-from hones_lens.viz.flow_plots import COLUMNS, LINKS
+from hones_lens.hones.attribution.flow import HeadNeuronFlow, Promoted
+from hones_lens.results.files import Component
+from hones_lens.viz import theme
+from hones_lens.viz.flow_plots import COLUMNS, LINKS, flow_tooltips, head_neuron_token_flow
 
 TOKENS = ("red", "<s>", "▁blue", "<image>", "circle", "left")
 

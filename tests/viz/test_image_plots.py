@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from analysis.test_attention import FAMILIES, ROW, patches, twin
 from drawn import check_drawing, drawn, groups, maps_of
-from test_attending import FAMILIES, ROW, patches, twin
 from viz.test_attention_plots import pictures_of
 
 from hones_lens import VLMInputs
-from hones_lens.labelled import Labelled
-from hones_lens.viz import on_image
+from hones_lens.results.labelled import Labelled
+from hones_lens.viz.image_plots import on_image
 
 
 def by_position(family, *lead: int, interval: bool = False, seed: int = 0) -> Labelled:

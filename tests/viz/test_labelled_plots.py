@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from hones_lens.labelled import Labelled
+from hones_lens.results.labelled import Labelled
 from hones_lens.viz import theme
 from hones_lens.viz.labelled_plots import labelled, significant
 

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from hones_lens.labelled import Labelled
-from hones_lens.lens import LogitLens, Place
+from hones_lens.analysis.lens.table import LogitLens, Place
+from hones_lens.results.labelled import Labelled
 from hones_lens.viz import theme
 from hones_lens.viz.lens_plots import as_drawn, direct_bars, image_lens, knockout_curves, lens_grid
 

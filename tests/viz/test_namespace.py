@@ -10,8 +10,9 @@ import hones_lens.viz as viz
 
 def test_every_name_is_there() -> None:
     for name in viz.__all__:
-        assert getattr(viz, name).__module__.startswith("hones_lens.viz."), name
-    assert sorted(viz.__all__) == viz.__all__ == sorted(viz._HOME_OF)
+        value = getattr(viz, name)
+        assert not callable(value) or value.__module__.startswith("hones_lens.viz."), name
+    assert sorted(viz.__all__) == viz.__all__
     assert set(viz.__all__) <= set(dir(viz))
     assert not hasattr(viz, "pie_chart")
 

@@ -10,16 +10,11 @@ import pytest
 import shared_results as made
 from matplotlib.axes import Axes
 
-from hones_lens.masking import MaskingResult, matched_random_sets
-from hones_lens.overlap import GroupMasking, overlap
+from hones_lens.hones.masking import MaskingResult, matched_random_sets
+from hones_lens.hones.overlap.group_masking import GroupMasking
+from hones_lens.hones.overlap.groups import chance_sizes, find_overlap
 from hones_lens.viz import theme
-from hones_lens.viz.overlap_plots import (
-    chance_sizes,
-    group_masking_bars,
-    overlap_layers,
-    overlap_shared,
-    overlap_sizes,
-)
+from hones_lens.viz.overlap_plots import group_masking_bars, overlap_layers, overlap_shared, overlap_sizes
 
 
 def drawn(figure: theme.Plot) -> theme.Plot:
@@ -53,7 +48,7 @@ def test_chance_is_the_mean_over_random_selections(n_tasks):
     }
     for draw in range(draws):
         drawn_sets = {task: [(c.layer, c.index) for c in s[draw]] for task, s in sets.items()}
-        one = overlap(drawn_sets, shape=(4, 40), draws=1)
+        one = find_overlap(drawn_sets, shape=(4, 40), draws=1)
         for name, neurons in one.groups.items():
             sizes[name] += len(neurons) / draws
     expected = chance_sizes(found)

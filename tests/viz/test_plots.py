@@ -17,9 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from hones_lens.attribution.head_scores import significant_heads
-from hones_lens.masking import KindDrop
-from hones_lens.statistics import Interval
+from hones_lens.hones.attribution.head_scores import significant_heads
+from hones_lens.hones.masking import KindDrop
+from hones_lens.results.statistics import Interval
 from hones_lens.viz import plots, theme
 
 

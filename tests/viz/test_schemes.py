@@ -21,7 +21,12 @@ from hones_lens.viz.schemes import PALETTE, darkened
 
 # Pictures keep their own colours on any page.
 PICTURES = {"attention_maps", "attention_over_image", "image_lens", "on_image"}
-NOT_FIGURES = {"Plot", "TokenView", "attention_tokens", "coloured_tokens", "flow_tooltips", "themed_svg"}
+NOT_FIGURES = {
+    *("Plot", "TokenView", "attention_tokens", "coloured_tokens", "flow_tooltips", "themed_svg"),
+    # What the report draws and writes with.
+    *("BRIGHT", "PALETTE", "WIDTH", "image_uri", "plot_image", "check_region", "significant"),
+    *("level", "listed", "number", "percent", "span", "tied"),
+}
 
 
 @pytest.fixture(autouse=True)

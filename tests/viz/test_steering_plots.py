@@ -11,8 +11,9 @@ import shared_results as made
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
-from hones_lens.statistics import Interval
-from hones_lens.steering import SideEffects, SteeringTable
+from hones_lens.hones.steering.side_effects import SideEffects
+from hones_lens.hones.steering.table import SteeringTable
+from hones_lens.results.statistics import Interval
 from hones_lens.viz import theme
 from hones_lens.viz.steering_plots import gain_rows, side_effect_bars, steering_bars
 

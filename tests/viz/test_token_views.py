@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from analysis.test_attention import FAMILIES, HEADS, ROW, patches, twin
 from PIL import Image
-from test_attending import FAMILIES, HEADS, ROW, patches, twin
 from viz.test_attention_plots import pictures_of
 
-from hones_lens.folding import FoldedAttention, fold_tokens, folded_attention
-from hones_lens.viz import attention_tokens, coloured_tokens, token_views
+from hones_lens.analysis.token_cells import FoldedAttention, fold_tokens, folded_attention
+from hones_lens.viz import token_views
 from hones_lens.viz.schemes import PALETTE
 from hones_lens.viz.theme import NEGATIVE, SELECTED
+from hones_lens.viz.token_views import attention_tokens, coloured_tokens
 
 needs_circuitsvis = pytest.mark.skipif(find_spec("circuitsvis") is None, reason="no circuitsvis")
 HOSTILE = ("<s>", "</script>", "<!--", "&lt;", "<image>", "a\nb")

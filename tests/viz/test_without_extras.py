@@ -22,8 +22,8 @@ sys.path.insert(0, sys.argv[2])
 import torch
 import every_view, viz_results
 from hones_lens import explore, viz
-from hones_lens.cli import main
-from hones_lens.viz.report import write_report
+from hones_lens.app.cli import main
+from hones_lens.app.report.report import write_report
 
 assert main(["models"]) == 0
 assert all(getattr(viz, name) for name in viz.__all__)

@@ -1,0 +1,35 @@
+from .attention import TIMES as TIMES, HeadAttention as HeadAttention, head_attention as head_attention
+from .attention_knockout import attention_knockout as attention_knockout
+from .lens.difference import (
+    LensToken as LensToken,
+    delta_frame as delta_frame,
+    delta_lines as delta_lines,
+    largest as largest,
+    lens_difference as lens_difference,
+    with_ends as with_ends,
+)
+from .lens.image import image_token_lens as image_token_lens
+from .lens.streams import streams as streams, summed_logits as summed_logits
+from .lens.table import LogitLens as LogitLens, logit_lens as logit_lens
+from .logit_attribution import direct_logit_attribution as direct_logit_attribution
+from .patching.activation import patch_activations as patch_activations
+from .patching.agreement import atp_against_measured as atp_against_measured
+from .patching.gradient import attribute_patching as attribute_patching
+from .patching.metrics import log_prob as log_prob
+from .patching.pairs import (
+    PatchPairs as PatchPairs,
+    corrupted_by as corrupted_by,
+    counterfactual as counterfactual,
+    logits_at_end as logits_at_end,
+    told_apart as told_apart,
+)
+from .patching.path import path_patching as path_patching, path_patching_matrix as path_patching_matrix
+from .patching.runner import measure_patches as measure_patches
+from .patching.sites import (
+    SITES as SITES,
+    as_patch_site as as_patch_site,
+    positions_of as positions_of,
+    targets_of as targets_of,
+)
+from .steering_vectors import mean_difference as mean_difference
+from .token_cells import Cells as Cells, FoldedAttention as FoldedAttention

@@ -1,0 +1,218 @@
+"""Where heads look from a token, and which image tokens draw attention from everywhere (sinks)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hones_lens.interventions import Box, Group, Hook, check_heads, group_name, token_mask
+from hones_lens.model import HookedVLM, ModelInput, VLMInputs, token_names
+
+TIMES = 5.0
+Source = int | Group
+_MARKS = "▁Ġ"  # how tokenizers write a space
+
+
+@dataclass(frozen=True, eq=False)
+class HeadAttention:
+    """Attention of some heads from a token of one row, or the mean over several tokens.
+
+    Attributes:
+        model_name: Of which model.
+        heads: (layer, head) of each.
+        source: The token or group that looks, in words.
+        positions: Where it is.
+        weights: Attention to every position, on the CPU, [head pos].
+        received: Mean attention to every position over all heads and layers, from the text behind the row's
+            last image, [pos]; None where there is no such text, or no image.
+        inputs: The row.
+    """
+
+    model_name: str
+    heads: tuple[tuple[int, int], ...]
+    source: str
+    positions: tuple[int, ...]
+    weights: Float[Tensor, "head pos"]
+    received: Float[Tensor, " pos"] | None
+    inputs: VLMInputs
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the heads are called: `L1H3`."""
+        return tuple(f"L{layer}H{head}" for layer, head in self.heads)
+
+    @property
+    def n_images(self) -> int:
+        """Of the row."""
+        return len(self.inputs.grids[0]) if self.inputs.grids else 0
+
+    def on_image(self, image: int = 0) -> Float[Tensor, "head rows columns"]:
+        """Attention to each image token, on the image's grid in raster order.
+
+        Raises:
+            IndexError: No such image.
+            ValueError: Whoever looks comes before the image, and attention is causal.
+        """
+        mask = torch.zeros(self.weights.shape[1])
+        mask[list(self.positions)] = 1.0
+        first = int(self._grid(torch.arange(len(mask)).float(), image)[0, 0])
+        if not mask[first:].any():
+            raise ValueError(f"{self.source} comes before image {image} and sees nothing of it")
+        return torch.stack([self._grid(weights, image) for weights in self.weights])
+
+    def sinks(self, image: int = 0, times: float = TIMES) -> Bool[Tensor, "rows columns"]:
+        """Image tokens that draw attention from everywhere, whatever is asked.
+
+        Those whose attention, averaged over all heads and layers and over the text behind the picture, is
+        more than so many times that of the image's median token. Only text behind the picture counts, since
+        every image token is in its sight. What a picture is about draws some more attention, too: on
+        tiny-llava up to 1.8 times the median.
+
+        Raises:
+            IndexError: No such image.
+            ValueError: No text behind the pictures, or `times` below 1.
+        """
+        if times < 1:
+            raise ValueError(
+                f"a sink has more than the median's attention: times must be at least 1, not {times}"
+            )
+        if self.received is None:
+            raise ValueError("no text follows the row's images, so whom all look at is not known")
+        received = self._grid(self.received, image)
+        return received > times * received.median()
+
+    def _grid(self, values: Tensor, image: int) -> Tensor:
+        if not 0 <= image < self.n_images:
+            raise IndexError(f"the row has {self.n_images} images; there is no image {image}")
+        return self.inputs.heatmap(values, 0, image)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model_name}: attention from {self.source}"]
+        for i in range(self.n_images):
+            shares = self.on_image(i).sum((1, 2)).tolist()
+            told = ", ".join(f"{name} {share:.3f}" for name, share in zip(self.names, shares, strict=True))
+            lines.append(f"on image {i}: {told}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def plot(self, pictures: Any, **options: Any) -> Any:
+        """The heads' attention over the pictures.
+
+        Args:
+            pictures: The row's, or the one.
+            options: Of `hones_lens.viz.attention_plots.attention_maps`.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from hones_lens.viz import attention_maps
+
+        return attention_maps(self, pictures, **options)
+
+
+@torch.no_grad()
+def head_attention(
+    model: HookedVLM,
+    model_input: ModelInput,
+    heads: Iterable[Sequence[Any]],
+    source: Source = "last",
+    *,
+    row: int = 0,
+    hooks: Sequence[Hook] = (),
+) -> HeadAttention:
+    """Where heads look from a token.
+
+    Args:
+        model: The model.
+        model_input: A batch.
+        heads: (layer, head), or components as `HeadScores.top` returns them.
+        source: Who looks: a position (negative: from the end), a group (`groups.token_mask`; the mean over
+            its tokens), or else a token as the tokenizer writes it, with or without its mark for a space.
+        row: Of the batch.
+        hooks: An intervention to run under.
+
+    Raises:
+        ValueError: No heads, one that the model does not have, a position that is padding or not there, a
+            token that the row does not have or has several times, or an empty group.
+        IndexError: No such row.
+    """
+    chosen = check_heads(model, heads)
+    inputs = model.as_inputs(model_input)
+    if not 0 <= row < len(inputs):
+        raise IndexError(f"there are {len(inputs)} rows; there is no row {row}")
+    if isinstance(source, Tensor):
+        source = token_mask(inputs, source)[row : row + 1]
+    one = inputs[row]
+    positions, name = _positions(model, one, source)
+    behind = _behind(one)
+    found: dict[int, Tensor] = {}
+    received = torch.zeros(one.input_ids.shape[1], dtype=torch.float64)
+
+    def look(layer: int) -> Any:
+        def read(pattern: Tensor, hook: object) -> None:
+            found[layer] = pattern[0, :, positions].float().mean(1).cpu()
+            if behind:
+                received.add_(pattern[0, :, behind].double().mean((0, 1)).cpu())
+
+        return read
+
+    readers = [(f"blocks.{layer}.attn.hook_pattern", look(layer)) for layer in range(model.cfg.n_layers)]
+    with model.hooks(fwd_hooks=[*hooks, *readers]):
+        model(one, logits_to_keep=1)
+    return HeadAttention(
+        model_name=model.cfg.model_name,
+        heads=chosen,
+        source=name,
+        positions=tuple(positions),
+        weights=torch.stack([found[layer][head] for layer, head in chosen]),
+        received=(received / model.cfg.n_layers).float() if behind else None,
+        inputs=one.to("cpu"),
+    )
+
+
+def _behind(inputs: VLMInputs) -> list[int]:
+    """Positions of text behind the last image token of the one row."""
+    image = inputs.image_mask[0].nonzero()[:, 0].tolist()
+    return list(range(image[-1] + 1, inputs.input_ids.shape[1])) if image else []
+
+
+def _positions(model: HookedVLM, inputs: VLMInputs, source: Source) -> tuple[list[int], str]:
+    """Where whoever looks is in the one row, and its name."""
+    tokens = token_names(model, inputs.input_ids[0].tolist())
+    if isinstance(source, int):
+        length, padding = len(tokens), int((inputs.attention_mask[0] == 0).sum())
+        position = source + length if source < 0 else source
+        if not padding <= position < length:
+            raise ValueError(f"position {source} is not among the row's {padding} … {length - 1}")
+        return [position], f"position {position}, {tokens[position]}"
+    if isinstance(source, str) and source not in ("all", *inputs.token_groups):
+        position = _only(source, tokens, inputs)
+        return [position], f"position {position}, {tokens[position]}"
+    positions = token_mask(inputs, source)[0].nonzero()[:, 0].tolist()
+    if source == "last":
+        return positions, f"the last token, {tokens[-1]}"
+    name = str(source) if isinstance(source, Box) else group_name(source)
+    return positions, f"{name}, mean over {len(positions)} tokens" if len(positions) > 1 else name
+
+
+def _only(text: str, tokens: Sequence[str], inputs: VLMInputs) -> int:
+    """The one position of a token."""
+    there = inputs.attention_mask[0].bool().tolist()
+    places = [
+        i
+        for i, (token, real) in enumerate(zip(tokens, there, strict=True))
+        if real and text in (token, token.lstrip(_MARKS))
+    ]
+    if not places:
+        groups = ", ".join(("all", *inputs.token_groups))
+        raise ValueError(f"the row has no token {text!r}, nor is that a group; groups: {groups}")
+    if len(places) > 1:
+        shown = ", ".join(map(str, places[:8])) + (", …" if len(places) > 8 else "")
+        raise ValueError(f"the row has {len(places)} tokens {text!r}, at {shown}: give a position")
+    return places[0]

@@ -1,0 +1,289 @@
+"""Attention knockout: what the right answer loses when tokens can't look at other tokens, layer by layer.
+
+Source: Geva et al., "Dissecting recall of factual associations in auto-regressive language models" (EMNLP
+2023); for image, question and last position Zhang et al., "Cross-modal information flow in multimodal large
+language models" (CVPR 2025).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hones_lens.analysis.patching.metrics import Metric, as_metric, log_prob
+from hones_lens.analysis.patching.pairs import PatchPairs, logits_at_end
+from hones_lens.data import Example
+from hones_lens.engine import Sweep, answer_batches, as_task, check_examples, logits_under, prompt_batches
+from hones_lens.interventions import Group, Hook, block_attention, group_name, token_mask
+from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.results import Labelled, bootstrap_interval, mean_over_pairs, resampled
+from hones_lens.tasks import Task
+
+Edge = tuple[Group, Group]  # source (keys), target (queries)
+_Masks = tuple[Tensor, Tensor]  # of source and target, [batch pos]
+EDGES: tuple[Edge, ...] = (
+    ("image", "last"),
+    ("image", "question"),
+    ("question", "last"),
+    ("last", "last"),
+)
+
+
+@dataclass
+class _Plan:
+    """All arms of a knockout, edge by edge within each layer.
+
+    Attributes:
+        edges: By name.
+        windows: The layers that are cut together, by centre.
+        spared: By edge, how many queries would have been left without any key in the batches so far.
+    """
+
+    edges: dict[str, Edge]
+    windows: list[range]
+    spared: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def n_arms(self) -> int:
+        return len(self.windows) * len(self.edges)
+
+    def arms(self, inputs: VLMInputs, masks: Mapping[str, _Masks]) -> list[list[Hook]]:
+        """Hooks of each arm, for masks of source and target by edge.
+
+        Raises:
+            ValueError: An edge that cuts nothing in a row.
+        """
+        tokens = inputs.attention_mask.bool()
+        cut = {name: (target & tokens, source & tokens) for name, (source, target) in masks.items()}
+        for name, (queries, keys) in cut.items():
+            idle = ~(queries & (keys.cumsum(-1) > 0)).any(-1)
+            if bool(idle.any()):
+                row = int(idle.int().argmax())
+                raise ValueError(f"edge {name!r} cuts nothing in row {row}: no source before a target")
+            self.spared[name] += int((queries & ((tokens & ~keys).cumsum(-1) == 0)).sum())
+        return [
+            [block_attention(layer, *cut[name], spare_self=True) for layer in window]
+            for window in self.windows
+            for name in self.edges
+        ]
+
+    def result(self, what: str, about: Mapping[str, Any], n: int, notes: Sequence[str]) -> Labelled:
+        """A result of values (and ends of intervals) by arm."""
+        shape = (len(self.windows), len(self.edges))
+        parts = {name: torch.as_tensor(about[name]).reshape(shape) for name in about if name != "n"}
+        widest = max(map(len, self.windows))
+        told = [
+            *notes,
+            f"{widest} layers at a time, fewer at the ends" if widest > 1 else "one layer at a time",
+        ]
+        told += [
+            f"{name}: {count} queries, over all examples, had no other key left and kept themselves"
+            for name, count in self.spared.items()
+            if count
+        ]
+        labels = {"edge": tuple(self.edges)}
+        return Labelled(what, axes=("layer", "edge"), labels=labels, n=n, notes=tuple(told), **parts)
+
+
+@torch.no_grad()
+def attention_knockout(
+    model: HookedVLM,
+    data: PatchPairs | VLMInputs | Sequence[Example],
+    edges: Sequence[Edge] | Mapping[str, Edge] = EDGES,
+    *,
+    task: str | Task | None = None,
+    window: int = 5,
+    metric: str | Metric = "probability",
+    batch_size: int = 32,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    progress: bool = True,
+    memory_budget: float | None = None,
+) -> Labelled:
+    """What is lost when target positions can't see source positions, in a window of layers around each.
+
+    A query that would be left without any key (the first token of a prompt, cut off from itself) keeps
+    itself; the result's notes say how many did.
+
+    Args:
+        model: The model.
+        data: Pairs, of which the clean inputs are run; inputs prepared with answers, which are taken off
+            (masks are for the prompts alone); or examples, with `task`.
+        edges: (source, target) as names of token groups, `Box`es or, except for examples, masks
+            [batch pos]; or these by a name of your own.
+        task: Of the examples.
+        window: Layers that are cut together, centred on each layer (an even window has one more above),
+            and cut off at the model's ends; at most the model's.
+        metric: `probability`: relative change of the mean probability of the right answer's first token,
+            Σ p cut / Σ p clean − 1. A patching metric (`log_prob`, `logit_diff`, `kl`, or a function):
+            mean change. `task`: change of the task's own metric on what is generated; new tokens are in the
+            groups that the prompt's last token is in.
+        batch_size: Rows at a time.
+        draws, level, seed: Of the paired bootstrap over examples; without draws, or with one
+            example, there is none.
+        progress: Show a progress bar.
+        memory_budget: GB for activations; default: a share of what is free.
+
+    Returns:
+        Labelled: layer (centre of the window), edge.
+
+    Raises:
+        ValueError: No edges, two of one name, one that cuts nothing, a window below 1, an unknown metric,
+            data and task that don't fit.
+        FloatingPointError: Logits that are not finite.
+    """
+    plan = _plan(model, edges, window)
+    if metric == "task":
+        return _of_task(
+            model, _examples(data, task), plan, batch_size, progress, memory_budget, (draws, level, seed)
+        )
+    measure = log_prob if metric == "probability" else as_metric(metric)
+    clean, cut = [], []
+    rows = len(data)
+    with tqdm(total=rows * plan.n_arms, desc="knockout", disable=not progress, unit="cell") as bar:
+        for pairs, masks in _batches(model, data, task, plan.edges, batch_size):
+            was, arms = logits_at_end(model, pairs.clean), plan.arms(pairs.clean, masks)
+            found = torch.zeros(plan.n_arms, len(pairs))
+            for i, logits in logits_under(model, pairs.clean, arms, memory_budget=memory_budget):
+                found[i] = measure(logits[:, -1], pairs, was).cpu()
+                bar.update(len(pairs))
+            clean.append(measure(was, pairs, was).cpu())
+            cut.append(found)
+    before, after = torch.cat(clean).double(), torch.cat(cut, dim=1).double().T
+    if metric == "probability":
+        what = "relative change of the right answer's probability when the target can't see the source"
+        before, after = before.exp(), after.exp()
+        about = _relative(before.numpy(), after.numpy(), draws, level, seed)
+    else:
+        what = f"change of {_name(metric)} when the target can't see the source"
+        about = mean_over_pairs(after - before[:, None], draws, level, seed)
+    base = f"mean {_name(metric)} with nothing cut: {float(before.mean()):.4g}"
+    return plan.result(what, about, len(before), (base,))
+
+
+def _name(metric: str | Metric) -> str:
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", "the metric")
+
+
+def _plan(model: HookedVLM, edges: Sequence[Edge] | Mapping[str, Edge], window: int) -> _Plan:
+    if window < 1:
+        raise ValueError(f"window must be at least 1 layer, not {window}")
+    if isinstance(edges, Mapping):
+        named = dict(edges)
+    else:
+        named = {f"{group_name(source)} → {group_name(target)}": (source, target) for source, target in edges}
+    if not edges or len(named) < len(edges):
+        raise ValueError("no edges" if not edges else "two edges have one name: give them names of their own")
+    n_layers = model.cfg.n_layers
+    width = min(window, n_layers)
+    starts = (centre - (width - 1) // 2 for centre in range(n_layers))
+    return _Plan(named, [range(max(0, start), min(n_layers, start + width)) for start in starts])
+
+
+def _masks(inputs: VLMInputs, edges: Mapping[str, Edge]) -> dict[str, _Masks]:
+    return {name: (token_mask(inputs, s), token_mask(inputs, t)) for name, (s, t) in edges.items()}
+
+
+def _examples(data: object, task: str | Task | None) -> tuple[Task, Sequence[Example]]:
+    """Examples with their task, checked.
+
+    Raises:
+        ValueError: Something else, or no task; and as `check_examples`.
+    """
+    if task is None or isinstance(data, (PatchPairs, VLMInputs)):
+        raise ValueError("give examples with their task=, or pairs or prepared inputs without")
+    assert isinstance(data, Sequence)
+    check_examples(as_task(task), data)
+    return as_task(task), data
+
+
+def _batches(
+    model: HookedVLM,
+    data: PatchPairs | VLMInputs | Sequence[Example],
+    task: str | Task | None,
+    edges: Mapping[str, Edge],
+    batch_size: int,
+) -> Iterator[tuple[PatchPairs, dict[str, _Masks]]]:
+    """Prompts with their right answers, and the masks of each edge."""
+    if not isinstance(data, (PatchPairs, VLMInputs)) or task is not None:
+        known, examples = _examples(data, task)
+        for batch in answer_batches(model, known, examples, batch_size, answers=False):
+            asked = [(known.target_prompt(e), known.answer(e)) for e in batch.examples]
+            first = [model.continuation(prompt, answer)[0] for prompt, answer in asked]
+            answer = torch.tensor(first, device=batch.inputs.input_ids.device)
+            pairs = PatchPairs(batch.inputs, batch.inputs, answer, None, tuple(batch.ids))
+            yield pairs, _masks(batch.inputs, edges)
+        return
+    pairs = _answered(model, data) if isinstance(data, VLMInputs) else data
+    clean = model.as_inputs(pairs.clean)
+    masks = _masks(clean, edges)
+    for start in range(0, len(pairs), batch_size):
+        index = torch.arange(start, min(start + batch_size, len(pairs)))
+        foil = None if pairs.foil is None else pairs.foil[index]
+        ids = tuple(pairs.ids[i] for i in index.tolist())
+        some = model.with_image_embeds(clean[index])
+        part = PatchPairs(some, pairs.corrupted[index], pairs.answer[index], foil, ids)
+        yield part, {name: (source[index], target[index]) for name, (source, target) in masks.items()}
+
+
+def _answered(model: HookedVLM, inputs: VLMInputs) -> PatchPairs:
+    """Prompts of inputs with answers, and the first token of each answer."""
+    known = model.as_inputs(inputs)
+    prompts = known.before_answers()
+    assert known.answer_mask is not None
+    first = known.answer_mask.int().argmax(-1)
+    answer = known.input_ids.gather(1, first[:, None])[:, 0]
+    names = tuple(f"row {row}" for row in range(len(known)))
+    return PatchPairs(prompts, prompts, answer, None, names)
+
+
+def _of_task(
+    model: HookedVLM,
+    asked: tuple[Task, Sequence[Example]],
+    plan: _Plan,
+    batch_size: int,
+    progress: bool,
+    memory_budget: float | None,
+    draws: tuple[int, float, int],
+) -> Labelled:
+    """Change of a task's metric on what is generated."""
+    task, examples = asked
+    found: list[list[np.ndarray]] = [[] for _ in range(plan.n_arms + 1)]
+    total = len(examples) * (plan.n_arms + 1)
+    with tqdm(total=total, desc=f"knockout · {task.name}", disable=not progress, unit="cell") as bar:
+        for batch in prompt_batches(model, task, examples, batch_size):
+            arms = [[], *plan.arms(batch.inputs, _masks(batch.inputs, plan.edges))]
+            engine = Sweep(model, arms, memory_budget, tick=bar.update)
+            for mine, said in zip(found, engine.predictions(task, batch), strict=True):
+                mine += [task.statistics(*given) for given in zip(said, batch.examples, strict=True)]
+    clean, *cut = (np.array(each) for each in found)
+    metric = [float(task.metric(arm.sum(0))) for arm in (clean, *cut)]
+    about = {"values": np.array(metric[1:]) - metric[0]}
+    n, level, seed = draws
+    if n and len(examples) > 1:
+        ends = [bootstrap_interval(task, arm, clean, draws=n, level=level, seed=seed) for arm in cut]
+        about |= {"low": np.array([end.low for end in ends]), "high": np.array([end.high for end in ends])}
+    what = f"change of {task.metric_name} when the target can't see the source"
+    base = f"{task.metric_name} with nothing cut: {metric[0]:.4g}"
+    new = "New tokens are in the groups that the prompt's last token is in."
+    return plan.result(what, about, len(examples), (base, new))
+
+
+def _relative(
+    before: np.ndarray, after: np.ndarray, draws: int, level: float, seed: int
+) -> dict[str, np.ndarray]:
+    """Ratio of means minus 1, and its bootstrap interval, of values [n] and [n arm]."""
+    about = {"values": after.mean(0) / before.mean() - 1}
+    if draws and len(before) > 1:
+        counts = resampled(len(before), draws, seed)
+        ratios = counts @ after / (counts @ before)[:, None] - 1
+        about["low"], about["high"] = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return about

@@ -1,0 +1,1 @@
+"""The logit lens: what the residual stream would say if the model ended at a layer."""

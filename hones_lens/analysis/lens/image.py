@@ -1,0 +1,76 @@
+"""The logit lens on image tokens: a map over the picture, layer by layer, for one token of the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hones_lens.analysis.lens.streams import layer_names, read, streams
+from hones_lens.interventions import Hook
+from hones_lens.model import HookedVLM, ModelInput, token_names
+from hones_lens.results import Labelled
+
+VALUES = ("log_prob", "probability", "logit", "rank")
+
+
+@torch.no_grad()
+def image_token_lens(
+    model: HookedVLM,
+    model_input: ModelInput,
+    token: str | int,
+    *,
+    row: int = 0,
+    image: int = 0,
+    value: str = "log_prob",
+    hooks: Sequence[Hook] = (),
+) -> Labelled:
+    """How much the stream at each image token speaks for one token of the vocabulary, after every layer.
+
+    Args:
+        model: The model.
+        model_input: A batch.
+        token: Text that is one token, or an id.
+        row, image: Which image.
+        value: `log_prob` (nats), `probability`, `logit`, or `rank`: 1 where no token is likelier.
+        hooks: An intervention to run under.
+
+    Returns:
+        Labelled: layer (the first is `embed`: what the projector gives), row, column; on the grid of image
+        tokens, in raster order.
+
+    Raises:
+        ValueError: Text of several tokens, no such id or value.
+        IndexError: No such image.
+    """
+    if value not in VALUES:
+        raise ValueError(f"unknown value {value!r}; valid: {', '.join(VALUES)}")
+    chosen = model.to_single_token(token) if isinstance(token, str) else token
+    if not 0 <= chosen < model.cfg.d_vocab:
+        raise ValueError(f"token id {chosen} is not in 0 … {model.cfg.d_vocab - 1}")
+    inputs = model.as_inputs(model_input)
+    if not 0 <= row < len(inputs):
+        raise IndexError(f"there are {len(inputs)} rows; there is no row {row}")
+    mask = torch.zeros_like(inputs.image_mask)
+    mask[row] = inputs.image_mask[row]
+    inputs.heatmap(mask[row].float(), row, image)  # raises where there is no such image
+    maps = []
+    for stream in streams(model, inputs, mask, hooks):
+        found = torch.cat([_value(logits, chosen, value) for logits in read(model, stream)])
+        by_position = torch.zeros(mask.shape[1], device=found.device).masked_scatter(mask[row], found)
+        maps.append(inputs.heatmap(by_position, row, image))
+    (name,) = token_names(model, [chosen])
+    what = f"{value.replace('_', '-')} of {name!r} by the logit lens at each image token"
+    labels = {"layer": layer_names(model)}
+    return Labelled(what, torch.stack(maps), ("layer", "row", "column"), labels)
+
+
+def _value(logits: Float[Tensor, "some d_vocab"], token: int, value: str) -> Float[Tensor, " some"]:
+    if value == "logit":
+        return logits[:, token]
+    if value == "rank":
+        return 1.0 + (logits > logits[:, token, None]).sum(-1)
+    likely = logits.log_softmax(-1)[:, token]
+    return likely.exp() if value == "probability" else likely

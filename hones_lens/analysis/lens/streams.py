@@ -1,0 +1,78 @@
+"""What all logit lenses share: the stream at some positions after every layer, and its logits.
+
+Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hones_lens.interventions import Hook, resid_hook
+from hones_lens.model import HookedVLM, VLMInputs
+
+_AT_ONCE = 64  # places whose logits are held together
+
+
+def layer_names(model: HookedVLM) -> tuple[Any, ...]:
+    """What the entries of `streams` are called: `embed`, then each layer's number."""
+    return ("embed", *range(model.cfg.n_layers))
+
+
+@torch.no_grad()
+def streams(
+    model: HookedVLM, inputs: VLMInputs, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Hook] = ()
+) -> Float[Tensor, "layer place d_model"]:
+    """The residual stream at the positions of a mask: before block 0, then after each block.
+
+    Args:
+        model, inputs: What to run.
+        mask: Positions, which become places row by row.
+        hooks: An intervention to run under.
+    """
+    names = [resid_hook(0, "pre"), *(resid_hook(layer) for layer in range(model.cfg.n_layers))]
+    kept: dict[str, Tensor] = {}
+
+    def keep(resid: Tensor, hook: Any) -> None:
+        kept[hook.name] = resid[mask.to(resid.device)]
+
+    with model.hooks(fwd_hooks=[*hooks, *((name, keep) for name in names)]):
+        model(inputs, logits_to_keep=1)
+    return torch.stack([kept[name] for name in names])
+
+
+@torch.no_grad()
+def read(model: HookedVLM, stream: Float[Tensor, "place d_model"]) -> Iterator[Tensor]:
+    """Logit-lens logits `unembed(ln_final(stream))`, some places at a time, [some d_vocab]."""
+    for part in stream.split(_AT_ONCE):
+        yield model.unembed(model.ln_final(part)).float()
+
+
+@torch.no_grad()
+def summed_logits(
+    model: HookedVLM,
+    stream: Float[Tensor, "layer place d_model"],
+    weights: Float[Tensor, " place"] | None = None,
+) -> Float[Tensor, "layer d_vocab"]:
+    """Logit-lens logits summed over the places, each times its weight; float64 on the CPU."""
+    sums = torch.zeros(len(stream), model.cfg.d_vocab, dtype=torch.float64)
+    share = torch.ones(stream.shape[1]) if weights is None else weights
+    share = share.to(stream.device, torch.float64)
+    for layer, places in enumerate(stream):
+        at = 0
+        for logits in read(model, places):
+            sums[layer] += (share[at : at + len(logits)] @ logits.double()).cpu()
+            at += len(logits)
+    return sums
+
+
+@torch.no_grad()
+def token_logits(
+    model: HookedVLM, stream: Float[Tensor, "place d_model"], ids: Sequence[int]
+) -> Float[Tensor, "place id"]:
+    """Logit-lens logits of some tokens at every place; float64 on the CPU."""
+    return torch.cat([logits[:, list(ids)].double().cpu() for logits in read(model, stream)])

@@ -1,0 +1,210 @@
+"""The logit lens as a table: layers by likeliest tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hones_lens.analysis.lens.streams import layer_names, read, streams
+from hones_lens.interventions import Group, Hook, token_mask
+from hones_lens.model import HookedVLM, ModelInput, token_names
+from hones_lens.results import read_json, write_json
+
+_SHOWN = 3  # places that are printed
+_TENSORS = ("ids", "logits", "probabilities")
+
+
+class Place(NamedTuple):
+    """A position of a batch, and the token there."""
+
+    row: int
+    position: int
+    token: str
+
+    def __str__(self) -> str:
+        return f"row {self.row}, position {self.position}, {self.token!r}"
+
+
+@dataclass(frozen=True, eq=False)
+class LogitLens:
+    """The likeliest tokens after every layer, at some positions; the first layer is `embed`.
+
+    Attributes:
+        model_name: Of which model.
+        places: Where.
+        layers: What the layers are called.
+        ids: The tokens, likeliest first, [place layer k].
+        tokens: Their names, `tokens[place][layer][rank]`.
+        logits, probabilities: Theirs, [place layer k].
+    """
+
+    model_name: str
+    places: tuple[Place, ...]
+    layers: tuple[Any, ...]
+    ids: Int[Tensor, "place layer k"]
+    tokens: tuple[tuple[tuple[str, ...], ...], ...]
+    logits: Float[Tensor, "place layer k"]
+    probabilities: Float[Tensor, "place layer k"]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, place: int) -> LogitLens:
+        """One place alone.
+
+        Raises:
+            IndexError: No such place.
+        """
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"there are {len(self)} places; there is no place {place}")
+        at = [place % len(self)]
+        parts = {name: getattr(self, name)[at] for name in ("ids", "logits", "probabilities")}
+        return LogitLens(
+            self.model_name, (self.places[at[0]],), self.layers, tokens=(self.tokens[at[0]],), **parts
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a token: row, position, at (the token there), layer, rank from 1, id, token, and so on."""
+        rows = [
+            {
+                "row": place.row,
+                "position": place.position,
+                "at": place.token,
+                "layer": layer,
+                "rank": rank + 1,
+                "id": int(self.ids[p, i, rank]),
+                "token": token,
+                "logit": float(self.logits[p, i, rank]),
+                "probability": float(self.probabilities[p, i, rank]),
+            }
+            for p, place in enumerate(self.places)
+            for i, layer in enumerate(self.layers)
+            for rank, token in enumerate(self.tokens[p][i])
+        ]
+        return pd.DataFrame(rows)
+
+    def save(self, file: str | Path) -> None:
+        """Write everything to JSON."""
+        tensors = {name: getattr(self, name).tolist() for name in _TENSORS}
+        write_json(file, {"kind": "logit-lens", **vars(self), **tensors})
+
+    @classmethod
+    def load(cls, file: str | Path) -> LogitLens:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: Another kind of file.
+        """
+        data = read_json(file, "logit-lens")
+        return cls(
+            data["model_name"],
+            tuple(Place(*place) for place in data["places"]),
+            tuple(data["layers"]),
+            tokens=tuple(tuple(tuple(layer) for layer in place) for place in data["tokens"]),
+            **{name: torch.tensor(data[name]) for name in _TENSORS},
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{self.model_name}: logit lens, tokens with their probabilities"]
+        for p, place in enumerate(self.places[:_SHOWN]):
+            lines.append(f"{place}:")
+            width = max(len(str(layer)) for layer in self.layers)
+            for i, layer in enumerate(self.layers):
+                said = zip(self.tokens[p][i], self.probabilities[p, i].tolist(), strict=True)
+                cells = "  ".join(f"{token!r} {share:.2f}" for token, share in said)
+                lines.append(f"  {layer!s:>{width}}  {cells}")
+        if len(self) > _SHOWN:
+            lines.append(f"(the first {_SHOWN} of {len(self)} places)")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Tables shaded by probability, tokens escaped, logits in tooltips."""
+        return "".join(self._html_of(p) for p in range(min(len(self), _SHOWN)))
+
+    def _html_of(self, p: int) -> str:
+        rows = []
+        for i, layer in enumerate(self.layers):
+            cells = [f"<th>{escape(str(layer))}</th>"]
+            for rank, token in enumerate(self.tokens[p][i]):
+                share, logit = float(self.probabilities[p, i, rank]), float(self.logits[p, i, rank])
+                shade = f"background: rgba(0, 114, 178, {0.6 * share:.3f})"
+                about = f"logit {logit:.3f}, probability {share:.4f}"
+                cells.append(f'<td style="{shade}" title="{about}">{escape(repr(token)[1:-1])}</td>')
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+        head = f"{self.model_name}: {self.places[p]}"
+        return f"<table><caption>{escape(head)}</caption>{''.join(rows)}</table>"
+
+    def plot(self, **options: Any) -> Any:
+        """The first place as a grid of layers by tokens; `lens[i].plot()` for another.
+
+        Args:
+            options: Of `hones_lens.viz.lens_plots.lens_grid`.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from hones_lens.viz import lens_grid
+
+        return lens_grid(self, **options)
+
+
+@torch.no_grad()
+def logit_lens(
+    model: HookedVLM,
+    model_input: ModelInput,
+    group: Group = "last",
+    *,
+    k: int = 10,
+    hooks: Sequence[Hook] = (),
+) -> LogitLens:
+    """The k likeliest tokens of `unembed(ln_final(stream))` after every layer.
+
+    The last layer's are the model's own.
+
+    Args:
+        model: The model.
+        model_input: A batch.
+        group: At which positions: a name, a `Box` or a mask [batch pos]; image tokens as well.
+        k: Tokens a layer; at most the vocabulary's.
+        hooks: An intervention to run under.
+
+    Raises:
+        ValueError: k below 1 or above the size of the vocabulary; an empty or unknown group.
+    """
+    if not 1 <= k <= model.cfg.d_vocab:
+        raise ValueError(f"k must lie in 1 … {model.cfg.d_vocab}, not {k}")
+    inputs = model.as_inputs(model_input)
+    mask = token_mask(inputs, group)
+    found = [_top(model, stream, k) for stream in streams(model, inputs, mask, hooks)]
+    ids, logits, shares = (torch.stack(part, dim=1).cpu() for part in zip(*found, strict=True))
+    rows, positions = (index.tolist() for index in mask.nonzero(as_tuple=True))
+    there = token_names(model, inputs.input_ids[mask].tolist())
+    return LogitLens(
+        model.cfg.model_name,
+        tuple(Place(*place) for place in zip(rows, positions, there, strict=True)),
+        layer_names(model),
+        ids,
+        tuple(tuple(tuple(token_names(model, layer)) for layer in place) for place in ids.tolist()),
+        logits,
+        shares,
+    )
+
+
+def _top(model: HookedVLM, stream: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, logits and probabilities of the k likeliest tokens, [place k] each."""
+    parts = []
+    for logits in read(model, stream):
+        top = logits.topk(k, dim=-1)
+        parts.append((top.indices, top.values, logits.softmax(-1).gather(-1, top.indices)))
+    ids, values, shares = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ids, values, shares

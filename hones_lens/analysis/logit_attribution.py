@@ -1,0 +1,185 @@
+"""Direct logit attribution: what each component adds to a logit, the final norm folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hones_lens.interventions import Group, Hook, neuron_hook, token_mask
+from hones_lens.model import HookedVLM, ModelInput, VLMInputs
+from hones_lens.results import Labelled, mean_over_pairs
+
+Token = str | int | Sequence[int] | Tensor
+KINDS = ("layer", "component", "head", "neuron")
+
+
+def direct_logit_attribution(
+    model: HookedVLM,
+    model_input: ModelInput,
+    tokens: Token,
+    foils: Token | None = None,
+    *,
+    by: str = "component",
+    group: Group = "last",
+    mean: bool = False,
+    hooks: Sequence[Hook] = (),
+) -> Labelled:
+    """How much each component adds to a token's logit, or to the difference of two tokens' logits.
+
+    What a component writes into the residual stream, divided by the final norm's scale, times its weight,
+    times the token's column of W_U (HONES eq. H2 with `apply_ln`, for every component). The embedding and
+    what the attention and the MLP of each layer write add up to the logit; a layer's heads add up to its
+    attention, its neurons to its MLP.
+
+    Args:
+        model: The model.
+        model_input: A batch.
+        tokens: Whose logit: text that is one token, an id, or one id for each row.
+        foils: Whose logit is taken off.
+        by: `layer` (attention and MLP together), `component` (apart), `head` or `neuron`.
+        group: At which positions; see `token_mask`.
+        mean: Over the rows, with 95 % bootstrap intervals where there are several.
+        hooks: An intervention that the model runs under.
+
+    Returns:
+        Labelled. Axes: `row` (unless `mean`); `position` where the group has several tokens in a row (NaN at
+        those that a row does not have); then `layer`, `component`, `layer` and `head`, or `layer` and
+        `neuron`. The first layer, or component, is called `embed`.
+
+    Raises:
+        ValueError: An unknown `by`, text of several tokens, a count of ids that is not the batch, an empty
+            group, or a mean over rows whose positions differ.
+    """
+    if by not in KINDS:
+        raise ValueError(f"unknown kind of component {by!r}; valid: {', '.join(KINDS)}")
+    inputs = model.as_inputs(model_input)
+    answers = _ids(model, tokens, len(inputs))
+    run = _Run(model, by, answers, None if foils is None else _ids(model, foils, len(inputs)))
+    mask = token_mask(inputs, group)
+    columns = mask.any(0).nonzero()[:, 0]
+    parts, logits = run.parts(inputs, columns, hooks)
+    inside, labels = mask[:, columns].cpu(), {}
+    if bool((mask.sum(-1) > 1).any()):
+        labels["position"] = tuple(columns.tolist())
+        outside = ~inside.view(*inside.shape, *[1] * (parts.ndim - 2))
+        parts, logits = parts.masked_fill(outside, torch.nan), logits.masked_fill(~inside, torch.nan)
+    else:
+        rows, at = torch.arange(len(parts)), inside.int().argmax(1)
+        parts, logits = parts[rows, at], logits[rows, at]
+    if mean and not bool(torch.isfinite(logits).all()):
+        raise ValueError("no mean over rows whose positions differ: take one row, or mean=False")
+    return run.result(parts, logits, labels, mean)
+
+
+def _ids(model: HookedVLM, tokens: Token, rows: int) -> Int[Tensor, " row"]:
+    given = model.to_single_token(tokens) if isinstance(tokens, str) else tokens
+    ids = torch.as_tensor(given, device=model.cfg.device)
+    if ids.shape not in ((), (rows,)):
+        raise ValueError(f"tokens of shape {tuple(ids.shape)} for a batch of {rows} rows: give one a row")
+    if int(ids.min()) < 0 or int(ids.max()) >= model.cfg.d_vocab:
+        raise ValueError(f"token ids {ids.tolist()} are not all in 0 … {model.cfg.d_vocab - 1}")
+    return ids.expand(rows)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is attributed to what."""
+
+    model: HookedVLM
+    by: str
+    answers: Int[Tensor, " row"]
+    foils: Int[Tensor, " row"] | None
+
+    @torch.no_grad()
+    def parts(
+        self, inputs: VLMInputs, columns: Int[Tensor, " column"], hooks: Sequence[Hook]
+    ) -> tuple[Tensor, Tensor]:
+        """What each part adds at some columns, [row column …], and the model's logits, [row column]."""
+        direction = self._direction()
+        kept: dict[str, Tensor] = {}
+        reads = self._reads()
+
+        def keep(x: Tensor, hook: Any) -> None:
+            if hook.name == "ln_final.hook_scale":
+                kept["scale"] = x.float()
+            else:
+                kept[hook.name] = reads[hook.name](x[:, columns].float(), direction)
+
+        watch: list[Hook] = [(name, keep) for name in ("ln_final.hook_scale", *reads)]
+        with self.model.hooks(fwd_hooks=[*hooks, *watch]):
+            logits = self.model(inputs, logits_to_keep=columns).float()
+        found = torch.stack([kept[name] for name in reads], dim=2)  # [row column part …]
+        found = found / kept["scale"].view(*kept["scale"].shape, *[1] * (found.ndim - 3))
+        if self.by == "layer":
+            found = torch.cat((found[:, :, :1], found[:, :, 1:].unflatten(2, (-1, 2)).sum(3)), dim=2)
+        return found.cpu(), self._asked(logits).cpu()
+
+    def _direction(self) -> Float[Tensor, "row d_model"]:
+        """What a normalised stream is multiplied with, the final norm's weight folded in."""
+        direction = self.model.tokens_to_residual_directions(self.answers).float()
+        if self.foils is None:
+            return direction
+        return direction - self.model.tokens_to_residual_directions(self.foils).float()
+
+    def _reads(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        """By hook: from an activation and the direction, what its parts add before the norm."""
+        layers = range(self.model.cfg.n_layers)
+        if self.by == "head":
+            return {f"blocks.{layer}.attn.hook_z": self._heads(layer) for layer in layers}
+        if self.by == "neuron":
+            return {neuron_hook(layer): self._neurons(layer) for layer in layers}
+        writes = [f"blocks.{layer}.hook_{part}_out" for layer in layers for part in ("attn", "mlp")]
+        return dict.fromkeys(["hook_embed", *writes], _written)
+
+    def _heads(self, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+        w_o = self.model.blocks[layer].attn.W_O
+
+        def read(z: Float[Tensor, "row column head d_head"], direction: Tensor) -> Tensor:
+            along = torch.einsum("hdm,rm->rhd", w_o.float(), direction)
+            return torch.einsum("rchd,rhd->rch", z, along)
+
+        return read
+
+    def _neurons(self, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+        w_out = self.model.blocks[layer].mlp.W_out
+
+        def read(neurons: Float[Tensor, "row column d_mlp"], direction: Tensor) -> Tensor:
+            return neurons * (direction @ w_out.float().T)[:, None]
+
+        return read
+
+    def _asked(self, logits: Float[Tensor, "row column d_vocab"]) -> Float[Tensor, "row column"]:
+        rows = torch.arange(len(logits), device=logits.device)
+        asked = logits[rows, :, self.answers]
+        return asked if self.foils is None else asked - logits[rows, :, self.foils]
+
+    def result(
+        self, parts: Tensor, logits: Tensor, labels: dict[str, tuple[Any, ...]], mean: bool
+    ) -> Labelled:
+        """From parts [row …] and logits [row …], NaN where a row has no such position."""
+        layers = range(self.model.cfg.n_layers)
+        if self.by == "component":
+            labels["component"] = ("embed", *(f"{part} {i}" for i in layers for part in ("attn", "mlp")))
+        if self.by == "layer":
+            labels["layer"] = ("embed", *layers)
+        inner = ("layer", self.by) if self.by in ("head", "neuron") else (self.by,)
+        axes = (*(("position",) if "position" in labels else ()), *inner)
+        what = "logit" if self.foils is None else "logit difference"
+        total = float(parts.nansum() / logits.isfinite().sum())
+        note = f"Mean {what} {float(logits.nanmean()):.4g}; the {self.by}s shown add up to {total:.4g}."
+        if self.by in ("head", "neuron"):
+            rest = "the embedding and the MLPs" if self.by == "head" else "the embedding and the heads"
+            note += f" The rest is {rest}."
+        what = f"added to the {what} by each {self.by}"
+        if not mean:
+            return Labelled(what, parts, ("row", *axes), labels, notes=(note,))
+        return Labelled(what, axes=axes, labels=labels, notes=(note,), **mean_over_pairs(parts))
+
+
+def _written(x: Float[Tensor, "row column d_model"], direction: Tensor) -> Float[Tensor, "row column"]:
+    return torch.einsum("rcm,rm->rc", x, direction)

@@ -1,0 +1,136 @@
+"""How well estimates of patching rank components: attribution patching beside the measured effects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hones_lens.analysis.patching.activation import patch_activations
+from hones_lens.analysis.patching.gradient import STEPS, attribute_patching
+from hones_lens.analysis.patching.metrics import Metric
+from hones_lens.analysis.patching.pairs import PatchPairs
+from hones_lens.analysis.patching.sites import as_patch_site
+from hones_lens.model import HookedVLM
+from hones_lens.results import Interval
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """Estimated and measured changes of the metric, of the same components in the same pairs.
+
+    Attributes:
+        what: What was patched, and how it was estimated.
+        components: (layer, index) of each.
+        estimated, measured: Patched minus base, [pair component], float64 on the CPU.
+    """
+
+    what: str
+    components: tuple[tuple[int, int], ...]
+    estimated: Float[Tensor, "pair component"]
+    measured: Float[Tensor, "pair component"]
+
+    def spearman(self, level: float = 0.95) -> Interval:
+        """Rank correlation, over components, of the mean changes, signs included; ties share their rank.
+
+        The interval is that of other pairs for these components: the value ± normal quantile × standard error
+        of the jackknife over pairs (one left out at a time), within −1 … 1. A bootstrap would not do: means
+        over resampled pairs have more noise, which both sides share, and correlate more than they should.
+
+        Raises:
+            ValueError: Fewer than two pairs or three components, or changes that are all equal.
+        """
+        return self._correlation(_ranked, level)
+
+    def pearson(self, level: float = 0.95) -> Interval:
+        """Correlation of the mean changes themselves; as `spearman`."""
+        return self._correlation(np.asarray, level)
+
+    def _correlation(self, scale: Callable[[np.ndarray], np.ndarray], level: float) -> Interval:
+        n, k = self.measured.shape
+        if n < 2 or k < 3:
+            raise ValueError(f"{n} pairs and {k} components: a correlation needs two pairs, three components")
+        shares = np.concatenate((np.ones((1, n)) / n, (1 - np.eye(n)) / (n - 1)))
+        sides = [scale(shares @ side.numpy()) for side in (self.estimated, self.measured)]
+        a, b = (side - side.mean(1, keepdims=True) for side in sides)
+        spread = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+        if not spread.all():
+            raise ValueError(f"{self.what}: the changes of all components are equal, they have no order")
+        value, *others = (a * b).sum(1) / spread
+        error = np.sqrt((n - 1) * np.var(others))
+        reach = NormalDist().inv_cdf((1 + level) / 2) * error
+        return Interval(
+            float(value), max(-1.0, float(value - reach)), min(1.0, float(value + reach)), level, n
+        )
+
+    def of(self, components: Sequence[tuple[int, int]]) -> Agreement:
+        """Some components.
+
+        Raises:
+            ValueError: One that was not measured.
+        """
+        missing = set(components) - set(self.components)
+        if missing:
+            raise ValueError(f"{self.what}: {sorted(missing)[0]} was not measured")
+        at = [self.components.index(component) for component in components]
+        return Agreement(self.what, tuple(components), self.estimated[:, at], self.measured[:, at])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a component: layer, index, and the mean changes, estimated and measured."""
+        layers, index = zip(*self.components, strict=True)
+        means = {"estimated": self.estimated.mean(0).numpy(), "measured": self.measured.mean(0).numpy()}
+        return pd.DataFrame({"layer": layers, "index": index, **means})
+
+    def __str__(self) -> str:
+        return f"{self.what}, {len(self.components)} components: Spearman {self.spearman()}"
+
+
+def _ranked(rows: np.ndarray) -> np.ndarray:
+    return pd.DataFrame(rows).rank(axis=1).to_numpy()
+
+
+def atp_against_measured(
+    model: HookedVLM,
+    pairs: PatchPairs,
+    what: str = "z",
+    *,
+    components: Sequence[tuple[int, int]] | None = None,
+    direction: str = "denoise",
+    metric: str | Metric = "logit_diff",
+    method: str = "atp*",
+    steps: int = STEPS,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Agreement:
+    """Patch components one at a time, at all positions, and estimate the same by attribution patching.
+
+    Args:
+        model, pairs, what, direction, metric, method, steps: As `attribute_patching`; of what has heads or
+            neurons.
+        components: (layer, index) of those to measure; default: all.
+        batch_size: Pairs a batch.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: An activation without heads or neurons, or a component that is not there or given twice;
+            else as `attribute_patching`.
+    """
+    options = {"direction": direction, "metric": metric, "by_pair": True, "progress": progress}
+    estimated = attribute_patching(
+        model, pairs, what, method=method, steps=steps, batch_size=batch_size, **options
+    )
+    if estimated.values.ndim != 3:
+        raise ValueError(f"{as_patch_site(what).what} has no heads or neurons to compare")
+    n_layers, width = estimated.shape[1:]
+    chosen = [(layer, i) for layer in range(n_layers) for i in range(width)]
+    chosen = chosen if components is None else [(int(layer), int(i)) for layer, i in components]
+    measured = patch_activations(model, pairs, what, "all", units=chosen, batch_size=batch_size, **options)
+    layers, index = torch.tensor(chosen).T
+    says = f"{what} by {method}, {direction}"
+    return Agreement(says, tuple(chosen), estimated.values[:, layers, index], measured.values)

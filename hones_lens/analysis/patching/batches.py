@@ -1,0 +1,88 @@
+"""What measures of patching share: who is patched with whom, batch by batch, and means with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hones_lens.analysis.patching.metrics import Metric
+from hones_lens.analysis.patching.pairs import PatchPairs, logits_at_end
+from hones_lens.model import HookedVLM, VLMInputs
+
+DIRECTIONS = {"noise": "corrupted into clean", "denoise": "clean into corrupted"}
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """Some pairs, with what one patches: the base run, and the source run whose activations it is given.
+
+    Attributes:
+        pairs: The pairs.
+        base, source: Inputs, images encoded.
+        clean_logits: Of the clean run's next token, [batch d_vocab].
+    """
+
+    pairs: PatchPairs
+    base: VLMInputs
+    source: VLMInputs
+    clean_logits: Float[Tensor, "batch d_vocab"]
+
+    def value(self, metric: Metric, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
+        """The metric of each pair.
+
+        Raises:
+            FloatingPointError: A value that is not finite; names the pair.
+        """
+        found = metric(logits, self.pairs, self.clean_logits)
+        if not bool(torch.isfinite(found).all()):
+            worst = self.pairs.ids[int((~torch.isfinite(found)).int().argmax())]
+            raise FloatingPointError(f"the metric of pair {worst!r} is not finite")
+        return found
+
+    @torch.no_grad()
+    def gap(self, model: HookedVLM, metric: Metric) -> Float[Tensor, " batch"]:
+        """The metric of the source run minus that of the base run."""
+        source, base = (self.value(metric, logits_at_end(model, run)) for run in (self.source, self.base))
+        return source - base
+
+    def cut(self, mask: Tensor, start: int) -> Tensor:
+        """Rows from `start` of a mask [pairs pos], without the padding that these pairs don't have."""
+        rows = mask[start : start + len(self.pairs)]
+        return rows[:, rows.shape[1] - self.base.input_ids.shape[1] :]
+
+
+def check_direction(direction: str) -> None:
+    """Raise ValueError for an unknown direction."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"unknown direction {direction!r}; valid: {', '.join(DIRECTIONS)}")
+
+
+@torch.no_grad()
+def pair_batches(
+    model: HookedVLM, pairs: PatchPairs, direction: str, batch_size: int
+) -> Iterator[tuple[int, PairBatch]]:
+    """The number of a batch's first pair, and the batch.
+
+    Raises:
+        ValueError: An unknown direction.
+    """
+    check_direction(direction)
+    for start in range(0, len(pairs), batch_size):
+        whole = batch_size >= len(pairs)
+        some = pairs if whole else pairs[start : start + batch_size]
+        clean, corrupted = (
+            model.with_image_embeds(model.as_inputs(inputs)) for inputs in (some.clean, some.corrupted)
+        )
+        base, source = (clean, corrupted) if direction == "noise" else (corrupted, clean)
+        yield start, PairBatch(some, base, source, logits_at_end(model, clean))
+
+
+def refuse_hooks(model: HookedVLM, names: Sequence[str], why: str) -> None:
+    """Raise ValueError if the model has lasting hooks at one of these, which would be passed by."""
+    for name in names:
+        if model.hook_dict[name].fwd_hooks:
+            raise ValueError(f"the model has hooks at {name}, which {why} passes by: remove them")

@@ -1,0 +1,286 @@
+"""Attribution patching: what patching each component does, to first order, from one backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens import ActivationCache
+from transformer_lens.hook_points import HookPoint
+
+from hones_lens.analysis.patching.batches import PairBatch, pair_batches, refuse_hooks
+from hones_lens.analysis.patching.metrics import Metric, as_metric
+from hones_lens.analysis.patching.outcome import as_result
+from hones_lens.analysis.patching.pairs import PatchPairs
+from hones_lens.analysis.patching.sites import PatchSite, as_patch_site, on_patches, positions_of, targets_of
+from hones_lens.interventions import Group
+from hones_lens.model import HookedVLM, VLMInputs, attention_mask
+from hones_lens.results import DRAWS, Labelled
+
+STEPS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One batch, and what is asked of it.
+
+    Attributes:
+        model, batch: What runs.
+        site, layers: The activations.
+        metric: What is differentiated.
+        where: Positions by the name of the sum, [batch pos].
+        steps: Of an integral.
+    """
+
+    model: HookedVLM
+    batch: PairBatch
+    site: PatchSite
+    layers: Sequence[int]
+    metric: Metric
+    where: dict[str, Bool[Tensor, "batch pos"]]
+    steps: int
+
+    @property
+    def masks(self) -> Float[Tensor, "sum batch pos"]:
+        """Of all sums, as numbers."""
+        return torch.stack(list(self.where.values())).double()
+
+    def inputs(self, source: bool) -> VLMInputs:
+        """Of the source run or of the base run; for the vision tower to encode where it is patched."""
+        inputs = self.batch.source if source else self.batch.base
+        return replace(inputs, image_embeds=None) if self.site.vision else inputs
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise ValueError if the vision tower is patched in pairs that differ behind it."""
+        for inputs in (self.batch.base, self.batch.source) if self.site.vision else ():
+            fresh = self.model.encode_images(replace(inputs, image_embeds=None))
+            assert inputs.image_embeds is not None
+            if not torch.allclose(fresh, inputs.image_embeds, rtol=1e-3, atol=1e-4):
+                raise ValueError(
+                    f"these pairs differ in image embeddings, behind the vision tower: {self.site.what} has "
+                    "nothing to patch; corrupt pixels"
+                )
+
+    def summed(self, product: Tensor) -> Float[Tensor, "batch component sum"]:
+        """A product of activation and gradient, summed over the positions of each sum."""
+        if self.site.unit is None:
+            each = product.sum(-1, keepdim=True, dtype=torch.float64)
+        elif product.ndim > 3:
+            axes = (self.site.position_axis, self.site.unit_axis)
+            each = product.movedim(axes, (1, 2)).sum(-1, dtype=torch.float64)
+        else:
+            each = product.double()
+        if not self.site.vision:
+            return torch.einsum("bpc,gbp->bcg", each, self.masks)
+        base = self.batch.base
+        masks = [on_patches(self.model, base, m, each.shape[1], name) for name, m in self.where.items()]
+        by_image = torch.einsum("ipc,gip->icg", each, torch.stack(masks).double())
+        row = torch.tensor([row for row, grids in enumerate(base.grids) for _ in grids], device=each.device)
+        return each.new_zeros(len(base), *by_image.shape[1:]).index_add(0, row, by_image)
+
+    @torch.no_grad()
+    def activations(self, names: Sequence[str], source: bool) -> ActivationCache:
+        """Of the source run or of the base run."""
+        inputs = self.inputs(source)
+        return self.model.run_with_cache(inputs, names_filter=list(names), logits_to_keep=1)[1]
+
+    def gradients(self, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Activations of the base run, and the metric's gradients there."""
+        kept: dict[str, Tensor] = {}
+
+        def keep(x: Tensor, hook: HookPoint) -> Tensor:
+            kept[str(hook.name)] = x = x if x.requires_grad else x.detach().requires_grad_()
+            return x
+
+        with torch.enable_grad(), self.model.hooks(fwd_hooks=[(name, keep) for name in names]):
+            logits = self.model(self.inputs(source=False), logits_to_keep=1)[:, -1]
+            value = self.batch.value(self.metric, logits).sum()
+            found = torch.autograd.grad(value, list(kept.values()), materialize_grads=True)
+        return {name: (x.detach(), g) for (name, x), g in zip(kept.items(), found, strict=True)}
+
+
+def attribute_patching(
+    model: HookedVLM,
+    pairs: PatchPairs,
+    what: str = "z",
+    by: str = "all",
+    *,
+    groups: Mapping[str, Group] | Sequence[Group] | None = None,
+    layers: Sequence[int] | None = None,
+    direction: str = "denoise",
+    metric: str | Metric = "logit_diff",
+    method: str = "atp*",
+    steps: int = STEPS,
+    raw: bool = False,
+    by_pair: bool = False,
+    batch_size: int = 16,
+    draws: int = DRAWS,
+    progress: bool = True,
+) -> Labelled:
+    """Estimate what `patch_activations` would measure for each component alone.
+
+    `Σ_p (a_source[p] − a_base[p]) · ∂metric/∂a[p]` at the base run, over positions p (attribution patching:
+    Nanda 2023; Syed et al. 2023), for all components of all layers from one backward pass.
+
+    Args:
+        model, pairs: What to patch.
+        what, by, groups, layers, direction, metric: As `patch_activations`, but for the metric `task`,
+            which has no gradient.
+        method: `atp` is the formula above. `atp*` (AtP*: Kramár et al. 2024, without its GradDrop)
+            recomputes for q and k the softmax exactly, and takes the first order from the pattern on;
+            elsewhere it is `atp`. `ig` integrates the gradient along the straight line from base to source,
+            all of a layer's components and positions together, by the midpoint rule: over a whole layer its
+            sum goes to the measured change as steps grow. It costs `steps` passes a layer.
+        steps: Of the integral.
+        raw: The change of the metric, instead of the share of the whole.
+        by_pair: Each pair's change on a first axis `pair`, without intervals.
+        batch_size: Pairs a batch.
+        draws: Resamples of the pairs for the intervals; 0 for none.
+        progress: Show a progress bar.
+
+    Returns:
+        As `patch_activations`: on the axes `layer`, then `head`, `kv_head` or `neuron`, then `group` or
+        `position`, with 95 % intervals.
+
+    Raises:
+        ValueError: An unknown name, a layer that is not there, a group that is empty, steps below 1, or for
+            `atp*` hooks of the model's own on scores or pattern.
+        FloatingPointError: A metric that is not finite; names the pair.
+    """
+    site, measure = as_patch_site(what), as_metric(metric)
+    if method not in METHODS or steps < 1:
+        raise ValueError(f"method {method!r} with {steps} steps; valid: {', '.join(METHODS)}, 1 step or more")
+    targets = targets_of(site, model.cfg, layers, "each" if site.unit else "together")
+    masks = positions_of(model, pairs, site, by, groups)
+    order = [targets.layers.index(layer) for layer in targets.labels.get("layer", targets.layers)]
+    found, gaps = [], []
+    with tqdm(total=len(pairs), desc=f"attribution patching · {what}", disable=not progress) as bar:
+        for start, batch in pair_batches(model, pairs, direction, batch_size):
+            where = {name: batch.cut(mask, start) for name, mask in masks.items()}
+            job = _Job(model, batch, site, targets.layers, measure, where, steps)
+            job.check()
+            found.append(torch.stack(METHODS[method](job), dim=1)[:, order].cpu())
+            gaps.append(batch.gap(model, measure).cpu())
+            bar.update(len(batch.pairs))
+    change, labels = torch.cat(found).view(len(pairs), *targets.shape, len(masks)), dict(targets.labels)
+    axes = targets.axes if by == "all" else (*targets.axes, by)
+    if by == "all":
+        change = change[..., 0]
+    else:
+        labels[by] = tuple(masks)
+    options = {"metric": metric, "direction": direction, "raw": raw, "by_pair": by_pair, "draws": draws}
+    of = f"{what}, estimated by {method}"
+    return as_result(change, torch.cat(gaps), pairs, axes=axes, labels=labels, of=of, **options)
+
+
+def _first_order(job: _Job) -> list[Float[Tensor, "batch component sum"]]:
+    names = [job.site.name(layer) for layer in job.layers]
+    theirs = job.activations(names, source=True)
+    base = job.gradients(names)
+    return [job.summed((theirs[name] - base[name][0]) * base[name][1]) for name in names]
+
+
+def _softmax_recomputed(job: _Job) -> list[Float[Tensor, "batch component sum"]]:
+    """AtP*: the pattern's change is exact, and its gradient is `∂metric/∂z · v`."""
+    if job.site.what not in ("q", "k"):
+        return _first_order(job)
+    at = {layer: f"blocks.{layer}.attn." for layer in job.layers}
+    hidden = ("hook_attn_scores", "hook_pattern")
+    refuse_hooks(job.model, [at[n] + name for n in at for name in hidden], "recomputing the softmax")
+    read = [at[n] + name for n in at for name in ("hook_rot_q", "hook_rot_k", "hook_v")]
+    theirs, ours = job.activations(read, source=True), job.activations(read, source=False)
+    slopes = job.gradients([at[n] + "hook_z" for n in at])
+    out = []
+    for name in at.values():
+        q, k, v = (ours[name + part] for part in ("hook_rot_q", "hook_rot_k", "hook_v"))
+        slope = slopes[name + "hook_z"][1]
+        gain = torch.einsum("bqhd,bkhd->bhqk", slope, _for_each_head(v, slope.shape[2]))
+        moved = theirs[name + ("hook_rot_q" if job.site.what == "q" else "hook_rot_k")]
+        out.append(_pattern_effect(job, q, k, moved, gain))
+    return out
+
+
+def _pattern_effect(
+    job: _Job,
+    q: Float[Tensor, "batch pos head d_head"],
+    k: Float[Tensor, "batch pos kv_head d_head"],
+    moved: Float[Tensor, "batch pos component d_head"],
+    gain: Float[Tensor, "batch head pos pos"],
+) -> Float[Tensor, "batch component sum"]:
+    """Change of the pattern with other queries or keys, all rotated, times the pattern's gradient."""
+    seen = attention_mask(job.batch.base.attention_mask.bool(), q.shape[1])
+    if seen is None:
+        seen = torch.ones(gain.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    before = _pattern(q, k, seen)
+    if job.site.what == "q":  # a query's change is its own
+        each = ((_pattern(moved, k, seen) - before) * gain).sum(-1, dtype=torch.float64)
+        return torch.einsum("bhp,gbp->bhg", each, job.masks)
+    out = []
+    for here in job.where.values():  # keys compete: those of a group change together
+        after = _pattern(q, torch.where(here[..., None, None], moved, k), seen)
+        each = ((after - before) * gain).sum((-1, -2), dtype=torch.float64)
+        out.append(each.unflatten(1, (k.shape[2], -1)).sum(-1))
+    return torch.stack(out, dim=-1)
+
+
+def _pattern(q: Tensor, k: Tensor, seen: Bool[Tensor, "..."]) -> Float[Tensor, "batch head query key"]:
+    scores = torch.einsum("bqhd,bkhd->bhqk", q / math.sqrt(q.shape[-1]), _for_each_head(k, q.shape[2]))
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32)
+
+
+def _for_each_head(x: Tensor, n_heads: int) -> Float[Tensor, "batch pos head d_head"]:
+    """Keys or values, repeated for the heads that share them."""
+    return x.repeat_interleave(n_heads // x.shape[2], dim=2)
+
+
+def _integrated(job: _Job) -> list[Float[Tensor, "batch component sum"]]:
+    """Integrated gradients, layer by layer."""
+    sites = {layer: job.site.name(layer) for layer in job.layers}
+    entered = {} if job.site.vision else {layer: f"blocks.{layer}.hook_resid_pre" for layer in job.layers}
+    theirs = job.activations(list(sites.values()), source=True)
+    ours = job.activations([*sites.values(), *entered.values()], source=False)
+    out = []
+    for layer, name in sites.items():
+        change, total = theirs[name] - ours[name], torch.zeros_like(ours[name])
+        start = None if job.site.vision else (layer, ours[entered[layer]])
+        for step in range(job.steps):
+            between = ours[name] + (step + 0.5) / job.steps * change
+            total += _slope(job, start, name, between)
+        out.append(job.summed(change * total / job.steps))
+    return out
+
+
+def _slope(job: _Job, start: tuple[int, Tensor] | None, name: str, value: Tensor) -> Tensor:
+    """The metric's gradient where a hook has this value.
+
+    Args:
+        job: What runs.
+        start: A decoder layer and the stream that enters it, if nothing below has to run.
+        name, value: The hook.
+    """
+    value = value.detach().requires_grad_()
+
+    def put(x: Tensor, hook: HookPoint) -> Tensor:
+        return value
+
+    inputs = job.inputs(source=False)
+    with torch.enable_grad(), job.model.hooks(fwd_hooks=[(name, put)]):
+        if start is None:
+            logits = job.model(inputs, logits_to_keep=1)
+        else:
+            layer, entered = start
+            logits = job.model(entered, start_at_layer=layer, inputs=inputs, logits_to_keep=1)
+        return torch.autograd.grad(job.batch.value(job.metric, logits[:, -1]).sum(), value)[0]
+
+
+METHODS: dict[str, Callable[[_Job], list[Tensor]]] = {
+    "atp": _first_order,
+    "atp*": _softmax_recomputed,
+    "ig": _integrated,
+}

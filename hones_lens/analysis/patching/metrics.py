@@ -1,0 +1,56 @@
+"""What patching is measured by: functions of the next token's logits, differentiable, one value a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hones_lens.analysis.patching.pairs import PatchPairs
+
+Logits = Float[Tensor, "batch d_vocab"]
+# Of the run's logits, the pairs, and the clean run's logits: a value for each pair, [batch].
+Metric = Callable[[Logits, PatchPairs, Logits], Float[Tensor, " batch"]]
+
+
+def logit_diff(logits: Logits, pairs: PatchPairs, clean: Logits) -> Float[Tensor, " batch"]:
+    """Logit of the clean answer minus the logit of the corrupted one.
+
+    Raises:
+        ValueError: The pairs have no foil.
+    """
+    if pairs.foil is None:
+        raise ValueError("these pairs have no foil: measure 'log_prob' or 'kl'")
+    rows = torch.arange(len(logits), device=logits.device)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits[rows, pairs.answer].to(wide) - logits[rows, pairs.foil].to(wide)
+
+
+def log_prob(logits: Logits, pairs: PatchPairs, clean: Logits) -> Float[Tensor, " batch"]:
+    """Log-probability of the clean answer's token, in nats."""
+    rows = torch.arange(len(logits), device=logits.device)
+    return logits.float().log_softmax(-1)[rows, pairs.answer]
+
+
+def kl(logits: Logits, pairs: PatchPairs, clean: Logits) -> Float[Tensor, " batch"]:
+    """KL(clean ‖ this run) of the next token, in nats, negated, so that higher is nearer to clean."""
+    was = clean.float().log_softmax(-1)
+    return -(was.exp() * (was - logits.float().log_softmax(-1))).sum(-1)
+
+
+METRICS: dict[str, Metric] = {"logit_diff": logit_diff, "log_prob": log_prob, "kl": kl}
+
+
+def as_metric(metric: str | Metric) -> Metric:
+    """A metric, or the metric of that name.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    if callable(metric):
+        return metric
+    if metric not in METRICS:
+        raise ValueError(f"unknown patching metric {metric!r}; valid: {', '.join(METRICS)}, or a function")
+    return METRICS[metric]

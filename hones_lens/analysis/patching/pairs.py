@@ -1,0 +1,216 @@
+"""Clean and corrupted inputs side by side, with the two tokens that tell their answers apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hones_lens.data import CounterfactualPair
+from hones_lens.interventions import Corruption, Group, token_mask
+from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.tasks import Task, load_task
+
+__all__ = ["Corruption", "PatchPairs", "corrupted_by", "counterfactual", "logits_at_end", "told_apart"]
+
+
+@dataclass(frozen=True, eq=False)
+class PatchPairs:
+    """A batch of clean prompts and the same batch corrupted, token for token in the same places.
+
+    Attributes:
+        clean, corrupted: Prepared; of one shape, padded alike, image tokens and masks in the same places.
+            Where the answers begin alike, what they share is at the end of both.
+        answer: The token that comes next on the clean input, [batch].
+        foil: The one that comes next on the corrupted input, [batch]; None where there is no other answer.
+        ids: What the pairs are called, for errors and results.
+        facts: The counterfactual pairs that they were made from, if they were.
+        task: Whose prompts those were given.
+        shared: How many tokens of the answers are at the end of each, [batch]; () for none.
+    """
+
+    clean: VLMInputs
+    corrupted: VLMInputs
+    answer: Int[Tensor, " batch"]
+    foil: Int[Tensor, " batch"] | None
+    ids: tuple[str, ...]
+    facts: tuple[CounterfactualPair, ...] = ()
+    task: str = ""
+    shared: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        clean, corrupted = self.clean, self.corrupted
+        for what in ("answer", "foil", "ids"):
+            value = getattr(self, what)
+            if value is not None and len(value) != len(clean):
+                raise ValueError(f"{len(value)} entries of {what} for {len(clean)} pairs")
+        if clean.input_ids.shape != corrupted.input_ids.shape:
+            raise ValueError(
+                f"clean inputs of the shape {tuple(clean.input_ids.shape)} and corrupted ones of "
+                f"{tuple(corrupted.input_ids.shape)}: a pair needs tokens in the same places"
+            )
+        same = clean.attention_mask.eq(corrupted.attention_mask) & clean.image_mask.eq(corrupted.image_mask)
+        for row, alike in enumerate(same.all(-1).tolist()):
+            if not alike or clean.grids[row : row + 1] != corrupted.grids[row : row + 1]:
+                raise ValueError(f"pair {self.ids[row]!r}: padding or image tokens lie in different places")
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> PatchPairs:
+        """Some pairs, without the padding that none of them needs."""
+        index = torch.arange(len(self))[rows]
+        numbers = index.tolist()
+        listed = {
+            name: tuple(values[i] for i in numbers) if (values := getattr(self, name)) else ()
+            for name in ("ids", "facts", "shared")
+        }
+        clean, corrupted = self.clean[index].without_padding(), self.corrupted[index].without_padding()
+        index = index.to(self.answer.device)
+        foil = None if self.foil is None else self.foil[index]
+        return replace(self, clean=clean, corrupted=corrupted, answer=self.answer[index], foil=foil, **listed)
+
+    def swapped(self) -> PatchPairs:
+        """The other way round: what was corrupted is clean.
+
+        Raises:
+            ValueError: There is no other answer.
+        """
+        if self.foil is None:
+            raise ValueError("pairs without a foil can't be swapped: the corrupted input has no answer")
+        facts = tuple(
+            replace(fact, clean=fact.corrupted, corrupted=fact.clean, answers=fact.answers[::-1])
+            for fact in self.facts
+        )
+        sides = {"clean": self.corrupted, "corrupted": self.clean}
+        return replace(self, **sides, answer=self.foil, foil=self.answer, facts=facts)
+
+    def prompts_alone(self) -> PatchPairs:
+        """The same pairs without what their answers share at the end, which a model may then say itself."""
+        if not any(self.shared):
+            return self
+        said = torch.tensor(self.shared, device=self.answer.device)
+        sides = (inputs.without_last(said).without_padding() for inputs in (self.clean, self.corrupted))
+        return replace(self, **dict(zip(("clean", "corrupted"), sides, strict=True)), shared=())
+
+    def mask(self, group: Group) -> Tensor:
+        """Positions of a token group, [batch pos]."""
+        return token_mask(self.clean, group)
+
+
+def counterfactual(model: HookedVLM, pairs: Sequence[CounterfactualPair], task: str | Task) -> PatchPairs:
+    """Inputs of counterfactual pairs: one prompt on two pictures that differ in one fact.
+
+    Args:
+        model: The model.
+        pairs: E.g. of `hones_lens.counterfactual_pairs`.
+        task: Whose prompt they are given.
+
+    Raises:
+        ValueError: No pairs, or answers of a pair that can't be told apart by one token.
+    """
+    if not pairs:
+        raise ValueError("no pairs")
+    task = load_task(task) if isinstance(task, str) else task
+    prompts = [task.target_prompt(pair.clean) for pair in pairs]
+    ids = tuple(pair.clean.id for pair in pairs)
+    clean = model.prepare([pair.clean.image for pair in pairs], prompts)
+    corrupted = model.prepare([pair.corrupted.image for pair in pairs], prompts)
+    answers = [
+        [model.continuation(p, a) for a in pair.answers] for p, pair in zip(prompts, pairs, strict=True)
+    ]
+    made = told_apart(model, clean, corrupted, answers, ids)
+    return replace(made, facts=tuple(pairs), task=task.name)
+
+
+def corrupted_by(
+    model: HookedVLM,
+    inputs: VLMInputs,
+    corruption: Corruption,
+    answers: Int[Tensor, " batch"] | Sequence[int],
+    foils: Int[Tensor, " batch"] | Sequence[int] | None = None,
+    ids: Sequence[str] = (),
+) -> PatchPairs:
+    """Inputs and what a corruption makes of them.
+
+    Args:
+        model, inputs: The clean batch, from `model.prepare`.
+        corruption: Takes the model and VLMInputs, and returns VLMInputs of the same shape (see
+            `hones_lens.interventions.corruptions`).
+        answers: The token that is right on the clean inputs, one a row.
+        foils: Another token, one a row.
+        ids: What the rows are called; default: their numbers.
+
+    Raises:
+        ValueError: The corruption moved tokens, or changed nothing in a row; another number of answers than
+            of rows.
+    """
+    known = model.as_inputs(inputs)
+    changed = model.as_inputs(corruption(model, known))
+    device = known.input_ids.device
+    foil = None if foils is None else torch.as_tensor(foils, device=device)
+    names = tuple(ids) or tuple(f"row {row}" for row in range(len(known)))
+    made = PatchPairs(known, changed, torch.as_tensor(answers, device=device), foil, names)
+    encoded = changed.image_embeds is not None
+    before = model.with_image_embeds(known) if encoded else known
+    for row, name in enumerate(names):
+        a, b = before[row], changed[row]
+        was, now = (i.image_embeds if encoded else i.pixel_values for i in (a, b))
+        alike = was is None or now is None or torch.equal(was, now)
+        if alike and torch.equal(a.input_ids, b.input_ids):
+            raise ValueError(f"{corruption} changes nothing in {name!r}")
+    return made
+
+
+def told_apart(
+    model: HookedVLM,
+    clean: VLMInputs,
+    corrupted: VLMInputs,
+    answers: Sequence[Sequence[list[int]]],
+    ids: tuple[str, ...],
+) -> PatchPairs:
+    """Pairs whose answers' common beginning is put behind the prompts.
+
+    Args:
+        model: The model.
+        clean, corrupted: The prompts.
+        answers: Of each pair the ids of the right answers to the clean and to the corrupted prompt, as they
+            follow it (`model.continuation`).
+        ids: What the pairs are called.
+
+    Raises:
+        ValueError: Both answers of a pair are the same tokens.
+    """
+    ends = model.cfg.eos_token_ids
+    shared, answer, foil = [], [], []
+    for (a, b), name in zip(answers, ids, strict=True):
+        a, b = ([*said, ends[0]] if ends else said for said in (a, b))
+        n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+        if n is None:
+            raise ValueError(f"pair {name!r}: no token tells its two answers apart")
+        shared.append(a[:n])
+        answer.append(a[n])
+        foil.append(b[n])
+    device = clean.input_ids.device
+    if any(shared):
+        clean, corrupted = (_behind(model, inputs, shared) for inputs in (clean, corrupted))
+    right, wrong = torch.tensor(answer, device=device), torch.tensor(foil, device=device)
+    counts = tuple(map(len, shared)) if any(shared) else ()
+    return PatchPairs(clean, corrupted, right, wrong, ids, shared=counts)
+
+
+def _behind(model: HookedVLM, inputs: VLMInputs, said: Sequence[list[int]]) -> VLMInputs:
+    """Rows with tokens behind them, of different numbers, padded on the left anew."""
+    longest = max(map(len, said))
+    pad = [[*row, *[model.cfg.pad_token_id] * (longest - len(row))] for row in said]
+    tokens = torch.tensor(pad, device=inputs.input_ids.device)
+    fillers = torch.tensor([longest - len(row) for row in said], device=tokens.device)
+    return inputs.extended(tokens).without_last(fillers)
+
+
+def logits_at_end(model: HookedVLM, inputs: VLMInputs) -> Float[Tensor, "batch d_vocab"]:
+    """Logits of the token that comes next."""
+    return model(inputs, logits_to_keep=1)[:, -1]

@@ -1,0 +1,94 @@
+"""Who sends and who receives along a path: heads; and heads' q, k or v, neurons, or the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from hones_lens.model import HookedVLM
+
+Head = tuple[int, int]
+Receiver = Literal["logits"] | tuple[int, int] | tuple[int, int, str]
+Receivers = str | Sequence[Receiver] | Mapping[str, Sequence[Receiver]]
+
+
+def every_receiver(model: HookedVLM, senders: Sequence[Head], neurons: bool = True) -> list[Receiver]:
+    """All that can receive from heads: q, k, v of the layers above, neurons, and the logits.
+
+    Args:
+        model: The model.
+        senders: Heads (layer, head).
+        neurons: With neurons, of the lowest sender's layer and above; without them, paths have to go
+            `through_mlps` to be all paths.
+    """
+    cfg, first = model.cfg, min(layer for layer, _ in senders)
+    counts = {"q": cfg.n_heads, "k": cfg.n_key_value_heads, "v": cfg.n_key_value_heads}
+    found: list[Receiver] = ["logits"]
+    for layer in range(first, cfg.n_layers):
+        if layer > first:
+            found += [(layer, head, part) for part, n in counts.items() for head in range(n)]
+        if neurons:
+            found += [(layer, i) for i in range(cfg.d_mlp)]
+    return found
+
+
+def hook_of(receiver: Receiver) -> str:
+    """Where a head or neuron receives."""
+    if len(receiver) == 3:
+        return f"blocks.{receiver[0]}.attn.hook_{receiver[2]}"
+    return f"blocks.{receiver[0]}.mlp.hook_post"
+
+
+def check_senders(model: HookedVLM, heads: Sequence[Head]) -> None:
+    """Raise ValueError for no heads, one twice, or one that the model does not have."""
+    if not heads or len(set(heads)) < len(heads):
+        raise ValueError(f"senders {list(heads)}: give at least one head, and each once")
+    for layer, head in heads:
+        if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
+            raise ValueError(
+                f"no head ({layer}, {head}): {model.cfg.n_layers} layers of {model.cfg.n_heads} heads"
+            )
+
+
+def grouped(model: HookedVLM, receivers: Receivers) -> dict[str, list[Receiver]]:
+    """Receivers by the name of what is patched together.
+
+    Raises:
+        ValueError: None at all, one twice, or one that the model does not have.
+    """
+    if isinstance(receivers, Mapping):
+        found = {name: list(some) for name, some in receivers.items()}
+    else:
+        listed: list = [receivers] if isinstance(receivers, str) else list(receivers)
+        found = {_receiver_name(model, receiver): [receiver] for receiver in listed}
+        if len(found) < len(listed):
+            raise ValueError("a receiver is given twice")
+    for name, some in found.items():
+        if not some or len(set(some)) < len(some):
+            raise ValueError(f"receivers {name!r}: give at least one, and each once")
+        for receiver in some:
+            _receiver_name(model, receiver)
+    if not found:
+        raise ValueError("no receivers")
+    return found
+
+
+def _receiver_name(model: HookedVLM, receiver: object) -> str:
+    """What a receiver is called: `logits`, `3.5.q`, or `3.n17` for a neuron."""
+    cfg = model.cfg
+    if receiver == "logits":
+        return "logits"
+    if not isinstance(receiver, tuple) or len(receiver) not in (2, 3):
+        raise ValueError(
+            f"receiver {receiver!r} is neither 'logits', a head (layer, head, 'q', 'k' or 'v'), "
+            "nor a neuron (layer, index)"
+        )
+    counts = {"q": cfg.n_heads, "k": cfg.n_key_value_heads, "v": cfg.n_key_value_heads, "neuron": cfg.d_mlp}
+    layer, index, part = receiver if len(receiver) == 3 else (*receiver, "neuron")
+    if part not in counts:
+        raise ValueError(f"receiver {receiver!r}: heads receive at 'q', 'k' or 'v'")
+    if not (0 <= layer < cfg.n_layers and 0 <= index < counts[part]):
+        raise ValueError(
+            f"no receiver {receiver!r}: there are {cfg.n_layers} layers, with {counts[part]} of {part!r} each"
+        )
+    return f"{layer}.n{index}" if part == "neuron" else f"{layer}.{index}.{part}"

@@ -1,0 +1,277 @@
+"""The work of activation patching: the metric of every pair under every patch, nothing computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens import ActivationCache
+
+from hones_lens import engine
+from hones_lens.analysis.patching.batches import PairBatch, pair_batches
+from hones_lens.analysis.patching.metrics import Metric, as_metric
+from hones_lens.analysis.patching.pairs import PatchPairs
+from hones_lens.analysis.patching.sites import PatchSite, Target, Targets, on_patches
+from hones_lens.engine import Budget, stacked
+from hones_lens.interventions import HeadEdit, Hook
+from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.tasks import load_task
+
+_MOST_SHARED = 16  # groups of positions for which a layer's changed heads are held
+
+
+@dataclass(frozen=True, eq=False)
+class Put:
+    """A hook function that puts another run's activation in, at some positions of some heads or neurons.
+
+    While answers are generated, what comes behind the prompt is left alone.
+
+    Attributes:
+        name: The hook.
+        site: What it holds.
+        value: The other run's activation.
+        mask: At which positions.
+        units: Which heads or neurons; None for all.
+    """
+
+    name: str
+    site: PatchSite
+    value: Tensor
+    mask: Bool[Tensor, "row pos"]
+    units: tuple[int, ...] | None = None
+
+    def __call__(self, x: Tensor, hook: object = None) -> Tensor:
+        if x.shape != self.value.shape:
+            axis = self.site.position_axis
+            if x.shape[axis] == 1 < self.value.shape[axis] and len(x) == len(self.value):
+                return x
+            fits, has = tuple(self.value.shape), tuple(x.shape)
+            raise ValueError(f"{self.name}: patch of shape {fits} for an activation {has}")
+        chosen = self.mask[..., None]
+        if self.units is not None:
+            n = x.shape[self.site.unit_axis]
+            these = torch.zeros(n, dtype=torch.bool, device=x.device)
+            chosen = chosen & these.index_fill(0, torch.tensor(self.units, device=x.device), True)
+        return torch.where(self.site.laid(chosen), self.value, x)
+
+
+@dataclass
+class Measured:
+    """The metric of every pair, unpatched and under each patch.
+
+    Attributes:
+        clean, corrupted: Of the two runs, [pair].
+        values: Under each patch, [patch pair].
+        run, full: How many patches were run, and how many of those as full passes, times pairs. Where both
+            runs have the same activations, there is nothing to run.
+    """
+
+    clean: Tensor
+    corrupted: Tensor
+    values: Float[Tensor, "patch pair"]
+    run: int = 0
+    full: int = 0
+
+    def change(self, direction: str) -> Float[Tensor, "patch pair"]:
+        """Patched minus not patched."""
+        return self.values - (self.clean if direction == "noise" else self.corrupted)
+
+    def gap(self, direction: str) -> Float[Tensor, " pair"]:
+        """The other run minus the one that is patched."""
+        return (self.corrupted - self.clean) * (1 if direction == "noise" else -1)
+
+    def notes(self, told: str) -> tuple[str, ...]:
+        """Baselines and what was run, in lines."""
+        gap = self.clean - self.corrupted
+        error = float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0
+        lines = [f"{told}: clean {self.clean.mean():.4g}, corrupted {self.corrupted.mean():.4g}"]
+        if float(gap.mean()) <= 2 * error:
+            lines.append(
+                f"clean and corrupted differ by {gap.mean():.3g} ± {2 * error:.3g} only: shares mean little"
+            )
+        cells, share = self.values.numel(), self.full / max(1, self.run)
+        lines.append(
+            f"{self.run:,} of {cells:,} patches run, {100 * share:.0f} % of them as full passes; in the "
+            "others both runs have the same activations"
+        )
+        return tuple(lines)
+
+
+@torch.no_grad()
+def measure_patches(
+    model: HookedVLM,
+    pairs: PatchPairs,
+    site: PatchSite,
+    targets: Targets,
+    positions: Mapping[str, Bool[Tensor, "pair pos"]],
+    *,
+    direction: str,
+    metric: str | Metric,
+    batch_size: int = 32,
+    progress: bool = True,
+    journal: MutableMapping[str, Any] | None = None,
+    memory_budget: float | None = None,
+) -> Measured:
+    """Every target patched at every group of positions, targets first: `patch_activations` before means.
+
+    Raises:
+        ValueError, FloatingPointError: As `patch_activations`.
+    """
+    n_patches, parts = len(targets.cells) * len(positions), []
+    with tqdm(total=n_patches * len(pairs), desc=f"patching · {site.what}", disable=not progress) as bar:
+        for start, batch in pair_batches(model, pairs, direction, batch_size):
+            key = f"patch/{start}"
+            saved = None if journal is None else journal.get(key)
+            if saved is None:
+                here = {name: batch.cut(mask, start) for name, mask in positions.items()}
+                job = _Job(model, batch, site, targets, here, metric, memory_budget)
+                saved = job.run(direction, bar.update)
+                if journal is not None:
+                    journal[key] = saved
+            else:
+                bar.update(n_patches * len(batch.pairs))
+            parts.append(saved)
+    clean, corrupted = (
+        torch.tensor([x for part in parts for x in part[name]], dtype=torch.float64)
+        for name in ("clean", "corrupted")
+    )
+    values = torch.cat([torch.tensor(part["values"], dtype=torch.float64) for part in parts], dim=1)
+    run, full = (sum(part[name] for part in parts) for name in ("run", "full"))
+    return Measured(clean, corrupted, values, run, full)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One batch, and what is patched in it."""
+
+    model: HookedVLM
+    batch: PairBatch
+    site: PatchSite
+    targets: Targets
+    positions: Mapping[str, Bool[Tensor, "row pos"]]
+    metric: str | Metric
+    memory_budget: float | None
+
+    def run(self, direction: str, tick: Callable[[int], object]) -> dict[str, Any]:
+        """The metric's values as lists: of the two runs [row], and under each patch [patch row]."""
+        base, source = (self._side(inputs) for inputs in (self.batch.base, self.batch.source))
+        names = [self.site.name(layer) for layer in self.targets.layers]
+        ours = self.model.run_with_cache(base, names_filter=names, logits_to_keep=1)[1]
+        logits, theirs = self.model.run_with_cache(source, names_filter=names, logits_to_keep=1)
+        arms: list[list[Hook]] = [[]]
+        places = []
+        for hooks in self._patches(base, ours, theirs):
+            places.append(len(arms) if hooks else 0)
+            arms += [hooks] if hooks else []
+        del ours
+        n, found = len(self.batch.pairs), {}
+        tick(places.count(0) * n)
+        for number, value in self._values(base, arms):
+            found[number] = value.cpu().double().tolist()
+            tick(n if number else 0)
+        other = self._scores(source, [[]])[0] if self.metric == "task" else self._metric(logits[:, -1])
+        ends = (found[0], other.cpu().double().tolist())
+        clean, corrupted = ends if direction == "noise" else ends[::-1]
+        run = (len(arms) - 1) * n
+        values = [found[place] for place in places]
+        return {
+            "clean": clean,
+            "corrupted": corrupted,
+            "values": values,
+            "run": run,
+            "full": run * self._full,
+        }
+
+    @property
+    def _full(self) -> bool:
+        """Whether patches run as full passes: vision's, of answers, and under lasting hooks of the model."""
+        lasting = any(point.fwd_hooks for point in self.model.hook_dict.values())
+        return lasting or self.site.vision or self.metric == "task"
+
+    def _side(self, inputs: VLMInputs) -> VLMInputs:
+        """A run's inputs; where the vision tower is patched, not encoded yet."""
+        if not self.site.vision or inputs.image_embeds is None:
+            return inputs
+        plain = replace(inputs, image_embeds=None)
+        if not torch.allclose(self.model.encode_images(plain), inputs.image_embeds, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                f"these pairs differ in image embeddings, behind the vision tower: {self.site.what} has "
+                "nothing to patch; corrupt pixels"
+            )
+        return plain
+
+    def _patches(
+        self, base: VLMInputs, ours: ActivationCache, theirs: ActivationCache
+    ) -> Iterator[list[Hook]]:
+        """Hooks of each patch; none where both runs have the same activations."""
+        masks = dict(self.positions)
+        if self.site.vision:
+            width = theirs[self.site.name(self.targets.layers[0])].shape[1]
+            masks = {name: on_patches(self.model, base, mask, width, name) for name, mask in masks.items()}
+        puts, moved = {}, {}
+        for layer in self.targets.layers:
+            name = self.site.name(layer)
+            differs = self.site.by_unit(ours[name] != theirs[name])
+            for group, mask in masks.items():
+                puts[layer, group] = Put(name, self.site, theirs[name], mask)
+                moved[layer, group] = (differs & mask[..., None]).flatten(0, 1).any(0)
+        for cell in self.targets.cells:
+            for group in masks:
+                each = [
+                    moved[n, group] if units is None else moved[n, group][list(units)] for n, units in cell
+                ]
+                yield self._hooks(cell, group, puts) if any(bool(some.any()) for some in each) else []
+
+    def _hooks(self, cell: Target, group: str, puts: Mapping[tuple[int, str], Put]) -> list[Hook]:
+        (layer, units), *more = cell
+        one_head = self.site.what == "z" and not more and units is not None and len(units) == 1
+        if one_head and len(puts) <= _MOST_SHARED * len(self.targets.layers) and self.metric != "task":
+            assert units is not None
+            put = puts[layer, group]  # shared by the layer's heads, which then run as rows of one batch
+            return [
+                (put.name, HeadEdit(put.name, units[0], put, f"the other run's output, {group}, instead"))
+            ]
+        return [(puts[n, group].name, replace(puts[n, group], units=units)) for n, units in cell]
+
+    def _metric(self, logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
+        return self.batch.value(as_metric(self.metric), logits)
+
+    def _values(self, base: VLMInputs, arms: list[list[Hook]]) -> Iterator[tuple[int, Tensor]]:
+        """Of each patch, its number and the metric [row]."""
+        if not self.site.vision and self.metric != "task":
+            for number, logits in engine.logits_under(
+                self.model, base, arms, memory_budget=self.memory_budget
+            ):
+                yield number, self._metric(logits[:, -1])
+            return
+        rows, tokens = len(base), base.attention_mask.numel()
+        at_once = Budget(self.model, self.memory_budget).rows(tokens, rows)
+        for start in range(0, len(arms), at_once):
+            some = arms[start : start + at_once]
+            found = self._scores(base, some) if self.metric == "task" else self._full_passes(base, some)
+            yield from zip(range(start, start + len(some)), found, strict=True)
+
+    def _full_passes(self, base: VLMInputs, arms: list[list[Hook]]) -> list[Tensor]:
+        repeated, hooks = self._side_by_side(base, arms)
+        with self.model.hooks(fwd_hooks=hooks):
+            logits = self.model(repeated, logits_to_keep=1)[:, -1]
+        return [self._metric(part) for part in logits.split(len(base))]
+
+    def _scores(self, base: VLMInputs, arms: list[list[Hook]]) -> list[Tensor]:
+        """The task's score of each pair's answer, for the clean example."""
+        repeated, hooks = self._side_by_side(base, arms)
+        with self.model.hooks(fwd_hooks=hooks):
+            said = self.model.generate(repeated, max_new_tokens=engine.MAX_NEW_TOKENS)
+        task, facts = load_task(self.batch.pairs.task), self.batch.pairs.facts * len(arms)
+        scores = [task.score(text, fact.clean) for text, fact in zip(said, facts, strict=True)]
+        return list(torch.tensor(scores, dtype=torch.float64).view(len(arms), -1))
+
+    def _side_by_side(self, base: VLMInputs, arms: list[list[Hook]]) -> tuple[VLMInputs, list[Hook]]:
+        """The rows once for each arm, and hooks that do to each what its arm does."""
+        rows = sum(map(len, base.grids)) if self.site.vision else len(base)
+        return base[list(range(len(base))) * len(arms)], stacked([(rows, arm) for arm in arms])

@@ -1,0 +1,291 @@
+"""What can be patched: kinds of activations, their heads or neurons, and the positions of token groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hones_lens.analysis.patching.pairs import PatchPairs
+from hones_lens.interventions import Group, named_groups
+from hones_lens.model import HookedVLM, VLMConfig, VLMInputs
+
+BY = ("group", "position", "all")
+# Heads or neurons: `each`, `together`, the same of every layer, (layer, index)s, or sets of these by name.
+Units = str | Sequence[int] | Sequence[tuple[int, int]] | Mapping[str, Sequence[tuple[int, int]]]
+# What one patch puts in: of each layer some units, or all (None).
+Target = tuple[tuple[int, tuple[int, ...] | None], ...]
+
+
+@dataclass(frozen=True)
+class PatchSite:
+    """A kind of activation.
+
+    Attributes:
+        what: What it is called.
+        hook: Its hook in a layer.
+        unit: What its components are called; None where it has none.
+        unit_axis, position_axis: Of the activation.
+        count: How many components a layer has.
+        vision: Of the vision tower instead of the decoder.
+    """
+
+    what: str
+    hook: str
+    unit: str | None = None
+    unit_axis: int = 2
+    position_axis: int = 1
+    count: Callable[[VLMConfig], int] = lambda cfg: 1
+    vision: bool = False
+
+    def name(self, layer: int) -> str:
+        """Of the hook in a layer."""
+        return ("vision_encoder." if self.vision else "") + f"blocks.{layer}.{self.hook}"
+
+    def n_layers(self, cfg: VLMConfig) -> int:
+        """How many layers have it."""
+        return cfg.vision.n_layers if self.vision else cfg.n_layers
+
+    def by_unit(self, x: Bool[Tensor, "row *rest"]) -> Bool[Tensor, "row pos unit"]:
+        """Whether anything is true at a position of a unit."""
+        if x.ndim == 3:
+            return x.any(-1, keepdim=True) if self.unit is None else x
+        return x.movedim((self.position_axis, self.unit_axis), (1, 2)).flatten(3).any(-1)
+
+    def laid(self, chosen: Bool[Tensor, "row pos unit"]) -> Bool[Tensor, "row *rest"]:
+        """Positions and units as a mask that can be laid over the activation."""
+        if self.unit in (None, "neuron"):
+            return chosen
+        return chosen[..., None].movedim((1, 2), (self.position_axis, self.unit_axis))
+
+
+def _decoder_sites() -> list[PatchSite]:
+    heads, kv_heads = (lambda cfg: cfg.n_heads), (lambda cfg: cfg.n_key_value_heads)
+    streams = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+    return [
+        *(PatchSite(name, f"hook_{name}") for name in streams),
+        *(PatchSite(name, f"attn.hook_{name}", "head", count=heads) for name in ("z", "q")),
+        *(PatchSite(name, f"attn.hook_{name}", "kv_head", count=kv_heads) for name in ("k", "v")),
+        PatchSite("pattern", "attn.hook_pattern", "head", unit_axis=1, position_axis=2, count=heads),
+        PatchSite("neurons", "mlp.hook_post", "neuron", count=lambda cfg: cfg.d_mlp),
+    ]
+
+
+SITES = {
+    site.what: site
+    for site in (
+        *_decoder_sites(),
+        PatchSite("vision_z", "attn.hook_z", "head", count=lambda cfg: cfg.vision.n_heads, vision=True),
+        PatchSite(
+            "vision_neurons", "mlp.hook_post", "neuron", count=lambda cfg: cfg.vision.d_mlp, vision=True
+        ),
+    )
+}
+
+
+def as_patch_site(what: str) -> PatchSite:
+    """The activation of that name.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    if what not in SITES:
+        raise ValueError(f"unknown activation {what!r}; valid: {', '.join(SITES)}")
+    return SITES[what]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is patched, one after the other, and how the results are laid out.
+
+    Attributes:
+        cells: Each patch, in the order of `shape`.
+        axes, shape: Of the results.
+        labels: By axis, where entries are not just numbered.
+    """
+
+    cells: tuple[Target, ...]
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    labels: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[int]:
+        """Every layer that is patched, once."""
+        return sorted({layer for cell in self.cells for layer, _ in cell})
+
+
+def targets_of(
+    site: PatchSite, cfg: VLMConfig, layers: Sequence[int] | None = None, units: Units | None = None
+) -> Targets:
+    """What to patch, one after the other.
+
+    Args:
+        site: The activation.
+        cfg: The model's.
+        layers: Which layers; default: all.
+        units: `each` head or neuron alone, all of a layer `together`, some of them by their index, one at a
+            time, pairs (layer, index), one at a time, or named sets of such pairs, each set at once.
+            Default: heads each alone, neurons together.
+
+    Raises:
+        ValueError: A layer or unit that is not there or given twice, units of what has none, or layers
+            beside units that say theirs.
+    """
+    if units is None:
+        units = "each" if site.unit in ("head", "kv_head") else "together"
+    if isinstance(units, str) and units not in ("each", "together"):
+        raise ValueError(f"unknown units {units!r}; valid: each, together, numbers, (layer, number)s or sets")
+    if site.unit is None and units != "together":
+        raise ValueError(f"{site.what} has no heads or neurons to choose from")
+    named = isinstance(units, Mapping)
+    if named or (not isinstance(units, str) and len(units) and not isinstance(units[0], int)):
+        if layers is not None:
+            raise ValueError("units that say their layers leave no layers to choose")
+        return _of_pairs(site, cfg, units)
+    chosen = _checked("layer", range(site.n_layers(cfg)) if layers is None else layers, site.n_layers(cfg))
+    labels = {} if layers is None else {"layer": tuple(chosen)}
+    if units == "together":
+        cells = tuple(((layer, None),) for layer in chosen)
+        return Targets(cells, ("layer",), (len(chosen),), labels)
+    assert site.unit is not None
+    count = site.count(cfg)
+    numbers: Any = range(count) if isinstance(units, str) else units
+    some = _checked(site.unit, numbers, count)
+    labels |= {} if isinstance(units, str) else {site.unit: tuple(some)}
+    cells = tuple(((layer, (unit,)),) for layer in chosen for unit in some)
+    return Targets(cells, ("layer", site.unit), (len(chosen), len(some)), labels)
+
+
+def _of_pairs(site: PatchSite, cfg: VLMConfig, units: Any) -> Targets:
+    """Pairs (layer, index), one at a time, or sets of them."""
+    assert site.unit is not None
+    sets = units if isinstance(units, Mapping) else {f"L{p[0]}.{p[1]}": [p] for p in units}
+    if len(sets) < len(units) or not sets:
+        raise ValueError(f"no {site.unit}s, or one that is given twice")
+    cells = []
+    for pairs in sets.values():
+        by_layer: dict[int, list[int]] = {}
+        for layer, index in ((int(pair[0]), int(pair[1])) for pair in pairs):
+            by_layer.setdefault(layer, []).append(index)
+        _checked("layer", list(by_layer), site.n_layers(cfg))
+        cells.append(
+            tuple((n, tuple(_checked(site.unit, by_layer[n], site.count(cfg)))) for n in sorted(by_layer))
+        )
+    axis = "set" if isinstance(units, Mapping) else site.unit
+    return Targets(tuple(cells), (axis,), (len(cells),), {axis: tuple(sets)})
+
+
+def _checked(kind: str, numbers: Sequence[int], count: int) -> list[int]:
+    chosen = [int(n) for n in numbers]
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"{kind}s {chosen}: give at least one, and each once")
+    for n in chosen:
+        if not 0 <= n < count:
+            raise ValueError(f"{kind} {n} is not in 0 … {count - 1}")
+    return chosen
+
+
+# -- positions ---------------------------------------------------------------------------------------
+
+
+def positions_of(
+    model: HookedVLM,
+    pairs: PatchPairs,
+    site: PatchSite,
+    by: str,
+    groups: Mapping[str, Group] | Sequence[Group] | None,
+) -> dict[str, Bool[Tensor, "pair pos"]]:
+    """Masks of the positions that are patched at once, by what they are called.
+
+    Raises:
+        ValueError: An unknown `by`, groups where there is nothing to choose, a group that is empty in a
+            pair, or pairs whose positions are not the same tokens.
+    """
+    if by not in BY:
+        raise ValueError(f"unknown by {by!r}; valid: {', '.join(BY)}")
+    if groups is not None and by != "group":
+        raise ValueError(f"groups are for by='group', not {by!r}")
+    tokens = pairs.clean.attention_mask.bool()
+    if by == "all":
+        return {"all": tokens}
+    if by == "position":
+        if site.vision:
+            raise ValueError(f"{site.what} has patches, not tokens: patch by group (a Box) or all of them")
+        labels = position_labels(model, pairs)
+        each = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
+        return {label: here.expand_as(tokens) for label, here in zip(labels, each, strict=True)}
+    if groups is None:
+        asked = "question" if "question" in pairs.clean.token_groups else "text"
+        groups = ["image"] if site.vision else ["image", asked, "last"]
+    return named_groups(pairs.clean, groups if isinstance(groups, Mapping) else list(groups))
+
+
+def position_labels(model: HookedVLM, pairs: PatchPairs) -> tuple[str, ...]:
+    """What each position holds, which is the same in all pairs: its number and its token.
+
+    Image tokens are called by their row and column, a token that is corrupted by both tokens.
+
+    Raises:
+        ValueError: Pairs of different lengths or with different tokens.
+    """
+    clean, corrupted = pairs.clean, pairs.corrupted
+    if not bool(clean.attention_mask.all()):
+        raise ValueError("by='position' needs pairs of one length: patch by group")
+    for inputs in (clean, corrupted):
+        other = (inputs.input_ids != inputs.input_ids[:1]).nonzero()
+        if len(other) or len(set(clean.grids)) > 1:
+            row, at = other[0].tolist() if len(other) else (1, 0)
+            raise ValueError(
+                f"pairs {pairs.ids[0]!r} and {pairs.ids[row]!r} have different tokens at position {at}: "
+                "by='position' needs pairs of one prompt; patch by group"
+            )
+    before, after = (model.to_str_tokens(inputs.input_ids[0]) for inputs in (clean, corrupted))
+    names = [a if a == b else f"{a}→{b}" for a, b in zip(before, after, strict=True)]
+    places = clean.image_mask[0].nonzero()[:, 0].tolist()
+    cells = []
+    for image, (rows, columns) in enumerate(clean.grids[0]):
+        which = f"image {image}" if len(clean.grids[0]) > 1 else "image"
+        cells += [f"{which} class"] * clean.leading_tokens
+        cells += [f"{which} {row},{column}" for row in range(rows) for column in range(columns)]
+    for place, cell in zip(places, cells, strict=True):
+        names[place] = cell
+    return tuple(f"{i} {name}" for i, name in enumerate(names))
+
+
+def on_patches(
+    model: HookedVLM, inputs: VLMInputs, mask: Bool[Tensor, "batch pos"], width: int, group: str
+) -> Bool[Tensor, "image token"]:
+    """A mask over the decoder's positions as one over the tokens of the vision tower.
+
+    What the tower holds beside patches (a class token, padding) is meant where a whole image is.
+
+    Args:
+        model, inputs: Whose.
+        mask: Over the inputs.
+        width: How many tokens of the tower an image has.
+        group: What the mask is called, for errors.
+
+    Raises:
+        ValueError: A row without an image token in the mask.
+    """
+    merge, masks = model.cfg.vision.merge_size, []
+    lead = width - max(r * c for row in inputs.patch_grids for r, c in row)
+    for row, grids in enumerate(inputs.grids):
+        here = mask[row][inputs.image_mask[row]]
+        if not bool(here.any()):
+            raise ValueError(
+                f"token group {group!r} has no image token in row {row}, and the vision tower no other"
+            )
+        sizes = [rows * columns + inputs.leading_tokens for rows, columns in grids]
+        for grid, tokens in zip(grids, here.split(sizes), strict=True):
+            cells = tokens[inputs.leading_tokens :]
+            patches = cells.view(grid).repeat_interleave(merge, 0).repeat_interleave(merge, 1).flatten()
+            out = torch.full((width,), bool(cells.all()), dtype=torch.bool, device=mask.device)
+            out[lead : lead + len(patches)] = patches
+            masks.append(out)
+    return torch.stack(masks)

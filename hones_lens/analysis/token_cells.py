@@ -1,0 +1,227 @@
+"""Tokens as a few cells: an image is one, and so is a stretch of text that is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hones_lens.interventions import Group, Hook, check_heads, token_mask
+from hones_lens.model import HookedVLM, ModelInput, VLMInputs, token_names
+
+MOST_CELLS = 200
+FOLDS = ("sum", "mean", "max")
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """The tokens of one row as cells, in their order; padding is in none.
+
+    Attributes:
+        names: The token, `[image 0: 8 × 8]`, or `[12 tokens]`.
+        spans: The positions of each.
+        images: Which image a cell is; None: text.
+        inputs: The row.
+    """
+
+    names: tuple[str, ...]
+    spans: tuple[tuple[int, ...], ...]
+    images: tuple[int | None, ...]
+    inputs: VLMInputs
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def fold(self, values: Float[Tensor, "*lead pos"], how: str = "sum") -> Float[Tensor, "*lead cell"]:
+        """One value a cell.
+
+        Args:
+            values: By position.
+            how: `sum`, `mean` or `max` of a cell's tokens.
+
+        Raises:
+            ValueError: An unknown `how`, or another number of values than of positions.
+        """
+        if how not in FOLDS:
+            raise ValueError(f"unknown fold {how!r}; valid: {', '.join(FOLDS)}")
+        n_positions = self.inputs.input_ids.shape[1]
+        if values.shape[-1] != n_positions:
+            raise ValueError(f"{values.shape[-1]} values for {n_positions} positions")
+        parts = [values[..., list(span)] for span in self.spans]
+        reduced = [part.amax(-1) if how == "max" else getattr(part, how)(-1) for part in parts]
+        return torch.stack(reduced, dim=-1)
+
+    def pattern(self, pattern: Float[Tensor, "*lead query key"]) -> Float[Tensor, "*lead cell cell"]:
+        """Attention between cells: summed over keys, averaged over queries, so that rows still sum to 1."""
+        by_key = self.fold(pattern, "sum")
+        return self.fold(by_key.transpose(-1, -2), "mean").transpose(-1, -2)
+
+    def patches(
+        self, pattern: Float[Tensor, "*lead query key"], image: int
+    ) -> Float[Tensor, "*lead cell rows columns"]:
+        """Attention from each cell to each token of an image's grid, averaged over the cell's queries."""
+        rows, columns = self.inputs.grids[0][image]
+        (span,) = [s for s, which in zip(self.spans, self.images, strict=True) if which == image]
+        grid = list(span[self.inputs.leading_tokens :])
+        by_cell = self.fold(pattern[..., grid].transpose(-1, -2), "mean").transpose(-1, -2)
+        return by_cell.unflatten(-1, (rows, columns))
+
+
+def fold_tokens(
+    model: HookedVLM, model_input: ModelInput, keep: Group = "text", *, row: int = 0, most: int = MOST_CELLS
+) -> Cells:
+    """A row's tokens as cells: each image one, each kept token one, each stretch of other text one.
+
+    Args:
+        model: Whose tokens.
+        model_input: A batch.
+        keep: Which text tokens stay as they are, a group; images are folded in any case.
+        row: Of the batch.
+        most: Cells at the most.
+
+    Raises:
+        ValueError: More cells than that; an empty or unknown group.
+        IndexError: No such row.
+    """
+    inputs = model.as_inputs(model_input)
+    if not 0 <= row < len(inputs):
+        raise IndexError(f"there are {len(inputs)} rows; there is no row {row}")
+    if isinstance(keep, Tensor):
+        keep = token_mask(inputs, keep)[row : row + 1]
+    one = inputs[row]
+    kept = token_mask(one, keep)[0].tolist()
+    starts = _image_spans(one)
+    tokens = token_names(model, one.input_ids[0].tolist())
+    names, spans, images = [], [], []
+    position = int((one.attention_mask[0] == 0).sum())
+    while position < len(tokens):
+        image, end = None, position + 1
+        if position in starts:
+            image, end = starts[position]
+        elif not kept[position]:
+            while end < len(tokens) and not kept[end] and end not in starts:
+                end += 1
+        names.append(_name(tokens[position], image, end - position, one, kept[position]))
+        spans.append(tuple(range(position, end)))
+        images.append(image)
+        position = end
+    if len(names) > most:
+        raise ValueError(
+            f"{len(names)} cells, more than {most}: fold text by keeping less of it, e.g. keep='question'"
+        )
+    return Cells(tuple(names), tuple(spans), tuple(images), one.to("cpu"))
+
+
+def _image_spans(inputs: VLMInputs) -> dict[int, tuple[int, int]]:
+    """By first position of each image of the one row: its number, and the position behind it."""
+    places = inputs.image_mask[0].nonzero()[:, 0].tolist()
+    found: dict[int, tuple[int, int]] = {}
+    for image, (rows, columns) in enumerate(inputs.grids[0] if inputs.grids else ()):
+        n = rows * columns + inputs.leading_tokens
+        mine, places = places[:n], places[n:]
+        if mine[-1] - mine[0] != n - 1:
+            raise ValueError(f"the tokens of image {image} do not lie side by side")
+        found[mine[0]] = (image, mine[-1] + 1)
+    return found
+
+
+def _name(token: str, image: int | None, n: int, inputs: VLMInputs, kept: bool) -> str:
+    if image is not None:
+        rows, columns = inputs.grids[0][image]
+        return f"[image {image}: {rows} × {columns}]"
+    return token if kept else f"[{n} token{'s' if n > 1 else ''}]"
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedAttention:
+    """Attention of some heads between cells, and from cells to patches.
+
+    Attributes:
+        model_name: Of which model.
+        heads: (layer, head) of each.
+        cells: The cells.
+        pattern: `Cells.pattern` of each head, on the CPU, [head cell cell].
+        patches: `Cells.patches` of each head, for each image, [head cell rows columns].
+    """
+
+    model_name: str
+    heads: tuple[tuple[int, int], ...]
+    cells: Cells
+    pattern: Float[Tensor, "head query key"]
+    patches: tuple[Tensor, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the heads are called: `L1H3`."""
+        return tuple(f"L{layer}H{head}" for layer, head in self.heads)
+
+    def __str__(self) -> str:
+        return f"{self.model_name}: attention of {', '.join(self.names)} between {len(self.cells)} cells"
+
+    __repr__ = __str__
+
+    def plot(self, **options: Any) -> Any:
+        """A map of query by key for each head.
+
+        Args:
+            options: Of `hones_lens.viz.cell_plots.cell_patterns`.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from hones_lens.viz import cell_patterns
+
+        return cell_patterns(self, **options)
+
+
+@torch.no_grad()
+def folded_attention(
+    model: HookedVLM,
+    model_input: ModelInput,
+    heads: Iterable[Sequence[Any]],
+    keep: Group = "text",
+    *,
+    row: int = 0,
+    most: int = MOST_CELLS,
+    hooks: Sequence[Hook] = (),
+) -> FoldedAttention:
+    """Attention patterns with images folded, made layer by layer, so that no whole pattern is kept.
+
+    Args:
+        model, model_input: What to run.
+        heads: (layer, head), or components as `HeadScores.top` returns them.
+        keep, row, most: As for `fold_tokens`.
+        hooks: An intervention to run under.
+
+    Raises:
+        ValueError: No heads, one that the model does not have; and as `fold_tokens`.
+    """
+    chosen = check_heads(model, heads)
+    inputs = model.as_inputs(model_input)
+    cells = fold_tokens(model, inputs, keep, row=row, most=most)
+    images = [image for image in cells.images if image is not None]
+    found: dict[tuple[int, int], tuple[Tensor, list[Tensor]]] = {}
+
+    def look(layer: int) -> Any:
+        def read(pattern: Tensor, hook: object) -> None:
+            for at, head in chosen:
+                if at == layer:
+                    one = pattern[0, head].float().cpu()
+                    found[at, head] = cells.pattern(one), [cells.patches(one, image) for image in images]
+
+        return read
+
+    readers = [(f"blocks.{at}.attn.hook_pattern", look(at)) for at in sorted({at for at, _ in chosen})]
+    with model.hooks(fwd_hooks=[*hooks, *readers]):
+        model(inputs[row], logits_to_keep=1)
+    return FoldedAttention(
+        model_name=model.cfg.model_name,
+        heads=chosen,
+        cells=cells,
+        pattern=torch.stack([found[head][0] for head in chosen]),
+        patches=tuple(torch.stack([found[head][1][i] for head in chosen]) for i in range(len(images))),
+    )

@@ -1,0 +1,1 @@
+"""Checks of a checkpoint: parity with Hugging Face, precision."""

@@ -1,0 +1,138 @@
+"""`hones check`: prove on the user's own checkpoint that ours computes what Hugging Face's does."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hones_lens.data import load_examples
+from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.tasks import load_task
+
+# Largest difference of logits that rounding explains, as a share of the largest logit.
+TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-9, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked, whether it held, and the figure."""
+
+    name: str
+    passed: bool
+    figure: str
+
+
+def check_model(hooked: HookedVLM, hf_model, max_new_tokens: int = 16) -> list[Check]:
+    """Parity of logits and greedy tokens, live hooks, image geometry and peak memory.
+
+    Args:
+        hooked: Ours, made from `hf_model`.
+        hf_model: Hugging Face's model.
+        max_new_tokens: Greedy tokens to compare on each of the prompts.
+    """
+    examples = load_examples("shapes-varied", "vqa", "test", limit=3)
+    prompts = [load_task("vqa").prompts(example)[0] for example in examples]
+    inputs = hooked.prepare([example.image for example in examples], prompts)
+    return [
+        _logits(hooked, hf_model, inputs),
+        _greedy(hooked, hf_model, inputs, max_new_tokens),
+        _layers(hooked, inputs),
+        _hooks(hooked, inputs[0]),
+        _geometry(hooked),
+        _memory(hooked),
+    ]
+
+
+@torch.no_grad()
+def _logits(hooked: HookedVLM, hf_model, inputs: VLMInputs) -> Check:
+    ours, theirs = hooked(inputs).float(), hf_model(**inputs.to_hf()).logits.float()
+    real = inputs.attention_mask.bool().to(ours.device)
+    difference = float((ours - theirs)[real].abs().max())
+    largest = float(theirs[real].abs().max())
+    agree = float((ours.argmax(-1) == theirs.argmax(-1))[real].float().mean())
+    passed = difference <= TOLERANCES[hooked.cfg.dtype] * max(1.0, largest)
+    figure = f"max |difference| {difference:.2e} (largest logit {largest:.1f}), same top token at {agree:.1%}"
+    return Check("logits equal Hugging Face's", passed, figure)
+
+
+@torch.no_grad()
+def _greedy(hooked: HookedVLM, hf_model, inputs: VLMInputs, max_new_tokens: int) -> Check:
+    ours = hooked.generate(inputs, max_new_tokens, return_type="tokens")
+    assert isinstance(ours, Tensor)
+    theirs = hf_model.generate(
+        **inputs.to_hf(), do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, max_length=None
+    )
+    new = theirs[:, inputs.input_ids.shape[1] :]
+    same = ours.shape == new.shape and bool((ours == new).all())
+    return Check("greedy tokens equal Hugging Face's", same, f"{ours.numel()} tokens in {len(inputs)} rows")
+
+
+@torch.no_grad()
+def _layers(hooked: HookedVLM, inputs: VLMInputs) -> Check:
+    whole = hooked(inputs)
+    worst = 0.0
+    for layer in range(hooked.cfg.n_layers + 1):
+        resid = hooked(inputs, stop_at_layer=layer)
+        worst = max(worst, float((hooked(resid, start_at_layer=layer, inputs=inputs) - whole).abs().max()))
+    return Check("stopping and starting at every layer", worst == 0, f"max |difference| {worst:.1e}")
+
+
+@torch.no_grad()
+def _hooks(hooked: HookedVLM, inputs: VLMInputs) -> Check:
+    clean = hooked(inputs)
+    generator = torch.Generator(device=clean.device).manual_seed(0)
+
+    def nudge(x: Tensor, hook: object) -> Tensor:
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+        finite = x[torch.isfinite(x)].float()
+        return x + (0.5 * finite.std() * noise).to(x.dtype)
+
+    dead = []
+    for name in hooked.hook_dict:
+        if bool((hooked.run_with_hooks(inputs, fwd_hooks=[(name, nudge)]) == clean).all()):
+            dead.append(name)
+    figure = f"{len(hooked.hook_dict)} hooks edited, {len(dead)} without effect"
+    return Check("every hook is causal", not dead, figure + (f": {', '.join(dead[:5])}" if dead else ""))
+
+
+@torch.no_grad()
+def _geometry(hooked: HookedVLM) -> Check:
+    """A mark on one patch of a blank picture must show at that patch of the grid."""
+    side = hooked.cfg.vision.image_size
+    width, height = (side, side) if side else (140, 112)
+    blank = Image.new("RGB", (width, height), (114, 114, 114))
+    rows, columns = hooked.prepare(blank, "Look.").patch_grids[0][0]
+    wrong: list[tuple[int, int]] = []
+    for row, column in _corners(rows, columns):
+        marked = blank.copy()
+        across = [round(width * c / columns) for c in (column, column + 1)]
+        down = [round(height * r / rows) for r in (row, row + 1)]
+        marked.paste((255, 255, 255), (across[0], down[0], across[1], down[1]))
+        inputs = hooked.prepare([blank, marked], ["Look.", "Look."])
+        _, cache = hooked.run_with_cache(inputs, names_filter="vision_encoder.hook_embed")
+        embeds = cache["vision_encoder.hook_embed"].float()
+        change = (embeds[1] - embeds[0]).norm(dim=-1)[-rows * columns :]
+        grid = inputs.heatmap(torch.nn.functional.pad(change, (inputs.leading_tokens, 0)))
+        if divmod(int(grid.argmax()), columns) != (row, column):
+            wrong.append((row, column))
+    figure = f"grid of {rows} × {columns}, {len(wrong)} of {len(_corners(rows, columns))} marks misplaced"
+    return Check("patches lie where the picture has them", not wrong, figure)
+
+
+def _corners(rows: int, columns: int) -> Sequence[tuple[int, int]]:
+    return [(0, 0), (0, columns - 1), (rows - 1, 0), (rows - 1, columns - 1), (rows // 2, columns // 3)]
+
+
+def _memory(hooked: HookedVLM) -> Check:
+    held = sum(p.numel() * p.element_size() for p in hooked.parameters())
+    if hooked.cfg.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(hooked.cfg.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figure = f"{peak / 2**30:.2f} GiB at the peak, of which weights {held / 2**30:.2f} GiB"
+    return Check("memory", True, figure)

@@ -1,0 +1,226 @@
+"""The explorer outside of a notebook: its script and style, a page that keeps its numbers, a still."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from html import escape
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template
+from PIL import Image
+
+from hones_lens.app.explorer.state import Edit, Place, State
+from hones_lens.app.explorer.views import NEURONS, SECTIONS, Views
+from hones_lens.viz import BRIGHT, PALETTE, attention_over_image, image_uri, plot_image
+
+MOST_BYTES = 950_000  # of a page that is written
+_WELL = ("#f1f4f7", "#262c33")  # behind bars and switches
+_PAGE = Template(
+    """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="generator" content="hones_lens">
+<link rel="icon" href="data:,">
+<title>{{ title | e }}</title>
+<style>
+{{ style }}
+body { margin: 0; background: #f4f6f8; }
+main { max-width: 1180px; margin: 0 auto; padding: 14px 12px 40px; }
+@media (prefers-color-scheme: dark) { body { background: #121519; } }
+</style>
+</head>
+<body>
+<main id="explorer"><noscript>This page draws with JavaScript.</noscript></main>
+<script type="application/json" id="data">{{ data }}</script>
+<script type="module">
+{{ script }}
+const data = JSON.parse(document.getElementById("data").textContent);
+mount(document.getElementById("explorer"), {{ backend }});
+</script>
+</body>
+</html>
+"""
+)
+
+
+def script() -> str:
+    """The JavaScript, as one module."""
+    return _static("explorer.js")
+
+
+def stylesheet() -> str:
+    """The style, with the palette's colours for light and dark."""
+    light, dark = (_variables(i) for i in (0, 1))
+    rules = [
+        f".hones-explorer {{ {light} }}",
+        f"@media (prefers-color-scheme: dark) {{ .hones-explorer {{ {dark} }} }}",
+        # Jupyter, marimo and VS Code have schemes of their own.
+        f'body[data-jp-theme-light="true"] .hones-explorer {{ {light} }}',
+        f'body[data-jp-theme-light="false"] .hones-explorer {{ {dark} }}',
+        f":host-context(.light) .hones-explorer {{ {light} }}",
+        f":host-context(.dark) .hones-explorer {{ {dark} }}",
+        f"body.vscode-light .hones-explorer {{ {light} }}",
+        f"body.vscode-dark .hones-explorer {{ {dark} }}",
+    ]
+    return "\n".join([*rules, _static("explorer.css")])
+
+
+def _static(name: str) -> str:
+    return (files("hones_lens.app.explorer") / "static" / name).read_text(encoding="utf-8")
+
+
+def _variables(scheme: int) -> str:
+    colours = {name: pair[scheme] for name, pair in PALETTE.items()}
+    colours |= {"well": _WELL[scheme], "bright": BRIGHT}
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
+
+def html(title: str, data: Any, backend: str) -> str:
+    """A page with everything in it.
+
+    Args:
+        title: Of the window.
+        data: What the script reads as `data`.
+        backend: JavaScript that makes a backend of it.
+    """
+    parts = {"style": stylesheet(), "script": script(), "data": _packed(data), "backend": backend}
+    return _PAGE.render(title=title, **parts)
+
+
+def _packed(data: Any) -> str:
+    """JSON in ASCII that can stand in a script."""
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+# -- a page that keeps its numbers -----------------------------------------------------------------
+
+
+def write_page(views: Views, state: State, file: str | Path, most_bytes: int | None = None) -> Path:
+    """Write one HTML file that is clicked through without Python or network.
+
+    What is kept, in this order, until the size is reached: what the state shows; details of every head and of
+    the neurons that are listed first; the answer with each head ablated; the lens of every position; the
+    answer with each of those neurons ablated; the neurons that other heads feed; other tokens to look from.
+    Details that no longer fit say so when they are clicked.
+
+    Args:
+        views: What is shown.
+        state: How it opens; without its edits.
+        file: Where to; its folder is made if need be.
+        most_bytes: Its size at most; default: MOST_BYTES.
+
+    Raises:
+        ValueError: The first view alone is larger.
+    """
+    most_bytes = MOST_BYTES if most_bytes is None else most_bytes
+    state = replace(state, edits=())
+    scene = views.scene()
+    kept: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    size = len(html("", {"scene": scene, "state": state.to_json(), "kept": kept}, "").encode()) + 100
+    for name, key, wanted in _worth_keeping(views, state):
+        if key in kept[name]:
+            continue
+        section = views.section(name, wanted)
+        size += len(_packed({key: section}))
+        if size > most_bytes:
+            break
+        kept[name][key] = section
+    if not all(kept.values()):
+        raise ValueError(f"{most_bytes:,} bytes do not hold the first view")
+    data = {"scene": scene, "state": state.to_json(), "kept": kept}
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(html(f"{scene['model']} · explorer", data, "ofPage(data)"), encoding="utf-8")
+    return file
+
+
+def _worth_keeping(views: Views, state: State) -> Iterator[tuple[str, str, State]]:
+    """(section, key, state), the most useful first; keys as the script's `ofPage` makes them."""
+    cfg, said = views.model.cfg, views.said
+    heads = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    neurons = _listed_neurons(views, state, heads)
+    first = list(dict.fromkeys(islice(neurons, 2 * NEURONS)))
+    yield from _keys(views, state, SECTIONS)
+    for head in heads:
+        yield from _keys(views, replace(state, head=head), ("head",))
+    for neuron in first:
+        yield from _keys(views, replace(state, neuron=neuron), ("neuron",))
+    for head in heads:
+        yield from _keys(views, replace(state, edits=(Edit("head", *head),)), ("answer",))
+    for position in range(said.n_tokens):
+        yield from _keys(views, replace(state, lens=position), ("lens",))
+    for neuron in first:
+        yield from _keys(views, replace(state, edits=(Edit("neuron", *neuron),)), ("answer",))
+    for neuron in neurons:
+        yield from _keys(views, replace(state, neuron=neuron), ("neuron",))
+    texts = (~said.sequence.image_mask[0]).nonzero()[:, 0].flip(0).tolist()
+    for token in texts:
+        yield from _keys(views, replace(state, token=token), ("answer", "map", "attention", "head", "neuron"))
+
+
+def _listed_neurons(views: Views, state: State, heads: list[Place]) -> Iterator[Place]:
+    """Those that the first view lists, then those that each head feeds most."""
+    for rows in (views.section("map", state)["neurons"], views.fed(state)):
+        yield from ((layer, index) for layer, index, *_ in rows)
+    for head in heads:
+        yield from ((layer, index) for layer, index, *_ in views.fed(replace(state, head=head)))
+
+
+def _keys(views: Views, state: State, names: tuple[str, ...]) -> Iterator[tuple[str, str, State]]:
+    token, step = state.token, views.said.step(state.token)
+    edits = "+".join(f"L{e.layer}{e.kind[0].upper()}{e.index}" for e in state.edits)
+    keys = {
+        "answer": f"{edits}@{step}",
+        "map": f"{step}",
+        "attention": f"{token}",
+        "head": f"{token}@{state.head[0]}.{state.head[1]}",
+        "neuron": f"{token}@{state.neuron[0]}.{state.neuron[1]}",
+        "lens": f"{state.lens}",
+    }
+    for name in names:
+        yield name, keys[name], state
+
+
+# -- a still, for saved notebooks ------------------------------------------------------------------
+
+
+def still(views: Views, state: State) -> str:
+    """Picture with the head's attention, prompt and answer, as HTML without script."""
+    layer, head = state.head
+    answer = views.section("answer", state)
+    pattern = views.ran(state.edits, state.token).pattern[layer, head]
+    name = f"L{layer}H{head}"
+    pictures = [image_uri(_lit(views, i, pattern), 320) for i in range(len(views.pictures))]
+    shown = "".join(
+        f'<img src="{uri}" alt="attention of {name} over the picture" width="240">' for uri in pictures
+    )
+    prompt = views.said.prompt
+    first = views.readable(int(views.said.answer[0]))
+    was = f", {100 * answer['was'][0]:.2f} % without the edits" if state.edits else ""
+    rows = {
+        "model": views.model.cfg.model_name,
+        "prompt": views.model.tokenizer.decode(prompt.input_ids[prompt.token_groups["question"]]),
+        "answer": answer["text"],
+        f"probability of “{first}”": f"{100 * answer['p'][0]:.2f} %{was}",
+        "edits": ", ".join(map(str, state.edits)) or "none",
+        "picture": f"lit where {name} looks from {views.position_name(state.token)}",
+    }
+    table = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows.items())
+    note = "Run the notebook to click through it: explore(model, image, prompt)."
+    return f"<div>{shown}<table>{table}</table><p><small>{note}</small></p></div>"
+
+
+def _lit(views: Views, image: int, pattern: Any) -> Image.Image:
+    """A picture with a head's attention over the part that the model sees."""
+    grid = views.said.sequence.heatmap(pattern.cpu(), 0, image)
+    picture = views.pictures[image]
+    left, top, right, bottom = (round(side) for side in views.said.prompt.regions[0][image])
+    return plot_image(attention_over_image(picture.crop((left, top, right, bottom)), grid, bare=True))

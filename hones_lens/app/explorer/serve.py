@@ -1,0 +1,106 @@
+"""The explorer as a page in the browser: an app of marimo, which this computer alone can reach."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hones_lens.app.explorer.views import Views
+from hones_lens.data import load_examples
+from hones_lens.model import Picture
+from hones_lens.tasks import load_task
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from hones_lens.app.explorer.widget import Explorer
+
+LOOPBACK = "127.0.0.1"
+_APP = Path(__file__).with_name("app.py")
+# The explorer alone, over the whole width.
+_HEAD = """<style>
+[data-testid="notebook-actions-dropdown"] { display: none !important; }
+#App > div { padding: 4px 0 !important; }
+</style>"""
+_served: list[Views] = []  # the one that tabs show; marimo runs them as threads of this process
+
+
+def subject(image: str | None, prompt: str | None) -> tuple[Picture, str]:
+    """The picture and the prompt to explore; what is not given is of the shapes world.
+
+    A picture alone is to be described. A prompt alone is asked of the picture of the shapes world.
+    """
+    name = "vqa" if image is None else "caption"
+    task = load_task(name)
+    example = load_examples("shapes", name, "test", limit=2)[1]
+    return image or example.image, prompt or task.target_prompt(example)
+
+
+def listen(port: int = 0) -> socket.socket:
+    """A socket of this computer alone; a browser that comes early waits.
+
+    Args:
+        port: Which; 0 for one that is free.
+
+    Raises:
+        OSError: The port is taken.
+        ValueError: There is no such port.
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"there is no port {port}")
+    return socket.create_server((LOOPBACK, port))
+
+
+def prepare(views: Views, listener: socket.socket) -> tuple[uvicorn.Server, str]:
+    """A server of the page, and the page's address, which holds the token that the page asks for.
+
+    Args:
+        views: What every tab shows.
+        listener: Where, from `listen`; `server.run([listener])` closes it in the end.
+    """
+    import marimo
+    import uvicorn
+
+    _served[:] = [views]
+    port = listener.getsockname()[1]
+    path = f"/explorer-{port}"  # cookies know paths and no ports: each server needs its own
+    token = secrets.token_urlsafe(16)
+    # A tab's thread ends with its connection (session_ttl), or the process would outlive Ctrl-C.
+    apps = marimo.create_asgi_app(quiet=True, token=token, session_ttl=0, html_head=_HEAD)
+    app = apps.with_app(path=path, root=str(_APP)).build()
+    config = uvicorn.Config(app, log_level="error", ws_ping_timeout=60, timeout_graceful_shutdown=1)
+    return uvicorn.Server(config), f"http://{LOOPBACK}:{port}{path}/?access_token={token}"
+
+
+def run(views: Views, listener: socket.socket, *, browser: bool = True) -> None:
+    """Serve until Ctrl-C.
+
+    Args:
+        views: What every tab shows.
+        listener: Where, from `listen`.
+        browser: Open the page.
+    """
+    server, address = prepare(views, listener)
+    print(f"Explorer: {address} (Ctrl-C ends it)", flush=True)
+    if browser:
+        webbrowser.open(address)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run([listener])
+    print()
+
+
+def tab() -> Explorer:
+    """The explorer of a tab that was opened: its state is its own, the model is everybody's.
+
+    Raises:
+        RuntimeError: Nothing is served.
+    """
+    from hones_lens.app.explorer.widget import Explorer
+
+    if not _served:
+        raise RuntimeError("nothing is served here: start this page with `hones explore`")
+    return Explorer(_served[0])

@@ -1,0 +1,139 @@
+"""What an explorer shows and what it changes in the model: plain values, and the hooks that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hones_lens.interventions import Hook, neuron_hook, replace_with_other_heads_mean, scale, zero
+from hones_lens.model import VLMConfig
+
+Place = tuple[int, int]  # layer and index
+SHOWN = ("head", "neuron", "picture")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One head or one neuron that is changed, at every position, prompt and generated alike.
+
+    Attributes:
+        kind: `head` or `neuron`.
+        layer, index: Which one.
+        factor: What its output is multiplied by. None ablates it: a head becomes the mean of its layer's
+            other heads (HONES eq. H1), a neuron becomes zero (HONES eq. H4).
+    """
+
+    kind: str
+    layer: int
+    index: int
+    factor: float | None = None
+
+    @property
+    def hook(self) -> Hook:
+        """As `(name, fn)` for `run_with_hooks`."""
+        if self.kind == "neuron":
+            name = neuron_hook(self.layer)
+            return zero(name, [self.index]) if self.factor is None else scale(name, [self.index], self.factor)
+        if self.factor is None:
+            return replace_with_other_heads_mean(self.layer, self.index)
+        return scale(f"blocks.{self.layer}.attn.hook_z", [self.index], self.factor, axis=2)
+
+    def __str__(self) -> str:
+        name = f"L{self.layer}{'H' if self.kind == 'head' else 'N'}{self.index}"
+        return f"{name} ablated" if self.factor is None else f"{name} × {self.factor:g}"
+
+
+@dataclass(frozen=True)
+class State:
+    """What is looked at, and what is changed.
+
+    Attributes:
+        token: The position that is looked from: attention is that of its query, and heads and neurons are
+            read where they write at it.
+        lens: The position that the logit lens is of.
+        head, neuron: (layer, index) of those whose details are shown.
+        show: What lies over the picture: the `head`'s attention, the `neuron`'s activation, or nothing
+            (`picture`).
+        edits: In the order in which they act within a layer; at most one of each head or neuron.
+    """
+
+    token: int
+    lens: int
+    head: Place
+    neuron: Place
+    show: str = "head"
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def interventions(self) -> list[Hook]:
+        """The edits as hooks, for `run_with_hooks(inputs, fwd_hooks=...)` or `model.hooks(...)`."""
+        return [edit.hook for edit in self.edits]
+
+    def edited(self, kind: str, place: Place, factor: float | None) -> State:
+        """The same with one component ablated (None) or scaled, whatever was done to it before."""
+        edit = Edit(kind, int(place[0]), int(place[1]), factor)
+        return replace(self, edits=(*self.restored(kind, place).edits, edit))
+
+    def restored(self, kind: str, place: Place) -> State:
+        """The same without what was done to one component."""
+        left = tuple(e for e in self.edits if (e.kind, e.layer, e.index) != (kind, *place))
+        return replace(self, edits=left)
+
+    def check(self, cfg: VLMConfig, n_tokens: int) -> None:
+        """Refuse what this model and prompt do not have.
+
+        Raises:
+            ValueError: A position, layer, head, neuron, factor or view that does not exist; names it.
+        """
+        for what, position in (("token", self.token), ("lens", self.lens)):
+            if not 0 <= position < n_tokens:
+                raise ValueError(f"{what}: position {position} is not in 0 … {n_tokens - 1}")
+        if self.show not in SHOWN:
+            raise ValueError(f"show: {self.show!r}; valid: {', '.join(SHOWN)}")
+        places = [("head", self.head), ("neuron", self.neuron)]
+        places += [(edit.kind, (edit.layer, edit.index)) for edit in self.edits]
+        widths = {"head": cfg.n_heads, "neuron": cfg.d_mlp}
+        for kind, (layer, index) in places:
+            if kind not in widths:
+                raise ValueError(f"an edit of a {kind!r}; valid: head, neuron")
+            if not (0 <= layer < cfg.n_layers and 0 <= index < widths[kind]):
+                raise ValueError(
+                    f"there is no {kind} {index} in layer {layer}: layers are 0 … {cfg.n_layers - 1}, "
+                    f"{kind}s 0 … {widths[kind] - 1}"
+                )
+        if len({(e.kind, e.layer, e.index) for e in self.edits}) < len(self.edits):
+            raise ValueError("one head or neuron is edited twice")
+        for edit in self.edits:
+            if edit.factor is not None and not abs(edit.factor) <= 1e4:
+                raise ValueError(f"{edit}: a factor of at most 10000, please")
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            **asdict(self),
+            "head": list(self.head),
+            "neuron": list(self.neuron),
+            "edits": [asdict(edit) for edit in self.edits],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> State:
+        """Read what `to_json` or the page wrote.
+
+        Raises:
+            ValueError: A field that is missing, unknown or of another kind.
+        """
+        try:
+            edits = tuple(
+                Edit(e["kind"], int(e["layer"]), int(e["index"]), _factor(e["factor"])) for e in data["edits"]
+            )
+            head, neuron = ((int(layer), int(index)) for layer, index in (data["head"], data["neuron"]))
+            token, lens = int(data["token"]), int(data["lens"])
+            return cls(token=token, lens=lens, head=head, neuron=neuron, show=data["show"], edits=edits)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a state of the explorer: {error!r}") from error
+
+
+def _factor(value: Any) -> float | None:
+    return None if value is None else float(value)

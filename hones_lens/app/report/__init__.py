@@ -1,0 +1,1 @@
+"""The report: one HTML page, and the same in the terminal."""

@@ -1,0 +1,201 @@
+"""The report: one HTML file with the figures, tables and words of one or several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from hones_lens import viz
+from hones_lens.app.report import patch_sections
+from hones_lens.app.report.run_view import ExampleView, RunView
+from hones_lens.app.report.sections import Section, drawn, sections
+from hones_lens.app.report.tables import Cell, Strong, Table
+from hones_lens.app.report.verdict import verdict
+from hones_lens.hones import MEASURES, NeuronScores, measured
+from hones_lens.results import Labelled
+from hones_lens.viz import level, listed, number, percent, span, tied
+
+__all__ = ["ExampleView", "RunView", "story", "write_report"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline number."""
+
+    label: str
+    value: str
+    detail: str
+
+
+def write_report(path: str | Path, runs: Sequence[RunView], title: str = "") -> Path:
+    """Write one HTML file that needs no other file, no network and no JavaScript.
+
+    Args:
+        path: The file; its folder is made if need be.
+        runs: One after the other on the page.
+        title: Of the page; default: the run's, or how many runs there are.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ValueError: No runs.
+    """
+    if not runs:
+        raise ValueError("a report needs at least one run")
+    path = Path(path)
+    environment = Environment(
+        loader=PackageLoader("hones_lens.app.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["tie"] = tied
+    page = environment.get_template("report.html").render(
+        title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
+        palette=viz.PALETTE,
+        together=_together(runs),
+        runs=[_run(run, f"run{i}") for i, run in enumerate(runs, start=1)],
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(page, encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def _run(run: RunView, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "title": run.title,
+        "story": story(run),
+        "tiles": _tiles(run),
+        "verdict": verdict(run.masking, run.share).split("\n") if run.masking else [],
+        "sections": sections(run, name),
+    }
+
+
+# --- Several runs ---------------------------------------------------------------------------
+
+
+def _together(runs: Sequence[RunView]) -> Section | None:
+    """What runs say side by side: the neurons per layer of the tasks of a model, and the headline numbers."""
+    by_model: dict[tuple[str, int], list[NeuronScores]] = {}
+    for run in runs:
+        if run.neurons is not None:
+            by_model.setdefault((run.model_name, len(run.neurons.scores)), []).append(run.neurons)
+    figures = []
+    for i, ((model, _), rankings) in enumerate(by_model.items()):
+        if len({(one.task, one.method) for one in rankings}) == len(rankings) > 1:
+            title = f"{model}: task neurons per layer"
+            figures.append(drawn(viz.neurons_per_layer(rankings), f"together-neurons{i}", title=title))
+    masked = [run for run in runs if run.main is not None]
+    found = [_headlines(masked)] if len(masked) > 1 else []
+    if not figures and not found:
+        return None
+    return Section("together", "Side by side", "", figures, found, stacked=True)
+
+
+def _headlines(runs: Sequence[RunView]) -> Table:
+    """A row for each run: what masking its neurons costs in both measures."""
+    columns = ("run", "neurons", "share", "measured", "n", "drop", "interval", "beats")
+    columns += ("log-probability drop (nats)", "interval", "beats")
+    rows = []
+    for run in runs:
+        assert run.main is not None
+        cells: list[Cell] = [run.title, f"{run.main.n_neurons:,}", percent(run.main.ratio)]
+        cells += [run.main.metric_name, f"{run.main.metric_interval.n:,}"]
+        for measure in MEASURES:
+            m = measured(run.main, measure)
+            cells += [Strong(number(m.drop)) if m.clear else number(m.drop), span(m.interval)]
+            cells.append(f"{m.beaten} of {len(m.controls)}" if m.controls else "–")
+        rows.append(tuple(cells))
+    note = "Drops when the neurons are masked, with bootstrap intervals; beats: how many random sets lose "
+    note += "less. Bold: larger than with every random set, and the interval lies above 0."
+    return Table("Neurons masked", columns, tuple(rows), note)
+
+
+# --- Story and headline numbers --------------------------------------------------------------
+
+_HEADS = {"replace_with_other_heads_mean": "replaced in turn by the mean of its layer's other heads"}
+
+
+def story(run: RunView) -> list[str]:
+    """What was done, in two sentences or fewer."""
+    sentences, kept = [], ""
+    if run.heads:
+        count, n = len(run.heads.top()), run.heads.drops.shape[-1]
+        tried = int((run.heads.counts > 0).sum())
+        every = "Every attention head"
+        if tried < run.heads.scores.numel():
+            every = f"Each of {tried:,} attention heads"
+        done = _HEADS.get(run.heads.intervention, f"changed in turn ({run.heads.intervention})")
+        kept = f"the {count} that cost most {run.metric_name} were kept" if count else "none was missed"
+        sentences.append(f"{every} of {run.model_name} was {done} on {n:,} {run.task} examples, and {kept}.")
+    if (main := run.main) is not None:
+        ways = {"hones": "The FFN neurons that those heads make write towards the right answer"}
+        which = ways.get(main.method, f"The FFN neurons ranked best by {main.method.replace('_', ' ')}")
+        sets = f", next to {len(main.controls)} random sets of as many neurons" if main.controls else ""
+        shares = listed([percent(result.ratio) for result in sorted(run.masking, key=lambda r: r.ratio)])
+        n = main.metric_interval.n
+        sentences.append(f"{which} ({shares} of all) were then silenced on {n:,} held-out examples{sets}.")
+    if run.overlap is not None:
+        count, tasks = len(run.overlap.owners), listed(run.overlap.tasks)
+        compared = f"The {count:,} neurons of {run.model_name} that at least one of {tasks} selected were"
+        sentences.append(f"{compared} compared: which of them tasks share, and what they do to each task.")
+    if run.patching is not None:
+        sentences.append(patch_sections.done(run.patching, run.model_name))
+    return sentences
+
+
+def _tiles(run: RunView) -> list[Tile]:
+    tiles = [_patched(run.patching.result)] if run.patching else []
+    if (main := run.main) is not None:
+        for measure in ("metric", "log_prob"):
+            m = measured(main, measure)
+            random = f" Random sets: {number(m.random_mean)} on average, {number(m.random_worst)} at worst."
+            interval = f"{level(m.interval)} interval {span(m.interval)}"
+            ends = f"From {span(m.before)} to {span(m.after)}. "
+            detail = f"Drop {number(m.drop)}, {interval}, n = {m.interval.n:,}."
+            label = f"{m.name}, {percent(main.ratio)} of the neurons masked"
+            value = f"{number(m.baseline)} → {number(m.masked)}"
+            detail = ends + detail + (random if m.controls else "")
+            tiles.append(Tile(label[0].upper() + label[1:], value, detail))
+    for label, table in run.steering.items():
+        row = next((row for row in table.rows if row.method == "HONES"), None)
+        if row is not None:
+            value = f"{number(table.row('Base').metric)} → {number(row.metric)}"
+            interval = f"{level(row.gain)} interval {span(row.gain)}"
+            before, after = (span(table.metric_of(each)) for each in (table.row("Base"), row))
+            detail = f"From {before} to {after}. "
+            detail += f"Gain {number(row.gain.value, sign=True)}, {interval}, n = {row.gain.n:,}."
+            name = table.metric_name[0].upper() + table.metric_name[1:]
+            tiles.append(Tile(f"{name}, steered ({label})", value, detail))
+    if run.held_out is not None:
+        best = max(run.held_out.heads, key=lambda head: head.drop.value)
+        lost = f"Drop of {run.metric_name} without it on held-out examples: {number(best.drop.value)}"
+        detail = f"{lost}, {level(best.drop)} interval {span(best.drop)}, n = {best.drop.n:,}."
+        tiles.append(Tile("Head that matters most", f"L{best.layer}H{best.head}", detail))
+    elif run.heads and (top := run.heads.top(1)):
+        interval = run.heads.interval(top[0].layer, top[0].index)
+        detail = f"Drop of {run.metric_name} without it: {number(top[0].score)}"
+        if interval is not None:
+            detail += f", {level(interval)} interval {span(interval)}, n = {interval.n:,}"
+        detail += ", on the examples that select it."
+        tiles.append(Tile("Head that matters most", f"L{top[0].layer}H{top[0].index}", detail))
+    return tiles
+
+
+def _patched(result: Labelled) -> Tile:
+    """The largest value of a patching."""
+    at = patch_sections.best(result)
+    what = result.what.partition(",")[0]
+    low_high = "" if result.low is None else f", 95 % interval {patch_sections.ends(result, at)}"
+    detail = f"{patch_sections.place(result, at)}{low_high}, n = {result.n:,}."
+    label = f"Largest {what}"
+    return Tile(label, number(float(result.values[at])), detail[0].upper() + detail[1:])

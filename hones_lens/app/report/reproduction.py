@@ -1,0 +1,275 @@
+"""What all tasks of one model came to, and its tables: every figure with its interval and its n."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from hones_lens.hones import (
+    GroupMasking,
+    HeadScores,
+    HeldOutHeads,
+    LensDelta,
+    MaskingResult,
+    Overlap,
+    SideEffects,
+    SteeringTable,
+)
+from hones_lens.results import Interval
+
+_INTERVALS = "In brackets: 95 % bootstrap intervals over examples."
+_MATCHED = (
+    "k/N: it costs more than k of N random sets with as many neurons in each layer, drawn anew for each "
+    "method. `matched random`: mean of HONES's such sets, and the worst of them."
+)
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """What one task came to.
+
+    Attributes:
+        heads: From the discovery split.
+        held_out: The critical heads measured again on the held-out split.
+        masking: By method and share of all neurons, on the held-out split.
+        steering: By where scales were learned and where they were measured.
+    """
+
+    heads: HeadScores
+    held_out: HeldOutHeads
+    masking: dict[tuple[str, float], MaskingResult]
+    steering: dict[tuple[str, str], SteeringTable]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """Every task of one model, and what the tasks share.
+
+    Attributes:
+        model_name: Whose.
+        tasks: By name.
+        overlap, groups: The selected neurons that tasks share, and what masking each group costs.
+        lenses: By task: what its neurons make the model want to say.
+        side_effects: By data set: every task there under the scales that HONES learned there for every task.
+    """
+
+    model_name: str
+    tasks: dict[str, TaskResults]
+    overlap: Overlap
+    groups: GroupMasking
+    lenses: dict[str, LensDelta] = field(default_factory=dict)
+    side_effects: Mapping[str, SideEffects] = field(default_factory=dict)
+
+    def masking_table(self, ratio: float, what: str = "metric") -> pd.DataFrame:
+        """Drops of each task by method, with intervals and p; of `matched random` the mean of the sets.
+
+        Args:
+            ratio: Share of all neurons.
+            what: `metric` (the drop in per cent of the baseline, as in the paper) or `log_prob` (nats).
+        """
+        rows: dict[str, dict[str, str]] = {}
+        if what == "metric":
+            rows["baseline"] = {name: _whole(r.held_out.baseline) for name, r in self.tasks.items()}
+        for name, results in self.tasks.items():
+            for (method, share), result in results.masking.items():
+                if share == ratio:
+                    rows.setdefault(method, {})[name] = _drop(result, what)
+            hones = results.masking["hones", ratio]
+            rows.setdefault("matched random", {})[name] = _controls(hones, what)
+        return _by_method(rows)
+
+    def heads_table(self) -> pd.DataFrame:
+        """One row for each critical head: where it was selected, and what it does on the held-out split."""
+        rows = []
+        for name, results in self.tasks.items():
+            found = results.held_out
+            for head in found.heads:
+                row = {"task": name, "head": f"L{head.layer}H{head.head}"}
+                score = f"{head.score:.3f}" if head.selected_on is None else _whole(head.selected_on)
+                found_p = results.heads.p_values
+                told = f"{score}, n = {found.n_selected_on}"
+                p = None if found_p is None else float(found_p[head.layer, head.head])
+                row["score on discovery"] = _tested(told, p)
+                row["stands on discovery"] = "yes" if head.significant else "no"
+                row["drop on the held-out split"] = f"{_whole(head.drop)}, n = {head.drop.n}, {_p(head.p)}"
+                rows.append({**row, "holds there": "yes" if head.holds else "no"})
+            if found.random:
+                random = {"task": name, "head": "random heads"}
+                random["drop on the held-out split"] = (
+                    f"{np.mean(found.random):.3f} ({len(found.random)} sets: {min(found.random):.3f} to "
+                    f"{max(found.random):.3f}), n = {len(found.example_ids)}"
+                )
+                rows.append({**dict.fromkeys(rows[-1], "–"), **random})
+        return pd.DataFrame(rows)
+
+    def steering_table(self, learned_on: str, measured_on: str) -> pd.DataFrame:
+        """Metric of each task by method, and its gain over the base with interval and p-value."""
+
+        def cell(table: SteeringTable, method: str) -> str:
+            return _gain(table, method)
+
+        return self._steering(learned_on, measured_on, cell)
+
+    def choices_table(self, learned_on: str) -> pd.DataFrame:
+        """By method: what dev chose, and how far the neurons' scales went."""
+
+        def cell(table: SteeringTable, method: str) -> str:
+            rows = [row for row in table.rows if row.method == method]
+            chosen = " / ".join(dict.fromkeys(row.settings for row in rows))
+            return f"{chosen or '–'}; max \\|a\\| {max(row.max_abs for row in rows):.3g}"
+
+        return self._steering(learned_on, learned_on, cell)
+
+    def _steering(
+        self, learned_on: str, measured_on: str, cell: Callable[[SteeringTable, str], str]
+    ) -> pd.DataFrame:
+        rows: dict[str, dict[str, str]] = {}
+        for name, results in self.tasks.items():
+            table = results.steering[learned_on, measured_on]
+            for method in dict.fromkeys(row.method for row in table.rows):
+                rows.setdefault(method, {})[name] = cell(table, method)
+        return _by_method(rows)
+
+    def side_effects_table(self, dataset: str) -> pd.DataFrame:
+        """Gain of every task (columns) under the scales of every task (rows)."""
+        rows: dict[str, dict[str, str]] = {}
+        for c in self.side_effects[dataset].cells:
+            arms = f"{_whole(c.base)} → {_whole(c.steered)}"
+            rows.setdefault(c.scales_of, {})[c.task] = _tested(f"{arms}, {_signed(c.gain)}", c.p)
+        return _by_method(rows, "scales of")
+
+    def groups_table(self) -> pd.DataFrame:
+        """One row for each group and task: drops with intervals, beside the random sets' mean drops."""
+        rows = []
+        for r in self.groups.results:
+            row = {"group": r.method, "task": r.task, "drop in % of the baseline": _drop(r, "metric")}
+            row |= {"its random sets": _controls(r, "metric"), "nats lost": _drop(r, "log_prob")}
+            rows.append({**row, "their nats": _controls(r, "log_prob")})
+        return pd.DataFrame(rows)
+
+    def to_markdown(self) -> str:
+        """All tables, as in the paper, with intervals."""
+        parts = [f"# {self.model_name}", *self._masking_parts(), *self._steering_parts()]
+        n_heads = next(iter(self.tasks.values())).heads.scores.numel()
+        rate = f"{100 * next(iter(self.tasks.values())).held_out.q:g} %"
+        parts += ["## Critical heads", _markdown(self.heads_table())]
+        parts.append(
+            "Heads were selected on the discovery split. `stands`: at a false discovery rate of "
+            f"{rate} over all {n_heads} heads there; `holds`: on the held-out split, over the selected ones. "
+            f"{_INTERVALS} `random heads`: mean drop of random sets of as many other heads, and their range."
+        )
+        parts += ["## Neurons that tasks share", f"```\n{self.overlap}\n```"]
+        parts += [f"## Masking each group at one size ({self.groups.size} neurons)"]
+        parts += [_markdown(self.groups_table())]
+        parts.append(f"{self._n({r.task: len(r.example_ids) for r in self.groups.results})} {_INTERVALS}")
+        for name, lens in self.lenses.items():
+            parts += [f"## Logit lens of {name}: baseline minus masked", f"```\n{lens}\n```"]
+        return "\n\n".join(parts) + "\n"
+
+    __str__ = to_markdown
+
+    def _masking_parts(self) -> list[str]:
+        parts = []
+        ns = {name: len(r.held_out.example_ids) for name, r in self.tasks.items()}
+        for ratio in sorted({share for r in self.tasks.values() for _, share in r.masking}):
+            for what, unit in (("metric", "drop in % of the baseline"), ("log_prob", "nats lost")):
+                parts.append(f"## Masking {100 * ratio:g} % of the neurons: {unit}")
+                parts.append(_markdown(self.masking_table(ratio, what)))
+                note = f"Held-out examples: {self._n(ns)} {_INTERVALS} p: two-sided paired permutation test."
+                parts.append(f"{note} {_MATCHED}")
+        return parts
+
+    def _steering_parts(self) -> list[str]:
+        parts = []
+        first = next(iter(self.tasks.values()))
+        for learned_on, measured_on in first.steering:
+            tables = {name: r.steering[learned_on, measured_on] for name, r in self.tasks.items()}
+            parts.append(f"## Steering: learned on {learned_on}, measured on {measured_on}")
+            parts.append(_markdown(self.steering_table(learned_on, measured_on)))
+            ns = self._n({name: len(table.example_ids) for name, table in tables.items()})
+            parts.append(
+                f"Metric, and gain over the base. Held-out examples: {ns} {_INTERVALS} p: two-sided paired "
+                "permutation test. `RandNeuron`: mean of several random sets, each learned, and the range of "
+                "their gains."
+            )
+            if learned_on == measured_on:
+                parts += [f"### Chosen on dev of {learned_on}", _markdown(self.choices_table(learned_on))]
+        for name, effects in self.side_effects.items():
+            ns = {cell.task: cell.gain.n for cell in effects.cells}
+            parts += [f"## Side effects on {name}: every task under the scales of every task"]
+            parts += [_markdown(self.side_effects_table(name))]
+            note = f"HONES's scales, learned on {name}; base → steered, gain."
+            parts.append(f"{note} Held-out examples: {self._n(ns)} {_INTERVALS}")
+        return parts
+
+    @staticmethod
+    def _n(counts: Mapping[str, int]) -> str:
+        """`n = 84.`, or where tasks differ `n = 84 (vqa, ocr), 12 (retrieval).`."""
+        by_count: dict[int, list[str]] = {}
+        for name, count in counts.items():
+            by_count.setdefault(count, []).append(name)
+        if len(by_count) == 1:
+            return f"n = {next(iter(by_count))}."
+        return "n = " + ", ".join(f"{n} ({', '.join(names)})" for n, names in by_count.items()) + "."
+
+
+def _by_method(rows: dict[str, dict[str, str]], what: str = "method") -> pd.DataFrame:
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(what).reset_index()
+
+
+def _drop(result: MaskingResult, what: str) -> str:
+    if what == "log_prob":
+        text = _tested(_interval(result.log_prob_interval), result.log_prob_p)
+    else:
+        text = _tested(_interval(result.relative_interval), result.metric_p)
+    return f"{text}, {result.beats(what)}/{len(result.controls)}" if result.controls else text
+
+
+def _controls(result: MaskingResult, what: str) -> str:
+    if what == "log_prob":
+        drops = [result.baseline_log_prob - control.log_prob for control in result.controls]
+    else:
+        scale = 100 / result.baseline if result.baseline else 0.0
+        drops = [scale * (result.baseline - control.metric) for control in result.controls]
+    return f"{np.mean(drops):.3g} (worst of {len(drops)}: {max(drops):.3g})"
+
+
+def _gain(table: SteeringTable, method: str) -> str:
+    rows = [row for row in table.rows if row.method == method]
+    if method == "RandNeuron":
+        gains = [row.gain.value for row in rows]
+        metric = np.mean([row.metric for row in rows])
+        ends = f"{len(gains)} draws: {min(gains):+.3f} to {max(gains):+.3f}"
+        return f"{metric:.3f}, {np.mean(gains):+.3f} ({ends})"
+    (row,) = rows
+    metric = _whole(table.metric_of(row))
+    return metric if method == "Base" else _tested(f"{metric}, {_signed(row.gain)}", row.p)
+
+
+def _interval(interval: Interval) -> str:
+    return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
+
+
+def _whole(interval: Interval) -> str:
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+def _tested(text: str, p: float | None) -> str:
+    return text if p is None else f"{text}, {_p(p)}"
+
+
+def _p(p: float) -> str:
+    return f"p = {p:.2g}"
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    lines: list[Sequence[str]] = [list(frame.columns), ["---"] * len(frame.columns)]
+    lines += frame.fillna("–").astype(str).to_numpy().tolist()
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

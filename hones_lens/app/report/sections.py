@@ -1,0 +1,285 @@
+"""The parts of a run's page: words, figures and tables of each stage that was run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from hones_lens import viz
+from hones_lens.app.report import patch_sections, shared_tables, tables
+from hones_lens.app.report.cards import Card, example_card, pair_card
+from hones_lens.app.report.run_view import RunView
+from hones_lens.app.report.tables import Table
+from hones_lens.app.report.verdict import headline
+from hones_lens.hones import MEASURES, SteeringTable
+from hones_lens.viz import listed, number, percent
+
+_SECOND_SHARE = 0.05  # kinds of question are drawn at the headline's share and at this one
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure in the page: its heading, the SVG, what is to be known about it, and its width [pixels].
+
+    A width of 0 is that of a phone.
+    """
+
+    title: str
+    svg: str
+    note: str
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a run's page: words, figures, tables; `stacked` ones are wide, each on a line of its own."""
+
+    id: str
+    title: str
+    text: str
+    figures: Sequence[Drawn] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Card] = ()
+    stacked: bool = False
+
+
+def sections(run: RunView, name: str) -> list[Section]:
+    """The sections of what the run holds, in the order of the method; `name` begins their ids."""
+    makers = (_examples, _patching, _heads, _neurons, _flow, _masking, _kinds, _rankings, _steering)
+    makers += (_overlap, _groups, _effects, _lens, _settings)
+    return [section for make in makers if (section := make(run, name))]
+
+
+def drawn(
+    figure: viz.Plot,
+    name: str,
+    tooltips: Mapping[str, Sequence[str]] | None = None,
+    title: str | None = None,
+) -> Drawn:
+    """A figure as it stands in a page; `name` begins its ids, `title` is instead of its own."""
+    assert figure.heading is not None
+    title = figure.heading.title if title is None else title
+    svg = viz.themed_svg(figure, name, f"{title}. {figure.heading.note}", tooltips)
+    width = round(72 * figure.get_figwidth()) if figure.get_figwidth() > viz.WIDTH else 0
+    return Drawn(title, svg, figure.heading.note, width)
+
+
+def _examples(run: RunView, name: str) -> Section | None:
+    evaluation = [tables.evaluation(run.evaluation)] if run.evaluation else []
+    if not run.examples and not evaluation:
+        return None
+    pictures = [example_card(example) for example in run.examples]
+    text = "What the model is asked, and where heads look: brighter patches get more attention."
+    if any(len(card.looks) > 1 for card in pictures):
+        text += " Choose a head below the pictures; the bluer its field, the more it attends to the picture."
+    title = "The task, and where heads look" if pictures else "The task"
+    return Section(f"{name}-examples", title, text if pictures else "", (), evaluation, pictures)
+
+
+def _patching(run: RunView, name: str) -> Section | None:
+    if run.patching is None:
+        return None
+    figure, tips = patch_sections.heat_map(run.patching.result)
+    title = patch_sections.sentence(run.patching.result.what)
+    figures = [drawn(figure, f"{name}-patching", tips, title)]
+    over = patch_sections.on_picture(run.patching)
+    if over is not None:
+        figures.append(drawn(over, f"{name}-patched", title="The same on the picture"))
+    pictures = [pair_card(run.patching.pair)] if run.patching.pair else []
+    found = [patch_sections.values(run.patching.result)]
+    text = patch_sections.meant(run.patching)
+    return Section(f"{name}-patching", "Activation patching", text, figures, found, pictures, stacked=True)
+
+
+def _heads(run: RunView, name: str) -> Section | None:
+    if run.heads is None:
+        return None
+    scores, frame, tried = run.heads.scores, run.heads.to_dataframe(), int((run.heads.counts > 0).sum())
+    columns = (frame[name].tolist() for name in ("layer", "head", "score", "low", "high", "n"))
+    tips = [
+        f"L{layer}H{head}: {number(score, sign=True)} [{number(low)}, {number(high)}] (95 %, n = {n:,})"
+        if n
+        else f"L{layer}H{head}: not measured"
+        for layer, head, score, low, high, n in zip(*columns, strict=True)
+    ]
+    text = (
+        f"How much {run.metric_name} falls when a head's output is changed: blue heads are missed, orange "
+        f"ones were in the way. {tried:,} heads of {len(scores)} layers were tried one by one."
+    )
+    figure = drawn(viz.head_heatmap(run.heads), f"{name}-heads", {"cells": tips})
+    found = [tables.top_heads(run.heads)]
+    if run.held_out is not None:
+        found.append(shared_tables.held_out_heads(run.held_out))
+    return Section(f"{name}-heads", "Heads", text, [figure], found)
+
+
+def _neurons(run: RunView, name: str) -> Section | None:
+    if run.neurons is None:
+        return None
+    text = (
+        f"The {run.neurons.count():,} neurons with the highest score, {percent(run.neurons.ratio)} of "
+        f"{run.neurons.scores.numel():,}, are the task neurons."
+    )
+    figure = drawn(viz.neurons_per_layer([run.neurons]), f"{name}-neurons")
+    return Section(
+        f"{name}-neurons", "Neurons", text, [figure], [tables.top_neurons(run.neurons, run.promoted)]
+    )
+
+
+def _flow(run: RunView, name: str) -> Section | None:
+    if run.flow is None or not bool(run.flow.contributions.gt(0).any()):
+        return None
+    tips = viz.flow_tooltips(run.flow)
+    figure = drawn(viz.head_neuron_token_flow(run.flow), f"{name}-flow", tips)
+    text = "Which critical heads make which neurons write, and the tokens that these neurons promote."
+    return Section(f"{name}-flow", "From heads to tokens", text, [figure], stacked=True)
+
+
+def _masking(run: RunView, name: str) -> Section | None:
+    if not run.masking:
+        return None
+    text = (
+        "The selected neurons are set to zero at every position. If they carry the task, that costs more "
+        "than silencing as many random neurons of the same layers."
+    )
+    figures, found = [], []
+    for measure in ("metric", "log_prob"):
+        figure = viz.masking_curve(run.masking, (measure,))
+        figures.append(drawn(figure, f"{name}-{measure}"))
+        found.append(tables.masking(run.masking, measure))
+    return Section(f"{name}-masking", "Masking", text, figures, found)
+
+
+def _kinds(run: RunView, name: str) -> Section | None:
+    if run.main is None or len(run.main.kinds) < 2:
+        return None
+    shown = {result.n_neurons: result for result in (run.main, headline(run.masking, _SECOND_SHARE))}
+    figures = [drawn(viz.kinds_bars(result), f"{name}-kinds{count}") for count, result in shown.items()]
+    text = "The same drop by kind of question."
+    if run.main.controls:
+        once = len(run.main.controls) + 1
+        text += f" By chance alone, a kind loses more than with all random sets once in {once} times."
+    return Section(f"{name}-kinds", "Kinds of question", text, figures, [tables.kinds(run.masking)])
+
+
+def _rankings(run: RunView, name: str) -> Section | None:
+    if not run.others:
+        return None
+    results = {}
+    if run.masking:
+        share = next(iter(run.others.values())).ratio
+        own = headline(run.masking, share)
+        results[own.method] = own
+    results.update(run.others)
+    figures = [
+        drawn(viz.ranking_bars(results, measure), f"{name}-rank-{measure}")
+        for measure in ("metric", "log_prob")
+    ]
+    text = "Other ways of choosing neurons, masked in the same way and number."
+    return Section(f"{name}-rankings", "Other rankings", text, figures, [tables.rankings(results)])
+
+
+def _steering(run: RunView, name: str) -> Section | None:
+    if not run.steering:
+        return None
+    figures, found = [], []
+    for i, (label, table) in enumerate(run.steering.items()):
+        label = label[0].upper() + label[1:]
+        for measure in MEASURES:
+            figure = viz.steering_bars(table, (measure,))
+            figures.append(drawn(figure, f"{name}-steering{i}-{measure}", title=label))
+        found.append(shared_tables.steering(table, label, steering_said(table)))
+    text = "Each neuron is scaled by a factor of its own, learned with the model frozen, beside controls."
+    return Section(f"{name}-steering", "Steering", text, figures, found, stacked=True)
+
+
+def steering_said(table: SteeringTable) -> str:
+    """What HONES's scales gain, beside the other methods, from the numbers alone."""
+    rows = {(row.method, row.draw): row for row in table.rows}
+    if ("HONES", 0) not in rows:
+        return "HONES's scales were not learned."
+    hones = rows["HONES", 0]
+    low, high = hones.gain.low, hones.gain.high
+    verdict = "raise" if low > 0 else "lower" if high < 0 else "do not clearly change"
+    said = f"HONES's scales {verdict} {table.metric_name} ({shared_tables.gain(hones.gain)})"
+    draws = [row for row in table.rows if row.method == "RandNeuron"]
+    if draws:
+        beaten = sum(row.gain.value < hones.gain.value for row in draws)
+        said += f", more than those of {beaten} of {len(draws)} random sets"
+    if ("Grid-Search", 0) in rows:
+        difference, p = table.difference("HONES", "Grid-Search")
+        said += f"; HONES minus Grid-Search: {shared_tables.gain(difference)}, p = {p:.2g}"
+    return f"{said}."
+
+
+def _overlap(run: RunView, name: str) -> Section | None:
+    if run.overlap is None:
+        return None
+    figures = [
+        drawn(draw(run.overlap), f"{name}-overlap{i}")
+        for i, draw in enumerate((viz.overlap_sizes, viz.overlap_shared, viz.overlap_layers))
+    ]
+    everything = run.overlap.shared[-1]
+    text = f"{everything.count:,} neurons were selected for all of {listed(run.overlap.tasks)}; by chance it "
+    text += f"would be {number(everything.expected, 1)} (p = {everything.p:.2g})."
+    found = [shared_tables.groups_of(run.overlap), shared_tables.shared(run.overlap)]
+    return Section(f"{name}-overlap", "Neurons that tasks share", text, figures, found)
+
+
+def _groups(run: RunView, name: str) -> Section | None:
+    if run.groups is None:
+        return None
+    figures = [
+        drawn(viz.group_masking_bars(run.groups, measure), f"{name}-groups-{measure}") for measure in MEASURES
+    ]
+    text = "What each task loses when neurons of one group are silenced, as many of each group."
+    found = [shared_tables.group_masking(run.groups)]
+    return Section(f"{name}-groups", "Groups masked", text, figures, found, stacked=True)
+
+
+def _effects(run: RunView, name: str) -> Section | None:
+    if not run.effects:
+        return None
+    figures = [
+        drawn(viz.side_effect_bars(effects), f"{name}-effects{i}", title=f"On {dataset}")
+        for i, (dataset, effects) in enumerate(run.effects.items())
+    ]
+    found = [shared_tables.side_effects(effects, f"On {dataset}") for dataset, effects in run.effects.items()]
+    text = "What the scales that were learned for one task do to it and to the others."
+    return Section(f"{name}-effects", "Side effects of steering", text, figures, found, stacked=True)
+
+
+def _lens(run: RunView, name: str) -> Section | None:
+    """Of the examples one by one, and of all with and without the neurons."""
+    figures = []
+    for i, example in enumerate(run.examples, start=1):
+        if example.lens is not None:
+            title = f"Example {i}: the next token, read after each layer"
+            figures.append(drawn(viz.lens_grid(example.lens, title=title), f"{name}-lens{i}"))
+        if example.image_lens is not None:
+            title = f"Example {i}: {example.image_lens.what}"
+            options = {"region": example.region, "title": title}
+            figure = viz.image_lens(example.image_lens, example.image, **options)
+            figures.append(drawn(figure, f"{name}-image-lens{i}"))
+    found = [shared_tables.lens(delta) for delta in run.lenses.values()]
+    if len(found) > 1:
+        found = [
+            replace(table, title=f"{task}: {table.title[0].lower()}{table.title[1:]}")
+            for task, table in zip(run.lenses, found, strict=True)
+        ]
+    if not figures and not found:
+        return None
+    text = "What the residual stream after each layer would say, read through the final norm and the "
+    text += "unembedding"
+    text += ": of the examples above" if figures else ""
+    text += f"{', and' if figures else ':'} before and after masking the neurons" if found else ""
+    return Section(f"{name}-lens", "Logit lens", f"{text}.", figures, found)
+
+
+def _settings(run: RunView, name: str) -> Section | None:
+    found = [
+        tables.settings(heading, values)
+        for heading, values in (("Settings", run.settings), ("Environment", run.environment))
+        if values
+    ]
+    return Section(f"{name}-settings", "Settings and environment", "", (), found) if found else None

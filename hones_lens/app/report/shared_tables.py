@@ -1,0 +1,202 @@
+"""The report's tables of steering, of heads on held-out examples, and of what tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hones_lens.analysis import LensToken
+from hones_lens.app.report.tables import Cell, Strong, Table, Tokens
+from hones_lens.hones import (
+    GroupMasking,
+    HeldOutHeads,
+    LensDelta,
+    MaskingResult,
+    Overlap,
+    SideEffects,
+    SteeringRow,
+    SteeringTable,
+    chance_sizes,
+    measured,
+)
+from hones_lens.results import Interval
+from hones_lens.viz import level, number, span
+
+_MOST_TOKENS = 6  # a cell
+
+
+def gain(interval: Interval) -> str:
+    """A gain with its sign and interval."""
+    return f"{number(interval.value, sign=True)} {span(interval)}"
+
+
+def held_out_heads(found: HeldOutHeads) -> Table:
+    """The critical heads on examples that did not select them; those that hold stand out."""
+    columns = (
+        "head",
+        f"drop of {found.metric_name}",
+        "interval",
+        "p",
+        "holds",
+        "where selected",
+        "stands there",
+    )
+    rows: list[tuple[Cell, ...]] = []
+    for head in found.heads:
+        drop = number(head.drop.value)
+        cell = Strong(drop) if head.holds else drop
+        stands = "–" if head.significant is None else "yes" if head.significant else "no"
+        score = f"{number(head.score)} {span(head.selected_on) if head.selected_on else ''}".rstrip()
+        row = (f"L{head.layer}H{head.head}", cell, span(head.drop), _p(head.p), "yes" if head.holds else "no")
+        rows.append((*row, score, stands))
+    base, rate = found.baseline, f"{100 * found.q:g} %"
+    note = f"Selected on {found.n_selected_on:,} examples, measured again on n = {base.n:,} others, where "
+    note += f"{found.metric_name} is {number(base.value)} {span(base)}; {level(base)} bootstrap intervals, "
+    note += f"paired permutation tests. Stands, holds: at a false discovery rate of {rate}, over all heads "
+    note += "there, over the selected ones here."
+    if found.random:
+        note += f" Mean drop {number(found.mean_drop.value)} {span(found.mean_drop)}; of {len(found.random)} "
+        note += f"random sets of other heads {number(float(np.mean(found.random)))} on average, "
+        note += f"{number(min(found.random))} to {number(max(found.random))}."
+    return Table("Critical heads on held-out examples", columns, tuple(rows), note)
+
+
+def steering(table: SteeringTable, title: str, said: str = "") -> Table:
+    """Every method: metric, gains with intervals, p, how far scales went, and what dev chose.
+
+    Args:
+        table: One task.
+        title: The heading.
+        said: What begins the note.
+    """
+    columns = ("method", table.metric_name, "gain", "interval", "p", "log-probability gain (nats)")
+    columns += ("interval", "p", "max |a|", "chosen on dev")
+    rows = tuple(_steering_row(table, row) for row in table.rows)
+    whole = table.row("Base").gain
+    note = f"{said} {table.n_neurons:,} neurons, learned on {table.n_learned:,} and chosen on "
+    note += f"{table.n_chosen:,} examples; n = {whole.n:,} held-out examples. "
+    note += f"{level(whole)} bootstrap intervals, paired permutation tests. Bold: the interval lies above 0."
+    return Table(title, columns, rows, note.strip())
+
+
+def _steering_row(table: SteeringTable, row: SteeringRow) -> tuple[Cell, ...]:
+    name = f"RandNeuron {row.draw + 1}" if row.method == "RandNeuron" else row.method
+    if row.method == "Base":
+        return (name, _metric(table, row), *("–",) * 8)
+    return (
+        name,
+        _metric(table, row),
+        _clear(row.gain),
+        span(row.gain),
+        _p(row.p),
+        _clear(row.log_prob_gain),
+        span(row.log_prob_gain),
+        _p(table.log_prob_p(row)),
+        f"{row.max_abs:.3g}",
+        row.settings or "–",
+    )
+
+
+def _metric(table: SteeringTable, row: SteeringRow) -> str:
+    interval = table.metric_of(row)
+    return f"{number(row.metric)} {span(interval)}"
+
+
+def _clear(interval: Interval) -> Cell:
+    text = number(interval.value, sign=True)
+    return Strong(text) if interval.low > 0 else text
+
+
+def _p(p: float) -> str:
+    return f"{p:.2g}"
+
+
+def groups_of(overlap: Overlap) -> Table:
+    """Each group's size beside chance, and its neurons by layer."""
+    chance, by_layer = chance_sizes(overlap), overlap.per_layer()
+    rows = []
+    for name, neurons in overlap.groups.items():
+        layers = ", ".join(f"L{layer}: {count}" for layer, count in enumerate(by_layer[name]) if count)
+        rows.append((name, f"{len(neurons):,}", number(chance[name], 1), layers or "–"))
+    note = "Chance: mean size if each task's neurons were random, as many in each layer."
+    return Table("Groups of neurons", ("group", "neurons", "chance", "by layer"), tuple(rows), note)
+
+
+def shared(overlap: Overlap) -> Table:
+    """What pairs of tasks share, and all, against chance."""
+    columns = ("tasks", "shared", "chance", "p", "Jaccard", "of the smaller")
+    rows = tuple(
+        (
+            " & ".join(each.tasks),
+            f"{each.count:,}",
+            number(each.expected, 1),
+            _p(each.p),
+            number(each.jaccard),
+            number(each.coefficient),
+        )
+        for each in overlap.shared
+    )
+    note = f"Chance and p: {overlap.draws:,} random sets with as many neurons in each layer."
+    return Table("Neurons that tasks share", columns, rows, note)
+
+
+def group_masking(groups: GroupMasking) -> Table:
+    """Drops of every task by group, with intervals, beside the random sets."""
+    columns = ("task", "group", "before", "drop", "interval", "random mean", "beats")
+    columns += ("log-probability drop (nats)", "interval", "random mean", "beats")
+    rows = tuple(_group_row(result) for result in groups.results)
+    first = groups.results[0]
+    draws = "/".join(str(count) for count in sorted({len(r.controls) for r in groups.results}))
+    ns = sorted({r.metric_interval.n for r in groups.results})
+    n = f"{ns[0]:,}" if len(ns) == 1 else f"{ns[0]:,}–{ns[-1]:,}"
+    note = f"{groups.size:,} neurons of each group masked; n = {n} held-out examples; "
+    note += f"{level(first.metric_interval)} bootstrap intervals; {draws} random sets for each group. Bold: "
+    note += "larger than with every random set, and the interval lies above 0."
+    return Table("Groups masked at one size", columns, rows, note)
+
+
+def _group_row(result: MaskingResult) -> tuple[Cell, ...]:
+    before = f"{number(result.baseline)} {span(result.baseline_interval)}"
+    cells: list[Cell] = [result.task, result.method, before]
+    for measure in ("metric", "log_prob"):
+        m = measured(result, measure)
+        cells += [Strong(number(m.drop)) if m.clear else number(m.drop), span(m.interval)]
+        cells += [number(m.baseline - m.random_mean), f"{m.beaten} of {len(m.controls)}"]
+    return tuple(cells)
+
+
+def side_effects(effects: SideEffects, title: str) -> Table:
+    """Gains of every task (columns) under every task's scales (rows)."""
+    tasks = list(dict.fromkeys(cell.task for cell in effects.cells))
+    owners = list(dict.fromkeys(cell.scales_of for cell in effects.cells))
+    rows = []
+    for owner in owners:
+        cells = [effects.cell(owner, task) for task in tasks]
+        said = [f"{gain(c.gain)}, p = {_p(c.p)}" for c in cells]
+        rows.append((owner, *(Strong(t) if c.gain.low > 0 else t for t, c in zip(said, cells, strict=True))))
+    firsts = [effects.cell(owners[0], task) for task in tasks]
+    bases = "; ".join(
+        f"{c.task} {c.metric_name} {number(c.base.value)} {span(c.base)} (n = {c.base.n:,})" for c in firsts
+    )
+    note = f"Without scales: {bases}. {level(firsts[0].gain)} bootstrap intervals, paired permutation tests."
+    return Table(title, ("scales of", *tasks), tuple(rows), f"{note} Bold: the interval lies above 0.")
+
+
+def lens(delta: LensDelta) -> Table:
+    """The tokens whose logit falls and rises most in each layer when the neurons are masked."""
+    rows = tuple(
+        (f"layer {layer}", _tokens(falls), _tokens(rises))
+        for layer, (falls, rises) in enumerate(zip(delta.falls, delta.rises, strict=True))
+    )
+    note = "Logit lens at the last prompt position, baseline minus masked: "
+    note += f"{delta.n_neurons:,} neurons, mean over n = {delta.n_examples:,} examples, 95 % intervals. "
+    note += "Empty below the first of them."
+    columns = ("layer", "falls when masked", "rises when masked")
+    return Table("What the neurons make the model want to say", columns, rows, note)
+
+
+def _tokens(tokens: Sequence[LensToken]) -> Tokens:
+    return Tokens(
+        tuple(f"{t.token} {number(t.delta, 2, sign=True)} {t.span}".rstrip() for t in tokens[:_MOST_TOKENS])
+    )

@@ -1,0 +1,223 @@
+"""The report's tables: cells as text, ready to be shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hones_lens.app.report.verdict import kind_clear
+from hones_lens.hones import MEASURES, HeadScores, MaskingResult, Measured, NeuronScores, measured
+from hones_lens.results import Interval
+from hones_lens.viz import level, number, percent, span
+
+_MOST_ROWS = 15
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A cell of tokens, each shown as it is."""
+
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A number with a bar before it, `share` per cent of the longest."""
+
+    text: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Strong:
+    """A cell that stands out."""
+
+    text: str
+
+
+Cell = str | Tokens | Bar | Strong
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: cells of the first column name the row, all others are numbers unless `words` is set."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    words: bool = False
+
+
+def top_heads(heads: HeadScores) -> Table:
+    """The critical heads: score with its interval, whether it stands, and how many examples lost."""
+    columns = ("head", f"drop of {heads.metric_name}", "interval", "p", "stands", "examples lose", "gain")
+    top, n = heads.top(), heads.drops.shape[-1]
+    rows = []
+    for layer, head, score in top[:_MOST_ROWS]:
+        drops = heads.drops[layer, head]
+        interval, found = heads.interval(layer, head), heads.discoveries
+        ends = "–" if interval is None else span(interval)
+        p = "–" if heads.p_values is None else f"{float(heads.p_values[layer, head]):.2g}"
+        stands = "–" if found is None else "yes" if (layer, head) in found else "no"
+        lose, gain, seen = int((drops > 0).sum()), int((drops < 0).sum()), int(heads.counts[layer, head])
+        bar = Bar(number(score), 100 * score / top[0].score)
+        rows.append((f"L{layer}H{head}", bar, ends, p, stands, f"{lose:,} of {seen:,}", f"{gain:,}"))
+    base = heads.baseline_interval
+    note = f"Base {heads.metric_name} {number(heads.baseline)}{f' {span(base)}' if base else ''}, n = {n:,}; "
+    note += "95 % bootstrap intervals, paired permutation tests of no drop (one-sided), on the examples that "
+    note += "select the heads. Stands: at a false discovery "
+    note += f"rate of 5 % over all {heads.scores.numel():,} heads."
+    if heads.traded:
+        note += f" Not exact: {heads.traded}."
+    if bool(((heads.mean_drops - heads.scores).abs() > 1e-6).any()):
+        note += f" Drops are of {heads.metric_name} over all examples, verdicts of the score of each."
+    if not top:
+        note += " No head lowers the metric when it is changed."
+    return Table("Critical heads", columns, tuple(rows), note + _rest(len(top)))
+
+
+def _rest(count: int) -> str:
+    return f" {count - _MOST_ROWS:,} more are not shown." if count > _MOST_ROWS else ""
+
+
+def top_neurons(neurons: NeuronScores, promoted: Mapping[tuple[int, int], Sequence[str]]) -> Table:
+    """The best neurons, with the tokens they promote where given."""
+    top = neurons.top()
+    told = any((c.layer, c.index) in promoted for c in top[:_MOST_ROWS])
+    rows = []
+    for c in top[:_MOST_ROWS]:
+        share = max(0.0, 100 * c.score / top[0].score) if top[0].score > 0 else 0.0
+        row: tuple[Cell, ...] = (f"L{c.layer}N{c.index}", Bar(_digits(c.score), share))
+        if neurons.errors is not None:
+            row += (_digits_span(neurons.interval(c.layer, c.index)),)
+        rows.append((*row, Tokens(tuple(promoted.get((c.layer, c.index), ())))) if told else row)
+    columns = ("neuron", "score", *(("interval",) if neurons.errors is not None else ()))
+    columns += ("promotes",) if told else ()
+    note = f"Scored by {neurons.method} on n = {neurons.n_examples:,} examples. L1N25: neuron 25 of layer 1."
+    if neurons.errors is not None:
+        note += " Intervals: 95 %, jackknife over examples."
+    return Table("Top neurons", columns, tuple(rows), note + _rest(len(top)))
+
+
+def _digits(value: float) -> str:
+    return f"{value:#.4g}".replace("-", "−")
+
+
+def _digits_span(interval: Interval | None) -> str:
+    return "–" if interval is None else f"[{_digits(interval.low)}, {_digits(interval.high)}]"
+
+
+def masking(results: Sequence[MaskingResult], measure: str) -> Table:
+    """One measure at every share: before, after, drop, interval, and the random sets."""
+    columns = ("neurons", "share", "before", "after", "drop", "interval", "p", "relative")
+    columns += ("random mean", "random largest", "beats")
+    rows = tuple(_masking_row(r, measured(r, measure)) for r in sorted(results, key=lambda r: r.ratio))
+    m = measured(results[0], measure)
+    if m.unit:
+        columns = tuple(c for c in columns if c != "relative")
+        rows = tuple((*row[:7], *row[8:]) for row in rows)
+    note = f"{level(m.interval)} bootstrap intervals, n = {m.interval.n:,}"
+    note += "; p: paired permutation test" if m.p is not None else ""
+    note += f"; {len(m.controls)} random sets." if m.controls else "; no random sets were run."
+    if any(m.clear for m in (measured(r, measure) for r in results)):
+        note += " Bold: larger than with every random set, and the interval lies above 0."
+    title = f"{m.name[0].upper()}{m.name[1:]}{' (nats)' if m.unit else ''} with neurons masked"
+    return Table(title, columns, rows, note)
+
+
+def _masking_row(result: MaskingResult, m: Measured) -> tuple[Cell, ...]:
+    drop = number(m.drop)
+    return (
+        f"{result.n_neurons:,}",
+        percent(result.ratio),
+        f"{number(m.baseline)} {span(m.before)}",
+        f"{number(m.masked)} {span(m.after)}",
+        Strong(drop) if m.clear else drop,
+        span(m.interval),
+        "–" if m.p is None else f"{m.p:.2g}",
+        f"{number(result.relative_drop, 1)} % {span(result.relative_interval, 1)}",
+        number(m.baseline - m.random_mean),
+        number(m.baseline - m.random_worst),
+        f"{m.beaten} of {len(m.controls)}" if m.controls else "–",
+    )
+
+
+def kinds(results: Sequence[MaskingResult]) -> Table:
+    """Drop of the metric by kind of question, at every share."""
+    ordered = sorted(results, key=lambda r: r.ratio)
+    columns = ("kind", "n", "before", *(f"drop at {percent(r.ratio)}" for r in ordered))
+    rows = []
+    for kind, first in ordered[0].kinds.items():
+        before = f"{number(first.baseline)} {_ends(first.baseline_interval)}".rstrip()
+        cells: list[Cell] = [kind or "all", f"{first.n:,}", before]
+        for result in ordered:
+            found = result.kinds[kind]
+            text = f"{number(found.baseline - found.masked)} {_ends(found.interval)}".rstrip()
+            text += "" if found.p is None else f", p = {found.p:.2g}"
+            if result.controls:
+                text += f" ({result.beats('metric', kind)}/{len(result.controls)})"
+            cells.append(Strong(text) if kind_clear(result, kind) else text)
+        rows.append(tuple(cells))
+    note = f"Of {ordered[0].metric_name}, with {level(ordered[0].metric_interval)} bootstrap intervals."
+    if ordered[0].controls:
+        note += " In brackets: how many random sets lose less; bold: all of them."
+    return Table("Drop by kind of question", columns, tuple(rows), note)
+
+
+def _ends(interval: Interval | None) -> str:
+    return span(interval) if interval else ""
+
+
+def rankings(results: Mapping[str, MaskingResult]) -> Table:
+    """All rankings at one size, best first by the drop in the metric."""
+    columns = ["ranking", "neurons"]
+    for what in (next(iter(results.values())).metric_name, "log-probability"):
+        columns += [f"drop of {what}", "interval", "p", "beats"]
+    rows = []
+    for name, result in sorted(results.items(), key=lambda item: -item[1].drop):
+        cells: list[Cell] = [name.replace("_", " "), f"{result.n_neurons:,}"]
+        for measure in MEASURES:
+            m = measured(result, measure)
+            beats = f"{m.beaten} of {len(m.controls)}" if m.controls else "–"
+            drop, p = number(m.drop), "–" if m.p is None else f"{m.p:.2g}"
+            cells += [Strong(drop) if m.clear else drop, span(m.interval), p, beats]
+        rows.append(tuple(cells))
+    interval = next(iter(results.values())).metric_interval
+    note = f"{level(interval)} bootstrap interval of the drop, n = {interval.n:,}."
+    return Table("Rankings", tuple(columns), tuple(rows), note)
+
+
+def evaluation(values: Mapping[str, Interval | float | int | str]) -> Table:
+    """The model as it is: a number, or a number with its interval."""
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, Interval):
+            text = f"{number(value.value)} {span(value)}, {level(value)} interval, n = {value.n:,}"
+        elif isinstance(value, float):
+            text = number(value)
+        else:
+            text = f"{value:,}" if isinstance(value, int) else value
+        rows.append((name, text))
+    return Table("The model before anything is changed", ("measured", "value"), tuple(rows), words=True)
+
+
+def settings(title: str, values: Mapping[str, Any]) -> Table:
+    """Names and values, nested ones with dotted names."""
+    rows = tuple((name, _plain(value)) for name, value in _flat(values))
+    return Table(title, ("name", "value"), rows, words=True)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "–"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

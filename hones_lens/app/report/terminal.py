@@ -1,0 +1,118 @@
+"""A run's results in a terminal: heads, neurons, masking and what it says, in 80 columns."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hones_lens.app.report.run_view import RunView
+from hones_lens.app.report.verdict import verdict
+from hones_lens.hones import MEASURES, measured
+from hones_lens.viz import level, number, percent, span
+
+_MOST_HEADS = 10
+_MOST_NEURONS = 6  # of a layer
+
+
+def print_summary(console: Console, run: RunView) -> None:
+    """Print top heads, top neurons by layer, the masking curve against random sets, and the finding.
+
+    Needs no colours and no more than 80 columns; what the run lacks is left out.
+    """
+    console.print(Text(run.title, style="bold"))
+    _print_heads(console, run)
+    _print_neurons(console, run)
+    for measure in MEASURES if run.masking else ():
+        _print_masking(console, run, measure)
+    if run.masking:
+        finding, basis, *_ = verdict(run.masking, run.share).split("\n")
+        console.print()
+        console.print(Text(finding, style="bold"))
+        console.print(Text(basis))
+
+
+def _table(*columns: str) -> Table:
+    """An empty table: the first column names the row, the others are numbers."""
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(Text(column), justify="right" if i else "left", no_wrap=True, header_style="dim")
+    return table
+
+
+def _print(console: Console, title: str, table: Table, note: str) -> None:
+    console.print()
+    console.print(Text(title, style="bold"))
+    if table.row_count:
+        console.print(table)
+    console.print(Text(note, style="dim"))
+
+
+def _print_heads(console: Console, run: RunView) -> None:
+    if run.heads is None:
+        return
+    top, n = run.heads.top(), run.heads.drops.shape[-1]
+    found = run.heads.discoveries
+    again = {(h.layer, h.head): h for h in run.held_out.heads} if run.held_out else {}
+    table = _table("head", f"drop of {run.heads.metric_name}", "interval", "stands", "held out", "holds")
+    for layer, head, score in top[:_MOST_HEADS]:
+        interval, other = run.heads.interval(layer, head), again.get((layer, head))
+        table.add_row(
+            f"L{layer}H{head}",
+            number(score),
+            Text("–" if interval is None else span(interval)),
+            "–" if found is None else "yes" if (layer, head) in found else "no",
+            Text("–" if other is None else f"{number(other.drop.value)} {span(other.drop)}"),
+            "–" if other is None else "yes" if other.holds else "no",
+        )
+    if len(top) > _MOST_HEADS:
+        table.add_row(f"… {len(top) - _MOST_HEADS} more")
+    title = "Critical heads" if top else "No head lowers the metric when it is changed"
+    base = run.heads.baseline_interval
+    note = f"{run.heads.metric_name} {number(run.heads.baseline)}{f' {span(base)}' if base else ''} with all "
+    note += f"heads, n = {n:,}; 95 % intervals; stands: FDR 5 % over all heads"
+    if run.held_out is not None:
+        note += f"; held out: measured again on n = {len(run.held_out.example_ids):,}, holds: FDR 5 %"
+    if run.heads.traded:
+        note += f"; not exact: {run.heads.traded}"
+    if run.heads.near_ties:
+        note += f"; near-ties between tokens that rounding may settle: {run.heads.near_ties}"
+    _print(console, title, table, note)
+
+
+def _print_neurons(console: Console, run: RunView) -> None:
+    if run.neurons is None:
+        return
+    table = _table("layer", "count", "best first")
+    table.columns[2].justify = "left"
+    for layer, found in groupby(sorted(run.neurons.top(), key=lambda c: c.layer), key=lambda c: c.layer):
+        best = [f"N{c.index}" for c in found]
+        more = " …" if len(best) > _MOST_NEURONS else ""
+        table.add_row(f"L{layer}", f"{len(best):,}", " ".join(best[:_MOST_NEURONS]) + more)
+    count, total = run.neurons.count(), run.neurons.scores.numel()
+    note = f"{count:,} of {total:,} neurons by {run.neurons.method}, n = {run.neurons.n_examples:,}"
+    _print(console, "Task neurons by layer", table, note)
+
+
+def _print_masking(console: Console, run: RunView, measure: str) -> None:
+    """One row a share of neurons."""
+    results = sorted(run.masking, key=lambda r: r.ratio)
+    first = measured(results[0], measure)
+    table = _table("masked", "after", "drop", "random", "beats")
+    for result in results:
+        m = measured(result, measure)
+        table.add_row(
+            f"{result.n_neurons:,} ({percent(result.ratio)})",
+            Text(f"{number(m.masked)} {span(m.after)}"),
+            Text(f"{number(m.drop)} {span(m.interval)}"),
+            number(m.random_mean),
+            f"{m.beaten}/{len(m.controls)}" if m.controls else "–",
+        )
+    title = f"{first.name[0].upper()}{first.name[1:]} with neurons masked"
+    note = f"before: {number(first.baseline)} {span(first.before)}; {level(first.interval)} intervals, "
+    note += f"n = {first.interval.n:,}"
+    if first.controls:
+        note += f"; random: mean of {len(first.controls)} sets"
+    _print(console, title, table, note)

@@ -1,0 +1,174 @@
+"""What a masking result says in words: headline, finding and verdict of a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from hones_lens.hones import MEASURES, MaskingResult, measured
+from hones_lens.viz import level, listed, number, percent
+
+_DEFAULT_SHARE = 0.01
+
+
+BOTH, LOG_PROB_ONLY, METRIC_ONLY, NEITHER, UNKNOWN = "both", "log_prob", "metric", "neither", "unknown"
+
+
+def among(result: MaskingResult) -> str:
+    """The set's size and the number of all neurons: `15 of 1,536 neurons`."""
+    return f"{result.n_neurons:,} of {round(result.n_neurons / result.ratio):,} neurons"
+
+
+def headline(masking: Sequence[MaskingResult], share: float = _DEFAULT_SHARE) -> MaskingResult:
+    """The result whose share of neurons is nearest to `share`, as a ratio; of two, the smaller.
+
+    Raises:
+        ValueError: No results.
+    """
+    if not masking:
+        raise ValueError("no masking results to choose from")
+    return min(masking, key=lambda r: (round(abs(math.log(r.ratio / share)), 9), r.ratio))
+
+
+def finding(result: MaskingResult) -> str:
+    """Where the drop is clear: `both`, `metric`, `log_prob`, `neither`; `unknown` without random sets."""
+    if not result.controls:
+        return UNKNOWN
+    metric, log_prob = (measured(result, m).clear for m in MEASURES)
+    if metric and log_prob:
+        return BOTH
+    return METRIC_ONLY if metric else LOG_PROB_ONLY if log_prob else NEITHER
+
+
+def verdict(masking: Sequence[MaskingResult], share: float = _DEFAULT_SHARE) -> str:
+    """What masking says about the selected neurons, from the numbers alone.
+
+    A drop counts as clear when it is larger than with every matched random set and its interval lies
+    above 0.
+
+    Args:
+        masking: Results at one or several shares of all neurons, for one task and method.
+        share: The share that the first paragraphs are about (the nearest there is).
+
+    Returns:
+        Paragraphs, parted by newlines: the finding in one sentence, what it rests on, the metric's
+        numbers, the log-probability's, the other shares, the kinds of question. The last two only where
+        there are several.
+    """
+    if not masking:
+        return "No neurons were masked, so nothing is known about what they do for the task."
+    main = headline(masking, share)
+    paragraphs = [_conclusion(main), *(_fact(main, measure) for measure in MEASURES)]
+    rest = [result for result in sorted(masking, key=lambda r: r.ratio) if result is not main]
+    if rest and main.controls:
+        paragraphs.append(_other_shares(rest))
+    if len(main.kinds) > 1 and main.controls:
+        paragraphs.append(_kinds(sorted(masking, key=lambda r: r.ratio)))
+    return "\n".join(paragraphs)
+
+
+_OPEN = {BOTH: (), METRIC_ONLY: (), LOG_PROB_ONLY: ("metric",), NEITHER: MEASURES, UNKNOWN: ()}
+
+
+def _conclusion(result: MaskingResult) -> str:
+    """The finding in one sentence, a newline, and what it rests on."""
+    task, metric, count = result.task, result.metric_name, len(result.controls)
+    size = f"{percent(result.ratio)} of the FFN neurons ({among(result)})"
+    found = finding(result)
+    # More than every random set, but the interval reaches 0: not refuted either.
+    carried = "shown to be carried" if any(measured(result, m).exceeds for m in _OPEN[found]) else "carried"
+    if found == BOTH:
+        return (
+            f"These neurons carry part of the {task} task.\nMasking {size} lowers both {metric} and the "
+            f"right answer's probability more than masking any of {count} matched random sets does."
+        )
+    if found == LOG_PROB_ONLY:
+        return (
+            f"The answers of the {task} task are not {carried} by these neurons, though they add to it.\n"
+            f"Masking {size} does not lower {metric} clearly more than masking as many random neurons. Yet "
+            f"the right answer loses more probability than with any of {count} matched random sets: these "
+            "neurons push towards it, and the rest of the model makes up for their loss."
+        )
+    if found == METRIC_ONLY:
+        return (
+            f"The evidence is mixed: what the {task} task asks for is not shown to be carried by these "
+            f"neurons.\nMasking {size} lowers {metric} more than masking any of {count} matched random sets "
+            "does, but not the probability of the right answer. The answers' form may be what suffers."
+        )
+    if found == NEITHER and carried != "carried":
+        more = listed([m.name for m in (measured(result, w) for w in MEASURES) if m.exceeds])
+        return (
+            f"The {task} task is not {carried} by these neurons.\nMasking {size} costs more than masking "
+            f"any of {count} matched random sets ({more}), but {result.metric_interval.n} examples do not "
+            "settle that it costs anything."
+        )
+    if found == NEITHER:
+        return (
+            f"The {task} task is not carried by these neurons.\nMasking {size} does not stand out from "
+            f"masking as many random neurons, neither in {metric} nor in the right answer's probability."
+        )
+    return (
+        f"Nothing can be said about these neurons in particular.\nMasking {size} was not compared with "
+        f"random sets: any neurons might do as much to the {task} task."
+    )
+
+
+def _fact(result: MaskingResult, measure: str) -> str:
+    """One measure's numbers as a sentence."""
+    m = measured(result, measure)
+    name = m.name if m.name[1:2].isupper() else m.name[0].upper() + m.name[1:]
+    before, after = number(m.baseline), number(m.masked)
+    moved = "stays at" if before == after else f"{'falls' if m.drop > 0 else 'rises'} from {before} to"
+    interval = f"{level(m.interval)} interval {number(m.interval.low)} to {number(m.interval.high)}"
+    text = f"{name} {moved} {after} (drop {number(m.drop)}{m.unit}, {interval}, n = {m.interval.n})"
+    if not m.controls:
+        return f"{text}."
+    count = len(m.controls)
+    many = f"larger than with {'all' if m.beaten == count else f'{m.beaten} of'} {count} random sets"
+    if not m.beaten:
+        many = f"no larger than with any of {count} random sets"
+    mean, most = (number(m.baseline - value) for value in (m.random_mean, m.random_worst))
+    text += f"; the drop is {many} (their mean {mean}, largest {most})."
+    if m.exceeds and not m.clear:
+        text += f" The interval reaches 0, so {m.interval.n} examples do not settle it."
+    return text
+
+
+_CASES = {
+    BOTH: "in both measures",
+    LOG_PROB_ONLY: "in the probability alone",
+    METRIC_ONLY: "in the metric alone",
+    NEITHER: "in neither",
+    UNKNOWN: "not known",
+}
+
+
+def _other_shares(rest: Sequence[MaskingResult]) -> str:
+    parts = []
+    for case, words in _CASES.items():
+        shares = [percent(result.ratio) for result in rest if finding(result) == case]
+        if shares:
+            parts.append(f"at {listed(shares)} {words}")
+    return (
+        f"At the other shares the drop is clear (larger than with every random set, its interval above 0) "
+        f"{'; '.join(parts)}."
+    )
+
+
+def kind_clear(result: MaskingResult, kind: str) -> bool:
+    """On this kind of question the metric drops, and more than with every random set."""
+    found = result.kinds[kind]
+    return found.baseline > found.masked and 0 < len(result.controls) == result.beats("metric", kind)
+
+
+def _kinds(masking: Sequence[MaskingResult]) -> str:
+    metric = masking[0].metric_name
+    parts = []
+    for kind in masking[0].kinds:
+        clear = [(r.kinds[kind], percent(r.ratio)) for r in masking if kind_clear(r, kind)]
+        if clear:
+            drops = [f"{number(found.baseline - found.masked)} at {share}" for found, share in clear]
+            parts.append(f"{kind} ({listed(drops)})")
+    if not parts:
+        return f"On no single kind of question does {metric} drop more than with every random set."
+    return f"By kind of question, {metric} drops more than with every random set for {listed(parts)}."

@@ -1,0 +1,151 @@
+"""Run folders: settings with versions and hashes, results as they come, a log, and resuming.
+
+A run folder says by itself what made it. The same command on the same folder goes on where it
+stopped; other settings are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections import UserDict
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hones_lens.data import Example
+from hones_lens.model import HookedVLM
+from hones_lens.results import write_json
+from hones_lens.tasks import Task
+
+_PACKAGES = ("hones-lens", "torch", "transformers", "transformer-lens", "numpy", "pillow")
+_SAMPLES = 1024
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def weights_hash(model: HookedVLM) -> str:
+    """A hash of every parameter's name, shape, type and 1,024 evenly spaced values."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        picked = flat[torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel())).long().to(flat.device)]
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(picked.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def examples_hash(task: Task, examples: Sequence[Example]) -> str:
+    """A hash of the examples' ids, prompts, targets and pixels."""
+    digest = hashlib.blake2b(digest_size=12)
+    for example in examples:
+        digest.update(repr((example.id, task.prompts(example), task.target(example))).encode())
+        digest.update(example.image.tobytes())
+    return digest.hexdigest()
+
+
+class Journal(UserDict):
+    """Results of finished batches, one JSON line each: setting a key writes it to the disk.
+
+    A killed run loses at most the batch in flight: a last line that is cut short is dropped.
+    """
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.file = file
+        if file.exists():
+            self._read()
+
+    def _read(self) -> None:
+        whole = self.file.read_bytes()
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if len(kept) < len(whole):
+            self.file.write_bytes(kept)
+        for line in kept.decode("utf-8").splitlines():
+            key, value = json.loads(line)
+            self.data[key] = value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.data[key] = value
+        with open(self.file, "a", encoding="utf-8") as out:
+            out.write(json.dumps([key, value], allow_nan=False) + "\n")
+
+
+class Run:
+    """One run folder.
+
+    Args:
+        folder: Made if it is not there.
+        settings: Everything that decides the numbers, JSON values only.
+
+    Raises:
+        ValueError: The folder holds a run with other settings (names each difference), or is not a
+            run folder and not empty.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
+        self.folder = Path(folder)
+        self.settings = json.loads(json.dumps(dict(settings)))
+        self.environment = environment()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.resumed = self._check()
+        if not self.resumed:
+            write_json(
+                self.folder / "settings.json", {"settings": self.settings, "environment": self.environment}
+            )
+        self.log("resumed" if self.resumed else "started")
+
+    def _check(self) -> bool:
+        file = self.folder / "settings.json"
+        if not file.exists():
+            if any(self.folder.iterdir()):
+                raise ValueError(f"{self.folder} is not empty and not a run folder; choose another --out")
+            return False
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        now = {**self.settings, **self.environment}
+        then = {**saved["settings"], **saved["environment"]}
+        other = [
+            f"{k}: {then.get(k)!r} there, {now.get(k)!r} now"
+            for k in sorted(then | now)
+            if then.get(k) != now.get(k)
+        ]
+        if other:
+            raise ValueError(
+                f"{self.folder} holds a run with other settings ({'; '.join(other)}); choose another --out"
+            )
+        return True
+
+    def log(self, message: str) -> None:
+        """Add a line with the time to log.txt."""
+        stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as out:
+            out.write(f"{stamp} {message}\n")
+
+    def path(self, name: str) -> Path:
+        """A file of this run."""
+        return self.folder / name
+
+    def journal(self, stage: str) -> Journal:
+        """The finished batches of a stage."""
+        return Journal(self.folder / f"{stage}.journal.jsonl")
+
+
+def read_run(folder: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and environment of a run folder.
+
+    Raises:
+        ValueError: Not a run folder.
+    """
+    file = Path(folder) / "settings.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no settings.json")
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    return saved["settings"], saved["environment"]

@@ -1,0 +1,102 @@
+"""What concerns several tasks at once, in a run folder of its own: what `hones overlap` does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hones_lens.app.runs.folder import Run, examples_hash, read_run, weights_hash
+from hones_lens.data import Example
+from hones_lens.hones import (
+    GroupMasking,
+    LensDelta,
+    NeuronScores,
+    Overlap,
+    find_overlap,
+    lens_delta,
+    mask_groups,
+)
+from hones_lens.model import HookedVLM
+from hones_lens.tasks import load_task
+
+
+def neurons_of_runs(folders: Sequence[str | Path]) -> tuple[str, dict[str, NeuronScores]]:
+    """The model's name and each task's neurons, from the run folders of `hones localize`.
+
+    Raises:
+        ValueError: Runs of several models, or two of one task; a folder that is no run, or has no neurons.
+    """
+    tasks: dict[str, NeuronScores] = {}
+    models: dict[str, str | Path] = {}
+    for folder in folders:
+        settings, file = read_run(folder)[0], Path(folder) / "neurons.json"
+        task = settings.get("task")
+        if not file.exists() or task is None:
+            raise ValueError(f"{folder} has no neurons of one task: `hones localize --out {folder}` first")
+        if task in tasks:
+            raise ValueError(f"{folder} is a second run of {task}: runs of different tasks are compared")
+        models.setdefault(settings["model"], folder)
+        tasks[task] = NeuronScores.load(file)
+    if len(models) > 1:
+        said = ", ".join(f"{folder} of {model}" for model, folder in models.items())
+        raise ValueError(f"runs of one model are compared, not {said}")
+    return next(iter(models)), tasks
+
+
+def start_overlap(
+    out: str | Path,
+    model_name: str,
+    neurons: Mapping[str, NeuronScores],
+    model: HookedVLM | None = None,
+    examples: Mapping[str, Sequence[Example]] | None = None,
+) -> Run:
+    """Open a run folder whose settings tell neurons, and where groups are masked, weights and examples.
+
+    Raises:
+        ValueError: The folder holds a run with other settings.
+    """
+    chosen = {task: [[c.layer, c.index] for c in found.top()] for task, found in neurons.items()}
+    settings: dict[str, Any] = {"model": model_name, "tasks": list(neurons), "neurons": digest(chosen)}
+    if model is not None and examples is not None:
+        settings["weights"] = weights_hash(model)
+        settings["examples"] = {task: examples_hash(load_task(task), some) for task, some in examples.items()}
+    return Run(out, settings)
+
+
+def share_neurons(run: Run, neurons: Mapping[str, NeuronScores]) -> Overlap:
+    """Which neurons tasks share, from the folder if that is there."""
+    file = run.path("overlap.json")
+    if not file.exists():
+        find_overlap(neurons).save(file)
+    return Overlap.load(file)
+
+
+def mask_shared(
+    model: HookedVLM, run: Run, examples: Mapping[str, Sequence[Example]], shared: Overlap
+) -> GroupMasking:
+    """Every task with each group of neurons masked, from the folder if that is there."""
+    file = run.path("groups.json")
+    if not file.exists():
+        journals = {task: run.journal(f"groups-{task}") for task in examples}
+        mask_groups(model, examples, shared, journals=journals).save(file)
+        run.log("groups: masked")
+    return GroupMasking.load(file)
+
+
+def read_lens(
+    model: HookedVLM, run: Run, task: str, examples: Sequence[Example], neurons: NeuronScores, name: str
+) -> LensDelta:
+    """Baseline minus masked in the logit lens, in a file of the folder, from there if it is there."""
+    file = run.path(name)
+    if not file.exists():
+        lens_delta(model, task, examples, neurons).save(file)
+        run.log(f"logit lens of {task}: done")
+    return LensDelta.load(file)
+
+
+def digest(data: Any) -> str:
+    """A hash of what JSON can say."""
+    return hashlib.blake2b(json.dumps(data).encode(), digest_size=12).hexdigest()

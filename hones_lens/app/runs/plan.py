@@ -1,0 +1,111 @@
+"""What a run would do and cost, before it does it (`--plan`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from hones_lens import engine
+from hones_lens.app.runs import stages as pipeline
+from hones_lens.engine import Budget
+from hones_lens.hones import RATIOS, default_top_k
+from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.tasks import load_task
+
+if TYPE_CHECKING:
+    from hones_lens.app.runs.stages import DataChoice
+
+
+class _Cost(NamedTuple):
+    """Interventions, examples, and how many layers a row computes on average."""
+
+    arms: int
+    examples: int
+    layers: float
+    ranks: bool = True  # whether a ranking task runs all candidates
+
+
+def plan(
+    model: HookedVLM,
+    task: str,
+    data: DataChoice,
+    stages: Sequence[str],
+    n_controls: int,
+    memory_budget: float | None = None,
+) -> list[str]:
+    """Lines that tell rows, operations, memory and time of each stage.
+
+    A row is one prompt under one intervention. Operations count two per weight and prompt token of the
+    decoder layers that a row computes, and attention's own; rows that decode on are not counted, and
+    candidates share their image. Time is that of these operations at the speed of a forward pass that is
+    measured here.
+    """
+    chosen = load_task(task)
+    discovery, test = data.discovery(task), data.test(task)
+    sample = next(engine.prompt_batches(model, chosen, discovery[:1], 1)).inputs
+    n_layers, heads = model.cfg.n_layers, model.cfg.n_layers * model.cfg.n_heads
+    forked = (n_layers + 1) / 2  # a head of layer l computes what is above it
+    masked = 1 + len(RATIOS) * (n_controls + 1)
+    again = default_top_k(model)
+    others = len(pipeline.OTHER_RANKINGS) * (pipeline.OTHERS_CONTROLS + 1)
+    costs = {
+        "heads": _Cost(heads, len(discovery), forked),
+        "held out": _Cost(1 + min(heads, again * 6), len(test), forked),  # with five random sets
+        "neurons": _Cost(min(heads, 30) + 1, len(discovery), n_layers, ranks=False),
+        "masking": _Cost(masked, len(test), n_layers),
+        "others": _Cost(1 + others, len(test), n_layers),
+    }
+    rate = _operations_per_second(model, sample)
+    lines = [
+        f"{model.cfg.model_name}, {task}: {len(discovery)} discovery and {len(test)} held-out examples, "
+        f"{rate:.2g} FLOP/s measured"
+    ]
+    total = 0.0
+    for stage in stages:
+        cost = costs[stage]
+        rows = cost.arms * cost.examples
+        tokens = float(sample.input_ids.shape[1])
+        if cost.ranks and chosen.ranks:
+            tokens = float(
+                sum(s.resid[..., 0].numel() for s in engine.behind_shared_prefix(model, sample)[0])
+            )
+        operations = rows * cost.layers * _per_layer(model, tokens)
+        total += operations / rate
+        lines.append(
+            f"  {stage}: {cost.arms} arms × {cost.examples} examples = {rows:,} rows of ~{tokens:.0f} tokens "
+            f"× {cost.layers:g} layers, {operations:.2g} FLOP, about {_duration(operations / rate)}"
+        )
+    budget, length = Budget(model, memory_budget), sample.input_ids.shape[1]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    rows = budget.rows(length)
+    lines.append(
+        f"  memory: {weights / 1e9:.2f} GB of weights, {rows * length * budget.bytes_per_token / 1e9:.2f} GB "
+        f"for {rows} rows at a time; about {_duration(total)} in all"
+    )
+    return lines
+
+
+def _per_layer(model: HookedVLM, tokens: float) -> float:
+    weights = sum(p.numel() for p in model.blocks[0].parameters())
+    return 2 * weights * tokens + 4 * tokens**2 * model.cfg.n_heads * model.cfg.d_head
+
+
+@torch.no_grad()
+def _operations_per_second(model: HookedVLM, sample: VLMInputs) -> float:
+    """Of a batch of such rows through the decoder, after one that does not count."""
+    rows = sample[[0] * Budget(model).rows(sample.input_ids.shape[1])]
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        model(rows, stop_at_layer=model.cfg.n_layers).sum().item()
+        seconds = time.perf_counter() - started
+    return len(rows) * model.cfg.n_layers * _per_layer(model, rows.input_ids.shape[1]) / seconds
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,217 @@
+"""From heads to overlap: the stages of all tasks, one after the other, into run folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hones_lens.app.report.reproduction import Reproduction, TaskResults
+from hones_lens.app.runs import stages
+from hones_lens.app.runs.folder import Run
+from hones_lens.app.runs.overlap import digest, mask_shared, read_lens, share_neurons
+from hones_lens.app.runs.stages import OTHERS_CONTROLS, DataChoice
+from hones_lens.data import Example
+from hones_lens.hones import (
+    GroupMasking,
+    MaskingResult,
+    NeuronScores,
+    Overlap,
+    SideEffects,
+    SteeringConfig,
+    SteeringTable,
+    attribute_neurons,
+    load_masking,
+    masking_curve,
+    save_masking,
+    side_effects,
+    transfer_steering,
+)
+from hones_lens.model import HookedVLM
+from hones_lens.tasks import TASKS, load_task
+
+RATIOS = (0.01, 0.05)
+RANKINGS = ("activation_probability", "mean_activation", "activation_entropy", "direct", "random")
+# Learning rates and epochs among which dev chooses; HONES's own rate hardly moves a scale in so few steps.
+STEERING = {"learning_rates": (5e-3, 5e-2), "epochs": (4,), "draws": 5}
+# Examples of a ranking task where none are asked for: more than the demo's, for intervals that say something.
+RANKED = {"n_discovery": 48, "n_dev": 48, "n_held_out": 60}
+
+
+def reproduce(
+    model: HookedVLM,
+    out: str | Path,
+    data: DataChoice,
+    *,
+    tasks: Sequence[str] = tuple(TASKS),
+    shifted: str | None = "shapes-shifted",
+    ratios: Sequence[float] = RATIOS,
+    n_controls: int = 20,
+    steering: Mapping[str, Any] = STEERING,
+) -> Reproduction:
+    """Localize, attribute, mask, steer and compare the tasks of one model, into run folders.
+
+    Heads and neurons come from the discovery split, scales from dev; everything is measured on the
+    held-out split. A killed run goes on where it stopped.
+
+    Args:
+        model: The model.
+        out: Folder; each task has a run folder in it, and `across` holds what concerns all of them.
+        data: Which examples.
+        tasks: Which tasks.
+        shifted: A second data set: scales learned on `data` are measured there with no further fitting,
+            and others are learned there. None: leave it out.
+        ratios: Shares of all neurons to mask; the last one's neurons are steered.
+        n_controls: Matched random sets beside HONES's neurons.
+        steering: Options of `compare_steering`.
+
+    Raises:
+        ValueError: Fewer than two tasks, a folder with other settings, or examples that can't be used.
+    """
+    if len(set(tasks)) < 2:
+        raise ValueError(f"what tasks share is part of it: at least two tasks are needed, not {list(tasks)}")
+    out, first = Path(out), data
+    found, neurons, lenses = {}, {}, {}
+    for task in tasks:
+        data = _sized(first, task)
+        worlds = _worlds(data, shifted)
+        settings = {"controls": n_controls, "ratios": list(ratios), "rankings": list(RANKINGS)}
+        run = stages.start_run(model, task, data, out / task, tasks=list(tasks), **settings)
+        heads = stages.find_heads(model, run, task, data)
+        held_out = stages.heads_again(model, run, task, data, heads)
+        if held_out is None:
+            raise ValueError(f"no head of {model.cfg.model_name} lowers {heads.metric_name} of {task}")
+        neurons[task] = stages.find_neurons(model, run, task, data, heads, ratios[-1])
+        masking = _mask(model, run, task, data, neurons[task], tasks, ratios, n_controls)
+        lenses[task] = read_lens(model, run, task, data.test(task), neurons[task], "lens.json")
+        stages.keep_views(model, run, task, data, heads, neurons[task])
+        tables = _steer(model, run, task, worlds, neurons[task], steering)
+        found[task] = TaskResults(heads, held_out, masking, tables)
+    groups, shared, effects = _across(model, out / "across", _worlds(first, shifted), neurons, found)
+    result = Reproduction(model.cfg.model_name, found, shared, groups, lenses, effects)
+    (out / "tables.md").write_text(result.to_markdown(), encoding="utf-8")
+    return result
+
+
+def _sized(data: DataChoice, task: str) -> DataChoice:
+    """The choice with enough examples of a ranking task, where it says no number."""
+    if not load_task(task).ranks:
+        return data
+    return replace(data, **{name: getattr(data, name) or n for name, n in RANKED.items()})
+
+
+def _worlds(data: DataChoice, shifted: str | None) -> dict[str, DataChoice]:
+    """The data sets by name, the one that heads and neurons come from first."""
+    worlds = {_short(data.dataset): data}
+    if shifted is not None:
+        worlds[shifted] = replace(data, dataset=shifted, data_file=None, image_dir=None)
+    return worlds
+
+
+def _mask(
+    model: HookedVLM,
+    run: Run,
+    task: str,
+    data: DataChoice,
+    neurons: NeuronScores,
+    tasks: Sequence[str],
+    ratios: Sequence[float],
+    n_controls: int,
+) -> dict[tuple[str, float], MaskingResult]:
+    """HONES's neurons and other rankings', at several sizes, beside matched random sets of their own."""
+    file, test = run.path("masking.json"), data.test(task)
+    if not file.exists():
+        options = {"ratios": ratios, "n_controls": n_controls, "journal": run.journal("masking")}
+        save_masking(file, masking_curve(model, task, test, neurons, **options))
+    file_of_others, names = run.path("others.json"), [name for name in RANKINGS for _ in ratios]
+    if not file_of_others.exists():
+        others = [_ranking(model, task, data, name, tasks) for name in RANKINGS]
+        sizes = [neurons.count(ratio) for ratio in ratios]
+        sets = [[(c.layer, c.index) for c in ranking.top(k)] for ranking in others for k in sizes]
+        journal = run.journal("others")
+        results = masking_curve(model, task, test, sets, n_controls=OTHERS_CONTROLS, journal=journal)
+        named = [replace(result, method=name) for name, result in zip(names, results, strict=True)]
+        save_masking(file_of_others, named)
+    places = [("hones", ratio) for ratio in ratios]
+    places += zip(names, list(ratios) * len(RANKINGS), strict=True)
+    return dict(zip(places, load_masking(file) + load_masking(file_of_others), strict=True))
+
+
+def _ranking(model: HookedVLM, task: str, data: DataChoice, name: str, tasks: Sequence[str]) -> NeuronScores:
+    options: dict[str, Any] = {}
+    if name == "activation_entropy":
+        others: dict[str, Sequence[Example]] = {t: data.discovery(t) for t in tasks if t != task}
+        options["other_tasks"] = others
+    return attribute_neurons(model, task, data.discovery(task), method=name, **options)
+
+
+def _steer(
+    model: HookedVLM,
+    run: Run,
+    task: str,
+    worlds: Mapping[str, DataChoice],
+    neurons: NeuronScores,
+    steering: Mapping[str, Any],
+) -> dict[tuple[str, str], SteeringTable]:
+    """Scales learned in each world, measured there; those of the first in the second too."""
+    options = {"methods": stages.steering_methods(None), "config": SteeringConfig(), **steering}
+    tables: dict[tuple[str, str], SteeringTable] = {}
+    for name, data in worlds.items():
+        folder = run.folder / "steering" / name
+        mine = stages.start_steering(model, task, data, folder, neurons, options)
+        tables[name, name] = stages.steer_neurons(model, mine, task, data, neurons, options)
+    first, *others = worlds
+    for name in others:
+        file = run.folder / "steering" / first / f"on-{name}.json"
+        if not file.exists():
+            test = worlds[name].test(task)
+            transfer_steering(model, tables[first, first], test).save(file)
+        tables[first, name] = SteeringTable.load(file)
+    return tables
+
+
+def _across(
+    model: HookedVLM,
+    folder: Path,
+    worlds: Mapping[str, DataChoice],
+    neurons: Mapping[str, NeuronScores],
+    found: Mapping[str, TaskResults],
+) -> tuple[GroupMasking, Overlap, dict[str, SideEffects]]:
+    """What concerns all tasks at once, in a run folder of its own: groups masked, and side effects."""
+    tables = {name: {task: r.steering[name, name] for task, r in found.items()} for name in worlds}
+    scales = {
+        name: {task: table.scales() for task, table in here.items() if _learned(table)}
+        for name, here in tables.items()
+    }
+    run = Run(
+        folder,
+        {
+            "model": model.cfg.model_name,
+            "tasks": list(found),
+            "neurons": digest({task: [list(c) for c in scores.top()] for task, scores in neurons.items()}),
+            "examples": digest([[t.example_ids for t in here.values()] for here in tables.values()]),
+            "scales": digest([[s.offsets for s in here.values()] for here in scales.values()]),
+        },
+    )
+    shared = share_neurons(run, neurons)
+    held_out = {name: {t: _sized(data, t).test(t) for t in found} for name, data in worlds.items()}
+    first = next(iter(worlds))
+    groups, effects = mask_shared(model, run, held_out[first], shared), {}
+    for name in worlds:
+        if scales[name]:
+            file = run.path(f"side-effects-on-{name}.json")
+            if not file.exists():
+                journal = run.journal(f"side-effects-on-{name}")
+                side_effects(model, held_out[name], scales[name], journal=journal).save(file)
+            effects[name] = SideEffects.load(file)
+    return groups, shared, effects
+
+
+def _short(dataset: str) -> str:
+    """A data set's name, or that of its file, as a part of a path."""
+    return dataset if dataset.replace("-", "").isalnum() else Path(dataset).stem
+
+
+def _learned(table: SteeringTable) -> bool:
+    return any(row.method == "HONES" for row in table.rows)

@@ -1,0 +1,142 @@
+"""The tokenizers of the shipped models: whole words of the shapes world, letters for all else.
+
+Both are BPE tokenizers of their family's class whose merges are written down instead of learned:
+every word of the world's prompts and answers is one token, and the words inside the blue box, which
+no list could hold, are spelled letter by letter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import string
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import LlamaTokenizer, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from hones_lens.data import COLORS, NAMES, NUMBERS, SHAPES
+
+SPACE = "▁"
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+LLAVA_CHAT = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ASSISTANT: ' }}{% else %}"
+    "{{ message['role'] | upper + ': ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+QWEN_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+QWEN_CHAT = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_LINE_STARTS = ("Question", "Answer", "Transcribe", "Output", "Candidate", "Describe", "Does")
+_WORDS = """
+a an and answer the question with short phrase text inside blue box only image in one sentence
+candidate correctly describe exactly or Yes No what color shape is small large how many shapes are
+there on left middle right at top center bottom called it of
+"""
+
+
+def _left_to_right(word: str) -> list[tuple[str, str]]:
+    return [(word[:i], word[i]) for i in range(1, len(word))]
+
+
+def _right_to_left(word: str) -> list[tuple[str, str]]:
+    return [(word[i], word[i + 1 :]) for i in range(len(word) - 2, -1, -1)]
+
+
+def _merges() -> list[tuple[str, str]]:
+    """Merges in rank order; roles grow from their colon, so they never touch the boxed words."""
+    words = [*_WORDS.split(), *COLORS, *SHAPES, *NUMBERS, *NAMES.values()]
+    out = [pair for role in ("USER:", "ASSISTANT:") for pair in _right_to_left(role)]
+    out += [(SPACE, "USER:"), (SPACE, "ASSISTANT:")]
+    out += [pair for word in _LINE_STARTS for pair in _left_to_right(word)]
+    out += [(SPACE, letter) for letter in string.ascii_uppercase]
+    out += [pair for word in words for pair in _left_to_right(SPACE + word)]
+    return list(dict.fromkeys(out))
+
+
+def _vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
+    printable = string.ascii_letters + string.digits + string.punctuation + "\n" + SPACE
+    pieces = [*SPECIAL, *printable, *(left + right for left, right in merges)]
+    return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+
+
+def build_llava_tokenizer(model_max_length: int) -> LlamaTokenizer:
+    """Make tiny-llava's tokenizer (about 420 entries), with the chat template of LLaVA-1.5."""
+    merges = _merges()
+    tokenizer = LlamaTokenizer(
+        vocab=_vocabulary(merges),
+        merges=merges,
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=model_max_length,
+    )
+    tokenizer.chat_template = LLAVA_CHAT
+    return tokenizer
+
+
+def _byte_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Merges that make each word one token, bare and behind a space (`Ġ`), whatever came before it.
+
+    A later merge never changes an earlier word, because BPE takes the merge of lowest rank first.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        for pieces in (list(word), ["Ġ", *word]):
+            while len(pieces) > 1:
+                pairs = list(itertools.pairwise(pieces))
+                best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+                ranks.setdefault(best, len(ranks))
+                at = pairs.index(best)
+                pieces[at : at + 2] = ["".join(best)]
+    return list(ranks)
+
+
+def build_qwen_tokenizer(model_max_length: int) -> Qwen2Tokenizer:
+    """Make tiny-qwen2.5-vl's byte-level tokenizer, with the chat template of Qwen2.5-VL."""
+    words = [*_LINE_STARTS, *_WORDS.split(), *"system user assistant You are helpful".split()]
+    words += [*COLORS, *SHAPES, *NUMBERS, *NAMES.values()]
+    merges: Any = _byte_merges(words)
+    pieces = [*bytes_to_unicode().values(), *(left + right for left, right in merges), *QWEN_SPECIAL]
+    tokenizer = Qwen2Tokenizer(
+        vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))},
+        merges=merges,
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens={
+            "im_start_token": "<|im_start|>",
+            "vision_start_token": "<|vision_start|>",
+            "vision_end_token": "<|vision_end|>",
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+        },
+        model_max_length=model_max_length,
+    )
+    tokenizer.chat_template = QWEN_CHAT
+    return tokenizer

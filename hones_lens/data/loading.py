@@ -1,0 +1,117 @@
+"""Data sets: `load_examples` resolves a name or a path; one more data set is one more file."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hones_lens.data.examples import Example
+from hones_lens.data.pairs import CounterfactualPair, counterfactual_pairs
+
+if TYPE_CHECKING:
+    from hones_lens.data.records import Format
+
+# Drawn ones have a `load`; those that are read from files have a `FORMAT` too.
+DATASETS = {
+    "shapes": "hones_lens.data.shapes",
+    "shapes-varied": "hones_lens.data.shapes_varied",
+    "shapes-shifted": "hones_lens.data.shapes_shifted",
+    "hones": "hones_lens.data.hones",
+    "coco": "hones_lens.data.coco",
+    "vqav2": "hones_lens.data.vqav2",
+    "cocotext": "hones_lens.data.cocotext",
+    "gqa": "hones_lens.data.gqa",
+    "textvqa": "hones_lens.data.textvqa",
+    "flickr30k": "hones_lens.data.flickr30k",
+    "own": "hones_lens.data.own",
+}
+_SUFFIXES = {".json": "hones", ".csv": "own", ".jsonl": "own"}
+
+
+def load_examples(
+    dataset: str | Path,
+    task: str,
+    split: str,
+    limit: int | None = None,
+    seed: int = 3407,
+    *,
+    data_file: str | Path | None = None,
+    image_dir: str | Path | None = None,
+    on_error: str = "raise",
+    cache_dir: str | Path | None = None,
+) -> list[Example]:
+    """Load the examples of one task from one split of a data set.
+
+    Args:
+        dataset: Name of a data set (`DATASETS`); or a path: HONES's unified JSON, your own CSV or JSONL
+            file, or a folder with one such file; or `hf:REPO@SPLIT` for one of the Hugging Face Hub.
+        task: `vqa`, `ocr`, `caption` or `retrieval`.
+        split: `discovery`, `dev` or `test`; no two of them share an image. Of files also `all`, or a
+            split file, `FILE.json` or `FILE.json:NAME`, that lists images.
+        limit: At most so many examples. A smaller limit gives a prefix of a larger one.
+        seed: Which examples, where a data set draws them; of files it draws split and order.
+        data_file: Annotations, for data sets that are read from files.
+        image_dir: Folder of the images, for data sets that are read from files.
+        on_error: Of files: `raise` at a record that can't be used, or `skip` it, warn, and list it in
+            the result's `skipped`.
+        cache_dir: Of files: where retrieval's hard negatives are kept (default: the user's cache).
+
+    Returns:
+        A list; of files a `files.Loaded`, which is a list with `skipped`, `not_for_task` and `clipped`.
+
+    Raises:
+        FileNotFoundError: A file or folder that is not there.
+        ValueError: An unknown data set, task or split; files given to a data set that reads none;
+            a file or a record that can't be used, with their names.
+    """
+    files: dict[str, Any] = {"data_file": data_file, "image_dir": image_dir}
+    module = importlib.import_module(DATASETS[str(dataset)]) if str(dataset) in DATASETS else None
+    if module is not None and not hasattr(module, "FORMAT"):
+        return module.load(task, split, limit, seed, **files)
+    from hones_lens.data.files import load_records
+
+    fmt, files["data_file"] = resolve(dataset, data_file)
+    return load_records(fmt, task, split, limit, seed, **files, on_error=on_error, cache_dir=cache_dir)
+
+
+def resolve(dataset: str | Path, data_file: str | Path | None = None) -> tuple[Format, Path | None]:
+    """The format and the file of a data set that is read from files.
+
+    Raises:
+        FileNotFoundError: A path that is not there.
+        ValueError: An unknown or drawn data set, or a path and a data file too.
+    """
+    name = str(dataset)
+    if name in DATASETS:
+        module = importlib.import_module(DATASETS[name])
+        if not hasattr(module, "FORMAT"):
+            raise ValueError(f"data set {name!r} is drawn, not read from files")
+        return module.FORMAT, None if data_file is None else Path(data_file)
+    if data_file is not None:
+        raise ValueError(
+            f"give {name!r} or data_file {str(data_file)!r}, not both; names: {', '.join(DATASETS)}"
+        )
+    if name.startswith("hf:"):
+        from hones_lens.data.hub import format_of
+
+        return format_of(name), Path(name)
+    return _resolve_path(Path(dataset))
+
+
+def _resolve_path(path: Path) -> tuple[Format, Path]:
+    if path.is_dir():
+        from hones_lens.data.own import file_in
+
+        path = file_in(path, tuple(_SUFFIXES))
+    if path.suffix.lower() not in _SUFFIXES:
+        valid = (
+            f"{', '.join(DATASETS)}, hf:REPO@SPLIT, or a path to a folder or a {', '.join(_SUFFIXES)} file"
+        )
+        raise ValueError(f"unknown data set {str(path)!r}; valid: {valid}")
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    return importlib.import_module(DATASETS[_SUFFIXES[path.suffix.lower()]]).FORMAT, path
+
+
+__all__ = ["DATASETS", "CounterfactualPair", "Example", "counterfactual_pairs", "load_examples", "resolve"]

@@ -1,0 +1,109 @@
+"""A model's metric on a task, with its interval and by kind."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from hones_lens.data import Example
+from hones_lens.engine import sweep
+from hones_lens.model import HookedVLM
+from hones_lens.results import Interval, metric_interval
+from hones_lens.tasks import Task
+
+
+@dataclass(frozen=True)
+class KindMetric:
+    """The metric on one kind of example; `interval` is None where there are fewer than two."""
+
+    value: float
+    n: int
+    interval: Interval | None
+
+    def __str__(self) -> str:
+        return str(self.interval) if self.interval else f"{self.value:.3f} (n = {self.n})"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metric of a task.
+
+    Attributes:
+        task, metric_name, model_name: What was measured.
+        interval: The metric with its bootstrap interval over examples.
+        scores: Each example's own score.
+        kinds: The metric by kind.
+        example_ids: Which examples, in the order of `scores`.
+    """
+
+    task: str
+    metric_name: str
+    model_name: str
+    interval: Interval
+    scores: tuple[float, ...]
+    kinds: dict[str, KindMetric]
+    example_ids: tuple[str, ...]
+
+    @property
+    def metric(self) -> float:
+        """The metric over all examples."""
+        return self.interval.value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {"kind": "evaluation", **asdict(self)}
+
+    def __str__(self) -> str:
+        lines = [f"{self.model_name}, {self.task}: {self.metric_name} {self.interval}"]
+        if len(self.kinds) > 1:
+            width = max(map(len, self.kinds))
+            lines += [f"  {kind:<{width}} {found}" for kind, found in self.kinds.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+
+def evaluate(
+    model: HookedVLM,
+    task: str | Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+    journal: MutableMapping[str, Any] | None = None,
+) -> Evaluation:
+    """Measure a model on a task.
+
+    Raises:
+        ValueError: No examples, or one that lacks what the task reads.
+        FloatingPointError: Logits that are not finite; names the examples.
+    """
+    task = sweep.as_task(task)
+    sweep.check_examples(task, examples)
+    options = {"batch_size": batch_size, "progress": progress, "journal": journal}
+    arm = sweep.measure(model, task, examples, [[]], label="evaluate", **options)[0]
+    statistics = np.array(arm.statistics)
+    kinds = dict.fromkeys(example.kind for example in examples)
+    rows = {kind: [i for i, e in enumerate(examples) if e.kind == kind] for kind in kinds}
+    found = {
+        kind: KindMetric(
+            arm.metric(task, r), len(r), metric_interval(task, statistics[r]) if len(r) > 1 else None
+        )
+        for kind, r in rows.items()
+    }
+    return Evaluation(
+        task=task.name,
+        metric_name=task.metric_name,
+        model_name=model.cfg.model_name,
+        interval=metric_interval(task, statistics),
+        scores=tuple(arm.scores),
+        kinds=found,
+        example_ids=tuple(example.id for example in examples),
+    )

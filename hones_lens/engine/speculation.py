@@ -1,0 +1,286 @@
+"""Greedy answers under interventions: the clean answer is checked in one pass, only what differs decodes.
+
+The tokens are those of `generate` under the same hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hones_lens.engine.forks import Arm, Forked, Segment, Step, stacked
+from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, greedy
+
+NEAR_TIE = 1e-4  # nats between the two likeliest tokens, below which rounding could decide
+
+
+@dataclass
+class Tally:
+    """What a sweep did.
+
+    Attributes:
+        forked, full: Rows that were forked from a clean pass, and rows that had to be run whole.
+        decoded: Forked rows that decoded on, since they did not say what the clean model says.
+        near_ties: Choices between two tokens whose logits differ by less than 1e-4.
+        row_layers: Decoder layers computed, times rows (the fork's own layer counts as one).
+    """
+
+    forked: int = 0
+    full: int = 0
+    decoded: int = 0
+    near_ties: int = 0
+    row_layers: int = 0
+
+    def __str__(self) -> str:
+        rows = self.forked + self.full
+        if not rows:
+            return "nothing was run"
+        return (
+            f"{rows} rows: {self.full / rows:.0%} by a full pass, {self.decoded / rows:.1%} decoded on, "
+            f"{self.near_ties} near-ties"
+        )
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Prompts of one length, and the tokens to check behind each.
+
+    Attributes:
+        inputs: The prompts, without padding.
+        tokens: The tokens that are expected to follow, by row.
+    """
+
+    inputs: VLMInputs
+    tokens: list[list[int]]
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest."""
+        return max(map(len, self.tokens))
+
+    def padded(self, filler: int) -> Int[Tensor, "row longest"]:
+        """The tokens with a filler behind them."""
+        rows = [said + [filler] * (self.longest - len(said)) for said in self.tokens]
+        return torch.tensor(rows, device=self.inputs.input_ids.device)
+
+    def segment(self, model: HookedVLM) -> Segment:
+        """Prompt and draft, but for its last token, which is checked and never fed."""
+        fed = self.padded(model.cfg.pad_token_id)[:, :-1]
+        return Segment.of(model, self.inputs.extended(fed), self.longest)
+
+    @classmethod
+    def of_clean_answers(cls, model: HookedVLM, inputs: VLMInputs, max_new_tokens: int) -> Draft:
+        """What the clean model says, end-of-sequence tokens included."""
+        tokens = greedy(model, inputs, max_new_tokens).tolist()
+        return cls(inputs, [_until_end(row, model.cfg.eos_token_ids) for row in tokens])
+
+
+def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    for i, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: i + 1]
+    return tokens
+
+
+def check_finite(
+    logits: Float[Tensor, "arm row kept d_vocab"], arms: Sequence[Arm], ids: Sequence[str]
+) -> None:
+    """Raise FloatingPointError for logits that are not finite; names the arm and the example."""
+    fine = torch.isfinite(logits).flatten(2).all(-1)
+    if not bool(fine.all()):
+        arm, row = (~fine).nonzero()[0].tolist()
+        raise FloatingPointError(f"logits are not finite (hooks: {arms[arm]}; examples: {ids[row]})")
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """A draft as what forks say is compared with it.
+
+    Attributes:
+        draft: What the clean model says.
+        rows: What its rows are called in `Answers.found`.
+        ids: What they are called in errors.
+        wanted: The tokens, −1 behind them, [row longest].
+        cos, sin: Rotation of every position that an answer can reach, [row pos d_head].
+    """
+
+    draft: Draft
+    rows: Sequence[int]
+    ids: Sequence[str]
+    wanted: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(
+        cls, model: HookedVLM, draft: Draft, rows: Sequence[int], ids: Sequence[str], max_new_tokens: int
+    ) -> Expected:
+        """A draft with the angles of the positions behind its prompts."""
+        prompts = draft.inputs
+        filler = torch.full((len(draft.tokens), max_new_tokens), model.cfg.pad_token_id)
+        longest = prompts.extended(filler.to(prompts.input_ids.device))
+        cos, sin = model.rotary(model.positions(longest), model.cfg.dtype)
+        return cls(draft, rows, ids, draft.padded(-1), cos, sin)
+
+
+@dataclass
+class _Unfinished:
+    """A row that left its draft, and what it has said; its keys and values are in a slot."""
+
+    arm: Arm
+    number: int  # of the arm
+    expected: Expected
+    row: int  # of the draft
+    said: list[int]
+
+    @property
+    def at(self) -> int:
+        """Position of the last token said."""
+        return self.expected.draft.inputs.input_ids.shape[1] + len(self.said) - 1
+
+
+class Answers:
+    """Answers of rows under many arms, where they are not what the clean model says.
+
+    A fork of prompt and draft shows every greedy choice up to the first that differs, and its keys and
+    values serve from there on. Such rows are collected over arms, layers and prompts, and decode together.
+
+    Args:
+        model: The model.
+        longest: Tokens of the longest prompt.
+        max_new_tokens: Of an answer.
+        rows_at_once: How many rows wait, and decode together.
+        tally: Is counted up.
+    """
+
+    def __init__(self, model: HookedVLM, longest: int, max_new_tokens: int, rows_at_once: int, tally: Tally):
+        self.model, self.tally, self.max_new_tokens = model, tally, max_new_tokens
+        self.found: dict[tuple[int, int], list[int]] = {}  # (arm, row) → tokens, where not the draft's
+        self._waiting: list[_Unfinished] = []
+        self._slots = _Slots(count=rows_at_once, size=longest + max_new_tokens)
+
+    def check(
+        self, expected: Expected, numbers: Sequence[int], arms: Sequence[Arm], step: Step, forked: Forked
+    ) -> None:
+        """Compare what arms say with the draft.
+
+        Args:
+            expected: What was forked.
+            numbers: Of the arms, by which `found` names them.
+            arms, step, forked: The arms, the clean step that they start from, and what came of them.
+        """
+        logits, wanted = forked.logits, expected.wanted
+        assert logits is not None
+        check_finite(logits, arms, expected.ids)
+        choices = logits.argmax(-1)
+        differs = (choices != wanted) & (wanted >= 0)
+        reached = differs.cumsum(-1) - differs.int() == 0  # up to the first difference
+        best = logits.float().topk(2, dim=-1).values
+        near = (best[..., 0] - best[..., 1] < NEAR_TIE) & reached & (wanted >= 0)
+        self.tally.near_ties += int(near.sum())
+        first = differs.int().argmax(-1).tolist()
+        for arm, row in differs.any(-1).nonzero().tolist():
+            j = first[arm][row]
+            said = [*expected.draft.tokens[row][:j], int(choices[arm, row, j])]
+            if said[-1] in self.model.cfg.eos_token_ids or len(said) == self.max_new_tokens:
+                self.found[numbers[arm], expected.rows[row]] = said
+                continue
+            new = _Unfinished(arms[arm], numbers[arm], expected, row, said)
+            at = arm * logits.shape[1] + row
+            for layer in range(self.model.cfg.n_layers):
+                cache, i = (forked.cache, at) if layer in forked.cache.keys else (step.cache, row)
+                known = cache.keys[layer][i, : new.at], cache.values[layer][i, : new.at]
+                self._slots.fill(len(self._waiting), layer, *known)
+            self._waiting.append(new)
+            if len(self._waiting) == self._slots.count:
+                self.finish()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Let all rows that wait decode to their end."""
+        rows, slots, self._waiting = self._waiting, self._slots, []
+        self.tally.decoded += len(rows)
+        model, device = self.model, self.model.cfg.device
+        while rows:
+            slots.at = torch.tensor([row.at for row in rows], device=device)
+            token = torch.tensor([[row.said[-1]] for row in rows], device=device)
+            parts = [(len(same), same[0].arm.hooks) for same in _by_arm(rows)]
+            with model.hooks(fwd_hooks=stacked(parts)):
+                resid = model.hook_embed(model.hook_text_embed(model.embed(token)))
+                resid = model.run_blocks(resid, _context(rows, slots))
+                logits = model.unembed(model.ln_final(resid))[:, 0]
+            for i, row in enumerate(rows):
+                check_finite(logits[None, i : i + 1, None], [row.arm], [row.expected.ids[row.row]])
+            best = logits.float().topk(2, dim=-1).values
+            self.tally.near_ties += int((best[:, 0] - best[:, 1] < NEAR_TIE).sum())
+            self.tally.row_layers += len(rows) * model.cfg.n_layers
+            rows = self._go_on(rows, logits.argmax(-1).tolist())
+
+    def _go_on(self, rows: list[_Unfinished], tokens: list[int]) -> list[_Unfinished]:
+        """The rows that are not at their end, moved together."""
+        left = []
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            row.said.append(token)
+            if token in self.model.cfg.eos_token_ids or len(row.said) == self.max_new_tokens:
+                self.found[row.number, row.expected.rows[row.row]] = row.said
+                continue
+            self._slots.move(i, len(left))
+            left.append(row)
+        return left
+
+
+def _context(rows: list[_Unfinished], slots: _Slots) -> AttentionContext:
+    cos = torch.stack([row.expected.cos[row.row, row.at] for row in rows])[:, None]
+    sin = torch.stack([row.expected.sin[row.row, row.at] for row in rows])[:, None]
+    seen = torch.arange(slots.length, device=slots.at.device) <= slots.at[:, None]
+    return AttentionContext(cos, sin, seen[:, None, None], causal=True, kv_cache=slots)
+
+
+def _by_arm(rows: Sequence[_Unfinished]) -> Iterator[list[_Unfinished]]:
+    same: list[_Unfinished] = []
+    for row in rows:
+        if same and same[0].number != row.number:
+            yield same
+            same = []
+        same.append(row)
+    yield same
+
+
+@dataclass
+class _Slots(KVCache):
+    """Room for keys and values of several rows; row r's next token goes to position `at[r]`."""
+
+    count: int = 1
+    size: int = 1
+    at: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+    @property
+    def length(self) -> int:
+        """How many positions the longest row fills, its next token's included."""
+        return int(self.at.max()) + 1
+
+    def fill(self, slot: int, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Keys and values of a row's tokens so far, [pos kv_head d_head]; room is made when first needed."""
+        if layer not in self.keys:
+            room = (self.count, self.size, *keys.shape[1:])
+            self.keys[layer], self.values[layer] = keys.new_zeros(room), values.new_zeros(room)
+        self.keys[layer][slot, : len(keys)] = keys
+        self.values[layer][slot, : len(values)] = values
+
+    def move(self, slot: int, to: int) -> None:
+        """Take a row to another slot."""
+        if slot != to:
+            for mine in (self.keys, self.values):
+                for x in mine.values():
+                    x[to] = x[slot]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        each = torch.arange(len(self.at), device=self.at.device)
+        self.keys[layer][each, self.at] = k[:, 0]
+        self.values[layer][each, self.at] = v[:, 0]
+        seen = slice(len(self.at)), slice(self.length)
+        return self.keys[layer][seen], self.values[layer][seen]

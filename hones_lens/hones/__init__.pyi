@@ -1,0 +1,45 @@
+from .attribution.ablation import exact_ablation as exact_ablation, exact_head_ablation as exact_head_ablation
+from .attribution.attribute import attribute_neurons as attribute_neurons
+from .attribution.compare import compare_rankings as compare_rankings, spearman as spearman
+from .attribution.flow import HeadNeuronFlow as HeadNeuronFlow, head_neuron_flow as head_neuron_flow
+from .attribution.head_scores import HeadScores as HeadScores, cells_of as cells_of
+from .attribution.heads import default_top_k as default_top_k, localize_heads as localize_heads
+from .attribution.held_out import (
+    HeldOutHeads as HeldOutHeads,
+    random_head_sets as random_head_sets,
+    remeasure_heads as remeasure_heads,
+)
+from .attribution.neuron_scores import NeuronScores as NeuronScores
+from .masking import (
+    MEASURES as MEASURES,
+    RATIOS as RATIOS,
+    MaskingResult as MaskingResult,
+    Measured as Measured,
+    evaluate_masking as evaluate_masking,
+    load_masking as load_masking,
+    masking_curve as masking_curve,
+    measured as measured,
+    save_masking as save_masking,
+)
+from .overlap.group_masking import GroupMasking as GroupMasking, mask_groups as mask_groups
+from .overlap.groups import Overlap as Overlap, chance_sizes as chance_sizes, find_overlap as find_overlap
+from .overlap.lens_delta import LensDelta as LensDelta, lens_delta as lens_delta
+from .release_files import (
+    load_neurons as load_neurons,
+    save_heads as save_heads,
+    save_neurons as save_neurons,
+)
+from .steering.comparison import (
+    METHODS as METHODS,
+    compare_steering as compare_steering,
+    transfer_steering as transfer_steering,
+)
+from .steering.config import SteeringConfig as SteeringConfig
+from .steering.learning import learn_scales as learn_scales
+from .steering.scales import NeuronScales as NeuronScales
+from .steering.side_effects import (
+    SideEffect as SideEffect,
+    SideEffects as SideEffects,
+    side_effects as side_effects,
+)
+from .steering.table import SteeringRow as SteeringRow, SteeringTable as SteeringTable

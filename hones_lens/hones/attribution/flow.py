@@ -1,0 +1,219 @@
+"""Head → neuron → token: which critical heads the task neurons owe their importance to, and what these write.
+
+The terms of HONES eq. H3, kept apart by head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hones_lens import engine
+from hones_lens.data import Example
+from hones_lens.hones.attribution.head_scores import HeadScores
+from hones_lens.hones.attribution.neuron_scores import NeuronScores
+from hones_lens.hones.attribution.neurons import default_ratio, falls_by_head
+from hones_lens.hones.attribution.rankings import mean_activation
+from hones_lens.model import HookedVLM, token_names
+from hones_lens.results import Component, ranked, read_json, write_json
+from hones_lens.tasks import Task
+
+_AT_ONCE = 256  # neurons whose logits are held together
+
+
+class Promoted(NamedTuple):
+    """A token, and what a unit of a neuron's activation adds to its logit, before the final norm's scale."""
+
+    token: str
+    logit: float
+
+
+@dataclass(frozen=True, eq=False)
+class HeadNeuronFlow:
+    """From which heads the task neurons have their importance, and which tokens they promote.
+
+    Attributes:
+        task, model_name: What was asked of which model.
+        heads: Critical heads as (layer, index, w).
+        neurons: Task neurons as (layer, index, importance), best first.
+        contributions: What of a neuron's importance comes through a head, `w_h [E c − E c under I_h]₊ / Σ w`
+            (HONES eq. H3), [head neuron]; sums over heads are the neurons' importance.
+        total: The importance of all neurons of the model together.
+        activations: Mean activation of each neuron at the last prompt position, [neuron].
+        promoted: By neuron the tokens that it promotes most when it is as active as that: of a neuron whose
+            mean activation is negative, those that its output row suppresses.
+        n_examples: How many examples it rests on.
+    """
+
+    task: str
+    model_name: str
+    heads: tuple[Component, ...]
+    neurons: tuple[Component, ...]
+    contributions: Float[Tensor, "head neuron"]
+    total: float
+    activations: Float[Tensor, " neuron"]
+    promoted: tuple[tuple[Promoted, ...], ...]
+    n_examples: int
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a head and neuron: their layers and numbers, contribution, and the most promoted token."""
+        rows = [
+            {
+                "head_layer": head.layer,
+                "head": head.index,
+                "neuron_layer": neuron.layer,
+                "neuron": neuron.index,
+                "contribution": float(self.contributions[h, n]),
+                "promotes": self.promoted[n][0].token,
+            }
+            for n, neuron in enumerate(self.neurons)
+            for h, head in enumerate(self.heads)
+        ]
+        return pd.DataFrame(rows)
+
+    def save(self, file: str | Path) -> None:
+        """Write everything to JSON."""
+        data = dict(vars(self))
+        data |= {name: data[name].tolist() for name in ("contributions", "activations")}
+        write_json(file, {"kind": "head-neuron-flow", **data})
+
+    @classmethod
+    def load(cls, file: str | Path) -> HeadNeuronFlow:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: Another kind of file.
+        """
+        data = read_json(file, "head-neuron-flow")
+        for name in ("contributions", "activations"):
+            data[name] = torch.tensor(data[name], dtype=torch.float64)
+        for name in ("heads", "neurons"):
+            data[name] = tuple(Component(*one) for one in data[name])
+        data["promoted"] = tuple(tuple(Promoted(*one) for one in each) for each in data["promoted"])
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+
+    def __str__(self) -> str:
+        share = float(self.contributions.sum()) / (self.total or 1.0)
+        lines = [
+            f"{self.model_name}, {self.task}: {len(self.heads)} critical heads → {len(self.neurons)} "
+            f"neurons, {share:.0%} of the importance of all (n = {self.n_examples})"
+        ]
+        for n, neuron in enumerate(self.neurons[:20]):
+            best = self.contributions[:, n].argsort(descending=True, stable=True)[:3].tolist()
+            share = self.contributions[:, n] / self.contributions[:, n].sum().clamp(min=1e-300)
+            heads = ", ".join(f"L{self.heads[h].layer}H{self.heads[h].index} {share[h]:.0%}" for h in best)
+            tokens = ", ".join(repr(one.token) for one in self.promoted[n][:3])
+            lines.append(f"  {heads} → L{neuron.layer}N{neuron.index} {neuron.score:+.4g} → {tokens}")
+        return "\n".join([*lines, "  …"] if len(self.neurons) > 20 else lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().head(20).to_html(index=False)
+
+    def plot(self, **options: Any) -> Any:
+        """Heads, neurons and tokens with links as wide as the contributions.
+
+        Args:
+            options: Of `hones_lens.viz.flow_plots.head_neuron_token_flow`.
+
+        Returns:
+            A matplotlib figure.
+        """
+        from hones_lens.viz import head_neuron_token_flow
+
+        return head_neuron_token_flow(self, **options)
+
+
+def head_neuron_flow(
+    model: HookedVLM,
+    task: str | Task,
+    examples: Sequence[Example],
+    heads: HeadScores,
+    neurons: NeuronScores | None = None,
+    *,
+    ratio: float | None = None,
+    tokens: int = 5,
+    batch_size: int = 16,
+    progress: bool = True,
+    **options: Any,
+) -> HeadNeuronFlow:
+    """From which critical heads the task neurons have their importance (HONES eq. H3), and what they write.
+
+    Args:
+        model: The model.
+        task: A task or its name.
+        examples: The discovery examples.
+        heads: Critical heads: their stored top_k with w > 0 are used.
+        neurons: A ranking whose task neurons are looked at; default: the ranking by eq. H3 itself.
+        ratio: Share of all neurons that are task neurons; default: the ranking's, or from `model_configs/`.
+        tokens: How many promoted tokens of each neuron to keep.
+        batch_size: Examples a batch.
+        progress: Show a progress bar.
+        options: `normalize`, `apply_ln`, `foils` of `target_directions`.
+
+    Raises:
+        ValueError: No examples, no critical head with w > 0, a ranking of another model's shape, or a number
+            of tokens that the vocabulary does not have.
+    """
+    if not 1 <= tokens <= model.cfg.d_vocab:
+        raise ValueError(f"tokens must lie in 1 … {model.cfg.d_vocab}, not {tokens}")
+    task = engine.as_task(task)
+    engine.check_examples(task, examples)
+    shape = (model.cfg.n_layers, model.cfg.d_mlp)
+    if neurons is not None and tuple(neurons.scores.shape) != shape:
+        raise ValueError(f"neuron scores {tuple(neurons.scores.shape)} for a model of {shape} neurons")
+    common = {"batch_size": batch_size, "progress": progress}
+    critical = [head for head in heads.top() if head.score > 0]
+    weights, falls = falls_by_head(model, task, examples, critical, **common, **options)
+    by_head = weights[:, None, None] * falls / weights.sum()
+    scores = by_head.sum(0)
+    if neurons is None:
+        share = default_ratio(model) if ratio is None else ratio
+        neurons = NeuronScores(task.name, "hones", model.cfg.model_name, scores, share, len(examples))
+    chosen = ranked(neurons.scores, neurons.count(ratio))
+    where = tuple(torch.tensor([[c.layer, c.index] for c in chosen]).T)
+    activations = mean_activation(model, task, examples, signed=True, **common)[where]
+    return HeadNeuronFlow(
+        task=task.name,
+        model_name=model.cfg.model_name,
+        heads=tuple(critical),
+        neurons=tuple(c._replace(score=float(scores[c.layer, c.index])) for c in chosen),
+        contributions=by_head[:, where[0], where[1]],
+        total=float(scores.sum()),
+        activations=activations,
+        promoted=promoted_tokens(model, torch.stack(where, 1), activations.sign(), tokens),
+        n_examples=len(examples),
+    )
+
+
+@torch.no_grad()
+def promoted_tokens(
+    model: HookedVLM, neurons: Int[Tensor, "neuron 2"], signs: Float[Tensor, " neuron"], k: int
+) -> tuple[tuple[Promoted, ...], ...]:
+    """The k tokens whose logits each neuron raises most: `± ⟨W_out[i], γ ∘ W_U[:, t]⟩`, most first.
+
+    γ is the final norm's weight. The mean over the vocabulary, which no probability depends on, is taken off.
+
+    Args:
+        model: Whose.
+        neurons: (layer, index) of each.
+        signs: −1 for a neuron that is active below 0; 0 counts as 1.
+        k: How many.
+    """
+    rows = torch.stack([model.blocks[layer].mlp.W_out[index] for layer, index in neurons.tolist()])
+    turned = torch.where(signs < 0, -1.0, 1.0).to(rows.device, rows.dtype)[:, None] * rows
+    found: list[tuple[Promoted, ...]] = []
+    for part in turned.split(_AT_ONCE):
+        logits = model.unembed(part * model.ln_final.weight).float()
+        top = (logits - logits.mean(-1, keepdim=True)).topk(k)
+        for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+            found.append(tuple(Promoted(*one) for one in zip(token_names(model, ids), values, strict=True)))
+    return tuple(found)

@@ -1,0 +1,285 @@
+"""Rankings by gradients: gradient × activation, attribution patching, integrated gradients (QRNCA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hones_lens import engine
+from hones_lens.data import CounterfactualPair, Example
+from hones_lens.engine import Step, steps_of
+from hones_lens.interventions import HeadEdit, neuron_hook, replace_with_other_heads_mean
+from hones_lens.model import Answer, HookedVLM, VLMInputs, at_positions
+from hones_lens.tasks import Task
+
+STEPS = 20  # METHOD, rankings
+CLUSTER_SHARE = 0.2  # QRNCA's t, as a share of the query's largest attribution
+
+
+def gradient_times_activation(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+    positions: str = "all",
+) -> Float[Tensor, "layer d_mlp"]:
+    """`m_i · ∂P/∂m_i`, the first-order estimate of what zeroing a neuron loses (METHOD, rankings).
+
+    P is the log-probability of the right answer in nats, teacher-forced. The products are summed
+    over all positions, prompt and answer alike, since masking zeroes a neuron at all of them (HONES
+    eq. H4), and averaged over examples.
+
+    Args:
+        model, task, examples: What to attribute.
+        batch_size: Examples a batch.
+        progress: Show a progress bar.
+        positions: `last` takes the last prompt position alone.
+
+    Raises:
+        ValueError: Unknown positions.
+    """
+    total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
+    for batch in _batches(model, task, examples, batch_size, progress):
+        where = at_positions(batch.inputs, positions)[..., None]
+        with engine.naming(batch.ids):
+            found = neuron_gradients(model, batch.inputs)
+        for layer, (m, gradient) in enumerate(found):
+            total[layer] += (where * m * gradient).sum((0, 1), dtype=torch.float64).cpu()
+    return total / len(examples)
+
+
+def attribution_patching(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+    pairs: Sequence[CounterfactualPair] = (),
+    positions: str = "all",
+) -> Float[Tensor, "layer d_mlp"]:
+    """`(m_i − m_i^corrupt) · ∂P/∂m_i`, the first-order estimate of patching a neuron (METHOD, rankings).
+
+    P is the log-probability, in nats, of the right answer to the clean picture; the gradient is taken
+    there. The corrupted activations come from the same prompt and answer on the corrupted picture,
+    so that positions correspond. The products are summed over all positions and averaged over pairs.
+
+    Args:
+        model, task: What to attribute.
+        examples: Not read: the pairs are the examples.
+        batch_size: Pairs a batch.
+        progress: Show a progress bar.
+        pairs: What to compare, from `data.counterfactual_pairs`.
+        positions: `last` takes the last prompt position alone.
+
+    Raises:
+        ValueError: No pairs, or unknown positions.
+    """
+    if not pairs:
+        raise ValueError("attribution_patching needs counterfactual pairs: pairs=counterfactual_pairs(...)")
+    clean = [pair.clean for pair in pairs]
+    engine.check_examples(task, clean)
+    corrupted = [replace(pair.clean, image_source=pair.corrupted.image_source) for pair in pairs]
+    total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
+    others = engine.answer_batches(model, task, corrupted, batch_size)
+    for batch, other in zip(_batches(model, task, clean, batch_size, progress), others, strict=True):
+        where = at_positions(batch.inputs, positions)[..., None]
+        with engine.naming(batch.ids):
+            found = neuron_gradients(model, batch.inputs)
+        for (m, gradient), step in zip(found, steps_of(model, other.inputs), strict=True):
+            product = where * (m - step.neurons) * gradient
+            total[step.layer] += product.sum((0, 1), dtype=torch.float64).cpu()
+    return total / len(pairs)
+
+
+def qrnca(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+    steps: int = STEPS,
+    positions: str = "last",
+) -> Float[Tensor, "layer d_mlp"]:
+    """Integrated gradients × inverse cluster frequency (QRNCA: Chen, Dejl and Toni, arXiv 2406.10868).
+
+    A query is a prompt with its target; examples that share both are its instances, as QRNCA's
+    templates are. Its attribution is the sum of `integrated_gradients` over them. Its cluster holds
+    the neurons above 0.2 of its largest attribution, and it is divided by the sum over its cluster,
+    so that queries compare. With |C| queries and n(l,i) clusters that hold the neuron,
+
+    `score(l,i) = mean over queries of attribution(l,i) · ln(|C| / (n(l,i) + 1))`.
+
+    A neuron of every cluster so scores below zero: QRNCA, too, drops such common neurons. QRNCA
+    attributes to the linear half of the gated product, METHOD to the product m itself, as here. A
+    query without any positive attribution has an empty cluster and adds nothing.
+
+    Args:
+        model, task, examples: What to attribute.
+        batch_size: Steps of the integral in one pass, a row each.
+        progress: Show a progress bar.
+        steps: Of the integral.
+        positions: Where m is scaled: the last prompt position as in QRNCA, or `all`.
+
+    Returns:
+        float64, on the CPU.
+
+    Raises:
+        ValueError: Fewer than two queries, no positive attribution in any, steps below 1, or unknown
+            positions.
+    """
+    queries: dict[tuple[str, str], list[Example]] = {}
+    for example in examples:
+        queries.setdefault((task.target_prompt(example), task.target(example)), []).append(example)
+    if len(queries) < 2:
+        raise ValueError("qrnca compares queries: examples need at least two different prompts or targets")
+    options = {"steps": steps, "positions": positions, "batch_size": batch_size}
+    shape = (model.cfg.n_layers, model.cfg.d_mlp)
+    total, held = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    with tqdm(total=len(examples), desc=f"qrnca · {task.name}", disable=not progress) as bar:
+        for instances in queries.values():
+            attribution = torch.zeros(shape, dtype=torch.float64)
+            for batch in engine.answer_batches(model, task, instances, batch_size=1):
+                with engine.naming(batch.ids):
+                    for step in steps_of(model, batch.inputs):
+                        attribution[step.layer] += integrated_gradients(model, batch.inputs, step, **options)
+                bar.update(1)
+            largest = attribution.max()
+            if largest > 0:
+                cluster = attribution > CLUSTER_SHARE * largest
+                total += attribution / attribution[cluster].sum()
+                held += cluster
+    if not bool(held.any()):
+        raise ValueError("qrnca found no neuron with a positive attribution in any query")
+    return total / len(queries) * (len(queries) / (held + 1)).log()
+
+
+def integrated_gradients(
+    model: HookedVLM,
+    inputs: VLMInputs,
+    step: Step,
+    *,
+    steps: int = STEPS,
+    positions: str = "last",
+    batch_size: int = 16,
+) -> Float[Tensor, " d_mlp"]:
+    """Integrated gradients of the answer's probability along one layer's neurons, from 0 to m.
+
+    `m_i / steps · Σ_k ∂P/∂m_i at (k / steps) · m`, k = 1 … steps (knowledge neurons: Dai et al. 2022;
+    QRNCA eq. for neuron attribution), P the probability of the whole answer, teacher-forced. All
+    neurons of the layer are scaled together, and layers above follow; as steps grow, the sum over
+    neurons goes to P(m) − P(0).
+
+    Args:
+        model: The model.
+        inputs: One row, prepared with its answer.
+        step: The layer, from `steps_of` these inputs.
+        steps: Of the integral.
+        positions: Where m is scaled: the last prompt position, or `all`.
+        batch_size: Steps in one pass, a row each.
+
+    Returns:
+        Summed over these positions, float64 on the CPU.
+
+    Raises:
+        ValueError: Several rows, steps below 1, or unknown positions.
+        FloatingPointError: A log-probability that is not finite.
+    """
+    if len(inputs) != 1 or steps < 1:
+        raise ValueError(f"one row and at least one step are needed, not {len(inputs)} and {steps}")
+    where, answer = at_positions(inputs, positions)[..., None], Answer.of(inputs)
+    m, written = step.neurons, model.blocks[step.layer].mlp.W_out.detach()
+    total = torch.zeros(model.cfg.d_mlp, dtype=torch.float64)
+    for shares in (torch.arange(1, steps + 1, device=m.device) / steps).to(m.dtype).split(batch_size):
+        scaled = torch.where(where, shares[:, None, None] * m, m)
+        with torch.enable_grad():
+            scaled.requires_grad_()
+            resid = step.after + (scaled - m) @ written
+            many = inputs[[0] * len(shares)]
+            logits = model(resid, start_at_layer=step.layer + 1, inputs=many, logits_to_keep=answer.positions)
+            likely = _finite(answer.log_probs(logits))
+            (gradient,) = torch.autograd.grad(likely.sum(), scaled)
+        # ∂P = P · ∂ log P, in float64, so that the probability of a long answer does not vanish.
+        per_step = (where * m * gradient).sum(1).double()
+        total += (likely.detach().double().exp() @ per_step).cpu()
+    return total / steps
+
+
+def neuron_gradients(model: HookedVLM, inputs: VLMInputs) -> list[tuple[Tensor, Tensor]]:
+    """Each layer's neurons m and ∂ log P/∂m for the answers' log-probability, both [row pos d_mlp].
+
+    Raises:
+        ValueError: The inputs mark no answer.
+        FloatingPointError: A log-probability that is not finite.
+    """
+    return _gradients_at(model, inputs, [neuron_hook(layer) for layer in range(model.cfg.n_layers)])
+
+
+def _gradients_at(model: HookedVLM, inputs: VLMInputs, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """Activations at hooks, from below upwards, and the gradients of the answers' log-probability there."""
+    answer = Answer.of(inputs)
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor, hook: object) -> None:
+        kept.append(x if x.requires_grad else x.requires_grad_())
+
+    with torch.enable_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        likely = _finite(answer.log_probs(model(inputs, logits_to_keep=answer.positions)))
+        gradients = torch.autograd.grad(likely.sum(), kept)
+    return [(x.detach(), gradient) for x, gradient in zip(kept, gradients, strict=True)]
+
+
+def first_order_falls(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Float[Tensor, "layer head"]:
+    """First-order estimate of what replacing each head by the mean of the others costs.
+
+    `−Σ_p (z'[p, h] − z[p, h]) · ∂ log P/∂z[p, h]` over all positions p of prompt and right answer, mean over
+    examples, in nats: attribution patching of the intervention of HONES eq. H1, one backward pass an
+    example instead of one forward pass a head.
+
+    Returns:
+        float64, on the CPU.
+
+    Raises:
+        FloatingPointError: A log-probability that is not finite; names the examples.
+    """
+    total = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, dtype=torch.float64)
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
+    _, edit = replace_with_other_heads_mean(0, 0)
+    assert isinstance(edit, HeadEdit)
+    for batch in _batches(model, task, examples, batch_size, progress):
+        with engine.naming(batch.ids):
+            found = _gradients_at(model, batch.inputs, names)
+        for layer, (z, gradient) in enumerate(found):
+            change = (edit.alone(z) - z) * gradient
+            total[layer] -= change.sum((0, 1, 3), dtype=torch.float64).cpu()
+    return total / len(examples)
+
+
+def _batches(
+    model: HookedVLM, task: Task, examples: Sequence[Example], batch_size: int, progress: bool
+) -> Iterator[engine.Batch]:
+    with tqdm(total=len(examples), desc=f"gradients · {task.name}", disable=not progress) as bar:
+        for batch in engine.answer_batches(model, task, examples, batch_size):
+            yield batch
+            bar.update(len(batch.examples))
+
+
+def _finite(log_probs: Tensor) -> Tensor:
+    if not bool(torch.isfinite(log_probs).all()):
+        raise FloatingPointError(f"a log-probability is not finite: {log_probs.tolist()}")
+    return log_probs

@@ -1,0 +1,277 @@
+"""What a localization says of every head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from hones_lens.model import HookedVLM
+from hones_lens.results import (
+    Component,
+    Interval,
+    RaceResult,
+    benjamini_hochberg,
+    nan_to_none,
+    none_to_nan,
+    ranked,
+    read_json,
+    sign_flip_p,
+    write_json,
+)
+
+LEVEL = 0.95  # of the scores' intervals
+_Q = 0.05  # false discovery rate of the verdicts
+# By what `localize_heads` does to a head: what it is called in results, and in words.
+INTERVENTIONS = {
+    "mean": ("replace_with_other_heads_mean", "drop when replaced by the mean of the layer's others"),
+    "patch": ("patch", "drop when patched with its output on the corrupted input"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """How much a task's metric falls when each head is replaced.
+
+    Attributes:
+        task, metric_name: What was measured.
+        intervention, positions: What was done to the heads, and where: `all`, or `last` (from the end of the
+            prompt on).
+        model_name: Whose heads.
+        scores: Base minus intervened metric over all examples, [layer head] (w of HONES eq. H1).
+        drops: The same for each example, [layer head example]; captions: smoothed sentence BLEU.
+        baseline: The metric without intervention.
+        base_scores: Its value for each example, [example].
+        example_ids, kinds: Which examples, in the order of `drops`.
+        top_k: How many heads are critical by default.
+        traded: What exactness was traded for speed, in words; empty where scores are exact. Then a head
+            may have been measured on some examples alone (`scores` is their mean, and the other drops are
+            NaN), or on none (its score is NaN, and it is never critical).
+        race: Who won, if heads were raced: only these are critical.
+        near_ties: Choices between tokens that rounding could have decided (see `speculation.Tally`).
+        baseline_interval: Of `baseline`; None where it is not known (read from a file of HONES's).
+        score_ends: Ends of the 95 % bootstrap interval of each score, [layer head 2]; NaN of a head that was
+            measured on fewer than two examples; None where they are not known. A head that was selected
+            for its score here does worse elsewhere: see `remeasure_heads`.
+    """
+
+    task: str
+    metric_name: str
+    intervention: str
+    model_name: str
+    scores: Tensor
+    drops: Tensor
+    baseline: float
+    base_scores: Tensor
+    example_ids: tuple[str, ...]
+    kinds: tuple[str, ...]
+    top_k: int
+    traded: str = ""
+    race: RaceResult | None = None
+    near_ties: int = 0
+    positions: str = "all"
+    baseline_interval: Interval | None = None
+    score_ends: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """On how many of the examples each head was measured, [layer head]."""
+        return (~self.drops.isnan()).sum(-1)
+
+    @property
+    def mean_drops(self) -> Tensor:
+        """Mean over the examples that each head was measured on, [layer head]; NaN without any."""
+        return self.drops.nanmean(-1)
+
+    @property
+    def standard_errors(self) -> Tensor:
+        """Of `mean_drops`, [layer head]; NaN with fewer than two examples."""
+        squares = (self.drops - self.mean_drops[..., None]).square().nansum(-1)
+        return (squares / (self.counts - 1) / self.counts).sqrt().where(self.counts > 1, torch.nan)
+
+    def interval(self, layer: int, head: int) -> Interval | None:
+        """One head's score with its interval; None where that is not known."""
+        n = int(self.counts[layer, head])
+        if self.score_ends is None or n < 2:
+            return None
+        low, high = self.score_ends[layer, head].tolist()
+        return Interval(float(self.scores[layer, head]), low, high, LEVEL, n)
+
+    @cached_property
+    def p_values(self) -> Tensor | None:
+        """Of no drop, [layer head]: those that `significant_heads` rests on.
+
+        None where some heads were not measured on every example, or there are fewer than two examples.
+        """
+        n = len(self.example_ids)
+        if n < 2 or bool((self.counts < n).any()):
+            return None
+        return _permuted(self, _draws_for(self, _Q))
+
+    @cached_property
+    def discoveries(self) -> frozenset[tuple[int, int]] | None:
+        """The heads of `significant_heads`, at 5 %; None where there are no `p_values`."""
+        if self.p_values is None:
+            return None
+        found = benjamini_hochberg(self.p_values.flatten().numpy(), _Q)[1].reshape(self.scores.shape)
+        return frozenset((int(layer), int(head)) for layer, head in np.argwhere(found))
+
+    def top(self, k: int | None = None) -> list[Component]:
+        """The k largest scores above zero, as (layer, index, score); ties by layer, then index.
+
+        Raises:
+            ValueError: More than were raced for.
+        """
+        k = self.top_k if k is None else k
+        known = ~self.scores.isnan()
+        if self.race is not None:
+            if k > len(self.race.winners):
+                raise ValueError(f"{k} heads asked for, but {len(self.race.winners)} were raced for")
+            winners = torch.zeros_like(known).flatten()
+            winners[list(self.race.winners)] = True
+            known = winners.view_as(known)
+        return ranked(self.scores.where(known, -torch.inf), k, positive_only=True)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a head: layer, head, score, the ends of its 95 % interval, p, whether it stands.
+
+        Then mean, standard error and number of the examples' drops. `p` is NaN and `stands` None where not
+        every head was measured on every example.
+        """
+        unknown = torch.full_like(self.scores, torch.nan)
+        low, high = (unknown, unknown) if self.score_ends is None else self.score_ends.unbind(-1)
+        columns = {
+            "score": self.scores,
+            "low": low,
+            "high": high,
+            "p": unknown if self.p_values is None else self.p_values,
+            "mean_drop": self.mean_drops,
+            "standard_error": self.standard_errors,
+            "n": self.counts,
+        }
+        rows = [
+            {
+                "layer": layer,
+                "head": head,
+                **{name: each[layer, head].item() for name, each in columns.items()},
+                "stands": None if self.discoveries is None else (layer, head) in self.discoveries,
+            }
+            for layer, head in np.ndindex(*self.scores.shape)
+        ]
+        return pd.DataFrame(rows)
+
+    def save(self, file: str | Path) -> None:
+        """Write everything to JSON, with the critical heads as a list of (layer, head, score)."""
+        data: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                value = nan_to_none(value.tolist())
+            data[name] = asdict(value) if isinstance(value, RaceResult | Interval) else value
+        write_json(file, {"kind": "heads", **data, "top": [list(c) for c in self.top()]})
+
+    @classmethod
+    def load(cls, file: str | Path) -> HeadScores:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: Another kind of file.
+        """
+        data = read_json(file, "heads")
+        for name in ("scores", "drops", "base_scores", "score_ends"):
+            if data.get(name) is not None:
+                data[name] = torch.tensor(none_to_nan(data[name]), dtype=torch.float64)
+        if data.get("baseline_interval") is not None:
+            data["baseline_interval"] = Interval(**data["baseline_interval"])
+        if data.get("race") is not None:
+            data["race"] = RaceResult.from_dict(data["race"])
+        for name in ("example_ids", "kinds"):
+            data[name] = tuple(data[name])
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+
+    def __str__(self) -> str:
+        baseline = self.baseline_interval or f"{self.baseline:.3f} on {len(self.example_ids)} examples"
+        done = dict(INTERVENTIONS.values()).get(self.intervention, self.intervention)
+        lines = [
+            f"{self.model_name}, {self.task}: {self.metric_name} {baseline}",
+            f"critical heads ({done}), on the examples that select them:",
+        ]
+        lines += [self._line(c) for c in self.top()]
+        if self.traded:
+            lines.append(f"not exact: {self.traded}")
+        if self.near_ties:
+            lines.append(f"near-ties between tokens that rounding may settle: {self.near_ties}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _line(self, c: Component) -> str:
+        line = f"  L{c.layer}H{c.index:<3} {self.interval(c.layer, c.index) or f'{c.score:+.4f}'}"
+        if self.discoveries is None or self.p_values is None:
+            return line
+        found = (c.layer, c.index) in self.discoveries
+        line += f", p = {float(self.p_values[c.layer, c.index]):.2g}"
+        return f"{line}, {'stands' if found else 'does not stand'} (FDR 5 % over {self.scores.numel()} heads)"
+
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().sort_values("score", ascending=False).head(self.top_k).to_html(index=False)
+
+    def plot(self) -> Any:
+        """Heat map, layers × heads (a matplotlib figure)."""
+        from hones_lens.viz import head_heatmap
+
+        return head_heatmap(self)
+
+
+def significant_heads(
+    heads: HeadScores, q: float = 0.05, *, draws: int | None = None, seed: int = 0, dependent: bool = False
+) -> list[Component]:
+    """Heads whose mean drop is above zero, at a false discovery rate of q over all heads; best first.
+
+    One-sided paired permutation tests of `heads.drops` (captions: of the smoothed sentence BLEU).
+
+    Args:
+        heads: What `localize_heads` returned, exact: every head measured on every example.
+        q: False discovery rate.
+        draws: Permutations; default: 10,000, or as many as it takes for one head to be found alone (the
+            smallest p-value is 1 / (1 + draws)).
+        seed: Of the permutations.
+        dependent: Benjamini-Yekutieli, which holds however the tests depend on each other.
+
+    Raises:
+        ValueError: A head that was not measured on every example, or fewer than two examples.
+    """
+    short = torch.nonzero(heads.counts < len(heads.example_ids)).tolist()
+    if short:
+        raise ValueError(
+            f"{len(short)} heads, the first L{short[0][0]}H{short[0][1]}, were not measured on every "
+            "example: localize without racing or a prefilter"
+        )
+    p = _permuted(heads, _draws_for(heads, q) if draws is None else draws, seed).flatten().numpy()
+    found = benjamini_hochberg(p, q, dependent=dependent)[1].reshape(heads.scores.shape)
+    if not found.any():
+        return []
+    among = heads.scores.where(torch.from_numpy(found), -torch.inf)
+    return ranked(among, int(found.sum()))
+
+
+def _permuted(heads: HeadScores, draws: int, seed: int = 0) -> Tensor:
+    """One-sided p-values of no drop, [layer head]."""
+    p = sign_flip_p(heads.drops.flatten(0, 1).numpy(), draws=draws, seed=seed)
+    return torch.from_numpy(p).view(heads.scores.shape)
+
+
+def _draws_for(heads: HeadScores, q: float) -> int:
+    return max(10_000, math.ceil(heads.scores.numel() / q))
+
+
+def cells_of(model: HookedVLM) -> list[tuple[int, int]]:
+    """Every decoder head as (layer, head), in order."""
+    return [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]

@@ -1,0 +1,287 @@
+"""Critical heads by causal intervention (HONES eq. H1)."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from hones_lens import engine
+from hones_lens.analysis import SITES, PatchPairs, counterfactual, measure_patches, positions_of, targets_of
+from hones_lens.data import CounterfactualPair, Example
+from hones_lens.engine import Tally
+from hones_lens.hones.attribution.gradients import first_order_falls
+from hones_lens.hones.attribution.head_scores import INTERVENTIONS, LEVEL, HeadScores, cells_of
+from hones_lens.interventions import Hook, replace_with_other_heads_mean
+from hones_lens.model import HookedVLM, find_settings
+from hones_lens.results import (
+    Race,
+    RaceResult,
+    Racing,
+    bootstrap_intervals,
+    mean_interval,
+    metric_interval,
+    ranked,
+)
+from hones_lens.tasks import Task
+
+_DEFAULT_SHARE = 0.03  # 30 of LLaVA-1.5-7B's 1,024 heads
+
+
+def default_top_k(model: HookedVLM) -> int:
+    """K_h of `model_configs/`; 3 % of the heads for a model that has no entry there."""
+    settings = find_settings(model.cfg.model_name)
+    return (
+        settings.top_k if settings else max(1, round(_DEFAULT_SHARE * model.cfg.n_layers * model.cfg.n_heads))
+    )
+
+
+def localize_heads(
+    model: HookedVLM,
+    task: str | Task,
+    examples: Sequence[Example] = (),
+    top_k: int | None = None,
+    *,
+    intervention: str = "mean",
+    pairs: Sequence[CounterfactualPair] | PatchPairs | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+    journal: MutableMapping[str, Any] | None = None,
+    memory_budget: float | None = None,
+    positions: str = "all",
+    prefilter: int | None = None,
+    racing: Racing | None = None,
+    tally: Tally | None = None,
+) -> HeadScores:
+    """Score every decoder head by the fall of the task's metric when it is replaced (HONES eq. H1).
+
+    Every head in turn is replaced by the mean of its layer's other heads, at every position of
+    prompt and answer; the model answers greedily (24 new tokens) or ranks the candidates anew. By default
+    this is exact: each score is that of the naive loop.
+
+    With `intervention="patch"` a head's output on the clean input of a pair is replaced by its output on the
+    corrupted one, and the metric is the difference of the two answers' logits.
+
+    Args:
+        model: The model.
+        task: A task or its name.
+        examples: The discovery examples; every one counts in both arms. With pairs: none, or the pairs'
+            clean ones.
+        intervention: `mean` or `patch`.
+        pairs: Counterfactual pairs of the task, for `patch`.
+        top_k: Critical heads to keep; default from `model_configs/`.
+        batch_size: Examples at a time.
+        progress: Show a progress bar, with the leading heads.
+        journal: Finished batches, read and written (see `runs.Journal`).
+        memory_budget: GB for activations; default: a share of what is free.
+        positions: `last` replaces heads only from the end of the prompt on, which costs little but is
+            another intervention: what heads do at the image's tokens stays.
+        prefilter: Measure only so many heads, those with the largest fall of the right answer's
+            log-probability to first order (attribution patching). The others get no score.
+        racing: Find the top_k heads without measuring all of them on all examples (see `racing`).
+        tally: Is counted up.
+
+    Returns:
+        HeadScores, base minus intervened, on the CPU.
+
+    Raises:
+        ValueError: No examples, one that lacks a field, a layer with a single head, fewer heads than
+            top_k kept by the prefilter, or a race for a metric that is not a mean over examples; for
+            `patch`, no pairs, other examples than theirs, a prefilter or a race.
+        FloatingPointError: Logits that are not finite; names head and examples.
+    """
+    task = engine.as_task(task)
+    if intervention not in INTERVENTIONS:
+        raise ValueError(f"unknown intervention {intervention!r}; valid: {', '.join(INTERVENTIONS)}")
+    if intervention == "patch":
+        if prefilter is not None or racing is not None:
+            raise ValueError(
+                "prefilter and racing are for intervention='mean': a prefilter estimates another fall, and "
+                "races need scores within bounds, which differences of logits have not"
+            )
+        made = _pairs_of(model, task, pairs, examples)
+        k = default_top_k(model) if top_k is None else top_k
+        options = {"batch_size": batch_size, "progress": progress, "journal": journal}
+        return _patched(model, task, made, k, positions, {**options, "memory_budget": memory_budget})
+    if pairs is not None:
+        raise ValueError("pairs are for intervention='patch'")
+    if model.cfg.n_heads == 1:
+        raise ValueError("a model with one head a layer has no other heads to take the mean of")
+    engine.check_examples(task, examples)
+    k = default_top_k(model) if top_k is None else top_k
+    cells, traded = cells_of(model), []
+    if positions != "all":
+        traded.append("heads replaced only from the end of the prompt on")
+    if prefilter is not None:
+        if not k <= prefilter:
+            raise ValueError(f"prefilter keeps {prefilter} heads, fewer than the {k} asked for")
+        falls = first_order_falls(model, task, examples, batch_size=batch_size, progress=progress)
+        traded.append(
+            f"the best {prefilter} of {len(cells)} heads by attribution patching, others unmeasured"
+        )
+        cells = sorted((c.layer, c.index) for c in ranked(falls, prefilter))
+    tally = Tally() if tally is None else tally
+    options = {"batch_size": batch_size, "progress": progress, "journal": journal, "tally": tally}
+    options["memory_budget"] = memory_budget
+    arms = [[replace_with_other_heads_mean(*cell, positions)] for cell in cells]
+    race = None
+    if racing is None:
+        base, drops, found = _measure_all(model, task, examples, cells, arms, options)
+    else:
+        base, drops, found, race = _race(model, task, examples, arms, k, racing, options)
+        traded.append(
+            f"heads raced (right up to {racing.epsilon:g} with probability {1 - racing.delta:g}; "
+            f"{np.mean(~np.isnan(drops)):.0%} of the cells measured)"
+        )
+    where = tuple(zip(*cells, strict=True))
+    shape = (model.cfg.n_layers, model.cfg.n_heads)
+    all_drops = torch.full((*shape, len(examples)), torch.nan, dtype=torch.float64)
+    all_scores = torch.full((*shape, 3), torch.nan, dtype=torch.float64)
+    all_drops[where], all_scores[where] = torch.from_numpy(drops), torch.from_numpy(found)
+    if race is not None:
+        race = replace(race, winners=tuple(cells[i][0] * shape[1] + cells[i][1] for i in race.winners))
+    return HeadScores(
+        task=task.name,
+        metric_name=task.metric_name,
+        intervention=INTERVENTIONS["mean"][0],
+        model_name=model.cfg.model_name,
+        scores=all_scores[..., 0],
+        drops=all_drops,
+        baseline=base.metric(task),
+        base_scores=torch.tensor(base.scores, dtype=torch.float64),
+        example_ids=tuple(example.id for example in examples),
+        kinds=tuple(example.kind for example in examples),
+        top_k=k,
+        traded="; ".join(traded),
+        race=race,
+        near_ties=tally.near_ties,
+        positions=positions,
+        baseline_interval=metric_interval(task, np.array(base.statistics)) if len(examples) > 1 else None,
+        score_ends=all_scores[..., 1:],
+    )
+
+
+def _pairs_of(
+    model: HookedVLM,
+    task: Task,
+    pairs: Sequence[CounterfactualPair] | PatchPairs | None,
+    examples: Sequence[Example],
+) -> PatchPairs:
+    """The pairs, prepared."""
+    if pairs is None or not len(pairs):
+        raise ValueError("intervention='patch' needs pairs, e.g. of `hones_lens.counterfactual_pairs`")
+    made = pairs if isinstance(pairs, PatchPairs) else counterfactual(model, pairs, task)
+    if made.task not in ("", task.name):
+        raise ValueError(f"pairs of task {made.task!r} for task {task.name!r}")
+    if len(examples) and tuple(example.id for example in examples) != made.ids:
+        raise ValueError("patching reads the pairs, not these examples: give none, or the pairs' clean ones")
+    return made
+
+
+def _patched(
+    model: HookedVLM, task: Task, pairs: PatchPairs, k: int, positions: str, options: dict[str, Any]
+) -> HeadScores:
+    """Every head's output on the corrupted input put into the clean run."""
+    if positions not in ("all", "last"):
+        raise ValueError(f"unknown positions {positions!r}; valid: all, last")
+    site = SITES["z"]
+    where = positions_of(model, pairs, site, "group", [positions])
+    options |= {"direction": "noise", "metric": "logit_diff"}
+    found = measure_patches(model, pairs, site, targets_of(site, model.cfg), where, **options)
+    drops = (found.clean - found.values).view(model.cfg.n_layers, model.cfg.n_heads, -1)
+    several = len(pairs) > 1
+    ends = torch.from_numpy(_means(drops.flatten(0, 1).numpy()))[:, 1:].reshape(*drops.shape[:2], 2)
+    return HeadScores(
+        task=task.name,
+        metric_name="logit difference",
+        intervention=INTERVENTIONS["patch"][0],
+        model_name=model.cfg.model_name,
+        scores=drops.mean(-1),
+        drops=drops,
+        baseline=float(found.clean.mean()),
+        base_scores=found.clean,
+        example_ids=pairs.ids,
+        kinds=tuple(pair.clean.kind for pair in pairs.facts) or ("",) * len(pairs),
+        top_k=k,
+        traded="" if positions == "all" else "heads patched only at the end of the prompt",
+        positions=positions,
+        baseline_interval=mean_interval(found.clean.numpy()) if several else None,
+        score_ends=ends,
+    )
+
+
+def _measure_all(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    cells: Sequence[tuple[int, int]],
+    arms: Sequence[Sequence[Hook]],
+    options: dict[str, Any],
+) -> tuple[engine.Outcome, np.ndarray, np.ndarray]:
+    """The clean outcome, every head's drops [head example], and its score with its ends [head 3]."""
+
+    def leaders(found: list[engine.Outcome]) -> str:
+        so_far = [found[0].metric(task) - outcome.metric(task) for outcome in found[1:]]
+        best = np.argsort(-np.array(so_far), kind="stable")[:3]
+        return "leading: " + ", ".join(f"L{cells[i][0]}H{cells[i][1]} {so_far[i]:.3f}" for i in best)
+
+    base, *under = engine.measure(
+        model, task, examples, [[], *arms], label="heads", leaders=leaders, **options
+    )
+    drops = np.array(base.scores) - np.array([outcome.scores for outcome in under])
+    scores = np.full((len(under), 3), np.nan)
+    scores[:, 0] = [base.metric(task) - outcome.metric(task) for outcome in under]
+    if len(examples) > 1:
+        clean, others = np.array(base.statistics), [np.array(outcome.statistics) for outcome in under]
+        intervals = bootstrap_intervals(task, clean, others, level=LEVEL)
+        scores[:, 1:] = [(interval.low, interval.high) for interval in intervals]
+    return base, drops, scores
+
+
+def _means(drops: np.ndarray) -> np.ndarray:
+    """Mean and ends of its interval, [head 3], over the examples each head was measured on."""
+    found = np.full((len(drops), 3), np.nan)
+    for row, some in zip(found, drops, strict=True):
+        seen = some[~np.isnan(some)]
+        if len(seen):
+            row[0] = seen.mean()
+        if len(seen) > 1:
+            interval = mean_interval(seen, level=LEVEL)
+            row[1:] = interval.low, interval.high
+    return found
+
+
+def _race(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    arms: Sequence[Sequence[Hook]],
+    k: int,
+    racing: Racing,
+    options: dict[str, Any],
+) -> tuple[engine.Outcome, np.ndarray, np.ndarray, RaceResult]:
+    """As `_measure_all`, with NaN where a head had left the race; the clean model sees every example."""
+    if not task.is_mean:
+        raise ValueError(f"{task.metric_name} is not a mean over examples, so heads can't be raced on it")
+    race, order = Race(len(arms), len(examples), k, racing), np.random.default_rng(racing.seed)
+    places = order.permutation(len(examples))
+    drops = np.full((len(arms), len(examples)), np.nan)
+    base = engine.Outcome(statistics=[np.zeros(0)] * len(examples), scores=[0.0] * len(examples))
+    for number, start in enumerate(range(0, len(examples), racing.round_size)):
+        here = places[start : start + racing.round_size].tolist()
+        running = np.flatnonzero(race.running).tolist()
+        some, still = [examples[i] for i in here], [[], *(arms[i] for i in running)]
+        clean, *under = engine.measure(
+            model, task, some, still, label=f"heads, round {number + 1}", **options
+        )
+        for place, score, statistics in zip(here, clean.scores, clean.statistics, strict=True):
+            base.scores[place], base.statistics[place] = score, statistics
+        if race.done:
+            continue
+        found = np.array(clean.scores) - np.array([outcome.scores for outcome in under])
+        drops[np.ix_(running, here)] = found
+        race.add(found)
+    return base, drops, _means(drops), race.result()

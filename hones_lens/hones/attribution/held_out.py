@@ -1,0 +1,264 @@
+"""Critical heads measured again, on examples that did not select them.
+
+The largest of many noisy scores are too large on the examples that made them the largest. What is reported
+of a selected head is therefore its drop on a held-out split, beside heads that were drawn at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hones_lens import engine
+from hones_lens.data import Example
+from hones_lens.hones.attribution.head_scores import INTERVENTIONS, HeadScores, significant_heads
+from hones_lens.interventions import replace_with_other_heads_mean
+from hones_lens.model import HookedVLM
+from hones_lens.results import (
+    Interval,
+    benjamini_hochberg,
+    bootstrap_interval,
+    mean_difference_interval,
+    metric_interval,
+    permutation_p,
+    read_json,
+    write_json,
+)
+from hones_lens.tasks import Task
+
+Head = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class HeldOutHead:
+    """One selected head.
+
+    Attributes:
+        layer, head: Which.
+        score, selected_on: Its score on the examples that selected it, and that with its interval; None of
+            heads whose intervals are not known.
+        significant: Whether that score stands at the false discovery rate over all heads there; None where
+            not every head was measured on every example (a race, a prefilter).
+        drop, p: Drop of the metric on the held-out examples (paired bootstrap), and the two-sided p-value
+            of a paired permutation test of no drop.
+        holds: Whether it falls there too, at the false discovery rate over the selected heads.
+    """
+
+    layer: int
+    head: int
+    score: float
+    selected_on: Interval | None
+    significant: bool | None
+    drop: Interval
+    p: float
+    holds: bool
+
+
+@dataclass(frozen=True)
+class HeldOutHeads:
+    """The selected heads of one task on examples that did not select them.
+
+    Attributes:
+        task, metric_name, model_name: What was measured.
+        n_selected_on: How many examples selected the heads.
+        baseline: The metric of the clean model on the held-out examples.
+        heads: The selected heads, best first as they were selected.
+        mean_drop: Of the selected heads' drops, each head replaced alone.
+        random: Mean drop of each of several random sets of as many other heads (see `random_head_sets`).
+        q: The false discovery rate.
+        example_ids: The held-out examples.
+    """
+
+    task: str
+    metric_name: str
+    model_name: str
+    n_selected_on: int
+    baseline: Interval
+    heads: tuple[HeldOutHead, ...]
+    mean_drop: Interval
+    random: tuple[float, ...]
+    q: float
+    example_ids: tuple[str, ...]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a head."""
+        rows = []
+        for head in self.heads:
+            row = {name: value for name, value in vars(head).items() if name not in ("drop", "selected_on")}
+            ends = (None, None) if head.selected_on is None else (head.selected_on.low, head.selected_on.high)
+            row |= dict(zip(("score_low", "score_high"), ends, strict=True))
+            row |= {"drop": head.drop.value, "drop_low": head.drop.low, "drop_high": head.drop.high}
+            rows.append({**row, "n": head.drop.n})
+        return pd.DataFrame(rows)
+
+    def save(self, file: str | Path) -> None:
+        """Write everything to JSON."""
+        write_json(file, {"kind": "held-out heads", **asdict(self)})
+
+    @classmethod
+    def load(cls, file: str | Path) -> HeldOutHeads:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: Another kind of file.
+        """
+        data = read_json(file, "held-out heads")
+        for name in ("baseline", "mean_drop"):
+            data[name] = Interval(**data[name])
+        data["heads"] = tuple(_head(head) for head in data["heads"])
+        for name in ("random", "example_ids"):
+            data[name] = tuple(data[name])
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model_name}, {self.task}: {len(self.heads)} heads selected on {self.n_selected_on} "
+            f"examples, measured again on {len(self.example_ids)} others",
+            f"  {self.metric_name} {self.baseline}",
+        ]
+        for head in self.heads:
+            said = "holds" if head.holds else "does not hold"
+            lines.append(
+                f"  L{head.layer}H{head.head:<3} drop {head.drop}, p = {head.p:.3g}, {said} (FDR "
+                f"{100 * self.q:g} %); where it was selected {head.selected_on or f'{head.score:.3f}'}"
+            )
+        mean = f"  mean drop {self.mean_drop}"
+        if self.random:
+            mean += f"; of {len(self.random)} random sets of other heads {np.mean(self.random):.3f}"
+            mean += f" (from {min(self.random):.3f} to {max(self.random):.3f}), n = {len(self.example_ids)}"
+        return "\n".join([*lines, mean])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().to_html(index=False)
+
+
+def _head(data: dict[str, Any]) -> HeldOutHead:
+    for name in ("drop", "selected_on"):
+        data[name] = None if data[name] is None else Interval(**data[name])
+    return HeldOutHead(**data)
+
+
+def remeasure_heads(
+    model: HookedVLM,
+    task: str | Task,
+    examples: Sequence[Example],
+    heads: HeadScores,
+    *,
+    k: int | None = None,
+    draws: int = 5,
+    q: float = 0.05,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+    journal: MutableMapping[str, Any] | None = None,
+) -> HeldOutHeads:
+    """Measure the selected heads on examples that did not select them, beside random other heads.
+
+    Each head alone is replaced by the mean of its layer's others (HONES eq. H1), where it was replaced when
+    it was selected.
+
+    Args:
+        model: The model.
+        task: A task or its name.
+        examples: Held-out examples.
+        heads: What `localize_heads` returned.
+        k: How many heads; default: as many as were selected.
+        draws: Random sets of heads that are not among the selected.
+        q: False discovery rate.
+        seed: Of the random sets, the bootstrap and the permutations.
+        batch_size, progress, journal: As in `localize_heads`.
+
+    Raises:
+        ValueError: No selected heads, heads of another model, task or intervention, or an example that
+            selected them.
+        FloatingPointError: Logits that are not finite; names head and examples.
+    """
+    task = engine.as_task(task)
+    engine.check_examples(task, examples)
+    _check(model, task, examples, heads)
+    top = heads.top(k)
+    if not top:
+        raise ValueError("no head lowers the metric: there is nothing to measure again")
+    selected = [(c.layer, c.index) for c in top]
+    random = random_head_sets(selected, model.cfg.n_layers, model.cfg.n_heads, draws, seed)
+    cells = [*selected, *sorted({head for heads in random for head in heads})]
+    arms = [[], *([replace_with_other_heads_mean(*cell, heads.positions)] for cell in cells)]
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "journal": journal}
+    base, *found = engine.measure(model, task, examples, arms, label="held-out heads", **options)
+    clean = np.array(base.statistics)
+    under = {cell: np.array(outcome.statistics) for cell, outcome in zip(cells, found, strict=True)}
+    drops = {cell: bootstrap_interval(task, clean, under[cell], seed=seed) for cell in selected}
+    p = [permutation_p(task, clean, under[cell], seed=seed) for cell in selected]
+    stand = benjamini_hochberg(p, q)[1]
+    before = None
+    if heads.discoveries is not None:
+        before = {(c.layer, c.index) for c in significant_heads(heads, q, seed=seed)}
+    falls = {
+        cell: base.metric(task) - outcome.metric(task) for cell, outcome in zip(cells, found, strict=True)
+    }
+    return HeldOutHeads(
+        task=task.name,
+        metric_name=task.metric_name,
+        model_name=model.cfg.model_name,
+        n_selected_on=len(heads.example_ids),
+        baseline=metric_interval(task, clean, seed=seed),
+        heads=tuple(
+            HeldOutHead(
+                *cell,
+                score=c.score,
+                selected_on=heads.interval(*cell),
+                significant=None if before is None else cell in before,
+                drop=drops[cell],
+                p=value,
+                holds=bool(ok) and drops[cell].value > 0,
+            )
+            for c, cell, value, ok in zip(top, selected, p, stand, strict=True)
+        ),
+        mean_drop=mean_difference_interval(task, clean, [under[cell] for cell in selected], seed=seed),
+        random=tuple(float(np.mean([falls[cell] for cell in some])) for some in random),
+        q=q,
+        example_ids=tuple(example.id for example in examples),
+    )
+
+
+def _check(model: HookedVLM, task: Task, examples: Sequence[Example], heads: HeadScores) -> None:
+    theirs = (heads.model_name, heads.task, heads.intervention)
+    ours = (model.cfg.model_name, task.name, INTERVENTIONS["mean"][0])
+    for what, there, here in zip(("model", "task", "intervention"), theirs, ours, strict=True):
+        if there != here:
+            raise ValueError(f"the heads are of {what} {there!r}, not {here!r}")
+    if shared := sorted({example.id for example in examples} & set(heads.example_ids)):
+        raise ValueError(f"{len(shared)} examples selected the heads, the first is {shared[0]!r}")
+
+
+def random_head_sets(
+    selected: Sequence[Head], n_layers: int, n_heads: int, draws: int, seed: int = 0
+) -> list[list[Head]]:
+    """Random sets of as many heads that are not selected, with as many in each layer as can be.
+
+    No more than half of a layer's other heads are drawn for its own: from a layer with few left every set
+    would be the same. What is missing is drawn from all layers (all heads that are left, if they are fewer).
+    """
+    counts = np.bincount([layer for layer, _ in selected], minlength=n_layers)
+    others = [(layer, head) for layer, head in np.ndindex(n_layers, n_heads) if (layer, head) not in selected]
+    out = []
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, draw])
+        chosen: list[Head] = []
+        for layer, count in enumerate(counts):
+            here = [head for head in others if head[0] == layer]
+            picked = rng.permutation(len(here))[: min(int(count), len(here) // 2)]
+            chosen += [here[i] for i in picked]
+        left = [head for head in others if head not in chosen]
+        picked = rng.permutation(len(left))[: len(selected) - len(chosen)]
+        chosen += [left[i] for i in picked]
+        if chosen:
+            out.append(sorted(chosen))
+    return out

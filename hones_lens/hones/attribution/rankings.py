@@ -1,0 +1,229 @@
+"""Other rankings of neurons, for comparison with HONES under the same budget (METHOD, other rankings).
+
+Each takes a model, a task and its examples, and returns a score for every decoder neuron, [layer
+d_mlp], on the CPU: higher is more important. `attribute_neurons(method=...)` asks for them by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hones_lens import engine
+from hones_lens.data import Example
+from hones_lens.hones.attribution.ablation import exact_ablation
+from hones_lens.hones.attribution.gradients import attribution_patching, gradient_times_activation, qrnca
+from hones_lens.hones.attribution.neurons import target_directions, write_in
+from hones_lens.interventions import neuron_hook
+from hones_lens.model import HookedVLM
+from hones_lens.tasks import Task
+
+Ranking = Callable[..., Tensor]
+_KEPT_SHARE = 0.05  # LAPE: above the 95th percentile
+
+
+def activation_probability(
+    model: HookedVLM, task: Task, examples: Sequence[Example], *, batch_size: int = 16, progress: bool = True
+) -> Float[Tensor, "layer d_mlp"]:
+    """AP: how often a neuron's gate is open, `P(act(gate_i) > 0)` at the last prompt position.
+
+    Args:
+        model, task, examples: Whose activations.
+        batch_size: Examples a batch.
+        progress: Show a progress bar.
+
+    Returns:
+        Shares of the examples in 0-1, float64.
+    """
+    total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
+    gates = [f"blocks.{layer}.mlp.hook_pre" for layer in range(model.cfg.n_layers)]
+    for kept in _at_last(model, task, examples, gates, batch_size=batch_size, progress=progress):
+        is_open = [block.mlp.act(gate) > 0 for block, gate in zip(model.blocks, kept, strict=True)]
+        total += torch.stack(is_open).sum(1).cpu()
+    return total / len(examples)
+
+
+def mean_activation(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+    signed: bool = False,
+) -> Float[Tensor, "layer d_mlp"]:
+    """MA: the mean size of a neuron, `E|m_i|` at the last prompt position; `signed`: `E m_i`.
+
+    Args:
+        model, task, examples: Whose activations.
+        batch_size: Examples a batch.
+        progress: Show a progress bar.
+        signed: Keep the sign.
+
+    Returns:
+        In units of the activation, float64.
+    """
+    total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
+    names = [neuron_hook(layer) for layer in range(model.cfg.n_layers)]
+    for kept in _at_last(model, task, examples, names, batch_size=batch_size, progress=progress):
+        m = torch.stack(kept).double()
+        total += (m if signed else m.abs()).sum(1).cpu()
+    return total / len(examples)
+
+
+def activation_entropy(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+    other_tasks: Mapping[str, Sequence[Example]] | None = None,
+) -> Float[Tensor, "layer d_mlp"]:
+    """APE: neurons that open for this task and for few others (LAPE: Tang et al., arXiv 2402.16438).
+
+    Of T tasks, AP_t is normalised over the tasks to p_t, and the score is the negative entropy
+    `Σ_t p_t ln p_t`, in −ln T … 0. Only neurons whose AP on this task is positive and at or above the
+    95th percentile of the APs of all neurons on all tasks are kept (LAPE assigns a neuron to a
+    language by the same bar). All others score `AP − ln T − 2`: below every kept one, in the order of
+    their AP, and finite.
+
+    Args:
+        model, task, examples: Whose neurons.
+        batch_size: Examples a batch.
+        progress: Show a progress bar.
+        other_tasks: Examples of other tasks, by the task's name.
+
+    Returns:
+        In nats, float64.
+
+    Raises:
+        ValueError: No other tasks, one that is this task again, or one without examples.
+    """
+    if not other_tasks:
+        raise ValueError("activation_entropy compares tasks: give other_tasks={name: examples, ...}")
+    if task.name in other_tasks:
+        raise ValueError(f"other_tasks holds {task.name!r}, which is the task itself")
+    options = {"batch_size": batch_size, "progress": progress}
+    found = [activation_probability(model, task, examples, **options)]
+    for name, theirs in other_tasks.items():
+        other = engine.as_task(name)
+        engine.check_examples(other, theirs)
+        found.append(activation_probability(model, other, theirs, **options))
+    probabilities = torch.stack(found)
+    shares = probabilities / probabilities.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    entropy = -torch.special.xlogy(shares, shares).sum(0)
+    bar = probabilities.flatten().kthvalue(round((1 - _KEPT_SHARE) * probabilities.numel())).values
+    kept = (probabilities[0] >= bar) & (probabilities[0] > 0)
+    return torch.where(kept, -entropy, probabilities[0] - math.log(len(found)) - 2)
+
+
+def direct(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+    normalize: bool = True,
+    apply_ln: bool = False,
+    foils: Sequence[str] | None = None,
+) -> Float[Tensor, "layer d_mlp"]:
+    """`E c(l,i)`: the write-in of HONES eq. H2 with no heads in it, the key ablation of eq. H3.
+
+    Args:
+        model, task, examples: What to attribute.
+        batch_size: Examples a batch.
+        progress: Show a progress bar.
+        normalize, apply_ln, foils: As in `target_directions`.
+
+    Returns:
+        float64, in logits where `apply_ln` is set and `normalize` is not.
+    """
+    directions = target_directions(model, task, examples, normalize=normalize, apply_ln=apply_ln, foils=foils)
+    total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
+    done = 0
+    with tqdm(total=len(examples), desc=f"direct · {task.name}", disable=not progress) as bar:
+        for batch in engine.answer_batches(model, task, examples, batch_size, answers=False):
+            here = directions[done : done + len(batch.examples)]
+            total += write_in(model, batch, here, apply_ln=apply_ln).double().sum(0).cpu()
+            done += len(batch.examples)
+            bar.update(len(batch.examples))
+    return total / len(examples)
+
+
+def random(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+    seed: int = 0,
+    like: Tensor | None = None,
+) -> Float[Tensor, "layer d_mlp"]:
+    """A ranking by chance: uniform, or another one's scores shuffled within each layer.
+
+    Shuffled, its top k has as many neurons in each layer as the other's top k, for every k: the
+    control that is matched per layer.
+
+    Args:
+        model: Whose neurons.
+        task, examples, batch_size, progress: Not read.
+        seed: Same seed, same ranking.
+        like: Scores of the ranking to match, [layer d_mlp].
+
+    Returns:
+        float64.
+
+    Raises:
+        ValueError: Scores to match of another shape.
+    """
+    shape = (model.cfg.n_layers, model.cfg.d_mlp)
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if like is None:
+        return drawn
+    if like.shape != shape:
+        raise ValueError(f"scores to match are {list(like.shape)}, but this model has {list(shape)} neurons")
+    return like.detach().double().cpu().gather(1, drawn.argsort(1))
+
+
+def _at_last(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    names: Sequence[str],
+    *,
+    batch_size: int,
+    progress: bool,
+) -> Iterator[list[Tensor]]:
+    """These activations at the last prompt position, one [example d_mlp] each, batch by batch."""
+    with tqdm(total=len(examples), desc=f"activations · {task.name}", disable=not progress) as bar:
+        for batch in engine.answer_batches(model, task, examples, batch_size, answers=False):
+            kept: dict[str, Tensor] = {}
+
+            def keep(x: Tensor, hook: object, kept: dict[str, Tensor] = kept) -> None:
+                kept[getattr(hook, "name", "")] = x[:, -1].detach()
+
+            with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
+                model(batch.inputs, stop_at_layer=model.cfg.n_layers)
+            yield [kept[name] for name in names]
+            bar.update(len(batch.examples))
+
+
+RANKINGS: dict[str, Ranking] = {
+    "activation_probability": activation_probability,
+    "mean_activation": mean_activation,
+    "activation_entropy": activation_entropy,
+    "direct": direct,
+    "qrnca": qrnca,
+    "gradient_times_activation": gradient_times_activation,
+    "attribution_patching": attribution_patching,
+    "exact_ablation": exact_ablation,
+    "random": random,
+}

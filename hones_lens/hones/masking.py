@@ -1,0 +1,512 @@
+"""Masking: set the selected neurons to zero and see what the task loses (HONES eq. H4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import MutableMapping, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hones_lens import engine
+from hones_lens.data import Example
+from hones_lens.hones.attribution.neuron_scores import NeuronScores
+from hones_lens.interventions import Hook, zero_neurons
+from hones_lens.model import HookedVLM
+from hones_lens.results import (
+    Component,
+    Interval,
+    bootstrap_interval,
+    mean_interval,
+    metric_interval,
+    permutation_p,
+    read_json,
+    relative_interval,
+    two_sided_p,
+    write_json,
+)
+from hones_lens.tasks import Task
+
+RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1)
+Neurons = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Control:
+    """What one matched random set of neurons did."""
+
+    metric: float
+    log_prob: float
+    kinds: dict[str, float] = field(default_factory=dict)
+    kinds_log_prob: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KindDrop:
+    """One kind of question: how often it was asked, and the metric and log-probability by arm.
+
+    `interval` is that of the metric's drop, the next two are those of the metric without and with masking,
+    and `p` is that of a two-sided paired permutation test of no drop; None where the kind has fewer than two
+    examples.
+    """
+
+    n: int
+    baseline: float
+    masked: float
+    baseline_log_prob: float
+    masked_log_prob: float
+    interval: Interval | None = None
+    baseline_interval: Interval | None = None
+    masked_interval: Interval | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class MaskingResult:
+    """A task with and without a set of neurons, beside matched random sets of the same size.
+
+    Attributes:
+        task, metric_name, method, model_name: What was measured, and how neurons were chosen.
+        n_neurons, ratio: Size of the set, and its share of all decoder neurons.
+        baseline, masked: The metric.
+        baseline_log_prob, masked_log_prob: Mean log-probability of the right answer, in nats.
+        drops: Baseline minus masked score of each example.
+        log_prob_drops: Baseline minus masked log-probability of each example.
+        metric_interval, log_prob_interval: Of the drop, paired bootstrap over examples.
+        relative_interval: Of the drop in per cent of the baseline, which is resampled with it.
+        baseline_interval, masked_interval: Of the metric.
+        baseline_log_prob_interval, masked_log_prob_interval: Of the log-probability.
+        controls: The random sets, matched in their number per layer.
+        kinds: The same by kind of question.
+        example_ids: Which examples, in the order of `drops`.
+        metric_p, log_prob_p: Of no drop: two-sided paired permutation tests; None where not tested.
+    """
+
+    task: str
+    metric_name: str
+    method: str
+    model_name: str
+    n_neurons: int
+    ratio: float
+    baseline: float
+    masked: float
+    baseline_log_prob: float
+    masked_log_prob: float
+    drops: tuple[float, ...]
+    log_prob_drops: tuple[float, ...]
+    metric_interval: Interval
+    log_prob_interval: Interval
+    relative_interval: Interval
+    baseline_interval: Interval
+    masked_interval: Interval
+    baseline_log_prob_interval: Interval
+    masked_log_prob_interval: Interval
+    controls: tuple[Control, ...]
+    kinds: dict[str, KindDrop]
+    example_ids: tuple[str, ...]
+    metric_p: float | None = None
+    log_prob_p: float | None = None
+
+    @property
+    def drop(self) -> float:
+        """Baseline minus masked metric."""
+        return self.baseline - self.masked
+
+    @property
+    def relative_drop(self) -> float:
+        """The drop in per cent of the baseline (0 for a baseline of 0)."""
+        return 100 * self.drop / self.baseline if self.baseline else 0.0
+
+    @property
+    def log_prob_drop(self) -> float:
+        """Baseline minus masked log-probability, in nats."""
+        return self.baseline_log_prob - self.masked_log_prob
+
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """The intervals of both drops, by what they measure."""
+        return {self.metric_name: self.metric_interval, "log-probability": self.log_prob_interval}
+
+    def beats(self, what: str = "log_prob", kind: str | None = None) -> int:
+        """How many of the random sets lose strictly less than the selected neurons do.
+
+        Args:
+            what: `metric` or `log_prob`.
+            kind: Count only this kind of question (in the metric).
+        """
+        if kind is not None:
+            return sum(c.kinds[kind] > self.kinds[kind].masked for c in self.controls)
+        mine = self.masked if what == "metric" else self.masked_log_prob
+        return sum(getattr(control, what) > mine for control in self.controls)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row each for the selected neurons and for every random set."""
+        rows = [{"set": self.method, "metric": self.masked, "log_prob": self.masked_log_prob}]
+        rows += [
+            {"set": f"random {i}", "metric": c.metric, "log_prob": c.log_prob}
+            for i, c in enumerate(self.controls)
+        ]
+        frame = pd.DataFrame(rows)
+        frame["drop"] = self.baseline - frame["metric"]
+        frame["log_prob_drop"] = self.baseline_log_prob - frame["log_prob"]
+        return frame
+
+    def __str__(self) -> str:
+        count = len(self.controls)
+        lines = [
+            f"{self.model_name}, {self.task}: {self.n_neurons} neurons ({100 * self.ratio:.2g} %) "
+            f"by {self.method}, {len(self.example_ids)} examples",
+            f"  {self.metric_name}: {_short(self.baseline_interval)} → {_short(self.masked_interval)}, drop "
+            f"{self.metric_interval}{_tested(self.metric_p)}",
+            f"  log-probability of the answer: {_short(self.baseline_log_prob_interval)} → "
+            f"{_short(self.masked_log_prob_interval)}, drop {self.log_prob_interval}"
+            f"{_tested(self.log_prob_p)}",
+        ]
+        if count:
+            drops = [self.baseline - c.metric for c in self.controls]
+            likely = [self.baseline_log_prob - c.log_prob for c in self.controls]
+            lines.append(f"  {count} random sets: drop {_range(drops)}, of log-probability {_range(likely)}")
+            lines.append(
+                f"  larger drop than {self.beats('metric')} (metric) and {self.beats()} (log-probability)"
+            )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+    def plot(self) -> Any:
+        """Bars of the drop against the random sets (a matplotlib figure)."""
+        from hones_lens.viz import masking_bars
+
+        return masking_bars(self)
+
+
+def _short(interval: Interval) -> str:
+    return f"{interval.value:.3f} {interval.span}"
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} on average ({min(values):.3f} to {max(values):.3f})"
+
+
+def _tested(p: float | None) -> str:
+    return "" if p is None else f", p = {p:.3g}"
+
+
+def matched_random_sets(
+    neurons: Neurons, n_layers: int, d_mlp: int, draws: int, seed: int = 0
+) -> list[list[Component]]:
+    """Random sets with as many neurons in each layer as the given one, out of all of the layer's."""
+    counts = np.bincount([layer for layer, *_ in neurons], minlength=n_layers)
+    out = []
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, draw])
+        chosen = [
+            Component(layer, int(i), 0.0)
+            for layer, count in enumerate(counts)
+            for i in np.sort(rng.choice(d_mlp, size=int(count), replace=False))
+        ]
+        out.append(chosen)
+    return out
+
+
+def evaluate_masking(
+    model: HookedVLM,
+    task: str | Task,
+    examples: Sequence[Example],
+    neurons: NeuronScores | Neurons,
+    *,
+    k: int | None = None,
+    n_controls: int = 20,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> MaskingResult:
+    """Mask neurons at all positions and measure the task, beside matched random sets (HONES eq. H4).
+
+    Args:
+        model: The model.
+        task: A task or its name.
+        examples: Held-out examples, which did not select the neurons.
+        neurons: A ranking, whose top k are masked, or a list of (layer, index).
+        k: How many of a ranking; default: its own ratio.
+        n_controls: Random sets with the same number of neurons per layer.
+        seed: Of the random sets and the bootstrap.
+        batch_size: Examples a batch.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: No examples, no neurons, or a neuron that the model does not have.
+    """
+    return masking_curve(
+        model,
+        task,
+        examples,
+        [selection(model, neurons, k)],
+        method=neurons.method if isinstance(neurons, NeuronScores) else "given",
+        n_controls=n_controls,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )[0]
+
+
+def selection(
+    model: HookedVLM, neurons: NeuronScores | Neurons, k: int | None = None, purpose: str = "mask"
+) -> Neurons:
+    """Neurons as (layer, index): a ranking's top k, or those that are given.
+
+    Raises:
+        ValueError: No neurons (to `purpose`), or one that the model does not have.
+    """
+    chosen = neurons.top(k) if isinstance(neurons, NeuronScores) else list(neurons)
+    if not chosen:
+        raise ValueError(f"no neurons to {purpose}")
+    for layer, index, *_ in chosen:
+        if not (0 <= layer < model.cfg.n_layers and 0 <= index < model.cfg.d_mlp):
+            raise ValueError(
+                f"neuron L{layer}N{index} does not exist: {model.cfg.n_layers} layers of {model.cfg.d_mlp}"
+            )
+    return [(c[0], c[1]) for c in chosen]
+
+
+def masking_curve(
+    model: HookedVLM,
+    task: str | Task,
+    examples: Sequence[Example],
+    neurons: NeuronScores | Sequence[Neurons],
+    *,
+    ratios: Sequence[float] = RATIOS,
+    method: str | None = None,
+    n_controls: int = 20,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+    journal: MutableMapping[str, Any] | None = None,
+) -> list[MaskingResult]:
+    """`evaluate_masking` at several sizes; examples are prepared and the clean arm run once.
+
+    Args:
+        neurons: A ranking, cut at `ratios`, or the sets themselves.
+        ratios: Shares of all decoder neurons.
+        method: Name for the results, where sets are given.
+        journal: Finished batches, read and written (see `runs.Journal`).
+        model, task, examples, n_controls, seed, batch_size, progress: As in `evaluate_masking`.
+    """
+    task = engine.as_task(task)
+    engine.check_examples(task, examples)
+    if isinstance(neurons, NeuronScores):
+        method = neurons.method
+        sets = [selection(model, neurons, neurons.count(ratio)) for ratio in ratios]
+    else:
+        sets = [selection(model, chosen, None) for chosen in neurons]
+    shape = (model.cfg.n_layers, model.cfg.d_mlp)
+    arms: list[list[Hook]] = [[]]
+    for chosen in sets:
+        arms.append(zero_neurons(chosen))
+        arms += [
+            zero_neurons((c[0], c[1]) for c in s)
+            for s in matched_random_sets(chosen, *shape, n_controls, seed)
+        ]
+    options = {"batch_size": batch_size, "progress": progress, "journal": journal}
+    measured = engine.measure(model, task, examples, arms, label="masking", **options)
+    likely = engine.measure_log_probs(
+        model, task, examples, arms, label="masking log-probabilities", **options
+    )
+    outcomes = [_Outcome(task, arm, np.array(lp)) for arm, lp in zip(measured, likely, strict=True)]
+    base, step = outcomes[0], n_controls + 1
+    results = []
+    for i, chosen in enumerate(sets):
+        about = {"method": method or "given", "model_name": model.cfg.model_name, "n_neurons": len(chosen)}
+        about["ratio"] = len(chosen) / model.cfg.n_neurons
+        mine = outcomes[1 + i * step : 1 + (i + 1) * step]
+        results.append(_result(task, examples, about, base, mine, seed))
+    return results
+
+
+@dataclass
+class _Outcome:
+    task: Task
+    arm: engine.Outcome
+    log_probs: np.ndarray
+
+    def metric(self, rows: Sequence[int] | None = None) -> float:
+        return self.arm.metric(self.task, rows)
+
+    def log_prob(self, rows: Sequence[int] | None = None) -> float:
+        return float((self.log_probs if rows is None else self.log_probs[list(rows)]).mean())
+
+
+def _result(
+    task: Task,
+    examples: Sequence[Example],
+    about: dict[str, Any],
+    base: _Outcome,
+    arms: Sequence[_Outcome],
+    seed: int,
+) -> MaskingResult:
+    masked, controls = arms[0], arms[1:]
+    kinds = dict.fromkeys(example.kind for example in examples)
+    rows = {kind: [i for i, e in enumerate(examples) if e.kind == kind] for kind in kinds}
+    falls = base.log_probs - masked.log_probs
+    statistics = np.array(base.arm.statistics), np.array(masked.arm.statistics)
+    return MaskingResult(
+        **about,
+        task=task.name,
+        metric_name=task.metric_name,
+        baseline=base.metric(),
+        masked=masked.metric(),
+        baseline_log_prob=base.log_prob(),
+        masked_log_prob=masked.log_prob(),
+        drops=tuple((np.array(base.arm.scores) - np.array(masked.arm.scores)).tolist()),
+        log_prob_drops=tuple(falls.tolist()),
+        metric_interval=bootstrap_interval(task, *statistics, seed=seed),
+        log_prob_interval=mean_interval(falls, seed=seed),
+        relative_interval=relative_interval(task, *statistics, seed=seed),
+        baseline_interval=metric_interval(task, statistics[0], seed=seed),
+        masked_interval=metric_interval(task, statistics[1], seed=seed),
+        baseline_log_prob_interval=mean_interval(base.log_probs, seed=seed),
+        masked_log_prob_interval=mean_interval(masked.log_probs, seed=seed),
+        controls=tuple(_control(c, rows) for c in controls),
+        kinds={kind: _kind_drop(task, base, masked, r, seed) for kind, r in rows.items()},
+        example_ids=tuple(example.id for example in examples),
+        metric_p=permutation_p(task, *statistics, seed=seed),
+        log_prob_p=two_sided_p(falls, seed=seed),
+    )
+
+
+def _kind_drop(task: Task, base: _Outcome, masked: _Outcome, rows: list[int], seed: int) -> KindDrop:
+    before, after = (np.array(outcome.arm.statistics)[rows] for outcome in (base, masked))
+    found: dict[str, Any] = {}
+    if len(rows) > 1:
+        found["interval"] = bootstrap_interval(task, before, after, seed=seed)
+        found["baseline_interval"] = metric_interval(task, before, seed=seed)
+        found["masked_interval"] = metric_interval(task, after, seed=seed)
+        found["p"] = permutation_p(task, before, after, seed=seed)
+    return KindDrop(
+        n=len(rows),
+        baseline=base.metric(rows),
+        masked=masked.metric(rows),
+        baseline_log_prob=base.log_prob(rows),
+        masked_log_prob=masked.log_prob(rows),
+        **found,
+    )
+
+
+def _control(outcome: _Outcome, rows: dict[str, list[int]]) -> Control:
+    return Control(
+        metric=outcome.metric(),
+        log_prob=outcome.log_prob(),
+        kinds={kind: outcome.metric(r) for kind, r in rows.items()},
+        kinds_log_prob={kind: outcome.log_prob(r) for kind, r in rows.items()},
+    )
+
+
+def save_masking(file: str | Path, results: Sequence[MaskingResult]) -> None:
+    """Write results to JSON."""
+    write_json(file, {"kind": "masking", "results": [asdict(result) for result in results]})
+
+
+def load_masking(file: str | Path) -> list[MaskingResult]:
+    """Read what `save_masking` wrote.
+
+    Raises:
+        ValueError: Another kind of file.
+    """
+    return [_from_json(data) for data in read_json(file, "masking")["results"]]
+
+
+def _from_json(data: dict[str, Any]) -> MaskingResult:
+    for name in ("drops", "log_prob_drops", "example_ids"):
+        data[name] = tuple(data[name])
+    for name in (name for name in data if name.endswith("_interval")):
+        data[name] = Interval(**data[name])
+    data["controls"] = tuple(Control(**c) for c in data["controls"])
+    for drop in data["kinds"].values():
+        for name in (name for name in drop if name.endswith("interval")):
+            drop[name] = None if drop[name] is None else Interval(**drop[name])
+    data["kinds"] = {kind: KindDrop(**drop) for kind, drop in data["kinds"].items()}
+    return MaskingResult(**data)
+
+
+MEASURES = ("metric", "log_prob")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One of a masking result's two measures.
+
+    Attributes:
+        name: The metric's name, or `log-probability of the right answer`.
+        short: The same for headings.
+        unit: ` nats` for log-probabilities, else empty.
+        baseline, masked: Without and with the selected neurons masked.
+        interval, before, after: Of the drop, and of both arms.
+        controls: The measure under each random set.
+        beaten: How many random sets lose strictly less than the selected neurons.
+        p: Of no drop; None where it was not tested.
+    """
+
+    name: str
+    short: str
+    unit: str
+    baseline: float
+    masked: float
+    interval: Interval
+    before: Interval
+    after: Interval
+    controls: tuple[float, ...]
+    beaten: int
+    p: float | None = None
+
+    @property
+    def drop(self) -> float:
+        """Baseline minus masked."""
+        return self.baseline - self.masked
+
+    @property
+    def random_mean(self) -> float:
+        """Mean over the random sets; NaN without any."""
+        return math.fsum(self.controls) / len(self.controls) if self.controls else math.nan
+
+    @property
+    def random_worst(self) -> float:
+        """The random set that loses most; NaN without any."""
+        return min(self.controls, default=math.nan)
+
+    @property
+    def exceeds(self) -> bool:
+        """A drop, larger than with every random set."""
+        return self.drop > 0 and 0 < len(self.controls) == self.beaten
+
+    @property
+    def clear(self) -> bool:
+        """It exceeds, and the interval of the drop lies above 0."""
+        return self.exceeds and self.interval.low > 0
+
+
+def measured(result: MaskingResult, measure: str = "metric") -> Measured:
+    """One measure of a result.
+
+    Raises:
+        ValueError: `measure` is neither `metric` nor `log_prob`.
+    """
+    if measure == "metric":
+        values, beaten = tuple(c.metric for c in result.controls), result.beats("metric")
+        arms = (result.baseline, result.masked, result.metric_interval)
+        arms += (result.baseline_interval, result.masked_interval)
+        return Measured(result.metric_name, result.metric_name, "", *arms, values, beaten, result.metric_p)
+    if measure == "log_prob":
+        values, beaten = tuple(c.log_prob for c in result.controls), result.beats("log_prob")
+        arms = (result.baseline_log_prob, result.masked_log_prob, result.log_prob_interval)
+        arms += (result.baseline_log_prob_interval, result.masked_log_prob_interval)
+        name = "log-probability"
+        what = f"{name} of the right answer"
+        return Measured(what, name, " nats", *arms, values, beaten, result.log_prob_p)
+    raise ValueError(f"unknown measure {measure!r}; valid: {', '.join(MEASURES)}")

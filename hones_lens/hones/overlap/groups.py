@@ -1,0 +1,303 @@
+"""Which task neurons tasks share, and how many more than by chance (HONES eq. H6)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hones_lens.hones.attribution.neuron_scores import NeuronScores
+from hones_lens.hones.masking import Neurons
+from hones_lens.results import read_json, write_json
+
+_DEGREES = {2: "pair", 3: "triple"}
+Neuron = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """How many neurons several tasks share, against chance.
+
+    Attributes:
+        tasks: Whose selections; neurons that further tasks selected too count as well.
+        count: Neurons that all of them selected.
+        expected: Mean count for random sets with as many neurons in each layer for each task.
+        p: Share of such random sets with at least this count, (1 + hits) / (1 + draws).
+        jaccard: Count over the union's size.
+        coefficient: Count over the size of the smallest selection (1: it lies within the others).
+    """
+
+    tasks: tuple[str, ...]
+    count: int
+    expected: float
+    p: float
+    jaccard: float
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """The neurons selected for several tasks, by how many of the tasks share them.
+
+    Attributes:
+        selected: Each task's neurons (layer, index), in order.
+        n_layers, d_mlp: The decoder's size.
+        shared: Every pair of tasks, and all tasks together, against chance.
+        draws: Random sets behind each p-value.
+    """
+
+    selected: dict[str, tuple[Neuron, ...]]
+    n_layers: int
+    d_mlp: int
+    shared: tuple[Shared, ...]
+    draws: int
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks, in the order given."""
+        return tuple(self.selected)
+
+    @property
+    def owners(self) -> dict[Neuron, tuple[str, ...]]:
+        """Which tasks selected each neuron, ordered by layer, then index."""
+        found: dict[Neuron, tuple[str, ...]] = {}
+        for task, neurons in self.selected.items():
+            for neuron in neurons:
+                found[neuron] = (*found.get(neuron, ()), task)
+        return dict(sorted(found.items()))
+
+    @property
+    def groups(self) -> dict[str, tuple[Neuron, ...]]:
+        """Every selected neuron in one group; groups may be empty.
+
+        `vqa only` and so on for each task, `pair`, `triple` (of exactly so many tasks; `4 tasks` and
+        so on beyond), and `general` for neurons of all tasks.
+        """
+        n = len(self.tasks)
+        found: dict[str, list[Neuron]] = {f"{task} only": [] for task in self.tasks}
+        found |= {_degree(count): [] for count in range(2, n)} | {"general": []}
+        for neuron, tasks in self.owners.items():
+            found[_group(tasks, n)].append(neuron)
+        return {name: tuple(neurons) for name, neurons in found.items()}
+
+    def per_layer(self) -> pd.DataFrame:
+        """Layer curves: how many neurons of each group lie in each layer, one row a layer."""
+        counts = {name: Counter(layer for layer, _ in neurons) for name, neurons in self.groups.items()}
+        return pd.DataFrame(
+            {name: [count[layer] for layer in range(self.n_layers)] for name, count in counts.items()}
+        ).rename_axis("layer")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a neuron: layer, neuron, group, number of tasks, and whether each task selected it."""
+        rows = [
+            {
+                "layer": layer,
+                "neuron": index,
+                "group": _group(tasks, len(self.tasks)),
+                "n_tasks": len(tasks),
+                **{task: task in tasks for task in self.tasks},
+            }
+            for (layer, index), tasks in self.owners.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def comparisons(self) -> pd.DataFrame:
+        """One row for each pair of tasks and one for all: count, chance, p, Jaccard, coefficient."""
+        return pd.DataFrame([{**vars(each), "tasks": " & ".join(each.tasks)} for each in self.shared])
+
+    def save(self, file: str | Path) -> None:
+        """Write everything to JSON."""
+        write_json(file, {"kind": "overlap", **vars(self), "shared": [vars(each) for each in self.shared]})
+
+    @classmethod
+    def load(cls, file: str | Path) -> Overlap:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: Another kind of file.
+        """
+        data = read_json(file, "overlap")
+        data["selected"] = {
+            task: tuple((layer, index) for layer, index in neurons)
+            for task, neurons in data["selected"].items()
+        }
+        data["shared"] = tuple(Shared(**{**each, "tasks": tuple(each["tasks"])}) for each in data["shared"])
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{task} {len(neurons)}" for task, neurons in self.selected.items())
+        lines = [f"neurons of {len(self.tasks)} tasks: {sizes}"]
+        for name, neurons in self.groups.items():
+            lines.append(f"  {name:<15}{len(neurons):>6}  by layer {self.per_layer()[name].tolist()}")
+        lines.append(f"shared, against random sets matched per layer ({self.draws} draws):")
+        for each in self.shared:
+            lines.append(
+                f"  {' & '.join(each.tasks)}: {each.count} (chance {each.expected:.1f}, p = {each.p:.3g}), "
+                f"Jaccard {each.jaccard:.3f}, coefficient {each.coefficient:.3f}"
+            )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+    def plot(self, what: str = "sizes") -> Any:
+        """A matplotlib figure.
+
+        Args:
+            what: `sizes` of the groups beside chance, what tasks have `shared` beside chance, or counts by
+                `layers`.
+
+        Raises:
+            ValueError: None of these.
+        """
+        from hones_lens import viz
+
+        known = {
+            "sizes": viz.overlap_sizes,
+            "shared": viz.overlap_shared,
+            "layers": viz.overlap_layers,
+        }
+        if what not in known:
+            raise ValueError(f"unknown figure {what!r}; valid: {', '.join(known)}")
+        return known[what](self)
+
+
+def _degree(count: int) -> str:
+    return _DEGREES.get(count, f"{count} tasks")
+
+
+def _group(tasks: Sequence[str], n_tasks: int) -> str:
+    if len(tasks) == n_tasks:
+        return "general"
+    return f"{tasks[0]} only" if len(tasks) == 1 else _degree(len(tasks))
+
+
+def find_overlap(
+    selections: Mapping[str, NeuronScores | Neurons],
+    *,
+    shape: tuple[int, int] | None = None,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Overlap:
+    """Compare the neurons selected for several tasks (HONES eq. H6).
+
+    Args:
+        selections: By task, a ranking (its share `ratio` is taken) or the neurons (layer, index).
+        shape: Layers, and neurons a layer; needed where no ranking is given.
+        draws: Random sets for the p-values.
+        seed: Of the random sets.
+
+    Raises:
+        ValueError: Fewer than two tasks, an empty selection, a neuron twice or outside the shape,
+            rankings of different models or shapes, or no shape.
+    """
+    if len(selections) < 2:
+        raise ValueError(f"an overlap needs at least two tasks, got {len(selections)}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, not {draws}")
+    n_layers, d_mlp = _shape(selections, shape)
+    selected: dict[str, tuple[Neuron, ...]] = {}
+    for task, given in selections.items():
+        neurons = given.top() if isinstance(given, NeuronScores) else given
+        selected[task] = check_neurons(neurons, n_layers, d_mlp, f"the selection of {task!r}")
+    tasks = list(selected)
+    compared = [*combinations(tasks, 2), *([tuple(tasks)] if len(tasks) > 2 else [])]
+    rng = np.random.default_rng(seed)
+    shared = tuple(
+        _against_chance({task: selected[task] for task in some}, n_layers, d_mlp, draws, rng)
+        for some in compared
+    )
+    return Overlap(selected, n_layers, d_mlp, shared, draws)
+
+
+def _shape(
+    selections: Mapping[str, NeuronScores | Neurons], shape: tuple[int, int] | None
+) -> tuple[int, int]:
+    rankings = {task: given for task, given in selections.items() if isinstance(given, NeuronScores)}
+    models = {ranking.model_name for ranking in rankings.values()}
+    if len(models) > 1:
+        raise ValueError(f"rankings of different models: {', '.join(sorted(models))}")
+    shapes = {task: tuple(ranking.scores.shape) for task, ranking in rankings.items()}
+    if shape is not None:
+        shapes["shape="] = tuple(shape)
+    if not shapes:
+        raise ValueError("no ranking among the selections: give shape=(n_layers, d_mlp)")
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"layers and neurons a layer differ: {shapes}")
+    n_layers, d_mlp = next(iter(shapes.values()))
+    return n_layers, d_mlp
+
+
+def check_neurons(neurons: Sequence, n_layers: int, d_mlp: int, what: str) -> tuple[Neuron, ...]:
+    """Neurons in order, as (layer, index).
+
+    Raises:
+        ValueError: None at all, one that is not there, or one twice; `what` is named.
+    """
+    found = sorted((int(neuron[0]), int(neuron[1])) for neuron in neurons)
+    if not found:
+        raise ValueError(f"{what} has no neurons")
+    for neuron, times in Counter(found).items():
+        layer, index = neuron
+        if not (0 <= layer < n_layers and 0 <= index < d_mlp):
+            raise ValueError(f"{what}: neuron L{layer}N{index} is not among {n_layers} layers of {d_mlp}")
+        if times > 1:
+            raise ValueError(f"{what} has neuron L{layer}N{index} {times} times")
+    return tuple(found)
+
+
+def _against_chance(
+    selected: Mapping[str, tuple[Neuron, ...]],
+    n_layers: int,
+    d_mlp: int,
+    draws: int,
+    rng: np.random.Generator,
+) -> Shared:
+    """One comparison. Random sets are not drawn themselves, but the sizes of what they share.
+
+    Of a layer's d neurons, a random set of c meets a fixed set of s in a hypergeometric number; that is
+    what remains shared as one task after the other comes in.
+    """
+    sets = [set(neurons) for neurons in selected.values()]
+    count, union = len(set.intersection(*sets)), len(set.union(*sets))
+    counts = np.array([np.bincount([l for l, _ in s], minlength=n_layers) for s in selected.values()])
+    remaining = np.broadcast_to(counts[0], (draws, n_layers))
+    for here in counts[1:]:
+        remaining = rng.hypergeometric(remaining, d_mlp - remaining, here)
+    hits = int((remaining.sum(axis=1) >= count).sum())
+    return Shared(
+        tasks=tuple(selected),
+        count=count,
+        expected=float((d_mlp * np.prod(counts / d_mlp, axis=0)).sum()),
+        p=(1 + hits) / (1 + draws),
+        jaccard=count / union,
+        coefficient=count / min(map(len, sets)),
+    )
+
+
+def chance_sizes(overlap: Overlap) -> dict[str, float]:
+    """Mean size of each group, if every task's neurons were drawn at random, as many in each layer.
+
+    A neuron of layer l is drawn for task t with probability c(t, l) / d_mlp, for each task by itself.
+    """
+    counts = {task: Counter(layer for layer, _ in neurons) for task, neurons in overlap.selected.items()}
+    layers = range(overlap.n_layers)
+    shares = np.array([[count[layer] / overlap.d_mlp for layer in layers] for count in counts.values()])
+    names, tasks = list(overlap.groups), range(len(overlap.tasks))
+    found = dict.fromkeys(names, 0.0)
+    for size in range(1, len(overlap.tasks) + 1):
+        for some in combinations(tasks, size):
+            inside = np.prod([shares[t] if t in some else 1 - shares[t] for t in tasks], axis=0)
+            # Groups come in this order: one for each task, then by the number of tasks.
+            name = names[some[0]] if size == 1 else names[len(overlap.tasks) + size - 2]
+            found[name] += float(overlap.d_mlp * inside.sum())
+    return found

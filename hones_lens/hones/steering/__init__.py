@@ -1,0 +1,1 @@
+"""Steering: scale the selected neurons, by factors that are learned or set (HONES eq. H5)."""

@@ -1,0 +1,196 @@
+"""What the clean model gives once, and the loss and gradient of steering on top of it (HONES eq. H5)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from hones_lens import engine
+from hones_lens.data import Example
+from hones_lens.engine import Segment, free_bytes
+from hones_lens.hones.masking import Neurons
+from hones_lens.hones.steering.config import SteeringConfig
+from hones_lens.hones.steering.questions import Query, prepared, queries
+from hones_lens.hones.steering.scales import scaling
+from hones_lens.model import Answer, HookedVLM
+from hones_lens.tasks import Task
+
+_SHARE = 0.5  # of free memory, for what the clean model gave
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What the unsteered model makes of some queries.
+
+    Attributes:
+        ids: Whose they are.
+        segment: The stream that enters the first steered layer, with its positions and mask.
+        answer: Where the answers are.
+        log_probs: Of every token where an answer's tokens are predicted.
+        weights: How much each row counts in its step.
+    """
+
+    ids: list[str]
+    segment: Segment
+    answer: Answer
+    log_probs: Float[Tensor, "row kept d_vocab"]
+    weights: Float[Tensor, " row"]
+
+    def to(self, device: torch.device) -> Clean:
+        """The same on another device."""
+        parts = {name: _moved(getattr(self, name), device) for name in ("segment", "answer")}
+        return replace(self, **parts, log_probs=self.log_probs.to(device), weights=self.weights.to(device))
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of its largest tensors."""
+        held = [self.log_probs, *(v for v in vars(self.segment).values() if isinstance(v, Tensor))]
+        return sum(x.numel() * x.element_size() for x in held)
+
+
+def _moved(what: Any, device: torch.device) -> Any:
+    return replace(what, **{n: v.to(device) for n, v in vars(what).items() if isinstance(v, Tensor)})
+
+
+class Lessons:
+    """Right answers in steps of several examples, run once up to the first steered layer.
+
+    Which examples make a step is drawn once, the order of steps anew for every epoch. What the clean
+    model gave is kept in main memory while there is room, and computed again each time beyond that.
+
+    Args:
+        model, task, examples: What to learn from.
+        layer: The first steered one.
+        config: Says how many examples a step has, and which queries are asked.
+        batch_size: Rows a pass.
+        memory_budget: GB of main memory; default: half of what is free.
+    """
+
+    def __init__(
+        self,
+        model: HookedVLM,
+        task: Task,
+        examples: Sequence[Example],
+        layer: int,
+        config: SteeringConfig,
+        *,
+        batch_size: int = 4,
+        memory_budget: float | None = None,
+    ):
+        self.model, self.layer, self.seed = model, layer, config.seed
+        asked = queries(task, examples, config.negatives, config.seed)
+        order = np.random.default_rng(config.seed).permutation(len(asked)).tolist()
+        self.steps: list[list[list[Query]]] = []
+        for start in range(0, len(asked), config.accumulate):
+            flat = [query for i in order[start : start + config.accumulate] for query in asked[i]]
+            self.steps.append([flat[i : i + batch_size] for i in range(0, len(flat), batch_size)])
+        cpu = torch.device("cpu")
+        self._room = _SHARE * free_bytes(cpu) if memory_budget is None else memory_budget * 1e9
+        self._kept: dict[tuple[int, int], Clean] = {}
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what is asked, step by step."""
+        digest = hashlib.blake2b(digest_size=12)
+        for query in (query for step in self.steps for asked in step for query in asked):
+            digest.update(repr((query.example.id, query.prompt, query.answer)).encode())
+        return digest.hexdigest()
+
+    def order(self, epoch: int) -> list[int]:
+        """In which order an epoch takes the steps."""
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self)).tolist()
+
+    def of(self, step: int) -> Iterator[Clean]:
+        """The passes of one step."""
+        for part, asked in enumerate(self.steps[step]):
+            key = (step, part)
+            if key not in self._kept:
+                made = self._clean(asked, sum(q.weight for each in self.steps[step] for q in each))
+                if made.n_bytes > self._room:
+                    yield made
+                    continue
+                self._room -= made.n_bytes
+                self._kept[key] = made.to(torch.device("cpu"))
+            yield self._kept[key].to(self.model.cfg.device)
+
+    @torch.no_grad()
+    def _clean(self, asked: Sequence[Query], total: float) -> Clean:
+        batch = prepared(self.model, asked)
+        answer = Answer.of(batch.inputs)
+        segment = Segment.of(self.model, batch.inputs, len(answer.positions) + 1)
+        resid = self.model.run_blocks(segment.resid, segment.context(1), 0, self.layer)
+        segment = replace(segment, resid=resid)
+        weights = torch.tensor([query.weight / total for query in asked], device=resid.device)
+        log_probs = rise(self.model, segment, self.layer)
+        return Clean(batch.ids, segment, answer, log_probs, weights)
+
+
+def rise(model: HookedVLM, segment: Segment, layer: int) -> Float[Tensor, "row kept d_vocab"]:
+    """Log-probabilities where the answers' tokens are predicted, from the stream that enters a layer."""
+    resid = model.run_blocks(segment.resid, segment.context(1), layer)
+    kept = resid[:, -segment.keep : -1]
+    return model.unembed(model.ln_final(kept)).float().log_softmax(-1)
+
+
+def losses(
+    clean: Clean, log_probs: Float[Tensor, "row kept d_vocab"]
+) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+    """Cross-entropy and KL(original ‖ steered), in nats, each row's mean over its answer's tokens."""
+    answer, mask = clean.answer, clean.answer.mask
+    chosen = log_probs.gather(-1, answer.ids[..., None])[..., 0]
+    kl = F.kl_div(log_probs, clean.log_probs, reduction="none", log_target=True).sum(-1)
+    counts = mask.sum(-1)
+    return -(chosen * mask).sum(-1) / counts, (kl * mask).sum(-1) / counts
+
+
+@contextmanager
+def frozen(model: HookedVLM) -> Iterator[None]:
+    """No parameter asks for a gradient inside; afterwards those do that did before."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@torch.enable_grad()
+def gradient_of_step(
+    model: HookedVLM, lessons: Lessons, step: int, neurons: Neurons, a: Tensor, config: SteeringConfig
+) -> tuple[Float[Tensor, " neuron"], dict[str, float]]:
+    """∂ loss/∂a of one step, and the loss with its parts, `ce` and `kl` (HONES eq. H5).
+
+    Raises:
+        FloatingPointError: A loss or gradient that is not finite; names the examples.
+    """
+    penalty = config.l2_weight * a.square().mean()
+    (total,) = torch.autograd.grad(penalty, a)
+    parts = {"loss": float(penalty.detach()), "ce": 0.0, "kl": 0.0}
+    for clean in lessons.of(step):
+        hooks = scaling(neurons, 1 + a)
+        with engine.naming(clean.ids, hooks), model.hooks(fwd_hooks=hooks):
+            ce, kl = losses(clean, rise(model, clean.segment, lessons.layer))
+            loss = (clean.weights * (ce + config.kl_weight * kl)).sum()
+            if not bool(torch.isfinite(loss)):
+                raise FloatingPointError(f"the loss is {loss.item()}")
+            (gradient,) = torch.autograd.grad(loss, a)
+            if not bool(torch.isfinite(gradient).all()):
+                raise FloatingPointError("the gradient is not finite")
+        total = total + gradient
+        for name, value in {"loss": loss, "ce": clean.weights @ ce, "kl": clean.weights @ kl}.items():
+            parts[name] += float(value.detach())
+    return total, parts

@@ -1,0 +1,309 @@
+"""Learned steering beside its controls, on examples that nothing was fitted to (HONES eq. H5)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import MutableMapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hones_lens import engine
+from hones_lens.data import Example
+from hones_lens.hones.attribution.neuron_scores import NeuronScores
+from hones_lens.hones.masking import Neurons, matched_random_sets
+from hones_lens.hones.steering.batches import Lessons
+from hones_lens.hones.steering.config import SteeringConfig
+from hones_lens.hones.steering.learning import Learner, measuring
+from hones_lens.hones.steering.questions import Arms, answer_log_probs, check_apart, split_by_picture
+from hones_lens.hones.steering.scales import NeuronScales, to_steer
+from hones_lens.hones.steering.table import SteeringRow, SteeringTable
+from hones_lens.model import HookedVLM
+from hones_lens.results import bootstrap_interval, mean_interval, permutation_p
+from hones_lens.tasks import Task
+
+METHODS = ("Base", "Fixed-Amp", "Grid-Search", "RandNeuron", "HONES without KL", "HONES")
+AMPLIFICATION = 2.0
+FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+LEARNING_RATES = (5e-4, 5e-3, 5e-2)
+EPOCHS = (2, 8)
+
+
+@dataclass
+class _Data:
+    """The model, the task and its examples, and how they are run."""
+
+    model: HookedVLM
+    task: Task
+    learn: Sequence[Example]
+    choose: Sequence[Example]
+    test: Sequence[Example]
+    config: SteeringConfig
+    options: dict[str, Any]  # of a sweep
+    patience: int | None = None
+
+    def measured(
+        self, examples: Sequence[Example], arms: Arms, label: str
+    ) -> tuple[list[engine.Outcome], np.ndarray]:
+        """What each arm scores, and the log-probabilities of the right answers, [arm example]."""
+        found = engine.measure(self.model, self.task, examples, arms, label=label, **self.options)
+        how = {"negatives": self.config.negatives, "seed": self.config.seed, **self.options}
+        label = f"{label} log-probabilities"
+        return found, answer_log_probs(self.model, self.task, examples, arms, label=label, **how)
+
+
+def compare_steering(
+    model: HookedVLM,
+    task: str | Task,
+    dev: Sequence[Example],
+    test: Sequence[Example],
+    neurons: NeuronScores | Neurons,
+    *,
+    k: int | None = None,
+    learn: Sequence[Example] | None = None,
+    methods: Sequence[str] = METHODS,
+    config: SteeringConfig | None = None,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    epochs: Sequence[int] = EPOCHS,
+    factors: Sequence[float] = FACTORS,
+    draws: int = 5,
+    learn_share: float = 0.7,
+    patience: int | None = None,
+    batch_size: int = 32,
+    rows: int = 4,
+    memory_budget: float | None = None,
+    progress: bool = True,
+    journal: MutableMapping[str, Any] | None = None,
+) -> SteeringTable:
+    """Steer by every method of HONES eq. H5, fitted on dev, and report what test gains over the base.
+
+    Dev is cut in two that share no picture: scales are learned on one part, and among all learning rates
+    and numbers of epochs those are taken that do best on the other (by the metric, then by the
+    log-probability of the right answers, then by their order). HONES with and without KL and every
+    random draw are tuned alike. Grid-Search has one number to fit, and takes it on all of dev.
+
+    Args:
+        model, task: What to steer.
+        dev: Examples to fit on.
+        test: Examples to report on; they share no picture with the others.
+        neurons: A ranking, whose top k are steered, or a list of (layer, index).
+        k: How many of a ranking; default: its own ratio.
+        learn: Learn on these, and choose on the whole of dev.
+        methods: Which of `METHODS`; Base is always there.
+        config: All other settings of learning.
+        learning_rates, epochs: Among which to choose.
+        factors: Among which Grid-Search chooses.
+        draws: Random sets with as many neurons in each layer.
+        learn_share: The part of dev to learn on.
+        patience: Measure the part of dev that chooses after every epoch, stop after so many epochs that did
+            not better the best, and keep that one (a = 0 included). Default: all epochs, and the last.
+        batch_size: Examples at a time in sweeps.
+        rows: Rows in one pass of learning.
+        memory_budget: GB, as in `learn_scales`.
+        progress: Show progress bars.
+        journal: What has been learned and measured, read and written (see `runs.Journal`).
+
+    Raises:
+        ValueError: An unknown method (lists the valid ones), no examples or neurons, nothing to choose
+            among, patience below 1, or examples of different sets that share a picture.
+        FloatingPointError: A loss or logits that are not finite; names the examples.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; valid: {', '.join(METHODS)}")
+    if not (learning_rates and epochs and factors and draws >= 1):
+        raise ValueError("learning_rates, epochs and factors must not be empty, and draws at least 1")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be at least 1, not {patience}")
+    task, config = engine.as_task(task), config or SteeringConfig()
+    for some in (dev, test, *([] if learn is None else [learn])):
+        engine.check_examples(task, some)
+    chosen = to_steer(model, neurons, k)
+    parts = split_by_picture(dev, learn_share, config.seed) if learn is None else (list(learn), list(dev))
+    check_apart({"learning": parts[0], "dev": parts[1], "test": test})
+    options = {"batch_size": batch_size, "progress": progress, "journal": journal}
+    data = _Data(model, task, *parts, test, config, options, patience)
+    settings = [replace(config, lr=lr, epochs=n) for lr, n in itertools.product(learning_rates, epochs)]
+    fitted = _uniform(data, chosen, methods, factors)
+    fitted += _learned(data, chosen, methods, settings, draws, rows, memory_budget)
+    return SteeringTable(
+        task=task.name,
+        metric_name=task.metric_name,
+        model_name=model.cfg.model_name,
+        neuron_method=neurons.method if isinstance(neurons, NeuronScores) else "given",
+        n_neurons=len(chosen),
+        n_learned=len(data.learn),
+        n_chosen=len(data.choose),
+        example_ids=tuple(example.id for example in test),
+        seed=config.seed,
+        negatives=config.negatives,
+        rows=_rows(data, sorted(fitted, key=lambda one: METHODS.index(one.method))),
+    )
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What a method came to, and with which settings."""
+
+    method: str
+    draw: int
+    chosen: dict[str, float]
+    scales: NeuronScales | None
+
+
+def _uniform(
+    data: _Data, neurons: Neurons, methods: Sequence[str], factors: Sequence[float]
+) -> list[_Fitted]:
+    """The methods with one factor for all neurons."""
+    about = {"task": data.task.name, "model_name": data.model.cfg.model_name}
+    out = [_Fitted("Base", 0, {}, None)]
+    if "Fixed-Amp" in methods:
+        scales = NeuronScales.uniform(neurons, AMPLIFICATION, method="Fixed-Amp", **about)
+        out.append(_Fitted("Fixed-Amp", 0, {"factor": AMPLIFICATION}, scales))
+    if "Grid-Search" in methods:
+        given = [NeuronScales.uniform(neurons, f, method="Grid-Search", **about) for f in factors]
+        best = _best(data, [*data.learn, *data.choose], given, "grid search")
+        out.append(_Fitted("Grid-Search", 0, {"factor": factors[best]}, given[best]))
+    return out
+
+
+def _best(data: _Data, examples: Sequence[Example], given: Sequence[NeuronScales], label: str) -> int:
+    """Which scales do best; of those that do equally well, the first."""
+    found, likely = data.measured(examples, [scales.hooks() for scales in given], label)
+    values = [(o.metric(data.task), float(lp.mean())) for o, lp in zip(found, likely, strict=True)]
+    return max(range(len(given)), key=lambda i: values[i])
+
+
+def _learned(
+    data: _Data,
+    neurons: Neurons,
+    methods: Sequence[str],
+    settings: Sequence[SteeringConfig],
+    draws: int,
+    rows: int,
+    memory_budget: float | None,
+) -> list[_Fitted]:
+    """The methods that learn a factor for each neuron, tuned on the part of dev that chooses."""
+    shape = (data.model.cfg.n_layers, data.model.cfg.d_mlp)
+    wanted: list[tuple[str, int, Neurons]] = []
+    if "RandNeuron" in methods:
+        sets = matched_random_sets(neurons, *shape, draws, data.config.seed)
+        wanted += [("RandNeuron", i, [(c.layer, c.index) for c in s]) for i, s in enumerate(sets)]
+    wanted += [(m, 0, neurons) for m in ("HONES without KL", "HONES") if m in methods]
+    if not wanted:
+        return []
+    first = min(layer for layer, *_ in neurons)
+    options: dict[str, Any] = {"batch_size": rows, "memory_budget": memory_budget}
+    lessons = Lessons(data.model, data.task, data.learn, first, data.config, **options)
+    all_scales = []
+    for method, draw, some in wanted:
+        for i, config in enumerate(settings):
+            config = replace(config, kl_weight=0.0) if method == "HONES without KL" else config
+            all_scales.append(_learn(data, lessons, some, config, method, f"{method}/{draw}/{i}"))
+    return _choose(data, wanted, all_scales, settings)
+
+
+def _learn(
+    data: _Data, lessons: Lessons, neurons: Neurons, config: SteeringConfig, method: str, key: str
+) -> NeuronScales:
+    journal, key = data.options["journal"], f"steering/{key}"
+    if journal is not None and key in journal:
+        return NeuronScales.from_dict(journal[key])
+    watch: dict[str, Any] = {}
+    if data.patience is not None:
+        on_dev = measuring(data.model, data.task, data.choose, neurons, config)
+        watch = {"on_dev": on_dev, "patience": data.patience}
+    learner = Learner(data.model, lessons, neurons, config, **watch)
+    label = f"{key} · {data.task.name}, lr {config.lr:g}, {config.epochs} epochs"
+    scales = NeuronScales(
+        neurons=tuple((n[0], n[1]) for n in neurons),
+        offsets=learner.run(label, data.options["progress"]),
+        task=data.task.name,
+        method=method,
+        model_name=data.model.cfg.model_name,
+        settings=asdict(config),
+        n_examples=len(data.learn),
+        history=tuple(learner.progress.history),
+    )
+    if journal is not None:
+        journal[key] = scales.to_dict()
+    return scales
+
+
+def _choose(
+    data: _Data,
+    wanted: Sequence[tuple[str, int, Neurons]],
+    all_scales: Sequence[NeuronScales],
+    settings: Sequence[SteeringConfig],
+) -> list[_Fitted]:
+    """Of each method's scales, in turn one for every setting, those that do best; all in one sweep."""
+    found, likely = data.measured(data.choose, [scales.hooks() for scales in all_scales], "choosing")
+    out = []
+    for number, (method, draw, _) in enumerate(wanted):
+        mine = range(number * len(settings), (number + 1) * len(settings))
+        best = max(mine, key=lambda i: (found[i].metric(data.task), float(likely[i].mean())))
+        config = settings[best - mine.start]
+        chosen = {"lr": config.lr, "epochs": config.epochs}
+        out.append(_Fitted(method, draw, chosen, all_scales[best]))
+    return out
+
+
+def transfer_steering(
+    model: HookedVLM,
+    table: SteeringTable,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+    journal: MutableMapping[str, Any] | None = None,
+) -> SteeringTable:
+    """Report a table's methods on other examples, say out-of-distribution ones, with no further fitting.
+
+    Args:
+        model: The model that the table is about.
+        table: From `compare_steering`.
+        examples: Of the same task; that they share no picture with dev is the caller's to see to.
+        batch_size, progress, journal: As in `engine.measure`.
+
+    Raises:
+        ValueError: No examples, or another model than the table's.
+        FloatingPointError: Logits that are not finite; names the examples.
+    """
+    if model.cfg.model_name != table.model_name:
+        raise ValueError(f"the table is about {table.model_name}, the model is {model.cfg.model_name}")
+    task = engine.as_task(table.task)
+    engine.check_examples(task, examples)
+    config = SteeringConfig(seed=table.seed, negatives=table.negatives)
+    options = {"batch_size": batch_size, "progress": progress, "journal": journal}
+    fitted = [_Fitted(row.method, row.draw, row.chosen, row.scales) for row in table.rows]
+    rows = _rows(_Data(model, task, (), (), examples, config, options), fitted)
+    return replace(table, rows=rows, example_ids=tuple(example.id for example in examples))
+
+
+def _rows(data: _Data, fitted: Sequence[_Fitted]) -> tuple[SteeringRow, ...]:
+    """Everything measured on test, in one sweep, against the base, which comes first."""
+    arms = [[] if one.scales is None else one.scales.hooks() for one in fitted]
+    found, likely = data.measured(data.test, arms, "steered")
+    base = np.array(found[0].statistics)
+    rows = []
+    for one, outcome, log_probs in zip(fitted, found, likely, strict=True):
+        statistics = np.array(outcome.statistics)
+        gains, seed = log_probs - likely[0], data.config.seed
+        row = SteeringRow(
+            method=one.method,
+            draw=one.draw,
+            chosen=one.chosen,
+            max_abs=0.0 if one.scales is None else one.scales.max_abs,
+            metric=outcome.metric(data.task),
+            gain=bootstrap_interval(data.task, statistics, base, seed=seed),
+            p=permutation_p(data.task, statistics, base, seed=seed),
+            log_prob=float(log_probs.mean()),
+            log_prob_gain=mean_interval(gains, seed=seed),
+            scores=tuple(outcome.scores),
+            log_probs=tuple(log_probs.tolist()),
+            statistics=tuple(tuple(each) for each in statistics.tolist()),
+            scales=one.scales,
+        )
+        rows.append(row)
+    return tuple(rows)

@@ -1,0 +1,283 @@
+"""Learning how far to scale each of some neurons, with the model frozen (HONES eq. H5)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hones_lens import engine
+from hones_lens.data import Example
+from hones_lens.hones.attribution.neuron_scores import NeuronScores
+from hones_lens.hones.masking import Neurons
+from hones_lens.hones.steering.batches import Lessons, frozen, gradient_of_step
+from hones_lens.hones.steering.config import SteeringConfig
+from hones_lens.hones.steering.questions import answer_log_probs, check_apart
+from hones_lens.hones.steering.scales import NeuronScales, scaling, to_steer
+from hones_lens.model import HookedVLM
+from hones_lens.results import read_json, write_json
+from hones_lens.tasks import Task
+
+_SAVE_EVERY = 50
+_BRIEF = 60  # characters of a setting in a message
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """Where learning stands.
+
+    Attributes:
+        done: Steps taken.
+        a, exp_avg, exp_avg_sq: The offsets and Adam's two moments.
+        sums: Of the loss and its parts over the steps of this epoch.
+        history: Of the epochs that are over.
+        best: The offsets that were best on dev, and their values there.
+        stale: How many epochs ago that was.
+    """
+
+    done: int = 0
+    a: list[float] = field(default_factory=list)
+    exp_avg: list[float] = field(default_factory=list)
+    exp_avg_sq: list[float] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    stale: int = 0
+
+
+class Learner:
+    """Takes steps, from the start or from a checkpoint.
+
+    Args:
+        model, lessons, neurons, config: What to learn.
+        on_dev: Metric and log-probability of some offsets on dev.
+        patience: Stop after so many epochs that did not better the best on dev.
+        checkpoint: Where progress is kept.
+        settings: All that decides the numbers; a checkpoint with others is refused.
+    """
+
+    def __init__(
+        self,
+        model: HookedVLM,
+        lessons: Lessons,
+        neurons: Neurons,
+        config: SteeringConfig,
+        *,
+        on_dev: Callable[[Sequence[float]], tuple[float, float]] | None = None,
+        patience: int | None = None,
+        checkpoint: str | Path | None = None,
+        settings: dict[str, Any] | None = None,
+        save_every: int = _SAVE_EVERY,
+    ):
+        self.model, self.lessons, self.neurons, self.config = model, lessons, neurons, config
+        self.on_dev, self.patience, self.save_every = on_dev, patience, save_every
+        self.file = None if checkpoint is None else Path(checkpoint)
+        self.settings = json.loads(json.dumps(settings or {}))
+        self.a = torch.zeros(len(neurons), device=model.cfg.device, requires_grad=True)
+        self.optimizer = torch.optim.AdamW([self.a], lr=config.lr, weight_decay=0.0)
+        self.progress = Progress()
+        if self.file is not None and self.file.exists():
+            self._load(self.file)
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are to take."""
+        return self.config.epochs * len(self.lessons)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are taken, or dev has not been bettered for too long."""
+        patient = self.patience is None or self.progress.stale < self.patience
+        return self.progress.done >= self.steps or not patient
+
+    @property
+    def offsets(self) -> tuple[float, ...]:
+        """What was learned: the best on dev where dev is watched, else the last."""
+        best = self.progress.best
+        return tuple(self.a.tolist() if best is None else best["a"])
+
+    def run(self, label: str = "steering", show: bool = True) -> tuple[float, ...]:
+        """Take all steps that are left, and give the offsets."""
+        if self.on_dev is not None and self.progress.best is None:
+            self._compare_on_dev()
+        with frozen(self.model), tqdm(total=self.steps, desc=label, disable=not show, unit="step") as bar:
+            bar.update(self.progress.done)
+            while not self.finished:
+                loss = self._step()
+                bar.set_postfix_str(f"loss {loss:.4f}, max |a| {float(self.a.detach().abs().max()):.3g}")
+                bar.update(1)
+        return self.offsets
+
+    def _step(self) -> float:
+        now = self.progress
+        epoch, place = divmod(now.done, len(self.lessons))
+        step = self.lessons.order(epoch)[place]
+        gradient, parts = gradient_of_step(self.model, self.lessons, step, self.neurons, self.a, self.config)
+        self.a.grad = gradient
+        torch.nn.utils.clip_grad_norm_([self.a], self.config.grad_norm)
+        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate(now.done, self.steps)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.a.clamp_(-self.config.clamp, self.config.clamp)
+        now.done += 1
+        now.sums = {name: now.sums.get(name, 0.0) + value for name, value in parts.items()}
+        last = place + 1 == len(self.lessons)
+        if last:
+            self._end_epoch(epoch + 1)
+        if last or now.done % self.save_every == 0:
+            self._save()
+        return parts["loss"]
+
+    def _end_epoch(self, epoch: int) -> None:
+        now = self.progress
+        means = {name: value / len(self.lessons) for name, value in now.sums.items()}
+        now.history.append({"epoch": epoch, **means, "max_abs": float(self.a.detach().abs().max())})
+        now.sums = {}
+        if self.on_dev is not None:
+            now.history[-1] |= self._compare_on_dev()
+
+    def _compare_on_dev(self) -> dict[str, float]:
+        """Measure the offsets on dev, and keep them if they are the best so far."""
+        assert self.on_dev is not None
+        now, here = self.progress, self.a.tolist()
+        metric, log_prob = self.on_dev(here)
+        values = {"dev_metric": metric, "dev_log_prob": log_prob}
+        best = now.best
+        if best is None or (metric, log_prob) > (best["dev_metric"], best["dev_log_prob"]):
+            now.best, now.stale = {"a": here, **values}, 0
+        else:
+            now.stale += 1
+        return values
+
+    def _save(self) -> None:
+        if self.file is None:
+            return
+        now, state = self.progress, self.optimizer.state[self.a]
+        now.a = self.a.tolist()
+        now.exp_avg, now.exp_avg_sq = (state[name].tolist() for name in _MOMENTS)
+        write_json(self.file, {"kind": "steering checkpoint", "settings": self.settings, **asdict(now)})
+
+    def _load(self, file: Path) -> None:
+        data = read_json(file, "steering checkpoint")
+        then = data.pop("settings")
+        other = [
+            f"{name}: {_brief(then.get(name))} there, {_brief(self.settings.get(name))} now"
+            for name in sorted(then | self.settings)
+            if then.get(name) != self.settings.get(name)
+        ]
+        if other:
+            raise ValueError(f"{file} was made with other settings ({'; '.join(other)}); choose another file")
+        del data["kind"]
+        self.progress = now = Progress(**data)
+        with torch.no_grad():
+            self.a.copy_(torch.tensor(now.a))
+        moments = {name: torch.tensor(getattr(now, name)).to(self.a.device) for name in _MOMENTS}
+        self.optimizer.state[self.a] = {"step": torch.tensor(float(now.done)), **moments}
+
+
+def _brief(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= _BRIEF else f"{said[:_BRIEF]}…"
+
+
+def learn_scales(
+    model: HookedVLM,
+    task: str | Task,
+    examples: Sequence[Example],
+    neurons: NeuronScores | Neurons,
+    config: SteeringConfig | None = None,
+    *,
+    k: int | None = None,
+    dev: Sequence[Example] | None = None,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    save_every: int = _SAVE_EVERY,
+    batch_size: int = 4,
+    memory_budget: float | None = None,
+    progress: bool = True,
+) -> NeuronScales:
+    """Learn one factor for each of some neurons, all else frozen (HONES eq. H5).
+
+    `m_i ← (1 + a_i) m_i`, from a = 0 on, where the model is the original to the bit. The loss is the
+    cross-entropy of the right answer's tokens plus `β · KL(original ‖ steered)` where they are predicted,
+    each a mean over the answer's tokens and then over examples, plus λ · mean(a²). What a ranking task
+    learns from is said at `queries`. Only what lies above the first steered layer is run with gradients;
+    what enters it is computed once.
+
+    Args:
+        model: The model, which is left as it was.
+        task: A task or its name.
+        examples: What to learn from; none of them should be among those that are reported on.
+        neurons: A ranking, whose top k are steered, or a list of (layer, index).
+        config: Learning rate, epochs, weights; default: the paper's.
+        k: How many of a ranking; default: its own ratio.
+        dev: Measure the task on these after every epoch and return the best offsets seen, a = 0 included
+            (by metric, then by log-probability of the right answers).
+        patience: With dev: stop after so many epochs that did not better the best.
+        checkpoint: A JSON file to keep progress in and to take it up from: a resumed learning gives the
+            same scales as an unbroken one, to the bit where the device itself is deterministic.
+        save_every: Steps between checkpoints, which are also written after every epoch.
+        batch_size: Rows in one pass.
+        memory_budget: GB of main memory for what the clean model gave; default: half of what is free.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: No examples, no neurons, a neuron that the model does not have, examples and dev that
+            share a picture, patience without dev, or a checkpoint of other settings.
+        FloatingPointError: A loss that is not finite; names the examples.
+    """
+    task, config = engine.as_task(task), config or SteeringConfig()
+    engine.check_examples(task, examples)
+    chosen = to_steer(model, neurons, k)
+    if patience is not None and (dev is None or patience < 1):
+        raise ValueError("patience needs dev examples and must be at least 1")
+    on_dev = None
+    if dev is not None:
+        engine.check_examples(task, dev)
+        check_apart({"learning": examples, "dev": dev})
+        on_dev = measuring(model, task, dev, chosen, config)
+    options: dict[str, Any] = {"batch_size": batch_size, "memory_budget": memory_budget}
+    lessons = Lessons(model, task, examples, min(layer for layer, _ in chosen), config, **options)
+    settings = {
+        **asdict(config),
+        "model": model.cfg.model_name,
+        "task": task.name,
+        "neurons": [list(neuron) for neuron in chosen],
+        "examples": lessons.fingerprint,
+        "dev": None if dev is None else [example.id for example in dev],
+        "patience": patience,
+        "batch_size": batch_size,
+    }
+    keeping: dict[str, Any] = {"checkpoint": checkpoint, "save_every": save_every, "settings": settings}
+    learner = Learner(model, lessons, chosen, config, on_dev=on_dev, patience=patience, **keeping)
+    offsets = learner.run(f"steering · {task.name}", progress)
+    return NeuronScales(
+        neurons=tuple(chosen),
+        offsets=offsets,
+        task=task.name,
+        method=neurons.method if isinstance(neurons, NeuronScores) else "given",
+        model_name=model.cfg.model_name,
+        settings=asdict(config),
+        n_examples=len(examples),
+        history=tuple(learner.progress.history),
+    )
+
+
+def measuring(
+    model: HookedVLM, task: Task, dev: Sequence[Example], neurons: Neurons, config: SteeringConfig
+) -> Callable[[Sequence[float]], tuple[float, float]]:
+    """A function from offsets to the metric and the log-probability on dev."""
+
+    def measure(offsets: Sequence[float]) -> tuple[float, float]:
+        arms = [scaling(neurons, 1 + torch.tensor(offsets))]
+        (outcome,) = engine.measure(model, task, dev, arms, progress=False)
+        how: dict[str, Any] = {"negatives": config.negatives, "seed": config.seed, "progress": False}
+        return outcome.metric(task), float(answer_log_probs(model, task, dev, arms, **how).mean())
+
+    return measure

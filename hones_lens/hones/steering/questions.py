@@ -1,0 +1,173 @@
+"""What steering learns on and is measured by: prompts with their right answers; examples cut in two."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from hones_lens import engine
+from hones_lens.data import Example
+from hones_lens.interventions import Hook
+from hones_lens.model import HookedVLM
+from hones_lens.tasks import Task
+
+NEGATIVES = 3
+Arms = Sequence[Sequence[Hook]]
+
+
+class Query(NamedTuple):
+    """One prompt with its right answer; `weight` is its share of its example."""
+
+    example: Example
+    prompt: str
+    answer: str
+    weight: float
+
+
+def queries(task: Task, examples: Sequence[Example], negatives: int, seed: int) -> list[list[Query]]:
+    """What is asked about each example.
+
+    A text task asks for its answer. A ranking task (ours) asks about the positive, where Yes is right, and
+    about some of the wrong candidates, where No is right. Both sides weigh one half: a model steered
+    towards Yes alone would learn to say Yes to everything.
+
+    Args:
+        task, examples: What to ask.
+        negatives: How many wrong candidates of an example, drawn from all it has (fewer if it has fewer).
+        seed: Of the draw, which depends on the example's id and not on the other examples.
+
+    Raises:
+        ValueError: An example of a ranking task without a wrong candidate.
+    """
+    if not task.ranks:
+        return [[Query(e, task.target_prompt(e), task.answer(e), 1.0)] for e in examples]
+    return [_judgements(task, example, negatives, seed) for example in examples]
+
+
+def _judgements(task: Task, example: Example, negatives: int, seed: int) -> list[Query]:
+    right = task.target_prompt(example)
+    wrong = [prompt for prompt in task.prompts(example) if prompt != right]
+    if not wrong:
+        raise ValueError(f"example {example.id!r} has no wrong candidate to say No to")
+    rng = np.random.default_rng([seed, zlib.crc32(example.id.encode())])
+    drawn = rng.choice(len(wrong), size=min(negatives, len(wrong)), replace=False).tolist()
+    no = [Query(example, wrong[i], "No", 0.5 / len(drawn)) for i in sorted(drawn)]
+    return [Query(example, right, task.answer(example), 0.5), *no]
+
+
+def prepared(model: HookedVLM, asked: Sequence[Query]) -> engine.Batch:
+    """Prompts with their answers behind them, images encoded."""
+    images, prompts = [query.example.image for query in asked], [query.prompt for query in asked]
+    inputs = model.prepare(images, prompts, [query.answer for query in asked])
+    return engine.Batch([q.example for q in asked], model.with_image_embeds(inputs), [1] * len(asked))
+
+
+def answer_log_probs(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    arms: Arms,
+    *,
+    negatives: int = NEGATIVES,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+    journal: MutableMapping[str, Any] | None = None,
+    label: str = "log-probabilities",
+) -> np.ndarray:
+    """Log-probability of the right answers under each arm's hooks, in nats, [arm example].
+
+    Of a ranking task it is the weighted mean over its `queries`, Yes and No alike.
+    """
+    if not task.ranks:
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "journal": journal}
+        return np.array(engine.measure_log_probs(model, task, examples, arms, label=label, **options))
+    found = np.zeros((len(arms), len(examples)))
+    size = max(1, batch_size // (1 + negatives))
+    with tqdm(
+        total=len(examples) * len(arms), desc=f"{label} · {task.name}", disable=not progress, unit="cell"
+    ) as bar:
+        runner = engine.Sweep(model, arms)
+        for number, start in enumerate(range(0, len(examples), size)):
+            some = examples[start : start + size]
+            key = f"{label}/{number}"
+            values = None if journal is None else journal.get(key)
+            if values is None:
+                values = _weighted(runner, model, queries(task, some, negatives, seed))
+                if journal is not None:
+                    journal[key] = values
+            found[:, start : start + size] = values
+            bar.update(len(some) * len(arms))
+    return found
+
+
+def _weighted(runner: engine.Sweep, model: HookedVLM, asked: list[list[Query]]) -> list[list[float]]:
+    flat = [query for each in asked for query in each]
+    values = np.array(runner.log_probs(prepared(model, flat))) * [query.weight for query in flat]
+    starts = np.cumsum([0, *map(len, asked)])[:-1]
+    return np.add.reduceat(values, starts, axis=1).tolist()
+
+
+def picture_of(example: Example) -> str:
+    """A name for what an example shows, which examples on one picture share.
+
+    It is the data set's own name for the picture, `facts["image_id"]`, where one is given (the boxes that
+    are drawn on it would make another picture of it each), else a hash of the pixels.
+    """
+    if "image_id" in example.facts:
+        return str(example.facts["image_id"])
+    image = example.image
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=12).hexdigest()
+
+
+def split_by_picture(
+    examples: Sequence[Example], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Cut examples in two that share no picture; both keep the order of the examples.
+
+    Args:
+        examples: What to cut.
+        share: About how much of them the first part has.
+        seed: Which.
+
+    Raises:
+        ValueError: A share that is not between 0 and 1, or fewer than two pictures.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share to learn on must lie between 0 and 1, not {share}")
+    pictures = [picture_of(example) for example in examples]
+    different = sorted(set(pictures))
+    if len(different) < 2:
+        raise ValueError(f"{len(examples)} examples on {len(different)} picture can't be cut in two")
+    order = np.random.default_rng(seed).permutation(len(different))
+    n = min(len(different) - 1, max(1, round(share * len(different))))
+    first = {different[i] for i in order[:n]}
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for example, picture in zip(examples, pictures, strict=True):
+        parts[picture not in first].append(example)
+    return parts
+
+
+def check_apart(named: dict[str, Sequence[Example]]) -> None:
+    """Raise if two sets of examples show the same picture.
+
+    Raises:
+        ValueError: They do; names an example of each.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for name, examples in named.items():
+        for picture, example in _pictures(examples):
+            other, where = seen.setdefault(picture, (example.id, name))
+            if where != name:
+                raise ValueError(
+                    f"{name} example {example.id!r} shows the picture of {where} example {other!r}"
+                )
+
+
+def _pictures(examples: Sequence[Example]) -> Iterable[tuple[str, Example]]:
+    return ((picture_of(example), example) for example in examples)

@@ -1,0 +1,166 @@
+"""What scales that were learned for one task do to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hones_lens import engine
+from hones_lens.data import Example
+from hones_lens.hones.steering.questions import NEGATIVES, answer_log_probs
+from hones_lens.hones.steering.scales import NeuronScales
+from hones_lens.model import HookedVLM
+from hones_lens.results import (
+    Interval,
+    bootstrap_interval,
+    mean_interval,
+    metric_interval,
+    permutation_p,
+    read_json,
+    two_sided_p,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class SideEffect:
+    """One task under the scales of one task: its metric, and the gains of metric and log-probability.
+
+    `p` and `log_prob_p` are of two-sided paired permutation tests of no gain.
+    """
+
+    scales_of: str
+    task: str
+    metric_name: str
+    base: Interval
+    steered: Interval
+    gain: Interval
+    log_prob_gain: Interval
+    p: float
+    log_prob_p: float
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """Every task under the scales of every task."""
+
+    model_name: str
+    cells: tuple[SideEffect, ...]
+
+    def cell(self, scales_of: str, task: str) -> SideEffect:
+        """One task under one task's scales.
+
+        Raises:
+            ValueError: No such cell.
+        """
+        for cell in self.cells:
+            if (cell.scales_of, cell.task) == (scales_of, task):
+                return cell
+        raise ValueError(f"no cell for {task!r} under the scales of {scales_of!r}")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a cell."""
+        rows = []
+        for cell in self.cells:
+            row: dict[str, Any] = {}
+            for name, value in vars(cell).items():
+                ends = isinstance(value, Interval)
+                row[name] = value.value if ends else value
+                row |= {f"{name}_low": value.low, f"{name}_high": value.high} if ends else {}
+            rows.append({**row, "n": cell.gain.n})
+        return pd.DataFrame(rows)
+
+    def save(self, file: str | Path) -> None:
+        """Write everything to JSON."""
+        write_json(file, {"kind": "side effects", **asdict(self)})
+
+    @classmethod
+    def load(cls, file: str | Path) -> SideEffects:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: Another kind of file.
+        """
+        data = read_json(file, "side effects")
+        for cell in data["cells"]:
+            cell |= {name: Interval(**cell[name]) for name in ("base", "steered", "gain", "log_prob_gain")}
+        return cls(data["model_name"], tuple(SideEffect(**cell) for cell in data["cells"]))
+
+    def __str__(self) -> str:
+        lines = [f"{self.model_name}: what scales of one task do to every task"]
+        lines += [
+            f"  {c.task:<10} under the scales of {c.scales_of:<10} {c.metric_name} {c.base.value:.3f} "
+            f"{c.base.span} → {c.steered.value:.3f} {c.steered.span}, gain {c.gain}, p = {c.p:.2g}"
+            for c in self.cells
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().to_html(index=False)
+
+    def plot(self) -> Any:
+        """Bars of every task's gain under every task's scales, with intervals (a matplotlib figure)."""
+        from hones_lens.viz import side_effect_bars
+
+        return side_effect_bars(self)
+
+
+def side_effects(
+    model: HookedVLM,
+    examples_by_task: Mapping[str, Sequence[Example]],
+    scales_by_task: Mapping[str, NeuronScales],
+    *,
+    negatives: int = NEGATIVES,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+    journal: MutableMapping[str, Any] | None = None,
+) -> SideEffects:
+    """Measure every task under every task's scales; all scales of a task in one sweep.
+
+    Args:
+        model: The model.
+        examples_by_task: Held-out examples, by the task's name.
+        scales_by_task: Scales by the name of the task that they were learned for.
+        negatives: Of a ranking task's log-probability (see `queries`).
+        seed: Of the bootstrap and the negatives.
+        batch_size, progress, journal: As in `engine.measure`.
+
+    Raises:
+        ValueError: No scales, no tasks, an unknown one, or one without examples.
+        FloatingPointError: Logits that are not finite; names the examples.
+    """
+    if not scales_by_task or not examples_by_task:
+        raise ValueError("side effects need scales and examples of at least one task")
+    arms = [[], *(scales.hooks() for scales in scales_by_task.values())]
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "journal": journal}
+    cells = []
+    for name, examples in examples_by_task.items():
+        task = engine.as_task(name)
+        engine.check_examples(task, examples)
+        label = f"side effects on {name}"
+        base, *found = engine.measure(model, task, examples, arms, label=label, **options)
+        how = {"negatives": negatives, "seed": seed, "label": f"{label} log-probabilities", **options}
+        likely = answer_log_probs(model, task, examples, arms, **how)
+        for scales_of, outcome, log_probs in zip(scales_by_task, found, likely[1:], strict=True):
+            statistics = np.array(outcome.statistics), np.array(base.statistics)
+            cell = SideEffect(
+                scales_of=scales_of,
+                task=name,
+                metric_name=task.metric_name,
+                base=metric_interval(task, statistics[1], seed=seed),
+                steered=metric_interval(task, statistics[0], seed=seed),
+                gain=bootstrap_interval(task, *statistics, seed=seed),
+                log_prob_gain=mean_interval(log_probs - likely[0], seed=seed),
+                p=permutation_p(task, *statistics, seed=seed),
+                log_prob_p=two_sided_p(log_probs - likely[0], seed=seed),
+            )
+            cells.append(cell)
+    return SideEffects(model.cfg.model_name, tuple(cells))

@@ -1,0 +1,207 @@
+"""What steering by several methods came to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hones_lens.hones.steering.scales import NeuronScales
+from hones_lens.results import (
+    Interval,
+    bootstrap_interval,
+    metric_interval,
+    permutation_p,
+    read_json,
+    two_sided_p,
+    write_json,
+)
+from hones_lens.tasks import load_task
+
+
+@dataclass(frozen=True)
+class SteeringRow:
+    """One method on the test examples.
+
+    Attributes:
+        method, draw: Which; of RandNeuron there are several draws.
+        chosen: What was chosen on dev: `factor`, or `lr` and `epochs`.
+        max_abs: The largest |a|.
+        metric, gain, p: The metric, its gain over the base (paired bootstrap), and the two-sided p-value of
+            a paired permutation test of no difference.
+        log_prob, log_prob_gain: The same of the right answers' mean log-probability, in nats.
+        scores, log_probs, statistics: Of each example.
+        scales: What was applied; None for the base.
+    """
+
+    method: str
+    draw: int
+    chosen: dict[str, float]
+    max_abs: float
+    metric: float
+    gain: Interval
+    p: float
+    log_prob: float
+    log_prob_gain: Interval
+    scores: tuple[float, ...]
+    log_probs: tuple[float, ...]
+    statistics: tuple[tuple[float, ...], ...]
+    scales: NeuronScales | None
+
+    @property
+    def settings(self) -> str:
+        """What was chosen on dev, in words."""
+        return ", ".join(f"{name} {value:g}" for name, value in self.chosen.items())
+
+
+@dataclass(frozen=True)
+class SteeringTable:
+    """A task without steering and under every method.
+
+    Attributes:
+        task, metric_name, model_name: What was measured.
+        neuron_method, n_neurons: How the neurons were chosen, and how many there are.
+        n_learned, n_chosen: Examples that scales were learned on, and that chose among them.
+        example_ids: The test examples, in the order of the rows' values.
+        seed, negatives: Of the intervals, and of a ranking task's log-probability (see `queries`).
+        rows: One a method, one a draw of RandNeuron; the base comes first.
+    """
+
+    task: str
+    metric_name: str
+    model_name: str
+    neuron_method: str
+    n_neurons: int
+    n_learned: int
+    n_chosen: int
+    example_ids: tuple[str, ...]
+    seed: int
+    negatives: int
+    rows: tuple[SteeringRow, ...]
+
+    def row(self, method: str, draw: int = 0) -> SteeringRow:
+        """One row.
+
+        Raises:
+            ValueError: It is not in the table; lists what is.
+        """
+        for row in self.rows:
+            if (row.method, row.draw) == (method, draw):
+                return row
+        known = ", ".join(dict.fromkeys(row.method for row in self.rows))
+        raise ValueError(f"no draw {draw} of method {method!r} here; there are: {known}")
+
+    def scales(self, method: str = "HONES", draw: int = 0) -> NeuronScales:
+        """What a method applies, with `hooks()`.
+
+        Raises:
+            ValueError: It is not in the table, or it is the base.
+        """
+        scales = self.row(method, draw).scales
+        if scales is None:
+            raise ValueError(f"{method} scales nothing")
+        return scales
+
+    def metric_of(self, row: SteeringRow) -> Interval:
+        """A row's metric with its interval."""
+        return metric_interval(load_task(self.task), np.array(row.statistics), seed=self.seed)
+
+    def log_prob_p(self, row: SteeringRow) -> float:
+        """Two-sided p-value of a paired permutation test of no gain in log-probability."""
+        return two_sided_p(np.subtract(row.log_probs, self.row("Base").log_probs), seed=self.seed)
+
+    def difference(self, a: str, b: str, draw_a: int = 0, draw_b: int = 0) -> tuple[Interval, float]:
+        """Metric of one method minus another's, with its interval, and the permutation p-value.
+
+        The task is resolved by its name.
+        """
+        task = load_task(self.task)
+        first = np.array(self.row(a, draw_a).statistics)
+        second = np.array(self.row(b, draw_b).statistics)
+        p = permutation_p(task, first, second, seed=self.seed)
+        return bootstrap_interval(task, first, second, seed=self.seed), p
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a method or draw: metric, gain, p, log-probability, max |a|, what was chosen."""
+        rows = []
+        for row in self.rows:
+            gain, likely = row.gain, row.log_prob_gain
+            values = {"method": row.method, "draw": row.draw, "metric": row.metric}
+            whole = self.metric_of(row)
+            values |= {"metric_low": whole.low, "metric_high": whole.high}
+            values |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "p": row.p}
+            values |= {"log_prob": row.log_prob, "log_prob_gain": likely.value}
+            values |= {"log_prob_low": likely.low, "log_prob_high": likely.high}
+            values["log_prob_p"] = self.log_prob_p(row)
+            rows.append({**values, "max_abs": row.max_abs, "n": gain.n, "chosen": row.settings})
+        return pd.DataFrame(rows)
+
+    def save(self, file: str | Path) -> None:
+        """Write everything to JSON."""
+        write_json(file, {"kind": "steering", **asdict(self)})
+
+    @classmethod
+    def load(cls, file: str | Path) -> SteeringTable:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: Another kind of file.
+        """
+        data = read_json(file, "steering")
+        data["rows"] = tuple(_row(row) for row in data["rows"])
+        data["example_ids"] = tuple(data["example_ids"])
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model_name}, {self.task}: {self.n_neurons} neurons by {self.neuron_method}, learned on "
+            f"{self.n_learned}, chosen on {self.n_chosen}, reported on n = {len(self.example_ids)} examples "
+            "(95 % intervals)",
+            f"  {'method':<17} {self.metric_name:<20}  {'gain':<24} {'p':>6}  "
+            f"{'log-probability gain':<24} {'p':>6} {'max |a|':>8}  chosen on dev",
+        ]
+        draws = [row for row in self.rows if row.method == "RandNeuron"]
+        for row in self.rows:
+            name = f"RandNeuron {row.draw + 1}" if row in draws else row.method
+            metric = f"{row.metric:.3f} {self.metric_of(row).span}"
+            likely = f"{_short(row.log_prob_gain):<24} {self.log_prob_p(row):>6.3f}"
+            lines.append(
+                f"  {name:<17} {metric:<20}  {_short(row.gain):<24} {row.p:>6.3f}  "
+                f"{likely} {row.max_abs:>8.3g}  {row.settings}"
+            )
+        if len(draws) > 1:
+            gains = [row.gain.value for row in draws]
+            likely = np.mean([row.log_prob_gain.value for row in draws])
+            lines.append(
+                f"  {len(draws)} random sets: mean gain {np.mean(gains):+.3f} (from {min(gains):+.3f} to "
+                f"{max(gains):+.3f}), mean log-probability gain {likely:+.3f}"
+            )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().to_html(index=False)
+
+    def plot(self) -> Any:
+        """Bars of every method's gains over the base, with intervals (a matplotlib figure)."""
+        from hones_lens.viz import steering_bars
+
+        return steering_bars(self)
+
+
+def _short(interval: Interval) -> str:
+    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+def _row(data: dict[str, Any]) -> SteeringRow:
+    for name in ("gain", "log_prob_gain"):
+        data[name] = Interval(**data[name])
+    for name in ("scores", "log_probs"):
+        data[name] = tuple(data[name])
+    data["statistics"] = tuple(tuple(each) for each in data["statistics"])
+    data["scales"] = None if data["scales"] is None else NeuronScales.from_dict(data["scales"])
+    return SteeringRow(**data)

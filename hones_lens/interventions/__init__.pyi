@@ -1,0 +1,32 @@
+from .corruptions import (
+    Corruption as Corruption,
+    blank as blank,
+    blur as blur,
+    gaussian_noise as gaussian_noise,
+    mean_image_token as mean_image_token,
+    patch_shuffle as patch_shuffle,
+    region as region,
+)
+from .hooks import (
+    HeadEdit as HeadEdit,
+    Hook as Hook,
+    Scale as Scale,
+    block_attention as block_attention,
+    by_layer as by_layer,
+    check_heads as check_heads,
+    neuron_hook as neuron_hook,
+    replace_with_other_heads_mean as replace_with_other_heads_mean,
+    resid_hook as resid_hook,
+    scale as scale,
+    steering_vector as steering_vector,
+    zero as zero,
+    zero_head as zero_head,
+    zero_neurons as zero_neurons,
+)
+from .token_groups import (
+    Box as Box,
+    Group as Group,
+    group_name as group_name,
+    named_groups as named_groups,
+    token_mask as token_mask,
+)

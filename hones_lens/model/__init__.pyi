@@ -1,0 +1,19 @@
+from .answers import Answer as Answer, at_positions as at_positions
+from .config import (
+    VLMConfig as VLMConfig,
+    all_settings as all_settings,
+    checkpoint_path as checkpoint_path,
+    find_settings as find_settings,
+)
+from .families.qwen2_5_vl import QwenProcessor as QwenProcessor
+from .generation import greedy as greedy
+from .hooked_vlm import HookedVLM as HookedVLM, ModelInput as ModelInput, token_names as token_names
+from .inputs import Region as Region, VLMInputs as VLMInputs
+from .loading import hook_hf_model as hook_hf_model, load_hf_model as load_hf_model, load_model as load_model
+from .nn.attention import (
+    AttentionContext as AttentionContext,
+    KVCache as KVCache,
+    attention_mask as attention_mask,
+)
+from .nn.rotary import rotate as rotate
+from .prompting import Picture as Picture, open_image as open_image

@@ -1,0 +1,66 @@
+"""The right answer behind its prompt: where its tokens are predicted, and how likely they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hones_lens.model.inputs import VLMInputs
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer tokens of a batch that was prepared with answers.
+
+    Attributes:
+        positions: Where logits are needed, from before the first answer token of any row, [kept].
+        ids: The token that follows each of these positions, [row kept].
+        mask: Whether that token belongs to the row's answer, [row kept].
+    """
+
+    positions: Int[Tensor, " kept"]
+    ids: Int[Tensor, "row kept"]
+    mask: Bool[Tensor, "row kept"]
+
+    @classmethod
+    def of(cls, inputs: VLMInputs) -> Answer:
+        """Read the answer's place from the inputs.
+
+        Raises:
+            ValueError: The inputs mark no answer.
+        """
+        if inputs.answer_mask is None:
+            raise ValueError("inputs mark no answer: prepare(images, prompts, answers=[...])")
+        first = int(inputs.answer_mask.int().argmax(-1).min())
+        length = inputs.input_ids.shape[1]
+        positions = torch.arange(first - 1, length - 1, device=inputs.input_ids.device)
+        return cls(positions, inputs.input_ids[:, first:], inputs.answer_mask[:, first:])
+
+    def log_probs(self, logits: Float[Tensor, "many kept d_vocab"]) -> Float[Tensor, " many"]:
+        """Log-probability of the answer, summed over its tokens, in nats.
+
+        Args:
+            logits: At `positions`; `many` rows may repeat the rows of this batch, in their order.
+        """
+        times = len(logits) // len(self.ids)
+        ids, mask = self.ids.repeat(times, 1), self.mask.repeat(times, 1)
+        chosen = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        return (chosen * mask).sum(-1)
+
+
+def at_positions(inputs: VLMInputs, positions: str) -> Bool[Tensor, "row pos"]:
+    """True at every token (`all`), or at each row's last prompt token (`last`), before its answer.
+
+    Raises:
+        ValueError: Another word than these.
+    """
+    if positions == "all":
+        return inputs.attention_mask.bool()
+    if positions != "last":
+        raise ValueError(f"unknown positions {positions!r}; valid: all, last")
+    assert inputs.answer_mask is not None
+    first = inputs.answer_mask.int().argmax(-1)
+    return torch.arange(inputs.input_ids.shape[1], device=first.device) == first[:, None] - 1

@@ -1,0 +1,206 @@
+"""What a model is made of (`VLMConfig`), and the settings that ship for known models."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision tower.
+
+    Attributes:
+        n_layers: Blocks that are built: those up to the highest feature layer.
+        n_heads, d_model, d_head, d_mlp: As in the decoder.
+        patch_size: Side of a patch in pixels.
+        image_size: Side of every image in pixels; None where images keep their own size.
+        feature_layers: Hidden states that are read; 0 is the input of the first block.
+        keep_class_token: Whether the class token is among the image tokens.
+        merge_size: An image token stands for a square of so many by so many patches.
+        window_size: Side in pixels of the windows of attention; None where there are none.
+        full_attention_layers: Blocks that attend over the whole image in spite of windows.
+    """
+
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    patch_size: int
+    image_size: int | None
+    feature_layers: tuple[int, ...]
+    keep_class_token: bool = False
+    merge_size: int = 1
+    window_size: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches along a side of an image, where all images have one size."""
+        assert self.image_size is not None, "images keep their own size"
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """Sizes and facts of a hooked model, in TransformerLens's names.
+
+    Attributes:
+        normalization_type: Always "RMS": `ln*.hook_scale` divides, the weight follows.
+        n_ctx: Longest sequence that the checkpoint was made for.
+        eos_token_ids: Any of them ends a generation.
+        use_split_qkv_input: Set through `HookedVLM.set_use_split_qkv_input`.
+    """
+
+    family: str
+    model_name: str
+    n_layers: int
+    n_heads: int
+    n_key_value_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    act_fn: str
+    eps: float
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    vision: VisionConfig
+    device: torch.device
+    dtype: torch.dtype
+    normalization_type: str = "RMS"
+    attn_only: bool = False
+    use_split_qkv_input: bool = False
+
+    @property
+    def n_neurons(self) -> int:
+        """Neurons of all decoder layers."""
+        return self.n_layers * self.d_mlp
+
+
+def require(where: str, config: Any, handled: Mapping[str, tuple]) -> None:
+    """Refuse config values that the code would silently ignore.
+
+    Args:
+        where: How to name the config in the message, e.g. `text_config`.
+        config: The Hugging Face config.
+        handled: For each key the values that are handled; a missing key counts as None.
+
+    Raises:
+        ValueError: A value that is not handled; names the key and the handled values.
+    """
+    for key, values in handled.items():
+        value = getattr(config, key, None)
+        if value not in values:
+            raise ValueError(
+                f"{where}.{key}={value!r} is not handled; handled: {', '.join(map(repr, values))}"
+            )
+
+
+def special_ids(text_config: Any) -> tuple[tuple[int, ...], int]:
+    """End-of-sequence ids, and the padding id (else the first of them), of a Hugging Face text config."""
+    eos = () if text_config.eos_token_id is None else text_config.eos_token_id
+    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    pad = text_config.pad_token_id
+    return eos, (eos[0] if eos else 0) if pad is None else pad
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """One file of `model_configs/`: how a known model is found, and its defaults.
+
+    Attributes:
+        name: The name to ask for it by.
+        family: A key of `families.FAMILIES`.
+        aliases: Other names for it.
+        hub_id, revision: Where the Hugging Face Hub has it.
+        checkpoint: Or: the folder that ships in the package.
+        top_k: Critical heads to keep (METHOD H1).
+        ratio: Share of all decoder neurons that are task neurons (METHOD H3).
+        paper: Where these numbers are from.
+    """
+
+    name: str
+    family: str
+    top_k: int
+    ratio: float
+    aliases: tuple[str, ...] = ()
+    hub_id: str | None = None
+    revision: str | None = None
+    checkpoint: str | None = None
+    paper: str = ""
+
+
+def settings_folder() -> Path:
+    """Where `model_configs/` lies: inside an installed package, or beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: In neither place.
+    """
+    for folder in (PACKAGE / "model_configs", PACKAGE.parent / "model_configs"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"model_configs/ is neither in {PACKAGE} nor beside it; the installation is broken"
+    )
+
+
+def read_settings(file: Path) -> ModelSettings:
+    """Read one YAML of `model_configs/`.
+
+    Raises:
+        ValueError: An unknown or missing key; names the file, the key and the nearest valid one.
+    """
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    known = [f.name for f in fields(ModelSettings)]
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(known)}"
+            raise ValueError(f"{file}: unknown key {key!r}{hint}")
+    for key in ("name", "family", "top_k", "ratio"):
+        if key not in data:
+            raise ValueError(f"{file}: key {key!r} is missing")
+    if (data.get("hub_id") is None) == (data.get("checkpoint") is None):
+        raise ValueError(f"{file}: exactly one of 'hub_id' and 'checkpoint' must be given")
+    return ModelSettings(**{**data, "aliases": tuple(data.get("aliases", ()))})
+
+
+@cache
+def all_settings() -> dict[str, ModelSettings]:
+    """Every shipped model setting by name."""
+    found = [read_settings(file) for file in sorted(settings_folder().glob("*.yaml"))]
+    return {settings.name: settings for settings in found}
+
+
+def find_settings(name: str) -> ModelSettings | None:
+    """Settings by name, alias or Hub id; None where there are none."""
+    for settings in all_settings().values():
+        if name in (settings.name, settings.hub_id, *settings.aliases):
+            return settings
+    return None
+
+
+def checkpoint_path(name: str) -> Path:
+    """Folder of a shipped checkpoint, loadable by Hugging Face's own `from_pretrained`.
+
+    Raises:
+        ValueError: No such checkpoint ships; lists those that do.
+    """
+    folder = PACKAGE / "checkpoints" / name
+    if not (folder / "config.json").is_file():
+        shipped = sorted(p.parent.name for p in (PACKAGE / "checkpoints").glob("*/config.json"))
+        raise ValueError(f"no checkpoint {name!r} ships with hones_lens; shipped: {', '.join(shipped)}")
+    return folder

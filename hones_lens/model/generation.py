@@ -1,0 +1,46 @@
+"""Greedy decoding of a hooked model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hones_lens.model.inputs import VLMInputs
+from hones_lens.model.nn.attention import KVCache
+
+if TYPE_CHECKING:
+    from hones_lens.model.hooked_vlm import HookedVLM
+
+
+@torch.no_grad()
+def greedy(model: HookedVLM, inputs: VLMInputs, max_new_tokens: int, use_kv_cache: bool = True) -> Tensor:
+    """New tokens [batch new] of every row: the likeliest at each step, EOS kept, then padding.
+
+    Raises:
+        ValueError: max_new_tokens below 1, or a row padded on the right.
+        FloatingPointError: Logits that are not finite; names the row.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    ended = inputs.attention_mask[:, -1] == 0
+    if bool(ended.any()):
+        raise ValueError(
+            f"row {int(ended.int().argmax())} is padded on the right; pad on the left to generate"
+        )
+    eos = torch.tensor(model.cfg.eos_token_ids, device=model.cfg.device)
+    done = torch.zeros(len(inputs), dtype=torch.bool, device=model.cfg.device)
+    out: list[Tensor] = []
+    kv_cache = KVCache() if use_kv_cache else None
+    while True:
+        said = torch.stack(out, dim=1) if out else inputs.input_ids[:, :0]
+        logits = model.next_token_logits(inputs, said, kv_cache)
+        if not bool(torch.isfinite(logits).all()):
+            row = int((~torch.isfinite(logits).all(-1)).int().argmax())
+            raise FloatingPointError(f"logits of row {row} are not finite at new token {len(out)}")
+        token = torch.where(done, model.cfg.pad_token_id, logits.argmax(-1))
+        out.append(token)
+        done = done | torch.isin(token, eos)
+        if len(out) == max_new_tokens or bool(done.all()):
+            return torch.stack(out, dim=1)

@@ -1,0 +1,151 @@
+"""The only place that reads checkpoints or asks the Hub, and that turns Hugging Face models into ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import logging as hf_logging
+
+from hones_lens.model.config import all_settings, checkpoint_path, find_settings
+from hones_lens.model.families import load_family
+from hones_lens.model.hooked_vlm import HookedVLM
+
+
+def resolve(name: str) -> tuple[str, str | None]:
+    """What to load for a name: a folder or Hub id, and the Hub revision.
+
+    Raises:
+        ValueError: Neither a known model, nor a folder, nor a Hub id; lists the known ones.
+    """
+    settings = find_settings(name)
+    if settings is not None and settings.checkpoint is not None:
+        return str(checkpoint_path(settings.checkpoint)), None
+    if settings is not None:
+        return str(settings.hub_id), settings.revision
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"folder {name!r} has no config.json, so it is not a checkpoint")
+        return name, None
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return name, None
+    known = [alias for s in all_settings().values() for alias in (s.name, *s.aliases)]
+    raise ValueError(f"unknown model {name!r}: not a folder, nor a Hub id; known: {', '.join(known)}")
+
+
+def load_hf_model(
+    name: str,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **processor_options: Any,
+) -> tuple[Any, Any]:
+    """Hugging Face's own model (in eval mode) and processor for a name that `resolve` takes.
+
+    Raises:
+        ValueError: An unknown name, family or processor option, or weights that are missing or left
+            over.
+    """
+    folder, revision = resolve(name)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        dtype = torch.float32 if where.type == "cpu" else "auto"
+    family = load_family(AutoConfig.from_pretrained(folder, revision=revision).model_type)
+    for option in processor_options:
+        if option not in family.processor_options:
+            valid = ", ".join(family.processor_options) or "none"
+            raise ValueError(f"unknown processor option {option!r} for {name!r}; valid: {valid}")
+    with _without_progress_bars():
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    model, report = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            listed = ", ".join(map(str, sorted(report[kind], key=str)[:5]))
+            raise ValueError(f"checkpoint {name!r} has {kind.replace('_', ' ')}: {listed}")
+    read = family.processor_class.from_pretrained
+    return model.to(where).eval(), read(folder, revision=revision, **processor_options)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def load_model(
+    name: str,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **processor_options: Any,
+) -> HookedVLM:
+    """Load and hook a model; see `HookedVLM.from_pretrained`."""
+    model, processor = load_hf_model(name, device, dtype, **processor_options)
+    hooked = hook_hf_model(model, processor)
+    settings = find_settings(name)
+    hooked.cfg = replace(hooked.cfg, model_name=settings.name if settings else name)
+    return hooked
+
+
+def hook_hf_model(hf_model: Any, processor: Any = None) -> HookedVLM:
+    """Hook an in-memory Hugging Face model; see `HookedVLM.from_hf`."""
+    config = hf_model.config
+    family = load_family(config.model_type)
+    name = config.name_or_path or config.model_type
+    hooked = family.from_config(config, name, hf_model.device, hf_model.dtype)
+    _share_weights(hooked, hf_model)
+    hooked.processor = processor
+    hooked.cfg = replace(hooked.cfg, **_special_tokens(hooked, hf_model))
+    return hooked.eval()
+
+
+def _share_weights(hooked: HookedVLM, hf_model: Any) -> None:
+    """Give every parameter of ours the storage of the Hugging Face weight it is mapped to.
+
+    Raises:
+        ValueError: A weight that is not mapped, or a parameter that no weight fills; names them.
+    """
+    theirs = {name: p.detach() for name, p in hf_model.named_parameters(remove_duplicate=False)}
+    names = hooked.weight_map(hooked.cfg, list(theirs))
+    expected = {name for name, _ in hooked.named_parameters()}
+    targets = {name: names.get(name, name) for name in theirs}
+    several = {name: (mine,) if isinstance(mine, str) else mine or () for name, mine in targets.items()}
+    extra = sorted(name for name, mine in several.items() if not expected.issuperset(mine))
+    if extra:
+        raise ValueError(f"weights that this family does not use: {', '.join(extra[:5])}")
+    ours: dict[str, Tensor] = {}
+    for name, mine in several.items():
+        ours.update(zip(mine, theirs[name].chunk(len(mine)) if mine else (), strict=True))
+    missing = sorted(expected - set(ours))
+    if missing:
+        raise ValueError(f"weights that are missing: {', '.join(missing[:5])}")
+    for name, parameter in hooked.named_parameters():
+        if parameter.shape != ours[name].shape:
+            raise ValueError(f"weight {name} has shape {list(ours[name].shape)}, not {list(parameter.shape)}")
+    hooked.load_state_dict(ours, strict=True, assign=True)
+    if hooked.unembed.linear.weight.data_ptr() == hooked.embed.weight.data_ptr():
+        hooked.unembed.linear.weight = hooked.embed.weight  # tied, and to stay so when moved
+
+
+def _special_tokens(hooked: HookedVLM, hf_model: Any) -> dict[str, Any]:
+    """EOS and padding ids as Hugging Face's `generate` takes them: from the generation config first."""
+    settings = getattr(hf_model, "generation_config", None)
+    if settings is None:
+        return {}
+    eos = () if settings.eos_token_id is None else settings.eos_token_id
+    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    pad = settings.pad_token_id
+    if pad is None and eos:
+        pad = eos[0]
+    return {"eos_token_ids": eos} if pad is None else {"eos_token_ids": eos, "pad_token_id": pad}

@@ -1,0 +1,253 @@
+"""Multi-head attention with every step hooked, computed by fused kernels where nobody looks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from hones_lens.model.nn.rotary import rotate
+
+
+@dataclass
+class KVCache:
+    """Keys (rotated) and values of all tokens seen so far, [batch pos kv_head d_head] a layer."""
+
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new keys and values of one layer and return all of them."""
+        if layer in self.keys:
+            k = torch.cat((self.keys[layer], k), dim=1)
+            v = torch.cat((self.values[layer], v), dim=1)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Sets of tokens that see one another and nothing else, e.g. the windows of a vision tower.
+
+    Attributes:
+        number: Which window a token is in, [batch pos]; a padding token has one of its own.
+        members: The tokens of each real window, as indices of the flattened [batch pos],
+            [window size]; smaller windows are filled up with index 0.
+        real: False at such filling, [window size].
+    """
+
+    number: Int[Tensor, "batch pos"]
+    members: Int[Tensor, "window size"]
+    real: Bool[Tensor, "window size"]
+
+    def mask(self) -> Bool[Tensor, "batch 1 query key"]:
+        """True where query and key are in one window."""
+        return (self.number[:, :, None] == self.number[:, None, :])[:, None]
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention [batch pos head d_head] within each window; zero at padding."""
+        gathered = [x.flatten(0, 1)[self.members].transpose(1, 2) for x in (q, k, v)]
+        mask = None if bool(self.real.all()) else self.real[:, None, None]
+        mixed = F.scaled_dot_product_attention(*gathered, attn_mask=mask).transpose(1, 2)
+        z = torch.zeros_like(q).flatten(0, 1)
+        return z.index_copy(0, self.members[self.real], mixed[self.real]).view_as(q)
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What a forward pass hands to every layer's attention.
+
+    Attributes:
+        cos, sin: Rotation of the queries' positions, [batch pos d_head]; None: no rotation.
+        mask: True where query may see key, [batch 1 query key]; None: all, or causal.
+        causal: Without a mask: whether a query sees only itself and what is before it.
+        windows: Instead of a mask: tokens see their own window alone.
+        kv_cache: Filled, and read, during generation.
+    """
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    kv_cache: KVCache | None = None
+    windows: Windows | None = None
+
+
+def _heard(*hooks: HookPoint) -> bool:
+    return any(hook.fwd_hooks or hook.bwd_hooks for hook in hooks)
+
+
+class Attention(nn.Module):
+    """Attention over heads; keys and values may be shared by groups of heads (GQA).
+
+    Projections stay the fused matrices of the checkpoint; `W_Q`, `W_K`, `W_V` [head d_model d_head]
+    and `W_O` [head d_head d_model] are views of them. Scores and pattern are computed only when a
+    hook or a cache asks for them; otherwise `scaled_dot_product_attention` runs. The split inputs
+    and `hook_result` cost n_heads residual streams, so they too are made only when asked for.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        d_model: int,
+        n_heads: int,
+        n_key_value_heads: int,
+        d_head: int,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+    ):
+        super().__init__()
+        self.layer, self.n_heads, self.n_key_value_heads, self.d_head = (
+            layer,
+            n_heads,
+            n_key_value_heads,
+            d_head,
+        )
+        self.q = nn.Linear(d_model, n_heads * d_head, bias=qkv_bias)
+        self.k = nn.Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
+        self.v = nn.Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
+        self.o = nn.Linear(n_heads * d_head, d_model, bias=out_bias)
+        self.use_split_qkv_input = False
+        self.hook_q_input = HookPoint()  # [batch pos head d_model], before the norm
+        self.hook_k_input = HookPoint()  # [batch pos kv_head d_model]
+        self.hook_v_input = HookPoint()  # [batch pos kv_head d_model]
+        self.hook_q = HookPoint()  # [batch pos head d_head]
+        self.hook_k = HookPoint()  # [batch pos kv_head d_head]
+        self.hook_v = HookPoint()  # [batch pos kv_head d_head]
+        self.hook_rot_q = HookPoint()  # [batch pos head d_head]
+        self.hook_rot_k = HookPoint()  # [batch pos kv_head d_head]
+        self.hook_attn_scores = HookPoint()  # [batch head query key], scaled and masked
+        self.hook_pattern = HookPoint()  # [batch head query key]
+        self.hook_z = HookPoint()  # [batch pos head d_head]
+        self.hook_result = HookPoint()  # [batch pos head d_model]
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], norm: nn.Module, context: AttentionContext
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What the heads write, for a residual stream that `norm` normalises first."""
+        q, k, v = self._project(resid, norm)
+        if context.cos is not None and context.sin is not None:
+            q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        q, k = self.hook_rot_q(q), self.hook_rot_k(k)
+        if context.kv_cache is not None:
+            k, v = context.kv_cache.extend(self.layer, k, v)
+        z = self._mix(q, k, v, context)
+        if z.requires_grad and _heard(self.hook_z):
+            z = z.clone()  # the kernel's backward pass needs its own output, whatever a hook does in place
+        return self.write(z)
+
+    def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the heads write."""
+        z = self.hook_z(z)
+        if not _heard(self.hook_result):
+            return self.o(z.flatten(2))
+        result = self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2)
+        return result if self.o.bias is None else result + self.o.bias
+
+    def _project(self, resid: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        if self.use_split_qkv_input or _heard(self.hook_q_input, self.hook_k_input, self.hook_v_input):
+            q = self._project_split(resid, norm, self.q, self.hook_q_input)
+            k = self._project_split(resid, norm, self.k, self.hook_k_input)
+            v = self._project_split(resid, norm, self.v, self.hook_v_input)
+        else:
+            x = norm(resid)
+            q, k, v = (p(x).unflatten(-1, (-1, self.d_head)) for p in (self.q, self.k, self.v))
+        return self.hook_q(q), self.hook_k(k), self.hook_v(v)
+
+    def _project_split(self, resid: Tensor, norm: nn.Module, p: nn.Linear, hook: HookPoint) -> Tensor:
+        heads = p.out_features // self.d_head
+        forked = hook(resid[:, :, None].expand(-1, -1, heads, -1).clone())
+        weight = p.weight.unflatten(0, (heads, self.d_head))
+        x = torch.einsum("bphm,hdm->bphd", norm(forked), weight)
+        return x if p.bias is None else x + p.bias.view(heads, self.d_head)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        groups = self.n_heads // self.n_key_value_heads
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        heard = _heard(self.hook_attn_scores, self.hook_pattern)
+        if context.windows is not None and not heard:
+            return context.windows.mix(q, k, v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if not heard:
+            z = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=context.mask, is_causal=context.causal and context.mask is None
+            )
+            return z.transpose(1, 2)
+        scores = (q / math.sqrt(self.d_head)) @ k.transpose(-1, -2)
+        mask = context.mask if context.windows is None else context.windows.mask()
+        if mask is None and context.causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores.masked_fill_(~mask, -torch.inf)
+        scores = self.hook_attn_scores(scores)
+        pattern = self.hook_pattern(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype))
+        return (pattern @ v).transpose(1, 2)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        """Query weights by head (a view)."""
+        return self.q.weight.unflatten(0, (-1, self.d_head)).transpose(1, 2)
+
+    @property
+    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        """Key weights by key-value head (a view)."""
+        return self.k.weight.unflatten(0, (-1, self.d_head)).transpose(1, 2)
+
+    @property
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        """Value weights by key-value head (a view)."""
+        return self.v.weight.unflatten(0, (-1, self.d_head)).transpose(1, 2)
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights by head (a view)."""
+        return self.o.weight.unflatten(1, (-1, self.d_head)).permute(1, 2, 0)
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        """Query biases by head; zeros where the model has none."""
+        return self._bias(self.q)
+
+    @property
+    def b_K(self) -> Float[Tensor, "kv_head d_head"]:
+        """Key biases by key-value head; zeros where the model has none."""
+        return self._bias(self.k)
+
+    @property
+    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
+        """Value biases by key-value head; zeros where the model has none."""
+        return self._bias(self.v)
+
+    def _bias(self, p: nn.Linear) -> Tensor:
+        bias = p.weight.new_zeros(p.out_features) if p.bias is None else p.bias
+        return bias.view(-1, self.d_head)
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        """Output bias; zeros where the model has none."""
+        return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.o.bias
+
+
+def attention_mask(
+    key_is_token: Bool[Tensor, "batch key"], n_queries: int
+) -> Bool[Tensor, "batch 1 query key"] | None:
+    """Causal mask for the last `n_queries` positions that hides padding; None where causality is all.
+
+    A padding query sees itself, so that no row of the softmax is empty.
+    """
+    n_keys = key_is_token.shape[1]
+    if bool(key_is_token.all()):
+        if n_queries == n_keys:
+            return None
+        if n_queries == 1:
+            return key_is_token[:, None, None]
+    shape = (n_queries, n_keys)
+    causal = torch.ones(shape, dtype=torch.bool, device=key_is_token.device).tril(n_keys - n_queries)
+    itself = causal ^ causal.tril(n_keys - n_queries - 1)
+    return (causal & key_is_token[:, None, None]) | itself

@@ -1,0 +1,50 @@
+"""The pre-norm transformer block of decoder and vision tower alike."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from hones_lens.model.nn.attention import Attention, AttentionContext
+
+
+class Block(nn.Module):
+    """`mid = pre + attn(ln1(pre))`, `post = mid + mlp(ln2(mid))`, with the stream hooked between.
+
+    The stream that goes on is the one that the hooks return, on the skip path too, so an edit at
+    `hook_resid_mid` equals the same edit at `hook_attn_out`.
+    """
+
+    hook_out_is_single_residual_stream = True
+
+    def __init__(self, attn: Attention, mlp: nn.Module, ln1: nn.Module, ln2: nn.Module):
+        super().__init__()
+        self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
+        self.hook_resid_pre = HookPoint()  # [batch pos d_model]
+        self.hook_attn_out = HookPoint()  # [batch pos d_model]
+        self.hook_resid_mid = HookPoint()  # [batch pos d_model]
+        self.hook_mlp_out = HookPoint()  # [batch pos d_model]
+        self.hook_resid_post = HookPoint()  # [batch pos d_model]
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], context: AttentionContext
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after this block."""
+        if self.hook_resid_pre.fwd_hooks:
+            resid = resid.clone()  # a hook may edit in place what the caller, or a cache, still holds
+        pre = self.hook_resid_pre(resid)
+        return self.after_attention(pre, self.attn(pre, self.ln1, context))
+
+    def after_attention(
+        self, pre: Float[Tensor, "batch pos d_model"], wrote: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after this block, from what entered it and what its heads wrote."""
+        mid = self.hook_resid_mid(pre + self.hook_attn_out(wrote))
+        return self.leave(mid, self.mlp(self.ln2(mid)))
+
+    def leave(
+        self, mid: Float[Tensor, "batch pos d_model"], wrote: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after this block, from the one between and what its neurons wrote."""
+        return self.hook_resid_post(mid + self.hook_mlp_out(wrote))

@@ -1,0 +1,27 @@
+from .files import (
+    Component as Component,
+    nan_to_none as nan_to_none,
+    none_to_nan as none_to_nan,
+    ranked as ranked,
+    read_json as read_json,
+    round_floats as round_floats,
+    write_json as write_json,
+)
+from .labelled import Labelled as Labelled
+from .racing import Race as Race, RaceResult as RaceResult, Racing as Racing
+from .statistics import (
+    DRAWS as DRAWS,
+    Interval as Interval,
+    benjamini_hochberg as benjamini_hochberg,
+    bootstrap_interval as bootstrap_interval,
+    bootstrap_intervals as bootstrap_intervals,
+    mean_difference_interval as mean_difference_interval,
+    mean_interval as mean_interval,
+    mean_over_pairs as mean_over_pairs,
+    metric_interval as metric_interval,
+    permutation_p as permutation_p,
+    relative_interval as relative_interval,
+    resampled as resampled,
+    sign_flip_p as sign_flip_p,
+    two_sided_p as two_sided_p,
+)

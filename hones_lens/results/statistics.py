@@ -1,0 +1,373 @@
+"""Intervals and tests over examples: paired bootstrap, paired permutation, many tests at once.
+
+A task's statistics add up over examples, and its metric is a function of their sum, so that a metric
+which is no mean (corpus BLEU) is resampled exactly as one that is (METHOD, Faithfulness).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hones_lens.tasks import Task
+
+_CHUNK_ELEMENTS = 4_000_000
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its bootstrap interval.
+
+    Attributes:
+        value: The value on all examples.
+        low, high: Ends of the percentile interval.
+        level: Its coverage, e.g. 0.95.
+        n: How many examples.
+    """
+
+    value: float
+    low: float
+    high: float
+    level: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} {self.span} ({100 * self.level:g} %, n = {self.n})"
+
+    @property
+    def span(self) -> str:
+        """Its ends, e.g. `[0.123, 0.456]`."""
+        return f"[{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap_interval(
+    task: Task,
+    statistics_base: np.ndarray,
+    statistics_other: np.ndarray,
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Paired bootstrap over examples of metric(base) - metric(other).
+
+    Args:
+        task: Whose metric.
+        statistics_base, statistics_other: `task.statistics` of the same examples, in the same order,
+            in either arm, [n_examples, n_statistics].
+        draws: How many resamples.
+        level: Coverage of the percentile interval.
+        seed: Same seed, same interval.
+
+    Raises:
+        ValueError: Fewer than two examples, arms of different shape, values that are not finite, or a
+            `level` or `draws` out of range.
+    """
+    options = {"draws": draws, "level": level, "seed": seed}
+    return bootstrap_intervals(task, statistics_base, [statistics_other], **options)[0]
+
+
+def bootstrap_intervals(
+    task: Task,
+    statistics_base: np.ndarray,
+    statistics_others: Sequence[np.ndarray],
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> list[Interval]:
+    """`bootstrap_interval` of metric(base) - metric(other) for each of many arms, on the same resamples."""
+    if not statistics_others:
+        return []
+    pairs = [_arms(statistics_base, other) for other in statistics_others]
+    base = pairs[0][0]
+
+    def differences(counts: np.ndarray) -> np.ndarray:
+        clean = task.metric(counts @ base)
+        return np.stack([clean - task.metric(counts @ other) for _, other in pairs])
+
+    return _bootstraps(differences, len(base), draws, level, seed)
+
+
+def mean_difference_interval(
+    task: Task,
+    statistics_base: np.ndarray,
+    statistics_others: Sequence[np.ndarray],
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """As `bootstrap_interval`, of the mean over several arms of metric(base) - metric(arm).
+
+    Raises:
+        ValueError: No arms, and as there.
+    """
+    pairs = [_arms(statistics_base, other) for other in statistics_others]
+    if not pairs:
+        raise ValueError("a mean over arms needs at least one")
+    base = pairs[0][0]
+
+    def mean(counts: np.ndarray) -> np.ndarray:
+        clean = task.metric(counts @ base)
+        return np.mean([clean - task.metric(counts @ other) for _, other in pairs], axis=0)
+
+    return _bootstrap(mean, len(base), draws, level, seed)
+
+
+def relative_interval(
+    task: Task,
+    statistics_base: np.ndarray,
+    statistics_other: np.ndarray,
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """As `bootstrap_interval`, of the difference in per cent of metric(base).
+
+    Each resample is divided by its own metric(base), so that the interval knows that the base is measured
+    too. Where the base is 0 there is nothing to lose, and the share is 0.
+    """
+    base, other = _arms(statistics_base, statistics_other)
+
+    def share(counts: np.ndarray) -> np.ndarray:
+        clean = np.asarray(task.metric(counts @ base), dtype=np.float64)
+        lost = 100 * (clean - task.metric(counts @ other))
+        return np.divide(lost, clean, out=np.zeros_like(lost), where=clean != 0)
+
+    return _bootstrap(share, len(base), draws, level, seed)
+
+
+def metric_interval(
+    task: Task, statistics: np.ndarray, *, draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Bootstrap over examples of one arm's metric; arguments as in `bootstrap_interval`."""
+    arm = _checked(statistics, 2)
+    return _bootstrap(lambda counts: task.metric(counts @ arm), len(arm), draws, level, seed)
+
+
+def mean_interval(
+    values: Sequence[float] | np.ndarray, *, draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Bootstrap of the mean of one number per example, [n_examples], e.g. a log-probability.
+
+    For a paired difference give the differences. Raises as `bootstrap_interval` does.
+    """
+    numbers = _checked(values, 1)
+    n = len(numbers)
+    return _bootstrap(lambda counts: counts @ numbers / n, n, draws, level, seed)
+
+
+def permutation_p(task: Task, a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0) -> float:
+    """Two-sided p-value of a paired permutation test of metric(a) = metric(b).
+
+    Each draw swaps the two arms of every example with probability one half; p = (1 + number of draws
+    whose difference is at least as large in size as the one observed) / (1 + draws).
+
+    Args:
+        task: Whose metric.
+        a, b: `task.statistics` of the same examples in either arm, [n_examples, n_statistics].
+        draws: How many permutations.
+        seed: Same seed, same p.
+
+    Raises:
+        ValueError: As `bootstrap_interval`.
+    """
+    a, b = _arms(a, b)
+    _check_draws(draws)
+    rng = np.random.default_rng(seed)
+    sum_a, sum_b, gap = a.sum(axis=0), b.sum(axis=0), b - a
+    observed = abs(float(task.metric(sum_a) - task.metric(sum_b)))
+    as_large = 0
+    for size in _chunks(draws, len(a)):
+        moved = (rng.random((size, len(a))) < 0.5).astype(np.float64) @ gap
+        differences = task.metric(sum_a + moved) - task.metric(sum_b - moved)
+        as_large += int((np.abs(differences) >= observed - _ROUNDING).sum())
+    return (1 + as_large) / (1 + draws)
+
+
+def sign_flip_p(
+    differences: Sequence[Sequence[float]] | np.ndarray,
+    *,
+    alternative: str = "greater",
+    draws: int = 10_000,
+    seed: int = 0,
+) -> np.ndarray:
+    """P-values of paired permutation tests of mean difference = 0, one for each arm, [n_arms].
+
+    Each draw swaps the two conditions of every example with probability one half, which flips the
+    signs of its differences, in all arms alike; p = (1 + number of draws whose mean is at least as
+    large as the one observed) / (1 + draws).
+
+    Args:
+        differences: One number for each arm and example, e.g. drops, [n_arms, n_examples].
+        alternative: `greater` (the mean is above zero) or `two-sided` (sizes of means are compared).
+        draws: How many permutations.
+        seed: Same seed, same p-values.
+
+    Raises:
+        ValueError: No arms, fewer than two examples, values that are not finite, another alternative,
+            or `draws` out of range.
+    """
+    rows = np.asarray(differences, dtype=np.float64)
+    if rows.ndim != 2 or not len(rows):
+        raise ValueError(f"expected differences of shape [n_arms, n_examples], got shape {rows.shape}")
+    if alternative not in ("greater", "two-sided"):
+        raise ValueError(f"unknown alternative {alternative!r}; valid: greater, two-sided")
+    _check_draws(draws)
+    by_example = _checked(rows.T, 2)
+    n_examples, n_arms = by_example.shape
+    size_of = np.abs if alternative == "two-sided" else np.asarray
+    observed = size_of(by_example.mean(axis=0))
+    rng = np.random.default_rng(seed)
+    as_large = np.zeros(n_arms, dtype=np.int64)
+    for size in _chunks(draws, max(n_examples, n_arms)):
+        signs = np.where(rng.random((size, n_examples)) < 0.5, -1.0, 1.0)
+        means = signs @ by_example / n_examples
+        as_large += (size_of(means) >= observed - _ROUNDING).sum(axis=0)
+    return (1 + as_large) / (1 + draws)
+
+
+def two_sided_p(differences: Sequence[float] | np.ndarray, *, draws: int = 2000, seed: int = 0) -> float:
+    """`sign_flip_p` of one arm's paired differences, [n_examples], two-sided."""
+    rows = np.asarray(differences, dtype=np.float64)[None]
+    return float(sign_flip_p(rows, alternative="two-sided", draws=draws, seed=seed)[0])
+
+
+def benjamini_hochberg(
+    p_values: Sequence[float] | np.ndarray, q: float = 0.05, *, dependent: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Control the false discovery rate over many tests.
+
+    The i-th smallest of n p-values is adjusted to the smallest of `p_(j) n / j` over j ≥ i, at most 1.
+    Source: Benjamini and Hochberg, J. R. Stat. Soc. B 57 (1995); for `dependent`, Benjamini and
+    Yekutieli, Ann. Stat. 29 (2001), with a factor of `Σ 1 / i` for i = 1 … n.
+
+    Args:
+        p_values: One for each test, [n].
+        q: The false discovery rate to keep to.
+        dependent: Hold for tests that depend on each other in any way.
+
+    Returns:
+        Adjusted p-values [n], and whether each test is a discovery [n] (adjusted p ≤ q), in the order given.
+
+    Raises:
+        ValueError: No p-values, one outside 0 … 1 or NaN, or q not between 0 and 1.
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    if p.ndim != 1 or not len(p):
+        raise ValueError(f"expected one p-value for each test, got shape {p.shape}")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"{int((~((p >= 0) & (p <= 1))).sum())} of the p-values do not lie in 0 … 1")
+    if not 0 < q < 1:
+        raise ValueError(f"q must lie between 0 and 1, not {q}")
+    places = np.arange(1, len(p) + 1)
+    factor = (1 / places).sum() if dependent else 1.0
+    order = np.argsort(p, kind="stable")
+    raised = p[order] * len(p) * factor / places
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.minimum.accumulate(raised[::-1])[::-1], 1.0)
+    return adjusted, adjusted <= q
+
+
+def _bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], n: int, draws: int, level: float, seed: int
+) -> Interval:
+    """Percentile interval of a statistic of the counts [draws, n] with which examples are drawn."""
+    return _bootstraps(lambda counts: statistic(counts)[None], n, draws, level, seed)[0]
+
+
+def _bootstraps(
+    statistic: Callable[[np.ndarray], np.ndarray], n: int, draws: int, level: float, seed: int
+) -> list[Interval]:
+    """The same of a statistic of several values, [value, draws]."""
+    _check_draws(draws)
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, not {level}")
+    rng = np.random.default_rng(seed)
+    even = np.full(n, 1 / n)
+    parts = [statistic(rng.multinomial(n, even, size).astype(np.float64)) for size in _chunks(draws, n)]
+    ends = np.quantile(np.concatenate(parts, axis=-1), [(1 - level) / 2, (1 + level) / 2], axis=-1)
+    values = statistic(np.ones((1, n)))[:, 0]
+    return [
+        Interval(float(value), float(low), float(high), level, n)
+        for value, low, high in zip(values, *ends, strict=True)
+    ]
+
+
+def _chunks(draws: int, n: int) -> Iterator[int]:
+    """Sizes that add up to `draws`, so that one chunk of draws x n numbers stays small."""
+    size = max(1, _CHUNK_ELEMENTS // n)
+    for start in range(0, draws, size):
+        yield min(size, draws - start)
+
+
+def _check_draws(draws: int) -> None:
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, not {draws}")
+
+
+def _arms(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    first, second = _checked(a, 2), _checked(b, 2)
+    if first.shape != second.shape:
+        raise ValueError(f"the two arms have different shapes, {first.shape} and {second.shape}")
+    return first, second
+
+
+def _checked(values: Sequence[float] | np.ndarray, ndim: int) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != ndim:
+        raise ValueError(f"expected an array of {ndim} dimensions, got shape {array.shape}")
+    if len(array) < 2:
+        raise ValueError(f"resampling needs at least two examples, got {len(array)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{int((~np.isfinite(array)).sum())} of the values are not finite")
+    return array
+
+
+DRAWS = 2000
+
+
+_CHUNK_ELEMENTS = 4_000_000
+
+
+def mean_over_pairs(
+    values: Float[Tensor, "pair *rest"], draws: int = DRAWS, level: float = 0.95, seed: int = 0
+) -> dict[str, Any]:
+    """Mean over pairs with bootstrap intervals, as arguments of `Labelled`: values, n, low, high.
+
+    Pairs are drawn with replacement, in all entries alike (percentile intervals). Of a single pair, or with
+    no draws, there is no interval.
+
+    Raises:
+        ValueError: `draws` below 0.
+    """
+    if draws < 0:
+        raise ValueError(f"draws must not be negative: {draws}")
+    n, rest = values.shape[0], values.shape[1:]
+    found: dict[str, Any] = {"values": values.double().mean(0), "n": n}
+    if n < 2 or not draws:
+        return found
+    flat = values.detach().cpu().double().reshape(n, -1).numpy()
+    shares = resampled(n, draws, seed) / n
+    width = max(1, _CHUNK_ELEMENTS // draws)
+    cuts = ((1 - level) / 2, (1 + level) / 2)
+    parts = [
+        np.quantile(shares @ flat[:, i : i + width], cuts, axis=0) for i in range(0, flat.shape[1], width)
+    ]
+    low, high = np.concatenate(parts, axis=1)
+    found["low"], found["high"] = (torch.from_numpy(end).reshape(rest) for end in (low, high))
+    return found
+
+
+def resampled(n: int, draws: int, seed: int = 0) -> np.ndarray:
+    """How often each of n pairs is drawn, [draws n]."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws).astype(np.float64)

@@ -1,0 +1,47 @@
+from .attention_plots import attention_maps as attention_maps, attention_over_image as attention_over_image
+from .cell_plots import cell_patterns as cell_patterns, cell_values as cell_values
+from .flow_plots import flow_tooltips as flow_tooltips, head_neuron_token_flow as head_neuron_token_flow
+from .image_plots import check_region as check_region, on_image as on_image
+from .labelled_plots import labelled as labelled, significant as significant
+from .lens_plots import (
+    direct_bars as direct_bars,
+    image_lens as image_lens,
+    knockout_curves as knockout_curves,
+    lens_grid as lens_grid,
+)
+from .masking_plots import (
+    kinds_bars as kinds_bars,
+    masking_bars as masking_bars,
+    masking_curve as masking_curve,
+    ranking_bars as ranking_bars,
+)
+from .overlap_plots import (
+    group_masking_bars as group_masking_bars,
+    overlap_layers as overlap_layers,
+    overlap_shared as overlap_shared,
+    overlap_sizes as overlap_sizes,
+)
+from .plots import head_heatmap as head_heatmap, neurons_per_layer as neurons_per_layer
+from .schemes import PALETTE as PALETTE
+from .steering_plots import side_effect_bars as side_effect_bars, steering_bars as steering_bars
+from .text import (
+    level as level,
+    listed as listed,
+    number as number,
+    percent as percent,
+    span as span,
+    tied as tied,
+)
+from .theme import (
+    BRIGHT as BRIGHT,
+    WIDTH as WIDTH,
+    Plot as Plot,
+    image_uri as image_uri,
+    plot_image as plot_image,
+    themed_svg as themed_svg,
+)
+from .token_views import (
+    TokenView as TokenView,
+    attention_tokens as attention_tokens,
+    coloured_tokens as coloured_tokens,
+)

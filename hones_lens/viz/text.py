@@ -1,0 +1,45 @@
+"""Numbers as text, and what a masking result says in words. Figures, report and terminal share them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from hones_lens.results import Interval
+
+
+def number(value: float, digits: int = 3, sign: bool = False) -> str:
+    """A number with a true minus sign; `–` for one that is not known."""
+    if math.isnan(value):
+        return "–"
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
+
+
+def percent(ratio: float) -> str:
+    """A share to two significant digits: 0.00977 is `0.98 %`."""
+    value = 100 * ratio
+    return f"{value:.0f} %" if value >= 9.95 else f"{value:.2g} %"
+
+
+def tied(text: str) -> str:
+    """The text with spaces that no line breaks at in `95 %` and `n = 200`."""
+    return re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?==)|(?<=\bn =) ", "\N{NO-BREAK SPACE}", text)
+
+
+def span(interval: Interval, digits: int = 3) -> str:
+    """The two ends of an interval, in brackets."""
+    return f"[{number(interval.low, digits)}, {number(interval.high, digits)}]"
+
+
+def level(interval: Interval) -> str:
+    """The coverage: `95 %`."""
+    return f"{100 * interval.level:g} %"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

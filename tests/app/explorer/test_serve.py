@@ -1,0 +1,166 @@
+"""`hones explore`: a page of this computer, behind a token; what is wrong is said before it opens."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from explored import example, views
+
+from hones_lens.app.cli import main
+from hones_lens.app.explorer import serve as serving
+from hones_lens.app.explorer.serve import listen, prepare, subject
+
+EXTRA = "the explorer needs the extra `notebook`: pip install hones-lens[notebook]"
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of a server that runs in a thread."""
+    pytest.importorskip("marimo")
+    with listen() as listener:
+        server, address = prepare(views(), listener)
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        yield address
+        server.should_exit = True
+        thread.join()
+
+
+def ask(address: str, **headers: str) -> tuple[int, str, dict[str, str]]:
+    host, _, path = address.removeprefix("http://").partition("/")
+    connection = http.client.HTTPConnection(host, timeout=60)
+    connection.request("GET", f"/{path}", headers=headers)
+    reply = connection.getresponse()
+    found = reply.status, reply.read().decode(), dict(reply.getheaders())
+    connection.close()
+    return found
+
+
+def test_it_listens_on_this_computer_alone() -> None:
+    with listen() as listener:
+        host, port = listener.getsockname()
+        assert host == "127.0.0.1"
+        socket.create_connection((host, port), timeout=5).close()
+        with pytest.raises(OSError):  # what listens everywhere listens here too
+            socket.create_connection(("127.0.0.2", port), timeout=5)
+    with pytest.raises(ValueError, match="no port 65536"):
+        listen(65_536)
+
+
+def test_without_the_token_there_is_nothing_to_see(address: str) -> None:
+    page, _, token = address.partition("?access_token=")
+    assert len(token) >= 20
+    for wrong in (page, f"{page}?access_token=wrong", f"{page}?access_token="):
+        status, text, headers = ask(wrong)
+        assert status == 303 and "/auth/login" in headers["location"] and not text
+    assert ask(f"{page}api/status")[0] == ask(f"{page}api/usage")[0] == 401
+
+
+def test_the_token_opens_the_page_and_stays_out_of_its_address(address: str) -> None:
+    page = address.partition("?")[0]
+    status, _, headers = ask(address)
+    path = page.removeprefix("http://").partition("/")[2]
+    assert (status, headers["location"]) == (303, f"/{path}")
+    cookie = headers["set-cookie"]
+    # A browser sends a cookie to every port of a host: two explorers must not take each other's.
+    assert f"path=/{path.rstrip('/')};" in cookie and path.rstrip("/").endswith(
+        page.split(":")[2].split("/")[0]
+    )
+    status, text, _ = ask(page, Cookie=cookie.partition(";")[0])
+    assert status == 200 and "<title>Explorer</title>" in text
+
+
+def test_tabs_have_states_of_their_own_and_one_model(address: str) -> None:
+    pytest.importorskip("anywidget")
+    first, second = serving.tab(), serving.tab()
+    first.ablate(head=(0, 5))
+    assert first.views is second.views
+    assert (first.answer["text"], second.answer["text"]) == ("triangle", "cross")
+
+
+def test_the_page_is_the_explorer_and_nothing_else(address: str) -> None:
+    pytest.importorskip("anywidget")
+    from hones_lens.app.explorer.app import app
+    from hones_lens.app.explorer.widget import Explorer
+
+    (shown,), _ = app.run()
+    assert isinstance(shown, Explorer) and shown.views is serving.tab().views
+
+
+def test_a_page_of_nothing_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("anywidget")
+    monkeypatch.setattr(serving, "_served", [])
+    with pytest.raises(RuntimeError, match="start this page with `hones explore`"):
+        serving.tab()
+
+
+def test_what_is_not_given_is_of_the_shapes_world() -> None:
+    picture, prompt = subject(None, None)
+    assert picture.tobytes() == example().image.tobytes()  # type: ignore[union-attr]
+    assert prompt.startswith("Question: what shape is the green one?")
+    assert subject("my.png", None) == ("my.png", "Describe the image in one sentence.")
+    assert subject("my.png", "why?") == ("my.png", "why?")
+
+
+# -- the command -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["anywidget", "marimo"])
+def test_without_the_extra_the_command_says_at_once_which_to_install(missing: str) -> None:
+    code = f"import sys; sys.modules['{missing}'] = None; from hones_lens.app.cli import main; "
+    run = [sys.executable, "-c", f"{code}print(main(['explore']), 'torch' in sys.modules)"]
+    found = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
+    assert (found.stdout, found.stderr) == ("1 False\n", f"hones: {EXTRA}\n")
+
+
+def test_the_command_writes_a_page_without_the_extra(tmp_path: Path, capsys, monkeypatch) -> None:
+    for name in ("anywidget", "ipywidgets", "marimo", "uvicorn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    picture = tmp_path / "picture.png"
+    example().image.save(picture)
+    monkeypatch.setattr("hones_lens.app.explorer.page.MOST_BYTES", 120_000)
+    out = tmp_path / "page.html"
+    arguments = ["--image", str(picture), "--prompt", "what is it?", "--out", str(out), "--device", "cpu"]
+    assert main(["explore", *arguments]) == 0
+    assert str(out) in capsys.readouterr().out and "ofPage(data)" in out.read_text()
+
+
+def test_the_command_serves_and_opens_the_page(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    pytest.importorskip("marimo")
+    opened: list[str] = []
+    monkeypatch.setattr(serving.webbrowser, "open", opened.append)
+    monkeypatch.setattr("uvicorn.Server.run", _interrupted)
+    assert main(["explore", "--device", "cpu"]) == 0
+    (address,) = opened
+    said = capsys.readouterr()
+    assert said.out == f"Explorer: {address} (Ctrl-C ends it)\n\n" and not said.err
+    assert address.startswith("http://127.0.0.1:") and "?access_token=" in address
+    assert main(["explore", "--device", "cpu", "--no-browser"]) == 0 and len(opened) == 1
+
+
+@pytest.mark.parametrize("option", ["--image", "--model", "--run"])
+def test_the_command_names_what_is_not_there(option: str, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("marimo")
+    assert main(["explore", option, str(tmp_path / "nothing")]) == 1
+    found = capsys.readouterr()
+    assert not found.out and str(tmp_path / "nothing") in found.err and found.err.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(monkeypatch, capsys) -> None:
+    pytest.importorskip("marimo")
+    loaded: list[str] = []
+    monkeypatch.setattr("hones_lens.model.loading.load_model", lambda name, *_, **__: loaded.append(name))
+    with listen() as taken:
+        assert main(["explore", "--port", str(taken.getsockname()[1])]) == 1
+    assert "in use" in capsys.readouterr().err and not loaded
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,77 @@
+"""A run folder read back equals what was saved into it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import shared_results as made
+import viz_results
+
+from hones_lens.app.report.run_folder import read_view
+from hones_lens.app.runs.folder import Run
+from hones_lens.hones.masking import save_masking
+from hones_lens.results.files import write_json
+
+
+def start(folder, **settings) -> Run:
+    return Run(folder, {"model": "tiny-llava", **settings})
+
+
+def test_a_folder_of_one_task(tmp_path):
+    run = start(tmp_path / "vqa", task="vqa")
+    viz_results.neurons().save(run.path("neurons.json"))
+    save_masking(run.path("masking.json"), viz_results.curve())
+    places = [(method, size) for method in ("direct", "random") for size in (7, 15, 76)]
+    others = [viz_results.masking(0.9, -0.3, method=method, n_neurons=size) for method, size in places]
+    save_masking(run.path("others.json"), others)
+    made.held_out().save(run.path("heads-held-out.json"))
+    made.lens().save(run.path("lens.json"))
+    for name in ("shapes", "shapes-shifted"):
+        inner = start(run.folder / "steering" / name, task="vqa", dataset=name)
+        made.steering(n=50).save(inner.path("steering.json"))
+    made.steering(n=60).save(run.folder / "steering" / "shapes" / "on-shapes-shifted.json")
+    view = read_view(run.folder)
+    assert (view.title, view.task, view.metric_name) == ("tiny-llava · vqa", "vqa", "accuracy")
+    assert (
+        view.masking == viz_results.curve()
+        and view.held_out == made.held_out()
+        and view.lenses == {"vqa": made.lens()}
+    )
+    chosen = viz_results.neurons().count()
+    assert {name: r.n_neurons for name, r in view.others.items()} == {"direct": chosen, "random": chosen}
+    assert {label: len(table.example_ids) for label, table in view.steering.items()} == {
+        "learned and measured on shapes": 50,
+        "learned on shapes, measured on shapes-shifted": 60,
+        "learned and measured on shapes-shifted": 50,
+    }
+    assert view.heads is None and view.overlap is None and view.examples == [] and view.promoted == {}
+
+
+def test_a_folder_of_steering_alone(tmp_path):
+    run = start(tmp_path / "steering", task="vqa", dataset="gqa")
+    made.steering().save(run.path("steering.json"))
+    assert read_view(run.folder).steering == {"learned and measured on gqa": made.steering()}
+
+
+def test_a_folder_of_what_concerns_several_tasks(tmp_path):
+    run = start(tmp_path / "across", tasks=list(made.TASKS))
+    made.shared().save(run.path("overlap.json"))
+    made.groups().save(run.path("groups.json"))
+    shifted = replace(made.effects(), model_name="other")
+    made.effects().save(run.path("side-effects-on-shapes.json"))
+    shifted.save(run.path("side-effects-on-shapes-shifted.json"))
+    view = read_view(run.folder)
+    assert view.title == "tiny-llava · vqa, ocr, caption and retrieval" and view.metric_name == ""
+    assert view.overlap == made.shared() and view.groups == made.groups()
+    assert view.effects == {"shapes": made.effects(), "shapes-shifted": shifted}
+    assert view.masking == [] and view.steering == {} and view.main is None
+
+
+def test_files_of_another_kind_and_other_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a run folder: it has no settings\.json"):
+        read_view(tmp_path)
+    run = start(tmp_path / "vqa", task="vqa")
+    write_json(run.path("lens.json"), {"kind": "heads"})
+    with pytest.raises(ValueError, match="holds 'heads', not 'lens-delta'"):
+        read_view(run.folder)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_world import untrained
+
+from hones_lens.app.runs.folder import Journal, Run, examples_hash, read_run, weights_hash
+from hones_lens.data.loading import load_examples
+from hones_lens.hones.attribution.heads import localize_heads
+from hones_lens.tasks.registry import load_task
+
+
+def test_settings_and_versions_are_written(tmp_path):
+    Run(tmp_path / "a", {"model": "m", "top_k": None})
+    settings, environment = read_run(tmp_path / "a")
+    assert settings == {"model": "m", "top_k": None}
+    assert {"python", "torch", "transformers", "hones-lens"} <= set(environment)
+    assert "started" in (tmp_path / "a" / "log.txt").read_text()
+
+
+def test_same_settings_resume_and_others_are_refused_by_name(tmp_path):
+    Run(tmp_path / "a", {"model": "m", "seed": 1})
+    assert Run(tmp_path / "a", {"model": "m", "seed": 1}).resumed
+    with pytest.raises(ValueError, match=r"seed: 1 there, 2 now"):
+        Run(tmp_path / "a", {"model": "m", "seed": 2})
+
+
+def test_other_versions_are_refused(tmp_path):
+    run = Run(tmp_path / "a", {"model": "m"})
+    saved = json.loads(run.path("settings.json").read_text())
+    saved["environment"]["torch"] = "1.0"
+    run.path("settings.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"torch: '1\.0' there"):
+        Run(tmp_path / "a", {"model": "m"})
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="not a run folder"):
+        Run(tmp_path, {})
+    with pytest.raises(ValueError, match="not a run folder"):
+        read_run(tmp_path)
+
+
+def test_a_line_cut_short_is_dropped_and_written_again(tmp_path):
+    file = tmp_path / "j.jsonl"
+    first = Journal(file)
+    first["a"], first["b"] = [1.5], [2.25]
+    file.write_bytes(file.read_bytes()[:-4])
+    again = Journal(file)
+    assert dict(again) == {"a": [1.5]}
+    again["b"] = [3.0]
+    assert dict(Journal(file)) == {"a": [1.5], "b": [3.0]}
+
+
+def test_a_broken_sweep_goes_on_with_the_same_numbers(tmp_path):
+    model = untrained()
+    examples = load_examples("shapes", "ocr", "dev", 3)
+    options = {"batch_size": 1, "progress": False}
+    whole = localize_heads(model, "ocr", examples, 2, **options)
+    file = tmp_path / "heads.jsonl"
+    localize_heads(model, "ocr", examples[:2], 2, journal=Journal(file), **options)
+    file.write_bytes(file.read_bytes()[:-10])  # killed while the second batch was written
+    calls = []
+    model.hook_embed.add_hook(lambda x, hook: calls.append(len(x)))
+    resumed = localize_heads(model, "ocr", examples, 2, journal=Journal(file), **options)
+    model.reset_hooks()
+    assert (resumed.drops == whole.drops).all() and (resumed.scores == whole.scores).all()
+    cells = model.cfg.n_layers * model.cfg.n_heads + 1
+    assert 2 * cells <= len(calls) and "heads/0" in Journal(file) and len(Journal(file)) == 3
+
+
+def test_hashes_tell_models_and_examples_apart():
+    first, second = untrained(0), untrained(1)
+    assert weights_hash(first) == weights_hash(untrained(0)) != weights_hash(second)
+    task = load_task("vqa")
+    a = load_examples("shapes", "vqa", "dev", 3)
+    assert examples_hash(task, a) == examples_hash(task, load_examples("shapes", "vqa", "dev", 3))
+    assert examples_hash(task, a) != examples_hash(task, load_examples("shapes", "vqa", "dev", 3, seed=1))

@@ -1,0 +1,220 @@
+"""`hones patch`: its sources of pairs, its run folder, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hones_lens as hl
+from hones_lens.analysis.patching.activation import patch_activations
+from hones_lens.analysis.patching.pairs import counterfactual
+from hones_lens.analysis.patching.sites import SITES
+from hones_lens.app import commands
+from hones_lens.app.cli import main
+from hones_lens.app.runs import patch as patch_run
+from hones_lens.interventions.corruptions import blur, region
+from hones_lens.interventions.token_groups import Box
+from hones_lens.results.labelled import Labelled
+
+FAST = ["--limit", "3"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_names_that_the_parser_knows_are_those_of_the_library() -> None:
+    assert tuple(SITES) == commands.SITES and commands.CORRUPTIONS == patch_run.CORRUPTIONS
+
+
+def test_it_patches_counterfactual_pairs_and_resumes(folder: Path, capsys) -> None:
+    argv = [
+        "patch",
+        "--kind",
+        "color",
+        "--what",
+        "z",
+        "--by",
+        "all",
+        "--out",
+        "run",
+        "--json",
+        "r.json",
+        *FAST,
+    ]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "share of logit_diff restored, z" in said and "Run: run" in said
+    assert {p.name for p in (folder / "run").iterdir()} >= {
+        "settings.json",
+        "patch.json",
+        "patch.png",
+        "patch.svg",
+    }
+    model = hl.HookedVLM.from_pretrained("tiny-llava")
+    pairs = counterfactual(model, hl.counterfactual_pairs("vqa", "color", limit=3), "vqa")
+    expected = patch_activations(model, pairs, "z", "all", progress=False)
+    result = Labelled.load(folder / "run" / "patch.json")
+    assert result.axes == ("layer", "head") and result.n == 3
+    assert torch.allclose(result.values, expected.values) and result.notes == expected.notes
+    assert json.loads((folder / "r.json").read_text())["values"] == result.values.tolist()
+    with Image.open(folder / "run" / "patch.png") as image:
+        assert np.asarray(image.convert("L")).min() < 128
+    before = (folder / "run" / "patch.json").read_bytes()
+    assert main(argv) == 0 and (folder / "run" / "patch.json").read_bytes() == before
+    assert "resumed" in (folder / "run" / "log.txt").read_text()
+    for changed, says in (
+        (["--direction", "noise"], "'direction': 'noise'"),
+        (["--seed", "1"], "seed: 3407 there, 1 now"),
+        (["--limit", "2"], "limit: 3 there, 2 now"),
+    ):
+        assert main([*argv, *changed]) == 1
+        assert says in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_batch(folder: Path, monkeypatch) -> None:
+    argv = ["patch", "--batch-size", "2", "--layers", "1,2", *FAST]
+    assert main([*argv, "--out", "whole"]) == 0
+    real = patch_run.patch_activations
+
+    def killed(model, pairs, **options):
+        real(model, pairs[:2], **options)  # the first batch
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(patch_run, "patch_activations", killed)
+    assert main([*argv, "--out", "killed"]) == 130 and not (folder / "killed" / "patch.json").exists()
+    journal = folder / "killed" / "patch.journal.jsonl"
+    first = journal.read_text()
+    assert first.count("\n") == 1
+    monkeypatch.setattr(patch_run, "patch_activations", real)
+    assert main([*argv, "--out", "killed"]) == 0
+    assert journal.read_text().startswith(first) and journal.read_text().count("\n") == 2
+    files = [(folder / name / "patch.json").read_bytes() for name in ("whole", "killed")]
+    assert files[0] == files[1]
+
+
+def test_a_picture_of_ones_own_with_a_corruption_in_a_box(folder: Path, capsys) -> None:
+    image = hl.load_examples("shapes", "vqa", "dev", 1)[0].image
+    image.save("mine.png")
+    argv = ["patch", "--image", "mine.png", "--prompt", "what color is the circle?", "--answer", "red"]
+    argv += ["--foil", "blue", "--corrupt", "blur", "--strength", "6", "--corrupt-box", "0,0,56,112"]
+    argv += ["--groups", "image,last", "--box", "0,0,40,40", "--raw"]
+    assert main([*argv, "--out", "run"]) == 0
+    assert "change of logit_diff" in capsys.readouterr().out
+    result = Labelled.load("run/patch.json")
+    assert result.names("group") == ("image", "last", "box 0,0 – 40,40") and result.n == 1
+    model = hl.HookedVLM.from_pretrained("tiny-llava")
+    clean = model.prepare("mine.png", "what color is the circle?")
+    corrupted = region(blur(6), Box(0, 0, 56, 112))(model, clean)
+    red, blue = (model.continuation("what color is the circle?", word)[0] for word in ("red", "blue"))
+    with torch.no_grad():
+        ends = [model(inputs)[0, -1] for inputs in (clean, corrupted)]
+    gap = float((ends[0][red] - ends[0][blue]) - (ends[1][red] - ends[1][blue]))
+    image_0 = float(result.select(layer=0, group="image").values)
+    assert image_0 == pytest.approx(gap, abs=1e-4), "all that differs is in the image's tokens"
+
+
+def test_two_pictures_of_ones_own_and_a_swapped_word(folder: Path) -> None:
+    for i, example in enumerate(hl.load_examples("shapes", "vqa", "dev", 2)):
+        example.image.save(f"{i}.png")
+    own = ["patch", "--image", "0.png", "--prompt", "is the circle red?", "--answer", "yes", "--layers", "0"]
+    assert main([*own, "--corrupted-image", "1.png", "--foil", "no", "--out", "a"]) == 0
+    image = Labelled.load("a/patch.json").select(layer=0)
+    assert image.select(group="image").item() == pytest.approx(1, abs=1e-4)
+    assert image.select(group="question").item() == 0
+    swapped = [
+        "--corrupted-prompt",
+        "is the circle blue?",
+        "--metric",
+        "kl",
+        "--by",
+        "position",
+        "--out",
+        "b",
+    ]
+    assert main([*own, *swapped]) == 0
+    result = Labelled.load("b/patch.json")
+    (word,) = [name for name in result.names("position") if "→" in name]
+    assert result.select(layer=0, position=word).item() == pytest.approx(1, abs=1e-4)
+    assert float(result.values.abs().sum()) == pytest.approx(1, abs=1e-4), "another position carries it too"
+
+
+@pytest.mark.parametrize("corrupt", patch_run.CORRUPTIONS)
+def test_examples_under_each_corruption(corrupt: str, folder: Path) -> None:
+    argv = ["patch", "--corrupt", corrupt, "--layers", "0", "--what", "resid_pre", "--out", "run", *FAST]
+    assert main(argv) == 0
+    result = Labelled.load("run/patch.json")
+    assert "log_prob" in result.what and result.n == 3
+    assert result.select(layer=0, group="image").item() == pytest.approx(1, abs=1e-4)
+    assert result.select(layer=0, group="question").item() == 0
+
+
+def test_qwen_and_sets_of_heads(folder: Path) -> None:
+    argv = [
+        "patch",
+        "--model",
+        "tiny-qwen2.5-vl",
+        "--what",
+        "z",
+        "--by",
+        "all",
+        "--units",
+        "1.3,2.0",
+        "--out",
+        "r",
+    ]
+    assert main([*argv, *FAST]) == 0
+    assert Labelled.load("r/patch.json").names("head") == ("L1.3", "L2.0")
+
+
+def test_plan_counts_and_times_and_does_nothing(folder: Path, capsys) -> None:
+    assert main(["patch", "--what", "z", "--plan", "--out", "run", *FAST]) == 0
+    said = capsys.readouterr().out
+    assert "z by group, 3 pairs" in said and "96 patches × 3 pairs = 288 rows" in said and " ms each" in said
+    assert main(["patch", "--what", "mlp_out", "--plan", "--layers", "1", *FAST]) == 0
+    assert "3 patches × 3 pairs = 9 rows" in capsys.readouterr().out
+    assert not list(folder.iterdir())
+
+
+OWN = ["--image", "x.png", "--prompt", "is it red?", "--answer", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--image", "x.png"], "--image needs --prompt and --answer too"),
+        (OWN, "--image needs --corrupt, or else --corrupted-image"),
+        ([*OWN, "--corrupt", "blur", "--corrupted-image", "y.png"], "--image needs --corrupt, or else"),
+        ([*OWN, "--corrupt", "blur"], "image 'x.png' does not exist"),
+        (["--answer", "yes"], "--answer goes with --image"),
+        (["--dataset", "mine.json"], "say how they are corrupted: --corrupt"),
+        (["--corrupt", "blur", "--kind", "color"], "--kind is for counterfactual pairs"),
+        (["--strength", "2"], "--strength has nothing to act on"),
+        (["--corrupt", "blur", "--color", "red"], "--color has nothing to act on with --corrupt blur"),
+        (["--corrupt-box", "0,0,9,9"], "--corrupt-box has nothing to act on"),
+        (["--kind", "taste"], "no vqa pairs of kind 'taste'"),
+        (["--groups", "nose"], "unknown token group 'nose'"),
+        (["--box", "200,200,300,300"], "is outside of what the model sees"),
+        (["--what", "z", "--units", "8"], "head 8 is not in 0"),
+        (["--metric", "task", "--corrupt", "mean"], "needs pairs made by"),
+        (["--by", "position"], "patch by group"),
+    ],
+)
+def test_failures_are_one_line(argv: list[str], says: str, folder: Path, capsys) -> None:
+    assert main(["patch", *argv, "--limit", "2"]) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.strip().splitlines()[-1].startswith("hones: ")
+
+
+def test_wrong_usage(folder: Path) -> None:
+    for argv in (["--what", "x"], ["--box", "1,2,3"], ["--units", "some"], ["--direction", "up"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["patch", *argv])
+        assert stop.value.code == 2
