@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.app import commands as do
-from hones_lens.app.commands import TASKS, TINY
+from hones_lens.app.commands import TINY
 from hones_lens.app.hones_config import is_hones_config, read_options
+from hones_lens.tasks import task_names
 
 _EXAMPLES = """examples:
   hones demo                                   heads, neurons and masking on the shipped model
@@ -216,7 +217,7 @@ def _reproduce(commands: Any) -> None:
     _model_options(command)
     _file_options(command)
     _split_options(command)
-    command.add_argument("--tasks", type=_names, metavar="A,B", help="default: all four")
+    command.add_argument("--tasks", type=_names, metavar="A,B", help="default: all that the data set has")
     command.add_argument("--ratios", type=_numbers, default=(0.01, 0.05), help="shares of neurons to mask")
     command.add_argument("--controls", type=int, default=20, help="matched random sets (default: 20)")
 
@@ -238,7 +239,7 @@ def _data(commands: Any) -> None:
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     check = _add(actions, "check", do.data_check, "what of a data set can be used, and what is wrong")
     check.add_argument("dataset", metavar="DATA", help="a name, or a file or folder")
-    check.add_argument("--task", choices=TASKS, help="default: all that the data set serves")
+    check.add_argument("--task", choices=task_names(), help="default: all that the data set serves")
     check.add_argument("--data-file", help="annotations, where DATA is a name")
     check.add_argument("--image-dir", help="images (default: where the annotations lie)")
     check.add_argument("--seed", type=int, default=3407, help="of the splits that are counted")
@@ -284,10 +285,12 @@ def _model_options(command: argparse.ArgumentParser, named: bool = True) -> None
 
 
 def _data_options(command: argparse.ArgumentParser) -> None:
-    several = command.prog.endswith(" evaluate")
-    default = "all" if several else "vqa"
-    choices = (*TASKS, "all") if several else TASKS
-    command.add_argument("--task", choices=choices, default=default, help=f"default: {default}")
+    names = task_names()
+    if command.prog.endswith(" evaluate"):
+        names, default, told = (*names, "all"), "all", "all that the data set has"
+    else:
+        default = told = "vqa"
+    command.add_argument("--task", choices=names, default=default, help=f"default: {told}")
     _file_options(command)
 
 

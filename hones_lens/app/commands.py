@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from hones_lens.hones import HeadScores, NeuronScores
     from hones_lens.model import HookedVLM
 
-TASKS = ("vqa", "ocr", "caption", "retrieval")
 CORRUPTIONS = ("noise", "blank", "blur", "shuffle", "mean")
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
 SITES += ("neurons", "vision_z", "vision_neurons")
@@ -252,11 +251,12 @@ def overlap(args: argparse.Namespace) -> int:
 def reproduce(args: argparse.Namespace) -> int:
     """All stages on several tasks, and their tables."""
     from hones_lens.app.runs.reproduce import reproduce
+    from hones_lens.data import tasks_of
 
     model, data = _load(args), _data(args)
     out = Path(args.out or f"runs/reproduce-{Path(args.model).name}")
     shifted = "shapes-shifted" if args.dataset == "shapes" else None
-    tasks = args.tasks or TASKS
+    tasks = args.tasks or tasks_of(args.dataset, args.data_file)
     result = reproduce(
         model, out, data, tasks=tasks, shifted=shifted, ratios=args.ratios, n_controls=args.controls
     )
@@ -288,16 +288,19 @@ def data_check(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """A model's metrics."""
-    from hones_lens.data import load_examples
+    from hones_lens.data import load_examples, tasks_of
     from hones_lens.engine import evaluate
     from hones_lens.tasks import load_task
 
     model, found = _load(args), []
-    for task in TASKS if args.task == "all" else (args.task,):
-        limit = args.limit or (100 if load_task(task).ranks else 1000)
+    names = tasks_of(args.dataset, args.data_file) if args.task == "all" else (args.task,)
+    for task in map(load_task, names):
+        limit = args.limit or (100 if task.ranks else 1000)
         files = {"data_file": args.data_file, "image_dir": args.image_dir, "on_error": args.on_error}
-        examples = load_examples(args.dataset, task, args.split, limit, args.seed, **files)
-        found.append(evaluate(model, task, examples))
+        kind = task.examples_of or task.name
+        found.append(
+            evaluate(model, task, load_examples(args.dataset, kind, args.split, limit, args.seed, **files))
+        )
         print(found[-1])
     _write_json(args, [evaluation.to_dict() for evaluation in found])
     return 0
@@ -327,13 +330,12 @@ def _flips(args: argparse.Namespace, dtype: Any) -> list[Flips]:
     import torch
 
     from hones_lens.app.checks.dtype_flips import dtype_flips
-    from hones_lens.data import load_examples
+    from hones_lens.data import load_examples, tasks_of
     from hones_lens.model import load_model
-    from hones_lens.tasks import TASKS
 
     exact, other = (load_model(args.model_name, args.device, kind) for kind in (torch.float32, dtype))
     found = []
-    for task in TASKS:
+    for task in tasks_of("shapes"):
         found.append(dtype_flips(exact, other, task, load_examples("shapes", task, "discovery", args.flips)))
         print(found[-1])
     return found

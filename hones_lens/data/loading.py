@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from hones_lens.data.pairs import CounterfactualPair, counterfactual_pairs
 if TYPE_CHECKING:
     from hones_lens.data.records import Format
 
-# Drawn ones have a `load`; those that are read from files have a `FORMAT` too.
+# Name: module. One that draws its examples has `TASKS` and `load(task, split, limit, seed, *, data_file,
+# image_dir)`; one that reads files has a `FORMAT` instead.
 DATASETS = {
     "shapes": "hones_lens.data.shapes",
     "shapes-varied": "hones_lens.data.shapes_varied",
@@ -27,6 +29,30 @@ DATASETS = {
     "own": "hones_lens.data.own",
 }
 _SUFFIXES = {".json": "hones", ".csv": "own", ".jsonl": "own"}
+
+
+def _registered() -> dict[str, str]:
+    """All data sets: those above, then the entry points `hones_lens.datasets` of installed distributions."""
+    outside = {entry.name: entry.value for entry in entry_points(group="hones_lens.datasets")}
+    return DATASETS | outside | DATASETS
+
+
+def _module_of(name: str) -> Any:
+    """The module of a data set's name; None where it is no name, but say a path."""
+    places = DATASETS if name in DATASETS else _registered()
+    return pkgutil.resolve_name(places[name]) if name in places else None
+
+
+def tasks_of(dataset: str | Path, data_file: str | Path | None = None) -> tuple[str, ...]:
+    """The tasks that a data set can have examples of.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load_examples`.
+    """
+    module = _module_of(str(dataset))
+    if module is not None and not hasattr(module, "FORMAT"):
+        return module.TASKS
+    return resolve(dataset, data_file)[0].tasks
 
 
 def load_examples(
@@ -44,9 +70,10 @@ def load_examples(
     """Load the examples of one task from one split of a data set.
 
     Args:
-        dataset: Name of a data set (`DATASETS`); or a path: HONES's unified JSON, your own CSV or JSONL
-            file, or a folder with one such file; or `hf:REPO@SPLIT` for one of the Hugging Face Hub.
-        task: `vqa`, `ocr`, `caption` or `retrieval`.
+        dataset: Name of a data set (of `DATASETS`, or of an installed distribution); or a path: HONES's
+            unified JSON, your own CSV or JSONL file, or a folder with one such file; or `hf:REPO@SPLIT`
+            for one of the Hugging Face Hub.
+        task: Name of a task: `vqa`, `ocr`, `caption`, `retrieval`, or another that the data set has.
         split: `discovery`, `dev` or `test`; no two of them share an image. Of files also `all`, or a
             split file, `FILE.json` or `FILE.json:NAME`, that lists images.
         limit: At most so many examples. A smaller limit gives a prefix of a larger one.
@@ -66,7 +93,7 @@ def load_examples(
             a file or a record that can't be used, with their names.
     """
     files: dict[str, Any] = {"data_file": data_file, "image_dir": image_dir}
-    module = importlib.import_module(DATASETS[str(dataset)]) if str(dataset) in DATASETS else None
+    module = _module_of(str(dataset))
     if module is not None and not hasattr(module, "FORMAT"):
         return module.load(task, split, limit, seed, **files)
     from hones_lens.data.files import load_records
@@ -83,14 +110,14 @@ def resolve(dataset: str | Path, data_file: str | Path | None = None) -> tuple[F
         ValueError: An unknown or drawn data set, or a path and a data file too.
     """
     name = str(dataset)
-    if name in DATASETS:
-        module = importlib.import_module(DATASETS[name])
+    module = _module_of(name)
+    if module is not None:
         if not hasattr(module, "FORMAT"):
             raise ValueError(f"data set {name!r} is drawn, not read from files")
         return module.FORMAT, None if data_file is None else Path(data_file)
     if data_file is not None:
         raise ValueError(
-            f"give {name!r} or data_file {str(data_file)!r}, not both; names: {', '.join(DATASETS)}"
+            f"give {name!r} or data_file {str(data_file)!r}, not both; names: {', '.join(_registered())}"
         )
     if name.startswith("hf:"):
         from hones_lens.data.hub import format_of
@@ -105,13 +132,12 @@ def _resolve_path(path: Path) -> tuple[Format, Path]:
 
         path = file_in(path, tuple(_SUFFIXES))
     if path.suffix.lower() not in _SUFFIXES:
-        valid = (
-            f"{', '.join(DATASETS)}, hf:REPO@SPLIT, or a path to a folder or a {', '.join(_SUFFIXES)} file"
-        )
+        names, suffixes = ", ".join(_registered()), ", ".join(_SUFFIXES)
+        valid = f"{names}, hf:REPO@SPLIT, or a path to a folder or a {suffixes} file"
         raise ValueError(f"unknown data set {str(path)!r}; valid: {valid}")
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
-    return importlib.import_module(DATASETS[_SUFFIXES[path.suffix.lower()]]).FORMAT, path
+    return _module_of(_SUFFIXES[path.suffix.lower()]).FORMAT, path
 
 
 __all__ = ["DATASETS", "CounterfactualPair", "Example", "counterfactual_pairs", "load_examples", "resolve"]

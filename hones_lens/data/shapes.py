@@ -312,6 +312,7 @@ _FIELDS: dict[str, Callable[[Dice, Scene, dict[str, int]], dict[str, Any]]] = {
     "caption": _caption,
     "retrieval": _retrieval,
 }
+TASKS = tuple(_FIELDS)
 
 
 def load(

@@ -20,7 +20,7 @@ from PIL import Image
 
 from hones_lens.data.drawing import Look, draw_scene, glyph
 from hones_lens.data.examples import Example
-from hones_lens.data.shapes import SIZE, SPLITS, Dice, Scene, draw_examples, random_scene
+from hones_lens.data.shapes import SIZE, SPLITS, TASKS as TASKS, Dice, Scene, draw_examples, random_scene
 
 _PALETTE = {
     "red": (190, 30, 60),

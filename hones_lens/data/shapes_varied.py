@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hones_lens.data.examples import Example
-from hones_lens.data.shapes import draw_examples
+from hones_lens.data.shapes import TASKS as TASKS, draw_examples
 
 SIDES = (112, 140, 168)
 

@@ -71,7 +71,7 @@ def load_heads(file: str | Path, task: str, model: HookedVLM) -> HeadScores:
     base = data.get("baseline", {})
     return HeadScores(
         task=task,
-        metric_name=base.get("metric_name", load_task(task).metric_name),
+        metric_name=base.get("metric_name") or load_task(task).metric_name,
         intervention=_INTERVENTION,
         model_name=model.cfg.model_name,
         scores=scores,

@@ -4,4 +4,4 @@ from .base import (
     mean_statistics as mean_statistics,
     summed_metric as summed_metric,
 )
-from .registry import TASKS as TASKS, load_task as load_task
+from .registry import load_task as load_task, task_names as task_names

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from hones_lens.data import Example
-from hones_lens.tasks.base import lacking, summed_metric
+from hones_lens.tasks.base import Task, lacking
 from hones_lens.tasks.metrics import bleu_statistics, corpus_bleu, sentence_bleu
 
 _TARGET_REFERENCES = 5
 
 
-class Caption:
+class Caption(Task):
     """Reads `references`."""
 
     name = "caption"
     metric_name = "BLEU-4"
     is_mean = False
-    ranks = False
     idf = True
 
     def prompt(self, example: Example) -> str:
         return "Describe the image in one sentence."
-
-    def prompts(self, example: Example) -> list[str]:
-        return [self.prompt(example)]
-
-    def target_prompt(self, example: Example) -> str:
-        return self.prompt(example)
 
     def target(self, example: Example) -> str:
         """Up to five references, joined by a space (HONES eq. H2)."""
@@ -48,9 +39,6 @@ class Caption:
 
     def metric(self, statistics: np.ndarray) -> np.ndarray:
         return corpus_bleu(statistics)
-
-    def aggregate(self, predictions: Sequence[str], examples: Sequence[Example]) -> float:
-        return summed_metric(self, predictions, examples)
 
 
 def _references(example: Example) -> list[str]:

@@ -1,28 +1,44 @@
-"""Tasks: prompt, target and metric. `load_task` resolves a name; one more task is one more file."""
+"""The tasks by name. One more task is one more file."""
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
-from hones_lens.tasks.base import Task
+if TYPE_CHECKING:
+    from hones_lens.tasks.base import Task
 
+# Name: module and object.
 TASKS = {
-    "vqa": "hones_lens.tasks.vqa",
-    "ocr": "hones_lens.tasks.ocr",
-    "caption": "hones_lens.tasks.caption",
-    "retrieval": "hones_lens.tasks.retrieval",
+    "vqa": "hones_lens.tasks.vqa:TASK",
+    "ocr": "hones_lens.tasks.ocr:TASK",
+    "caption": "hones_lens.tasks.caption:TASK",
+    "retrieval": "hones_lens.tasks.retrieval:TASK",
 }
+
+
+def _registered() -> dict[str, str]:
+    """All tasks: those above, then the entry points `hones_lens.tasks` of installed distributions."""
+    return TASKS | {entry.name: entry.value for entry in entry_points(group="hones_lens.tasks")} | TASKS
+
+
+def task_names() -> tuple[str, ...]:
+    """The names that `load_task` takes."""
+    return tuple(_registered())
 
 
 def load_task(name: str) -> Task:
     """Return the task of that name.
 
     Raises:
-        ValueError: No such task; the message lists the valid names.
+        ValueError: No such task, and the message lists the valid names; or an entry point whose task has
+            another name.
     """
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; valid: {', '.join(TASKS)}")
-    return importlib.import_module(TASKS[name]).TASK
-
-
-__all__ = ["TASKS", "Task", "load_task"]
+    tasks = TASKS if name in TASKS else _registered()
+    if name not in tasks:
+        raise ValueError(f"unknown task {name!r}; valid: {', '.join(tasks)}")
+    task = pkgutil.resolve_name(tasks[name])
+    if task.name != name:
+        raise ValueError(f"the task registered as {name!r}, {tasks[name]}, is named {task.name!r}")
+    return task

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from hones_lens.data import Example
-from hones_lens.tasks.base import lacking, mean_metric, mean_statistics, summed_metric
+from hones_lens.tasks.base import Task, lacking
 from hones_lens.tasks.metrics import ndcg
 
 
-class Retrieval:
+class Retrieval(Task):
     """Reads `candidates` and `positive`, the index of the one that is true."""
 
     name = "retrieval"
     metric_name = "NDCG@5"
-    is_mean = True
     ranks = True
-    idf = False
 
     def prompts(self, example: Example) -> list[str]:
         """One prompt for each candidate, in their order; `positive` is not read."""
@@ -29,17 +27,14 @@ class Retrieval:
         ask = "Does the candidate correctly describe the image?\nAnswer exactly Yes or No."
         return [f"Candidate: {candidate}\n{ask}" for candidate in example.candidates]
 
-    def target_prompt(self, example: Example) -> str:
+    def prompt(self, example: Example) -> str:
         """The prompt of the positive candidate."""
         return self.prompts(example)[_positive(example)]
 
     def target(self, example: Example) -> str:
-        """Yes, the right answer to `target_prompt`."""
+        """Yes, the right answer to `prompt`."""
         _positive(example)
         return "Yes"
-
-    def answer(self, example: Example) -> str:
-        return self.target(example)
 
     def score(self, prediction: Sequence[float] | np.ndarray, example: Example) -> float:
         """NDCG@5 of the candidates ranked by their margins; equal margins rank before the positive.
@@ -58,17 +53,6 @@ class Retrieval:
         if np.isnan(margins).any():
             raise lacking(example, f"a margin that is NaN (candidate {int(np.isnan(margins).argmax())})")
         return ndcg(margins, _positive(example))
-
-    def statistics(self, prediction: Sequence[float] | np.ndarray, example: Example) -> np.ndarray:
-        return mean_statistics(self.score(prediction, example))
-
-    def metric(self, statistics: np.ndarray) -> np.ndarray:
-        return mean_metric(statistics)
-
-    def aggregate(
-        self, predictions: Sequence[Sequence[float] | np.ndarray], examples: Sequence[Example]
-    ) -> float:
-        return summed_metric(self, predictions, examples)
 
 
 def _positive(example: Example) -> int:

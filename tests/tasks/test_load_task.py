@@ -7,7 +7,7 @@ import pytest
 
 from hones_lens.data.examples import Example
 from hones_lens.data.loading import load_examples
-from hones_lens.tasks.base import mean_metric, mean_statistics
+from hones_lens.tasks.base import Task, mean_metric, mean_statistics
 from hones_lens.tasks.registry import TASKS, load_task
 
 
@@ -39,6 +39,33 @@ def test_an_unknown_task_raises_and_lists_the_valid_ones():
 def test_attributes(name, metric_name, ranks, idf):
     task = load_task(name)
     assert (task.name, task.metric_name, task.ranks, task.idf) == (name, metric_name, ranks, idf)
+
+
+class Shortest(Task):
+    """What a new task has to say, and no more."""
+
+    name = "shortest"
+    metric_name = "share of one-letter answers"
+
+    def prompt(self, example: Example) -> str:
+        return f"In one letter: {example.question}"
+
+    def target(self, example: Example) -> str:
+        return example.answers[0][0]
+
+    def score(self, prediction: str, example: Example) -> float:
+        return float(len(prediction) == 1)
+
+
+def test_a_task_is_prompt_target_and_score():
+    task, examples = Shortest(), load_examples("shapes", "vqa", "dev", limit=4)
+    first = examples[0]
+    assert task.prompts(first) == [task.target_prompt(first)] == [f"In one letter: {first.question}"]
+    assert task.answer(first) == first.answers[0][0]
+    assert (task.is_mean, task.ranks, task.idf, task.examples_of) == (True, False, False, "")
+    assert task.aggregate(["a", "bc", "", "d"], examples) == 0.5
+    summed = sum(task.statistics(said, first) for said in ("a", "bc", "cd", "ef"))
+    assert task.metric(np.stack([summed, 2 * summed])).tolist() == [0.25, 0.25]
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -12,7 +12,7 @@ from hones_lens.app.runs import stages
 from hones_lens.app.runs.folder import Run
 from hones_lens.app.runs.overlap import digest, mask_shared, read_lens, share_neurons
 from hones_lens.app.runs.stages import OTHERS_CONTROLS, DataChoice
-from hones_lens.data import Example
+from hones_lens.data import Example, tasks_of
 from hones_lens.hones import (
     GroupMasking,
     MaskingResult,
@@ -29,7 +29,7 @@ from hones_lens.hones import (
     transfer_steering,
 )
 from hones_lens.model import HookedVLM
-from hones_lens.tasks import TASKS, load_task
+from hones_lens.tasks import load_task
 
 RATIOS = (0.01, 0.05)
 RANKINGS = ("activation_probability", "mean_activation", "activation_entropy", "direct", "random")
@@ -44,7 +44,7 @@ def reproduce(
     out: str | Path,
     data: DataChoice,
     *,
-    tasks: Sequence[str] = tuple(TASKS),
+    tasks: Sequence[str] | None = None,
     shifted: str | None = "shapes-shifted",
     ratios: Sequence[float] = RATIOS,
     n_controls: int = 20,
@@ -59,7 +59,7 @@ def reproduce(
         model: The model.
         out: Folder; each task has a run folder in it, and `across` holds what concerns all of them.
         data: Which examples.
-        tasks: Which tasks.
+        tasks: Which tasks; default: all that the data set has.
         shifted: A second data set: scales learned on `data` are measured there with no further fitting,
             and others are learned there. None: leave it out.
         ratios: Shares of all neurons to mask; the last one's neurons are steered.
@@ -69,6 +69,7 @@ def reproduce(
     Raises:
         ValueError: Fewer than two tasks, a folder with other settings, or examples that can't be used.
     """
+    tasks = tasks_of(data.dataset, data.data_file) if tasks is None else tasks
     if len(set(tasks)) < 2:
         raise ValueError(f"what tasks share is part of it: at least two tasks are needed, not {list(tasks)}")
     out, first = Path(out), data

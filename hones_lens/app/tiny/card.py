@@ -10,12 +10,11 @@ from torch import Tensor
 
 from hones_lens.app.runs.folder import weights_hash
 from hones_lens.app.tiny.train_tiny import Recipe
-from hones_lens.data import load_examples
+from hones_lens.data import load_examples, tasks_of
 from hones_lens.engine import Evaluation, evaluate
 from hones_lens.hones import exact_ablation, exact_head_ablation
 from hones_lens.model import HookedVLM, load_model
 from hones_lens.results import Interval, ranked, round_floats, write_json
-from hones_lens.tasks import TASKS, load_task
 
 N_ABLATION = 64
 _SIZES = {"vqa": 1001, "ocr": 500, "caption": 500, "retrieval": 100}
@@ -32,13 +31,13 @@ def write_card(folder: Path, name: str, recipe: Recipe, datasets: Sequence[str] 
     found = [
         (data, evaluate(model, task, load_examples(data, task, "test", _SIZES[task])))
         for data in datasets
-        for task in TASKS
+        for task in tasks_of("shapes")
     ]
     heads, neurons = {}, {}
-    for task in TASKS:
+    for task in tasks_of("shapes"):
         examples = load_examples("shapes", task, "dev", N_ABLATION)
-        heads[task] = exact_head_ablation(model, load_task(task), examples)
-        neurons[task] = exact_ablation(model, load_task(task), examples)
+        heads[task] = exact_head_ablation(model, task, examples)
+        neurons[task] = exact_ablation(model, task, examples)
     effects = {
         "kind": "ablation",
         "unit": "fall of the right answer's log-probability in nats, mean over examples",

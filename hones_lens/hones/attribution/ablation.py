@@ -24,7 +24,7 @@ _HEAD_HOOKS: dict[str, Callable[[int, int], Hook]] = {
 
 def exact_ablation(
     model: HookedVLM,
-    task: Task,
+    task: str | Task,
     examples: Sequence[Example],
     *,
     batch_size: int = 32,
@@ -48,10 +48,11 @@ def exact_ablation(
         Clean minus ablated, float64 on the CPU.
 
     Raises:
-        ValueError: An unknown measure.
+        ValueError: An unknown measure, no examples, or one that lacks what the task reads.
         FloatingPointError: Logits that are not finite; names neuron and example.
     """
-    cfg = model.cfg
+    task, cfg = engine.as_task(task), model.cfg
+    engine.check_examples(task, examples)
     neurons = [(layer, i) for layer in range(cfg.n_layers) for i in range(cfg.d_mlp)]
     arms = [[], *(zero_neurons([neuron]) for neuron in neurons)]
     options = {"batch_size": batch_size, "progress": progress, "label": "neuron ablation"}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pkgutil
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from typing import Any
+
+from torch import Tensor
 
 from hones_lens import engine
 from hones_lens.data import Example
@@ -13,6 +17,33 @@ from hones_lens.hones.attribution.neurons import default_ratio, head_conditioned
 from hones_lens.model import HookedVLM
 from hones_lens.tasks import Task
 
+Ranking = Callable[..., Tensor]
+# Name: module and function, called as `attribute_neurons` says of a `method`.
+RANKINGS = {
+    "activation_probability": "hones_lens.hones.attribution.rankings:activation_probability",
+    "mean_activation": "hones_lens.hones.attribution.rankings:mean_activation",
+    "activation_entropy": "hones_lens.hones.attribution.rankings:activation_entropy",
+    "direct": "hones_lens.hones.attribution.rankings:direct",
+    "qrnca": "hones_lens.hones.attribution.gradients:qrnca",
+    "gradient_times_activation": "hones_lens.hones.attribution.gradients:gradient_times_activation",
+    "attribution_patching": "hones_lens.hones.attribution.gradients:attribution_patching",
+    "exact_ablation": "hones_lens.hones.attribution.ablation:exact_ablation",
+    "random": "hones_lens.hones.attribution.rankings:random",
+}
+
+
+def load_ranking(name: str) -> Ranking:
+    """The ranking of that name: of `RANKINGS`, or an entry point `hones_lens.rankings`.
+
+    Raises:
+        ValueError: No such ranking; lists the valid ones.
+    """
+    outside = {entry.name: entry.value for entry in entry_points(group="hones_lens.rankings")}
+    rankings = RANKINGS | outside | RANKINGS
+    if name not in rankings:
+        raise ValueError(f"unknown method {name!r}; valid: hones, {', '.join(rankings)}")
+    return pkgutil.resolve_name(rankings[name])
+
 
 def attribute_neurons(
     model: HookedVLM,
@@ -21,7 +52,7 @@ def attribute_neurons(
     heads: HeadScores | None = None,
     ratio: float | None = None,
     *,
-    method: str = "hones",
+    method: str | Ranking = "hones",
     batch_size: int = 16,
     progress: bool = True,
     **options: Any,
@@ -34,7 +65,10 @@ def attribute_neurons(
         examples: The discovery examples.
         heads: Critical heads (needed by `hones`): their stored top_k with w > 0 are used.
         ratio: Share of all neurons that are task neurons; default from `model_configs/`.
-        method: `hones` (eq. H3), or a ranking of `attribution/rankings.py`.
+        method: `hones` (eq. H3); the name of another ranking, one of `RANKINGS` or of an installed
+            distribution; or a function of your own. It is called as `method(model, task, examples,
+            batch_size=..., progress=..., **options)` with a Task and a list of Examples, and returns a score
+            for every decoder neuron, [layer d_mlp]: higher is more important.
         batch_size: Examples a batch.
         progress: Show a progress bar.
         options: For `hones`: `normalize`, `apply_ln`, `foils` of `target_directions`; for others
@@ -44,10 +78,9 @@ def attribute_neurons(
         NeuronScores, on the CPU.
 
     Raises:
-        ValueError: An unknown method (lists the valid ones), no examples, no critical head.
+        ValueError: An unknown method (lists the valid ones), no examples, no critical head, or scores of
+            another shape or that are not numbers.
     """
-    from hones_lens.hones.attribution import rankings
-
     task = engine.as_task(task)
     engine.check_examples(task, examples)
     common, errors = {"batch_size": batch_size, "progress": progress}, None
@@ -55,15 +88,21 @@ def attribute_neurons(
         if heads is None:
             raise ValueError("method 'hones' needs heads: pass what localize_heads returned")
         scores, errors = head_conditioned(model, task, examples, heads.top(), **common, **options)
-    elif method in rankings.RANKINGS:
-        scores = rankings.RANKINGS[method](model, task, examples, **common, **options)
     else:
-        raise ValueError(f"unknown method {method!r}; valid: hones, {', '.join(rankings.RANKINGS)}")
+        rank = load_ranking(method) if isinstance(method, str) else method
+        scores = rank(model, task, examples, **common, **options)
+    name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+    shape = (model.cfg.n_layers, model.cfg.d_mlp)
+    if scores.shape != shape or bool(scores.isnan().any()):
+        raise ValueError(
+            f"ranking {name!r} must give a number for each of {list(shape)} neurons; it gave "
+            f"{list(scores.shape)}, of which {int(scores.isnan().sum())} NaN"
+        )
     return NeuronScores(
         task=task.name,
-        method=method,
+        method=name,
         model_name=model.cfg.model_name,
-        scores=scores.double().cpu(),
+        scores=scores.detach().double().cpu(),
         ratio=default_ratio(model) if ratio is None else ratio,
         n_examples=len(examples),
         errors=errors,

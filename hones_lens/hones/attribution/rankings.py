@@ -7,7 +7,7 @@ d_mlp], on the CPU: higher is more important. `attribute_neurons(method=...)` as
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -16,14 +16,11 @@ from tqdm.auto import tqdm
 
 from hones_lens import engine
 from hones_lens.data import Example
-from hones_lens.hones.attribution.ablation import exact_ablation
-from hones_lens.hones.attribution.gradients import attribution_patching, gradient_times_activation, qrnca
 from hones_lens.hones.attribution.neurons import target_directions, write_in
 from hones_lens.interventions import neuron_hook
 from hones_lens.model import HookedVLM
 from hones_lens.tasks import Task
 
-Ranking = Callable[..., Tensor]
 _KEPT_SHARE = 0.05  # LAPE: above the 95th percentile
 
 
@@ -214,16 +211,3 @@ def _at_last(
                 model(batch.inputs, stop_at_layer=model.cfg.n_layers)
             yield [kept[name] for name in names]
             bar.update(len(batch.examples))
-
-
-RANKINGS: dict[str, Ranking] = {
-    "activation_probability": activation_probability,
-    "mean_activation": mean_activation,
-    "activation_entropy": activation_entropy,
-    "direct": direct,
-    "qrnca": qrnca,
-    "gradient_times_activation": gradient_times_activation,
-    "attribution_patching": attribution_patching,
-    "exact_ablation": exact_ablation,
-    "random": random,
-}

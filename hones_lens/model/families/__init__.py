@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
+from importlib.metadata import entry_points
 
+# Hugging Face's `model_type`: module and class.
 FAMILIES = {
     "llava": "hones_lens.model.families.llava:HookedLlava",
     "qwen2_5_vl": "hones_lens.model.families.qwen2_5_vl:HookedQwen2_5_VL",
@@ -13,10 +15,13 @@ FAMILIES = {
 def load_family(model_type: str):
     """The HookedVLM class for a Hugging Face `model_type`.
 
+    Those of `FAMILIES`, and the entry points `hones_lens.families` of installed distributions.
+
     Raises:
         ValueError: No such family; lists the valid ones.
     """
-    if model_type not in FAMILIES:
-        raise ValueError(f"unknown model family {model_type!r}; valid: {', '.join(FAMILIES)}")
-    module, name = FAMILIES[model_type].split(":")
-    return getattr(importlib.import_module(module), name)
+    outside = {entry.name: entry.value for entry in entry_points(group="hones_lens.families")}
+    families = FAMILIES | outside | FAMILIES
+    if model_type not in families:
+        raise ValueError(f"unknown model family {model_type!r}; valid: {', '.join(families)}")
+    return pkgutil.resolve_name(families[model_type])

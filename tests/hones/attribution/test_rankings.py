@@ -32,10 +32,9 @@ from hones_lens.data.examples import Example
 from hones_lens.data.pairs import counterfactual_pairs
 from hones_lens.engine import sweep
 from hones_lens.engine.forks import steps_of
-from hones_lens.hones.attribution.ablation import exact_head_ablation
-from hones_lens.hones.attribution.attribute import attribute_neurons
+from hones_lens.hones.attribution.ablation import exact_ablation, exact_head_ablation
+from hones_lens.hones.attribution.attribute import RANKINGS, attribute_neurons, load_ranking
 from hones_lens.hones.attribution.gradients import CLUSTER_SHARE, integrated_gradients
-from hones_lens.hones.attribution.rankings import RANKINGS
 from hones_lens.interventions.hooks import Hook, zero_neurons
 from hones_lens.model.answers import Answer
 from hones_lens.tasks.base import Task
@@ -59,7 +58,7 @@ def score(
     name: str, task: str, examples: Sequence[Example], model: HookedVLM | None = None, **options: Any
 ) -> Tensor:
     options = {"batch_size": 2, "progress": False, **options}
-    return RANKINGS[name](model or pair()[1], load_task(task), list(examples), **options)
+    return load_ranking(name)(model or pair()[1], load_task(task), list(examples), **options)
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -113,6 +112,37 @@ def test_frozen_weights_give_the_same_gradients(name: str) -> None:
     model.requires_grad_(False)
     examples = examples_of("vqa", 2)
     assert torch.equal(score(name, "vqa", examples, model), score(name, "vqa", examples))
+
+
+def test_a_function_of_one_s_own_is_a_ranking() -> None:
+    model, examples = pair()[1], list(examples_of("vqa", 2))
+    expected, seen = torch.arange(N_LAYERS * D_MLP).view(SHAPE).float(), {}
+
+    def mine(*args: Any, **options: Any) -> Tensor:
+        seen.update(args=args, options=options)
+        return expected.requires_grad_()
+
+    found = attribute_neurons(
+        model, "vqa", examples, method=mine, batch_size=5, progress=False, strength=3, ratio=0.05
+    )
+    assert seen["args"] == (model, load_task("vqa"), examples)
+    assert seen["options"] == {"batch_size": 5, "progress": False, "strength": 3}
+    assert found.method == "mine" and found.scores.tolist() == expected.double().tolist()
+    assert [(c.layer, c.index) for c in found.top()] == [(N_LAYERS - 1, D_MLP - 1 - i) for i in range(3)]
+    assert not found.scores.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        (torch.zeros(N_LAYERS, D_MLP + 1), rf"it gave \[{N_LAYERS}, {D_MLP + 1}\], of which 0 NaN"),
+        (torch.full(SHAPE, torch.nan), rf"of which {N_LAYERS * D_MLP} NaN"),
+    ],
+)
+def test_scores_that_are_no_ranking_are_refused(scores: Tensor, says: str) -> None:
+    examples = list(examples_of("vqa", 2))
+    with pytest.raises(ValueError, match=rf"ranking '<lambda>' must give a number for each.*{says}"):
+        attribute_neurons(pair()[1], "vqa", examples, method=lambda *_, **__: scores, progress=False)
 
 
 # -- activations ---------------------------------------------------------------------------------------
@@ -370,6 +400,14 @@ def test_exact_ablation_equals_one_run_for_each_neuron(name: str) -> None:
             fall = clean - log_prob(task, examples, zero_neurons([(layer, i)]))
             assert abs(float(found[layer, i]) - fall) < 1e-5 + rounding
     assert found.abs().max() > 1e-3
+
+
+def test_exact_ablation_takes_a_task_s_name() -> None:
+    examples = plain_examples("ocr")
+    found = exact_ablation(pair()[1], "ocr", examples, progress=False)
+    assert torch.equal(found, exact_ablation(pair()[1], load_task("ocr"), examples, progress=False))
+    with pytest.raises(ValueError, match="no examples"):
+        exact_ablation(pair()[1], "ocr", [])
 
 
 @torch.no_grad()
