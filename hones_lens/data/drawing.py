@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    from hones_lens.data.shapes import Scene
-
+ROWS = ("top", "center", "bottom")
+COLUMNS = ("left", "middle", "right")
 LETTERS = "ACEHKLMNOPRSTUXZ"
 PITCH = 14
 RADII = {"small": 8.0, "large": 14.0}
@@ -52,6 +51,43 @@ def glyph(letter: str, dots: Mapping[str, str] = _DOTS) -> np.ndarray:
     return np.kron(np.array(rows, dtype=bool), np.ones((2, 2), dtype=bool))
 
 
+class Thing(NamedTuple):
+    """One coloured shape: what it is, and where (cell, and jitter in pixels)."""
+
+    shape: str
+    color: str
+    size: str
+    row: int
+    col: int
+    dx: int = 0
+    dy: int = 0
+    shade: int = 0
+
+    @property
+    def phrase(self) -> str:
+        """How captions name it, e.g. `a small red circle at the top left`."""
+        return f"a {self.size} {self.color} {self.shape} at the {ROWS[self.row]} {COLUMNS[self.col]}"
+
+
+class Layout(Protocol):
+    """What a scene has to say of itself to be drawn; pixels, counted from the top left."""
+
+    @property
+    def things(self) -> Sequence[Thing]: ...
+    @property
+    def word(self) -> str: ...
+    @property
+    def text_row(self) -> int: ...
+    @property
+    def text_dx(self) -> int: ...
+    @property
+    def text_dy(self) -> int: ...
+    @property
+    def background(self) -> int: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+
 class Look(NamedTuple):
     """How things and letters are painted.
 
@@ -89,7 +125,7 @@ def shape_mask(shape: str, center: tuple[float, float], radius: float, size: tup
     raise ValueError(f"no shape {shape!r} to draw")
 
 
-def draw_scene(scene: Scene, look: Look = PLAIN, backdrop: np.ndarray | None = None) -> Image.Image:
+def draw_scene(scene: Layout, look: Look = PLAIN, backdrop: np.ndarray | None = None) -> Image.Image:
     """The picture of a scene: RGB, no anti-aliasing.
 
     Args:
@@ -115,7 +151,7 @@ def draw_scene(scene: Scene, look: Look = PLAIN, backdrop: np.ndarray | None = N
     return Image.fromarray(pixels, mode="RGB")
 
 
-def text_box(scene: Scene) -> tuple[int, int, int, int]:
+def text_box(scene: Layout) -> tuple[int, int, int, int]:
     """The blue box as (left, top, right, bottom) in pixels, right and bottom exclusive."""
     top = round((scene.text_row + 0.5) * scene.size[1] / 3) + scene.text_dy - 12
     return scene.text_dx, top, scene.text_dx + PITCH * len(scene.word) + 12, top + 24

@@ -21,14 +21,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
 
-from hones_lens.data.drawing import LETTERS, draw_scene
+from hones_lens.data.drawing import COLUMNS, LETTERS, ROWS, Thing, draw_scene
 from hones_lens.data.examples import Example
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 SIZES = ("small", "large")
-ROWS = ("top", "center", "bottom")
-COLUMNS = ("left", "middle", "right")
 NUMBERS = ("zero", "one", "two")
 KINDS = ("color", "shape", "size", "count", "where", "text", "name")
 ATTRIBUTES = ("shape", "color", "size", "where")
@@ -57,24 +55,6 @@ def _name_of_each() -> dict[tuple[str, str], str]:
 NAMES: dict[tuple[str, str], str] = _name_of_each()
 
 T = TypeVar("T")
-
-
-class Thing(NamedTuple):
-    """One coloured shape: what it is, and where (cell, and jitter in pixels)."""
-
-    shape: str
-    color: str
-    size: str
-    row: int
-    col: int
-    dx: int = 0
-    dy: int = 0
-    shade: int = 0
-
-    @property
-    def phrase(self) -> str:
-        """How captions name it, e.g. `a small red circle at the top left`."""
-        return f"a {self.size} {self.color} {self.shape} at the {ROWS[self.row]} {COLUMNS[self.col]}"
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hones_lens.tasks import Task
-
 _CHUNK_ELEMENTS = 4_000_000
 _ROUNDING = 1e-12
+
+
+class SummedMetric(Protocol):
+    """Something with a metric, such as a task: of statistics summed over examples, [..., n_statistics]."""
+
+    def metric(self, statistics: np.ndarray) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Interval:
 
 
 def bootstrap_interval(
-    task: Task,
+    task: SummedMetric,
     statistics_base: np.ndarray,
     statistics_other: np.ndarray,
     *,
@@ -75,7 +79,7 @@ def bootstrap_interval(
 
 
 def bootstrap_intervals(
-    task: Task,
+    task: SummedMetric,
     statistics_base: np.ndarray,
     statistics_others: Sequence[np.ndarray],
     *,
@@ -97,7 +101,7 @@ def bootstrap_intervals(
 
 
 def mean_difference_interval(
-    task: Task,
+    task: SummedMetric,
     statistics_base: np.ndarray,
     statistics_others: Sequence[np.ndarray],
     *,
@@ -123,7 +127,7 @@ def mean_difference_interval(
 
 
 def relative_interval(
-    task: Task,
+    task: SummedMetric,
     statistics_base: np.ndarray,
     statistics_other: np.ndarray,
     *,
@@ -147,7 +151,7 @@ def relative_interval(
 
 
 def metric_interval(
-    task: Task, statistics: np.ndarray, *, draws: int = 2000, level: float = 0.95, seed: int = 0
+    task: SummedMetric, statistics: np.ndarray, *, draws: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Interval:
     """Bootstrap over examples of one arm's metric; arguments as in `bootstrap_interval`."""
     arm = _checked(statistics, 2)
@@ -166,7 +170,9 @@ def mean_interval(
     return _bootstrap(lambda counts: counts @ numbers / n, n, draws, level, seed)
 
 
-def permutation_p(task: Task, a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0) -> float:
+def permutation_p(
+    task: SummedMetric, a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0
+) -> float:
     """Two-sided p-value of a paired permutation test of metric(a) = metric(b).
 
     Each draw swaps the two arms of every example with probability one half; p = (1 + number of draws

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,6 @@ from PIL import Image
 
 from hones_lens.analysis import LogitLens
 from hones_lens.app.report.run_view import ExampleView, PairView, PatchView, RunView
-from hones_lens.app.runs.folder import read_run
 from hones_lens.hones import (
     GroupMasking,
     HeadNeuronFlow,
@@ -32,6 +32,19 @@ from hones_lens.viz import listed
 
 T = TypeVar("T")
 _EFFECTS = "side-effects-on-"
+
+
+def read_run(folder: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and environment of a run folder.
+
+    Raises:
+        ValueError: Not a run folder.
+    """
+    file = Path(folder) / "settings.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no settings.json")
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    return saved["settings"], saved["environment"]
 
 
 def read_view(folder: str | Path) -> RunView:

@@ -136,16 +136,3 @@ class Run:
     def journal(self, stage: str) -> Journal:
         """The finished batches of a stage."""
         return Journal(self.folder / f"{stage}.journal.jsonl")
-
-
-def read_run(folder: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and environment of a run folder.
-
-    Raises:
-        ValueError: Not a run folder.
-    """
-    file = Path(folder) / "settings.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no settings.json")
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    return saved["settings"], saved["environment"]

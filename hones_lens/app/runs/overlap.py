@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hones_lens.app.runs.folder import Run, examples_hash, read_run, weights_hash
+from hones_lens.app.report.run_folder import read_run
+from hones_lens.app.runs.folder import Run, examples_hash, weights_hash
 from hones_lens.data import Example
 from hones_lens.hones import (
     GroupMasking,

@@ -5,7 +5,8 @@ import json
 import pytest
 from tiny_world import untrained
 
-from hones_lens.app.runs.folder import Journal, Run, examples_hash, read_run, weights_hash
+from hones_lens.app.report.run_folder import read_run
+from hones_lens.app.runs.folder import Journal, Run, examples_hash, weights_hash
 from hones_lens.data.loading import load_examples
 from hones_lens.hones.attribution.heads import localize_heads
 from hones_lens.tasks.registry import load_task
