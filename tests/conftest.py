@@ -14,11 +14,12 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import pytest
 import torch
+from helpers import shape_checks
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Before anything imports hones_lens. Only here: users pay nothing for it.
-install_import_hook("hones_lens", "shape_checks.check")
+install_import_hook("hones_lens", f"{shape_checks.__name__}.check")
 
 # The models are small: more threads would only wait for each other.
 torch.set_num_threads(1)

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Twin
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Twin
 from torch import Tensor
 from transformer_lens import ActivationCache, patching
 
@@ -29,14 +28,14 @@ class Case(Twin):
 
     def __init__(self, name: str):
         vision = {"vision": {"window_size": 42, "depth": 2}} if name == "qwen" else {}
-        made = tiny_qwen if name == "qwen" else tiny
+        made = random_qwen if name == "qwen" else random_llava
         super().__init__(made, seed=2, text={"num_key_value_heads": 2}, **vision)
         self.inputs: VLMInputs = made.mixed_batch(self.model)
         self.real = self.inputs.attention_mask.bool()
         self.clean = self.logits(self.inputs)
 
     def far(self, a: Tensor, b: Tensor) -> float:
-        return tiny.largest_difference(a, b, self.inputs)
+        return random_llava.largest_difference(a, b, self.inputs)
 
     def vision_at(self, layer: int, llava: str, qwen: str) -> str:
         return (

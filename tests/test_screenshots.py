@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import viz_results as made
+from helpers import example_results as made
 from PIL import Image
 
 from docs import screenshots

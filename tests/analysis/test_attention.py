@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-from types import ModuleType
-
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Twin
-from torch import Tensor
+from helpers import random_llava
+from helpers.attention_cases import FAMILIES, HEADS, ROW, patches, twin
 
-from hones_lens import VLMInputs
 from hones_lens.analysis.attention import head_attention
 from hones_lens.interventions.hooks import block_attention
 from hones_lens.interventions.token_groups import Box
-
-FAMILIES = pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
-HEADS = [(0, 3), (2, 1), (1, 0)]
-ROW = 1  # two images
-
-
-@cache
-def twin(made: ModuleType) -> tuple[Twin, VLMInputs, Tensor]:
-    """A model, a padded batch, and Hugging Face's attentions [layer batch head query key]."""
-    both = Twin(made)
-    inputs = made.mixed_batch(both.model)
-    return both, inputs, torch.stack(both.attentions(inputs))
-
-
-def patches(both: Twin, inputs: VLMInputs, row: int, image: int) -> Tensor:
-    """Positions of an image's tokens [rows columns], from the ids alone."""
-    places = (inputs.input_ids[row] == both.model.cfg.image_token_id).nonzero()[:, 0]
-    sizes = [rows * columns for rows, columns in inputs.grids[row]]
-    return places.split(sizes)[image].view(inputs.grids[row][image])
 
 
 @FAMILIES
@@ -107,7 +82,7 @@ def test_sinks_are_what_all_heads_look_at_from_behind_the_picture(made) -> None:
 
 
 def test_a_row_is_alone_what_it_is_in_the_batch_and_hooks_count() -> None:
-    both, inputs, _ = twin(tiny)
+    both, inputs, _ = twin(random_llava)
     alone = head_attention(both.model, inputs[0].without_padding(), HEADS)
     among = head_attention(both.model, inputs, HEADS)
     assert torch.allclose(alone.on_image(), among.on_image(), atol=1e-6)
@@ -119,7 +94,7 @@ def test_a_row_is_alone_what_it_is_in_the_batch_and_hooks_count() -> None:
 
 
 def test_what_is_refused() -> None:
-    both, inputs, _ = twin(tiny)
+    both, inputs, _ = twin(random_llava)
     model = both.model
     length, padding = inputs.input_ids.shape[1], int((inputs.attention_mask[0] == 0).sum())
     refused = {

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Step, Twin, at, hooked
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Step, Twin, at, hooked
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -27,7 +26,7 @@ def twin(made) -> Twin:
 
 def batch(model: HookedVLM, answers: list[str] | None = None) -> VLMInputs:
     """Two rows of different lengths, one of them with two images."""
-    one, two, three = tiny.make_images(3, size=(40, 31))
+    one, two, three = random_llava.make_images(3, size=(40, 31))
     return model.prepare([one, [two, three]], PROMPTS, answers)
 
 
@@ -47,7 +46,7 @@ def windows(n_layers: int, width: int) -> list[list[int]]:
     return [[l for l in range(n_layers) if c - below <= l <= c + above] for c in range(n_layers)]
 
 
-@pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+@pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_equals_hugging_faces_attention_with_its_mask_edited(made, width: int) -> None:
     both = twin(made)
@@ -77,8 +76,8 @@ def test_equals_hugging_faces_attention_with_its_mask_edited(made, width: int) -
 
 
 def test_intervals_are_those_of_resampled_ratios() -> None:
-    both = twin(tiny)
-    inputs = both.model.prepare(tiny.make_images(6), [PROMPTS[0]] * 6, ["red"] * 6)
+    both = twin(random_llava)
+    inputs = both.model.prepare(random_llava.make_images(6), [PROMPTS[0]] * 6, ["red"] * 6)
     edges = [("image", "last")]
     found = attention_knockout(both.model, inputs, edges, window=1, batch_size=4, draws=4000, progress=False)
     single = [
@@ -100,7 +99,7 @@ def test_intervals_are_those_of_resampled_ratios() -> None:
 
 
 def test_tokens_keep_themselves_where_nothing_else_is_left() -> None:
-    both = twin(tiny)
+    both = twin(random_llava)
     inputs = batch(both.model)
     tokens = inputs.attention_mask.bool()
     itself = torch.eye(tokens.shape[1], dtype=torch.bool)
@@ -121,8 +120,8 @@ def test_tokens_keep_themselves_where_nothing_else_is_left() -> None:
 
 
 def test_boxes_masks_and_names_of_your_own() -> None:
-    both = twin(tiny_qwen)
-    pictures = tiny.make_images(2, size=(40, 31))
+    both = twin(random_qwen)
+    pictures = random_llava.make_images(2, size=(40, 31))
     inputs = both.model.prepare(pictures, PROMPTS, ANSWERS)
     prompts, box = inputs.before_answers(), Box(0, 0, 15, 15)
     mask = token_mask(prompts, box)
@@ -186,7 +185,7 @@ def test_examples_are_asked_as_the_task_asks() -> None:
 
 
 def test_bad_input_raises() -> None:
-    both = twin(tiny)
+    both = twin(random_llava)
     inputs = batch(both.model, ANSWERS)
 
     def run(edges=EDGES, data=inputs, **options) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Twin
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Twin
 from torch import Tensor
 
 from hones_lens import VLMInputs
@@ -19,7 +18,7 @@ from hones_lens.interventions.hooks import Hook, scale_heads, steering_vector, z
 from hones_lens.interventions.token_groups import Box, token_mask
 from hones_lens.results.statistics import mean_interval
 
-FAMILIES = pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+FAMILIES = pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 
 
 def expected_logits(both: Twin, inputs: VLMInputs) -> Tensor:
@@ -55,8 +54,8 @@ def test_every_layer_at_every_token(made, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_table_text_and_html(monkeypatch: pytest.MonkeyPatch) -> None:
-    both = Twin(tiny)
-    inputs = tiny.mixed_batch(both.model)
+    both = Twin(random_llava)
+    inputs = random_llava.mixed_batch(both.model)
     found = logit_lens(both.model, inputs, k=3)
     frame = found.to_dataframe()
     assert len(frame) == 3 * 4 * 3
@@ -96,7 +95,7 @@ def test_image_tokens_lie_on_their_grid(made, value: str) -> None:
     assert found.axes == ("layer", "row", "column") and found.shape == (4, rows, columns)
     first = inputs.grids[1][0]
     places = inputs.image_mask[1].nonzero()[first[0] * first[1] :, 0]
-    assert (rows, columns) == ((4, 4) if made is tiny else (6, 2))
+    assert (rows, columns) == ((4, 4) if made is random_llava else (6, 2))
     for layer in range(4):
         for row in range(rows):
             for column in range(columns):
@@ -111,8 +110,8 @@ def test_image_tokens_lie_on_their_grid(made, value: str) -> None:
 
 
 def test_image_lens_by_name_and_under_hooks() -> None:
-    both = Twin(tiny_qwen)
-    inputs = tiny_qwen.mixed_batch(both.model)
+    both = Twin(random_qwen)
+    inputs = random_qwen.mixed_batch(both.model)
     word = both.model.tokenizer.convert_ids_to_tokens(33)
     hook = steering_vector(1, torch.randn(32), Box(0, 0, 5, 5), inputs=inputs[:1])
     by_name = image_token_lens(both.model, inputs[:1], both.model.tokenizer.decode([33]))
@@ -165,8 +164,8 @@ def test_difference_is_that_of_two_lenses(made, group: str) -> None:
 
 
 def test_bad_input_raises() -> None:
-    both = Twin(tiny)
-    inputs = tiny.mixed_batch(both.model)
+    both = Twin(random_llava)
+    inputs = random_llava.mixed_batch(both.model)
     hooks: list[Hook] = scale_heads([(0, 1)], 0.0)
     with pytest.raises(ValueError, match="k must lie in 1"):
         logit_lens(both.model, inputs, k=0)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Twin, at
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Twin, at
 from torch import Tensor
 
 from hones_lens import HookedVLM, VLMInputs
@@ -15,7 +14,7 @@ from hones_lens.interventions.hooks import zero_neurons
 from hones_lens.interventions.token_groups import Box, token_mask
 
 IDS, FOILS = torch.tensor([40, 77, 5]), torch.tensor([41, 3, 99])
-FAMILIES = pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+FAMILIES = pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 
 
 def asked(logits: Tensor, foils: bool = True) -> Tensor:
@@ -121,8 +120,8 @@ def test_positions_of_the_image_and_of_all_text(made, by: str) -> None:
 
 
 def test_one_token_of_a_different_position_in_each_row() -> None:
-    both = Twin(tiny)
-    inputs = both.model.prepare(tiny.make_images(3), list(tiny.QUESTIONS))
+    both = Twin(random_llava)
+    inputs = both.model.prepare(random_llava.make_images(3), list(random_llava.QUESTIONS))
     box = Box(6, 0, 8, 3)  # in one token
     found = direct_logit_attribution(both.model, inputs, IDS, FOILS, group=box)
     mask = token_mask(inputs, box)
@@ -132,8 +131,8 @@ def test_one_token_of_a_different_position_in_each_row() -> None:
 
 
 def test_means_have_intervals_and_notes_say_what_is_missing() -> None:
-    both = Twin(tiny)
-    inputs = tiny.mixed_batch(both.model)
+    both = Twin(random_llava)
+    inputs = random_llava.mixed_batch(both.model)
     rows = direct_logit_attribution(both.model, inputs, IDS, by="head")
     mean = direct_logit_attribution(both.model, inputs, IDS, by="head", mean=True)
     assert mean.axes == ("layer", "head") and mean.n == 3
@@ -151,7 +150,7 @@ def test_means_have_intervals_and_notes_say_what_is_missing() -> None:
 @torch.no_grad()
 def test_under_an_intervention_and_for_words() -> None:
     model = HookedVLM.from_pretrained("tiny-llava")
-    inputs = model.prepare(tiny.make_images(1), "what color is the circle?")
+    inputs = model.prepare(random_llava.make_images(1), "what color is the circle?")
     hooks = zero_neurons([(0, 5), (3, 9)])
     token = model.to_tokens(" red", prepend_bos=False)[0, -1].item()
     name = model.tokenizer.decode([token])
@@ -164,8 +163,8 @@ def test_under_an_intervention_and_for_words() -> None:
 
 
 def test_bad_input_raises() -> None:
-    both = Twin(tiny)
-    inputs = tiny.mixed_batch(both.model)
+    both = Twin(random_llava)
+    inputs = random_llava.mixed_batch(both.model)
 
     def run(tokens=IDS, **options) -> None:
         direct_logit_attribution(both.model, inputs, tokens, **options)

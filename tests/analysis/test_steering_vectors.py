@@ -5,23 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Twin
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Twin
 from torch import Tensor
 
 from hones_lens import HookedVLM, VLMInputs, counterfactual_pairs, load_task
 from hones_lens.analysis.steering_vectors import mean_difference
 
 
-@pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+@pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 @pytest.mark.parametrize("group", ["last", "image"])
 @torch.no_grad()
 def test_difference_of_the_means_of_two_sets(made, group: str) -> None:
     both = Twin(made)
-    pictures = made.make_images(3) if made is tiny else made.make_images()
-    sets = [both.model.prepare(pictures, list(tiny.QUESTIONS)), both.model.prepare(pictures[:1], ["what?"])]
+    pictures = made.make_images(3) if made is random_llava else made.make_images()
+    sets = [
+        both.model.prepare(pictures, list(random_llava.QUESTIONS)),
+        both.model.prepare(pictures[:1], ["what?"]),
+    ]
 
     def rows(inputs: VLMInputs, layer: int) -> Tensor:
         """Mean over the group's tokens of what enters a layer, [row d_model]."""
@@ -43,8 +45,8 @@ def test_difference_of_the_means_of_two_sets(made, group: str) -> None:
 
 
 def test_the_hook_adds_the_vector_where_it_was_measured() -> None:
-    both = Twin(tiny)
-    inputs = both.model.prepare(tiny.make_images(3), list(tiny.QUESTIONS))
+    both = Twin(random_llava)
+    inputs = both.model.prepare(random_llava.make_images(3), list(random_llava.QUESTIONS))
     found = mean_difference(both.model, inputs[:2], inputs[2], 1, "last", at="mid")
     for hook, group, factor in (
         (found.hook(inputs=inputs, strength=2.0), "last", 2.0),
@@ -54,7 +56,7 @@ def test_the_hook_adds_the_vector_where_it_was_measured() -> None:
         steps = both.edit(1, "hook_resid_mid", lambda x, w=where, f=factor: x + w * f * found.vector)
         with torch.no_grad():
             logits = both.model.run_with_hooks(inputs, fwd_hooks=[hook])
-        assert tiny.largest_difference(logits, both.logits(inputs, steps), inputs) < 1e-4
+        assert random_llava.largest_difference(logits, both.logits(inputs, steps), inputs) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2.5-vl"])
@@ -84,8 +86,8 @@ def test_from_blue_to_red(name: str) -> None:
 
 
 def test_bad_input_raises() -> None:
-    both = Twin(tiny)
-    inputs = tiny.mixed_batch(both.model)
+    both = Twin(random_llava)
+    inputs = random_llava.mixed_batch(both.model)
     with pytest.raises(ValueError, match="layer 3 is not in 0 … 2"):
         mean_difference(both.model, inputs, inputs, 3)
     with pytest.raises(ValueError, match="valid: pre, mid, post"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
-from analysis.test_attention import FAMILIES, HEADS, ROW, patches, twin
+from helpers import random_llava
+from helpers.attention_cases import FAMILIES, HEADS, ROW, patches, twin
 
 from hones_lens.analysis.token_cells import fold_tokens, folded_attention
 
@@ -54,7 +54,7 @@ def test_attention_to_an_image_is_summed_and_from_it_averaged(made) -> None:
 
 
 def test_text_that_is_not_kept_becomes_stretches() -> None:
-    both, inputs, theirs = twin(tiny)
+    both, inputs, theirs = twin(random_llava)
     cells = fold_tokens(both.model, inputs, "question", row=ROW)
     question = inputs.question_mask[ROW].nonzero()[:, 0].tolist()
     kept = [span for span, image in zip(cells.spans, cells.images, strict=True) if image is None]
@@ -70,7 +70,7 @@ def test_text_that_is_not_kept_becomes_stretches() -> None:
 
 
 def test_values_of_cells() -> None:
-    both, inputs, _ = twin(tiny)
+    both, inputs, _ = twin(random_llava)
     cells = fold_tokens(both.model, inputs, row=ROW)
     values = torch.randn(2, inputs.input_ids.shape[1])
     image = patches(both, inputs, ROW, 1).flatten()
@@ -90,7 +90,7 @@ def test_values_of_cells() -> None:
 
 
 def test_what_is_refused() -> None:
-    both, inputs, _ = twin(tiny)
+    both, inputs, _ = twin(random_llava)
     n = len(fold_tokens(both.model, inputs))
     assert len(fold_tokens(both.model, inputs, most=n)) == n
     with pytest.raises(ValueError, match=f"{n} cells, more than {n - 1}.*keep='question'"):

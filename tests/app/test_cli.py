@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from data.real_formats import hones
+from helpers.dataset_files import hones
 
 from hones_lens.app.cli import main
 from hones_lens.data.loading import load_examples

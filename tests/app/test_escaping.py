@@ -7,12 +7,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
-import every_view
 import pytest
-import shared_results as shared
 import torch
-import viz_results as made
-from every_view import HOSTILE, SHOWN, TASK
+from helpers import example_comparisons as shared, example_results as made, hostile_figures
+from helpers.hostile_figures import HOSTILE, SHOWN, TASK
 
 from hones_lens.app.explorer import page
 from hones_lens.app.report.report import write_report
@@ -70,7 +68,7 @@ class Read(HTMLParser):
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_tokens_and_names_are_shown_as_they_are(name: str, tmp_path: Path) -> None:
-    figure = every_view.settled(name)
+    figure = hostile_figures.settled(name)
     svg = ElementTree.fromstring(figure.save(tmp_path / "view.svg").read_bytes())
     lines = [text.text or "" for text in svg.iter("{http://www.w3.org/2000/svg}text")]
     in_svg = " ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
@@ -81,13 +79,13 @@ def test_tokens_and_names_are_shown_as_they_are(name: str, tmp_path: Path) -> No
 
 
 def test_what_jupyter_shows_of_a_figure_is_escaped() -> None:
-    in_jupyter = every_view.lens().plot(k=2, title="</script><s>")._repr_html_()
+    in_jupyter = hostile_figures.lens().plot(k=2, title="</script><s>")._repr_html_()
     assert set(Read(in_jupyter).tags) == {"div", "style", "img"}
     assert "<s>" not in in_jupyter and "</script>" not in in_jupyter and "&lt;s&gt;" in in_jupyter
 
 
 def test_what_a_flow_says_when_pointed_at_is_escaped() -> None:
-    flow = every_view.flow()
+    flow = hostile_figures.flow()
     svg = themed_svg(flow.plot(), "a", "<s>", flow_tooltips(flow))
     assert ElementTree.fromstring(svg).get("aria-label") == "<s>"
     said = " ".join(title.text or "" for title in ElementTree.fromstring(svg).iter("title"))
@@ -96,7 +94,7 @@ def test_what_a_flow_says_when_pointed_at_is_escaped() -> None:
 
 def test_token_views_have_one_script_each(monkeypatch) -> None:
     monkeypatch.setattr(token_views, "_bundle", lambda: "var CircuitsVis;")
-    folded = every_view.folded()
+    folded = hostile_figures.folded()
     values = torch.zeros(folded.cells.inputs.input_ids.shape[1])
     for view, title in (
         (attention_tokens(folded), f"{TASK}: attention between tokens"),
@@ -126,10 +124,10 @@ def test_the_report_shows_tokens_of_all_its_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "result",
     [
-        every_view.lens(),
-        every_view.flow(),
+        hostile_figures.lens(),
+        hostile_figures.flow(),
         shared.lens(),
-        every_view.with_ends("<s>", ("token",), (7,), token=HOSTILE),
+        hostile_figures.with_ends("<s>", ("token",), (7,), token=HOSTILE),
     ],
     ids=["lens", "flow", "difference", "labelled"],
 )
@@ -142,11 +140,11 @@ def test_tables_in_jupyter_show_tokens_as_they_are(result) -> None:
 
 
 def test_a_dollar_is_a_dollar_and_a_formula_that_can_not_be_set_does_no_harm() -> None:
-    lens = every_view.lens()
+    lens = hostile_figures.lens()
     odd = replace(lens, tokens=((("$\\frac{$", "$$", "$a_{b$", "_", "^", "\\", "{"),) * 3,))
     figure = odd.plot(k=7)
     figure._repr_png_()
     shown = [text.get_text() for text in figure.axes[0].texts if text.get_gid() == "token"][:7]
     assert shown == ["$\\frac{$", "$$", "$a_{b$", "_", "^", "\\", "{"]
-    result = every_view.with_ends("$\\frac{$", ("position",), (2,), position=("$a_{b$", "$$"))
+    result = hostile_figures.with_ends("$\\frac{$", ("position",), (2,), position=("$a_{b$", "$$"))
     result.plot()._repr_png_()

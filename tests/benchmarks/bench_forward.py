@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import tiny
 import torch
+from helpers import random_llava
 from transformer_lens.model_bridge.sources.transformers import boot
 from transformers import LlavaForConditionalGeneration
 
@@ -20,11 +20,11 @@ BRIDGE = "TransformerLens's bridge"
 @cache
 def models() -> tuple[Any, HookedVLM, VLMInputs]:
     text = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
-    config = tiny.make_config(text={**text, "num_attention_heads": 8, "num_key_value_heads": 8})
+    config = random_llava.make_config(text={**text, "num_attention_heads": 8, "num_key_value_heads": 8})
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     hf_model = LlavaForConditionalGeneration(config).eval()
-    model = HookedVLM.from_hf(hf_model, tiny.processor_for(config))
+    model = HookedVLM.from_hf(hf_model, random_llava.processor_for(config))
     ids = torch.randint(20, 200, (BATCH, TOKENS))
     return hf_model, model, model.as_inputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 

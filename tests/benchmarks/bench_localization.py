@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from hones.attribution.build import hf_input_hook, hf_inputs, hf_layers
+from helpers import random_llava
+from helpers.hf_task_loops import hf_input_hook, hf_inputs, hf_layers
 from transformer_lens.model_bridge.sources.transformers import boot
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
@@ -125,9 +125,11 @@ def test_larger_model_against_the_batched_loop(task_name: str, n: int, bar: str,
     """d 512 × 8 layers, 256 image tokens, random weights; the loop runs batches on our own model."""
     text = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
     text |= {"num_attention_heads": 8, "num_key_value_heads": 8}
-    config = tiny.make_config(text=text, vision={"image_size": 112, "patch_size": 7})
+    config = random_llava.make_config(text=text, vision={"image_size": 112, "patch_size": 7})
     torch.manual_seed(0)
-    model = HookedVLM.from_hf(LlavaForConditionalGeneration(config).eval(), tiny.processor_for(config))
+    model = HookedVLM.from_hf(
+        LlavaForConditionalGeneration(config).eval(), random_llava.processor_for(config)
+    )
     task = load_task(task_name)
     examples = hl.load_examples("shapes", task_name, "discovery", n)
     arms = [[replace_with_other_heads_mean(*cell)] for cell in cells_of(model)[::4]]  # two of every layer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 from pathlib import Path
 
-import tiny
 import torch
+from helpers import random_llava
 from transformers import LlavaForConditionalGeneration
 
 import hones_lens as hl
@@ -26,9 +26,11 @@ def peak(what: str) -> float:
     """What a forward pass, or localization, of 16 examples takes at most, in MB; in a process of its own."""
     text = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
     text |= {"num_attention_heads": 8, "num_key_value_heads": 8}
-    config = tiny.make_config(text=text, vision={"image_size": 112, "patch_size": 7})
+    config = random_llava.make_config(text=text, vision={"image_size": 112, "patch_size": 7})
     torch.manual_seed(0)
-    model = HookedVLM.from_hf(LlavaForConditionalGeneration(config).eval(), tiny.processor_for(config))
+    model = HookedVLM.from_hf(
+        LlavaForConditionalGeneration(config).eval(), random_llava.processor_for(config)
+    )
     task, examples = load_task("vqa"), hl.load_examples("shapes", "vqa", "discovery", BATCH)
     with torch.no_grad():
         (batch,) = sweep.prompt_batches(model, task, examples, BATCH)

@@ -25,7 +25,7 @@ Side = tuple[Work, float]  # what to run, and how many units of work that is
 
 @pytest.fixture(autouse=True)
 def _as_users_run() -> Iterator[None]:
-    if "shape_checks" in sys.modules:
+    if "helpers.shape_checks" in sys.modules:
         raise pytest.UsageError(
             "the tests' conftest.py checks shapes at every call, which users don't pay for: "
             "run `make benchmark`, or give --confcutdir=tests/benchmarks"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data.real_formats import FORMATS, TASKS_OF, Written, some_scenes
+from helpers.dataset_files import FORMATS, TASKS_OF, Written, some_scenes
 
 from hones_lens import HookedVLM, evaluate
 from hones_lens.data import shapes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from data.real_formats import box, some_scenes, ten
+from helpers.dataset_files import box, some_scenes, ten
 
 from hones_lens.data import shapes
 from hones_lens.data.check import check_data

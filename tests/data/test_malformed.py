@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.real_formats import FORMATS, Written, own_rows, some_scenes, write, write_csv
+from helpers.dataset_files import FORMATS, Written, own_rows, some_scenes, write, write_csv
 
 from hones_lens.data.check import check_data
 from hones_lens.data.loading import load_examples

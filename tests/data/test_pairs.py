@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from seeing import Picture, Seen, answer_from_picture, look
+from helpers.picture_reader import Picture, Seen, answer_from_picture, look
 
 from hones_lens.data.pairs import CounterfactualPair, counterfactual_pairs
 from hones_lens.data.shapes import KINDS, SPLITS

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 
 import pytest
-from seeing import Seen, answer_from_picture, look
+from helpers.picture_reader import Seen, answer_from_picture, look
 
 from hones_lens.data import shapes, shapes_varied
 

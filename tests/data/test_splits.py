@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from data.real_formats import FORMATS, Written, write
+from helpers.dataset_files import FORMATS, Written, write
 
 from hones_lens.data.loading import load_examples
 from hones_lens.data.splits import SPLITS, split_of

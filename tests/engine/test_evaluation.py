@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hones.attribution.build import FAMILIES, examples_of, hf_prediction, pair
+from helpers.hf_task_loops import FAMILIES, examples_of, hf_prediction, pair
 
 from hones_lens import evaluate
 from hones_lens.results.statistics import metric_interval

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hones.attribution.build import D_MLP, N_HEADS, N_LAYERS, pair
+from helpers.hf_task_loops import D_MLP, N_HEADS, N_LAYERS, pair
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import Tensor

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hones.attribution.build import ALL_TASKS, FAMILIES, N_HEADS, N_LAYERS, examples_of, fresh_pair, pair
+from helpers.hf_task_loops import ALL_TASKS, FAMILIES, N_HEADS, N_LAYERS, examples_of, fresh_pair, pair
 from torch import Tensor
 
 import hones_lens as hl

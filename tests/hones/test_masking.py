@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hones.attribution.build import (
+from helpers.hf_task_loops import (
     ALL_TASKS,
     D_MLP,
     N_LAYERS,

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hones.attribution.build import D_MLP, FAMILIES, N_LAYERS, examples_of, pair
+from helpers.hf_task_loops import D_MLP, FAMILIES, N_LAYERS, examples_of, pair
 
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import evaluate_masking, load_masking, matched_random_sets

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hones.attribution.build import N_HEADS, N_LAYERS, pair
+from helpers.hf_task_loops import N_HEADS, N_LAYERS, pair
 
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores

@@ -7,9 +7,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import tiny
-import tiny_qwen
 import torch
+from helpers import random_llava, random_qwen
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from hones_lens.interventions.corruptions import (
 )
 from hones_lens.interventions.token_groups import Box
 
-FAMILIES = pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+FAMILIES = pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 
 
 @cache
@@ -36,14 +35,14 @@ def model_of(made: ModuleType) -> HookedVLM:
 
 def pictures(made: ModuleType) -> list[Image.Image]:
     """Three, which nothing resizes or crops: what is painted on them arrives as it is."""
-    sizes = [(28, 28)] * 3 if made is tiny else [(42, 28), (28, 56), (70, 28)]
-    return [tiny.make_images(1, i, size)[0] for i, size in enumerate(sizes)]
+    sizes = [(28, 28)] * 3 if made is random_llava else [(42, 28), (28, 56), (70, 28)]
+    return [random_llava.make_images(1, i, size)[0] for i, size in enumerate(sizes)]
 
 
 def batch(made: ModuleType) -> VLMInputs:
     """One picture, two in a row, text alone: rows of different lengths."""
     one, two, three = pictures(made)
-    return model_of(made).prepare([one, [two, three], None], list(tiny.QUESTIONS))
+    return model_of(made).prepare([one, [two, three], None], list(random_llava.QUESTIONS))
 
 
 def embeds(made: ModuleType, inputs: VLMInputs) -> list[Tensor]:
@@ -77,7 +76,7 @@ def test_pictures_are_what_the_processor_made_of_them(made: ModuleType) -> None:
 def test_blank_is_a_painted_picture(made: ModuleType, color: str | tuple[int, int, int]) -> None:
     one, two, three = (Image.new("RGB", picture.size, color) for picture in pictures(made))
     model = model_of(made)
-    painted = model.prepare([one, [two, three], None], list(tiny.QUESTIONS))
+    painted = model.prepare([one, [two, three], None], list(random_llava.QUESTIONS))
     found = blank(color)(model, batch(made))
     assert torch.allclose(found.pixel_values, painted.pixel_values, atol=1e-5)
     for name in ("input_ids", "attention_mask", "image_mask"):
@@ -97,10 +96,10 @@ def test_blank_in_a_box_is_a_picture_with_a_painted_box(made: ModuleType) -> Non
     in_box.paste((0, 200, 9), corners)
     around = Image.new("RGB", three.size, (0, 200, 9))
     around.paste(three.crop(corners), corners[:2])
-    inputs = model.prepare([[one, three], [two, three]], list(tiny.QUESTIONS[:2]))
+    inputs = model.prepare([[one, three], [two, three]], list(random_llava.QUESTIONS[:2]))
     outside = Box(3, 5, 20, 17, image=1, outside=True)
     for where, picture in ((box, in_box), (outside, around)):
-        expected = model.prepare([[one, picture], [two, picture]], list(tiny.QUESTIONS[:2]))
+        expected = model.prepare([[one, picture], [two, picture]], list(random_llava.QUESTIONS[:2]))
         found = region(blank((0, 200, 9)), where)(model, inputs)
         assert torch.allclose(found.pixel_values, expected.pixel_values, atol=1e-5)
 
@@ -153,7 +152,7 @@ def test_patch_shuffle_moves_whole_squares(made: ModuleType) -> None:
 @FAMILIES
 def test_noise_is_normal_in_units_of_each_images_own_deviation(made: ModuleType) -> None:
     model = model_of(made)
-    images = tiny.make_images(6, 2, (28, 28) if made is tiny else (84, 84))
+    images = random_llava.make_images(6, 2, (28, 28) if made is random_llava else (84, 84))
     inputs = model.prepare([[image] for image in images], ["what color is it?"] * 6)
     clean = torch.stack(embeds(made, inputs))
     noise = torch.stack(embeds(made, gaussian_noise(2.5, seed=7)(model, inputs))) - clean
@@ -263,7 +262,7 @@ def test_token_swap_is_the_prompt_with_the_words_swapped(made: ModuleType) -> No
 
 def test_token_swap_takes_whole_words_of_the_question_alone() -> None:
     """Words that are spelled letter by letter, one within another; the chat's own words stay."""
-    model = model_of(tiny)
+    model = model_of(random_llava)
     for prompt, old, new, expected in (
         ("is zog near zoggy?", "zog", "zop", "is zop near zoggy?"),
         ("xzog, zog", "zog", "zop", "xzog, zop"),
@@ -307,8 +306,8 @@ def test_refused_when_made(make, says: str) -> None:
     ],
 )
 def test_refused_when_run(corruption: Corruption, says: str) -> None:
-    model = model_of(tiny)
-    inputs = model.prepare(pictures(tiny)[0], "what color is it?")
+    model = model_of(random_llava)
+    inputs = model.prepare(pictures(random_llava)[0], "what color is it?")
     with pytest.raises(ValueError, match=says):
         corruption(model, inputs)
 
@@ -317,16 +316,16 @@ def test_refused_when_run(corruption: Corruption, says: str) -> None:
     "corruption", [gaussian_noise(), mean_image_token(), blank(), blur(), patch_shuffle()]
 )
 def test_text_alone_has_no_images_to_corrupt(corruption: Corruption) -> None:
-    model = model_of(tiny)
+    model = model_of(random_llava)
     with pytest.raises(ValueError, match="no images to corrupt"):
         corruption(model, model.prepare(None, "what color is it?"))
 
 
 def test_colours_need_a_processor_and_shuffles_two_tokens() -> None:
-    model = HookedVLM.from_hf(tiny.make_hf(seed=4))
-    inputs = batch(tiny)
+    model = HookedVLM.from_hf(random_llava.make_hf(seed=4))
+    inputs = batch(random_llava)
     with pytest.raises(ValueError, match="no processor"):
         blank()(model, inputs)
-    one_token = tiny.make_pair(tiny.make_config(vision={"image_size": 8, "patch_size": 8}))[1]
+    one_token = random_llava.make_pair(random_llava.make_config(vision={"image_size": 8, "patch_size": 8}))[1]
     with pytest.raises(ValueError, match="one token has no patches to shuffle"):
-        patch_shuffle()(one_token, one_token.prepare(tiny.make_images(1)[0], "is it red?"))
+        patch_shuffle()(one_token, one_token.prepare(random_llava.make_images(1)[0], "is it red?"))

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Step, Twin
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Step, Twin
+from helpers.random_llava import make_pair, mixed_batch
 from hypothesis import given, settings, strategies as st
-from tiny import make_pair, mixed_batch
 from torch import Tensor
 
 from hones_lens import VLMInputs
@@ -323,7 +322,7 @@ def _unending(both: Twin) -> None:
     both.model.cfg = replace(both.model.cfg, eos_token_ids=())
 
 
-@pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+@pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 @pytest.mark.parametrize(
     ("group", "generated", "goes_on"),
     [
@@ -339,7 +338,7 @@ def test_steered_answers_are_those_of_whole_passes(
 ) -> None:
     both = Twin(made)
     _unending(both)
-    inputs = both.model.prepare(made.make_images(2)[:2], list(tiny.QUESTIONS[:2]))
+    inputs = both.model.prepare(made.make_images(2)[:2], list(random_llava.QUESTIONS[:2]))
     vector = 3 * _random(5, 2, 32)  # one for each row
     prompt = torch.ones_like(inputs.image_mask) if group is None else inputs.token_groups[group]
 
@@ -361,9 +360,9 @@ def test_steered_answers_are_those_of_whole_passes(
 
 @torch.no_grad()
 def test_places_in_the_stream_and_kinds_of_groups() -> None:
-    both = Twin(tiny)
-    pictures = tiny.make_images(2, size=(40, 31))
-    inputs = both.model.prepare(pictures, list(tiny.QUESTIONS[:2]))
+    both = Twin(random_llava)
+    pictures = random_llava.make_images(2, size=(40, 31))
+    inputs = both.model.prepare(pictures, list(random_llava.QUESTIONS[:2]))
     vector, box = _random(3, 32), Box(6, 0, 20, 20)
     mask = token_mask(inputs, box)
     run = both.model.run_with_hooks
@@ -373,7 +372,7 @@ def test_places_in_the_stream_and_kinds_of_groups() -> None:
             steering_vector(1, vector, box, inputs=inputs, strength=-1, at=at),
             steering_vector(1, -vector, mask, at=at),
         ):
-            assert tiny.largest_difference(run(inputs, fwd_hooks=[hook]), expected, inputs) < 1e-4
+            assert random_llava.largest_difference(run(inputs, fwd_hooks=[hook]), expected, inputs) < 1e-4
     here, there = steering_vector(0, vector, mask), steering_vector(1, vector, mask, at="pre")
     assert torch.equal(run(inputs, fwd_hooks=[here]), run(inputs, fwd_hooks=[there]))
 
@@ -403,7 +402,7 @@ def test_steering_refuses() -> None:
         model.generate(inputs[:1])
 
 
-@pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+@pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 @torch.no_grad()
 def test_scaled_heads_are_scaled_in_hugging_faces_model_and_at_every_step(made) -> None:
     both = Twin(made, seed=12)
@@ -422,7 +421,7 @@ def test_scaled_heads_are_scaled_in_hugging_faces_model_and_at_every_step(made) 
     hooks = scale_heads([(0, 2), (2, 0), (0, 1)], [3.0, -2.0, 0.0])
     assert [name for name, _ in hooks] == ["blocks.0.attn.hook_z", "blocks.2.attn.hook_z"]
     found = both.model.run_with_hooks(inputs, fwd_hooks=hooks)
-    assert tiny.largest_difference(found, both.logits(inputs, steps(0)), inputs) < 2e-5
+    assert random_llava.largest_difference(found, both.logits(inputs, steps(0)), inputs) < 2e-5
     with both.model.hooks(fwd_hooks=hooks):
         tokens = both.model.generate(inputs, max_new_tokens=4, return_type="tokens")
     assert torch.equal(tokens, _naive_greedy(both, inputs, steps, 4))

@@ -6,15 +6,14 @@ from functools import cache
 from types import ModuleType
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
+from helpers import random_llava, random_qwen
 from hypothesis import given, strategies as st
 
 from hones_lens import HookedVLM, VLMInputs
 from hones_lens.interventions.token_groups import Box, group_name, named_groups, token_mask
 
-FAMILIES = pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+FAMILIES = pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 
 
 @cache
@@ -25,8 +24,8 @@ def model_of(made: ModuleType) -> HookedVLM:
 @cache
 def batch(made: ModuleType) -> VLMInputs:
     """Rows of one picture and of two, of different lengths; Qwen's pictures have different grids."""
-    images = tiny.make_images(3) if made is tiny else tiny_qwen.make_images()
-    return model_of(made).prepare([images[0], images[1:]], list(tiny.QUESTIONS[:2]))
+    images = random_llava.make_images(3) if made is random_llava else random_qwen.make_images()
+    return model_of(made).prepare([images[0], images[1:]], list(random_llava.QUESTIONS[:2]))
 
 
 @FAMILIES
@@ -78,7 +77,7 @@ def test_a_box_is_the_cells_that_share_area_with_it(made: ModuleType, data: st.D
 
 def test_edges_count_for_one_cell_and_the_crop_is_left_out() -> None:
     """LLaVA's processor crops 40 × 31 pictures in the middle: the grid begins at 4.44 and ends at 35.56."""
-    inputs = batch(tiny)[0]
+    inputs = batch(random_llava)[0]
     left, _, right, bottom = inputs.regions[0][0]
     cell, n = (right - left) / 4, 4
 
@@ -97,7 +96,7 @@ def test_edges_count_for_one_cell_and_the_crop_is_left_out() -> None:
 
 
 def test_masks_and_names() -> None:
-    inputs = batch(tiny)
+    inputs = batch(random_llava)
     mine = inputs.token_groups["question"]
     boxes = [Box(5, 5, 9, 9), Box(5, 5, 9, 9, outside=True)]
     found = named_groups(inputs, ["image", *boxes, mine])
@@ -120,11 +119,11 @@ def test_masks_and_names() -> None:
 )
 def test_what_is_refused(group: object, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        token_mask(batch(tiny), group)
+        token_mask(batch(random_llava), group)
 
 
 def test_groups_that_are_refused_together() -> None:
-    inputs = batch(tiny)
+    inputs = batch(random_llava)
     with pytest.raises(ValueError, match="no token groups"):
         named_groups(inputs, [])
     with pytest.raises(ValueError, match="two token groups have one name"):
@@ -135,14 +134,16 @@ def test_groups_that_are_refused_together() -> None:
     half[0] = True
     with pytest.raises(ValueError, match="token group 'mask' is empty in row 1"):
         token_mask(inputs, half)
-    text = model_of(tiny).prepare([None, tiny.make_images(1)[0]], list(tiny.QUESTIONS[:2]))
+    text = model_of(random_llava).prepare(
+        [None, random_llava.make_images(1)[0]], list(random_llava.QUESTIONS[:2])
+    )
     with pytest.raises(ValueError, match="token group 'image' is empty in row 0"):
         token_mask(text, "image")
 
 
 def test_boxes_need_to_know_where_pictures_lie() -> None:
-    inputs = batch(tiny)
-    bare = model_of(tiny).as_inputs(inputs.to_hf())
+    inputs = batch(random_llava)
+    bare = model_of(random_llava).as_inputs(inputs.to_hf())
     with pytest.raises(ValueError, match=r"make them with model\.prepare"):
         token_mask(bare, Box(5, 5, 9, 9))
     assert torch.equal(token_mask(bare, "image"), inputs.image_mask)

@@ -9,10 +9,9 @@ from dataclasses import FrozenInstanceError, replace
 from types import ModuleType
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Twin
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Twin
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.head_detector import detect_head
@@ -31,7 +30,7 @@ class Case(Twin):
         super().__init__(made, seed=4, text={"num_key_value_heads": 2})
         self.inputs: VLMInputs = made.mixed_batch(self.model)
         self.bound, self.tokens = self.model.bind(self.inputs), self.inputs.input_ids
-        self.one = self.model.prepare(tiny.make_images(1, 5)[0], PROMPT)
+        self.one = self.model.prepare(random_llava.make_images(1, 5)[0], PROMPT)
 
     def other_words(self, inputs: VLMInputs) -> Tensor:
         """The tokens with the second word of every question exchanged."""
@@ -46,10 +45,10 @@ class Case(Twin):
         return self.logits(replace(inputs, input_ids=tokens))
 
     def difference(self, a: Tensor, b: Tensor) -> float:
-        return tiny.largest_difference(a, b, self.inputs)
+        return random_llava.largest_difference(a, b, self.inputs)
 
 
-@pytest.fixture(scope="module", params=[tiny, tiny_qwen], ids=["llava", "qwen"])
+@pytest.fixture(scope="module", params=[random_llava, random_qwen], ids=["llava", "qwen"])
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
@@ -221,8 +220,8 @@ def test_a_bound_prompt_has_the_bound_tokens(case: Case) -> None:
     assert torch.equal(bound.to_tokens(bound.texts), case.one.input_ids)
     assert bound.texts[0].count(case.model.image_token) == int(case.one.image_mask.sum())
     assert torch.equal(bound(PROMPT), bound(case.one.input_ids))
-    assert torch.equal(case.bound.to_tokens(list(tiny.QUESTIONS)), case.tokens)
-    for text in ("is it red?", tiny.QUESTIONS[0], list(tiny.QUESTIONS[::-1])):
+    assert torch.equal(case.bound.to_tokens(list(random_llava.QUESTIONS)), case.tokens)
+    for text in ("is it red?", random_llava.QUESTIONS[0], list(random_llava.QUESTIONS[::-1])):
         assert torch.equal(case.bound.to_tokens(text), case.model.to_tokens(text)), "not what is bound"
     assert torch.equal(bound.to_tokens(" red", prepend_bos=False), case.model.to_tokens(" red", False))
 

@@ -10,10 +10,9 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Memory, Step, Twin, at
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Memory, Step, Twin, at
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
@@ -28,7 +27,7 @@ class Case(Twin):
     def __init__(self, name: str):
         vision = {"vision": {"window_size": 42}} if name == "qwen" else {"vision_feature_layer": [1, -1]}
         super().__init__(
-            tiny_qwen if name == "qwen" else tiny, seed=2, text={"num_key_value_heads": 2}, **vision
+            random_qwen if name == "qwen" else random_llava, seed=2, text={"num_key_value_heads": 2}, **vision
         )
         self.inputs = self.made.mixed_batch(self.model)
         self.clean = self.logits(self.inputs)
@@ -43,9 +42,9 @@ class Case(Twin):
         with torch.no_grad():
             found = self.model.run_with_hooks(self.inputs, fwd_hooks=hooks)
         with_gradients = self.model.run_with_hooks(self.inputs, fwd_hooks=hooks)
-        assert tiny.largest_difference(expected, self.clean, self.inputs) >= 1e-3, name
-        assert tiny.largest_difference(found, expected, self.inputs) <= TOLERANCE, name
-        assert tiny.largest_difference(with_gradients, expected, self.inputs) <= TOLERANCE, name
+        assert random_llava.largest_difference(expected, self.clean, self.inputs) >= 1e-3, name
+        assert random_llava.largest_difference(found, expected, self.inputs) <= TOLERANCE, name
+        assert random_llava.largest_difference(with_gradients, expected, self.inputs) <= TOLERANCE, name
 
     def noise(self, *shape: int) -> Tensor:
         return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -362,8 +361,8 @@ def same(case: Case, first: str, second: str, size: int) -> float:
         case.model.run_with_hooks(case.inputs, fwd_hooks=[(name, lambda x, hook: x + added)])
         for name in (first, second)
     ]
-    assert tiny.largest_difference(runs[0], case.clean, case.inputs) >= 1e-3
-    return tiny.largest_difference(*runs, case.inputs)
+    assert random_llava.largest_difference(runs[0], case.clean, case.inputs) >= 1e-3
+    return random_llava.largest_difference(*runs, case.inputs)
 
 
 @pytest.mark.parametrize("gradients", [False, True])

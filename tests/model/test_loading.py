@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from helpers import random_llava
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, SiglipVisionConfig
@@ -77,20 +77,20 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_unsupported_config_values_name_themselves(message: str) -> None:
-    config = tiny.make_config()
+    config = random_llava.make_config()
     REFUSED[message](config)
     with pytest.raises(ValueError, match=message):
         HookedLlava.from_config(config, "tiny", torch.device("cpu"), torch.float32)
 
 
 def test_other_towers_and_decoders_are_refused() -> None:
-    config = tiny.make_config()
+    config = random_llava.make_config()
     config.text_config = MistralConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1)
     with pytest.raises(
         ValueError, match=r"text_config\.model_type='mistral' is not handled; handled: 'llama'"
     ):
         HookedLlava.from_config(config, "tiny", torch.device("cpu"), torch.float32)
-    config = tiny.make_config()
+    config = random_llava.make_config()
     config.vision_config = SiglipVisionConfig(hidden_size=24, num_attention_heads=3, num_hidden_layers=2)
     with pytest.raises(ValueError, match=r"vision_config\.model_type='siglip_vision_model' is not handled"):
         HookedLlava.from_config(config, "tiny", torch.device("cpu"), torch.float32)
@@ -98,7 +98,7 @@ def test_other_towers_and_decoders_are_refused() -> None:
 
 def test_an_in_memory_model_with_biases_is_refused() -> None:
     with pytest.raises(ValueError, match=r"text_config\.attention_bias=True is not handled"):
-        HookedVLM.from_hf(tiny.make_hf(tiny.make_config(text={"attention_bias": True})))
+        HookedVLM.from_hf(random_llava.make_hf(random_llava.make_config(text={"attention_bias": True})))
 
 
 # -- checkpoints ---------------------------------------------------------------------------------
@@ -108,8 +108,8 @@ class Saved:
     """A model saved by Hugging Face, in one file and in shards."""
 
     def __init__(self, folder: Path):
-        self.hf = tiny.make_hf(tiny.make_config(text={"num_key_value_heads": 2}), seed=31)
-        processor = tiny.processor_for(self.hf.config)
+        self.hf = random_llava.make_hf(random_llava.make_config(text={"num_key_value_heads": 2}), seed=31)
+        processor = random_llava.processor_for(self.hf.config)
         self.whole, self.shards = folder / "whole", folder / "shards"
         self.hf.save_pretrained(self.whole)
         self.hf.save_pretrained(self.shards, max_shard_size="50KB")
@@ -133,9 +133,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def same_as(hf: LlavaForConditionalGeneration, model: HookedVLM, tolerance: float = 2e-5) -> None:
-    inputs = tiny.mixed_batch(model)
+    inputs = random_llava.mixed_batch(model)
     expected = hf(**inputs.to_hf()).logits
-    assert tiny.largest_difference(model(inputs), expected, inputs) <= tolerance
+    assert random_llava.largest_difference(model(inputs), expected, inputs) <= tolerance
 
 
 @pytest.mark.parametrize("kind", ["whole", "shards"])
@@ -169,7 +169,7 @@ def test_other_key_layouts(saved: Saved, tmp_path: Path, layout: str) -> None:
 
 def test_half_precision_is_widened_on_a_cpu(saved: Saved, tmp_path: Path) -> None:
     folder = str(saved.changed(tmp_path, lambda weights: None))
-    tiny.make_hf(saved.hf.config, seed=32).half().save_pretrained(folder)
+    random_llava.make_hf(saved.hf.config, seed=32).half().save_pretrained(folder)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
     model = HookedVLM.from_pretrained(folder)
     assert model.cfg.dtype == torch.float32
@@ -268,7 +268,9 @@ def storages(module: nn.Module) -> dict[int, int]:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_there_is_no_second_copy_of_the_weights(tied: bool) -> None:
-    hf, model = tiny.make_pair(tiny.make_config(text={"tie_word_embeddings": tied}, tie_word_embeddings=tied))
+    hf, model = random_llava.make_pair(
+        random_llava.make_config(text={"tie_word_embeddings": tied}, tie_word_embeddings=tied)
+    )
     theirs, ours = storages(hf), storages(model)
     assert set(ours) <= set(theirs)
     assert sum((theirs | ours).values()) == sum(theirs.values())
@@ -282,7 +284,7 @@ def test_there_is_no_second_copy_of_the_weights(tied: bool) -> None:
     }
     for mine, name in pairs.items():
         assert model.get_parameter(mine).data_ptr() == hf.get_parameter(name).data_ptr(), mine
-    inputs = tiny.mixed_batch(model)
+    inputs = random_llava.mixed_batch(model)
     before = model(inputs)
     for parameter in hf.parameters():
         parameter.mul_(1.01)
@@ -300,11 +302,15 @@ def module_hooks(module: nn.Module) -> list[list[int]]:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_model_handed_in_is_unchanged(tied: bool) -> None:
-    hf = tiny.make_hf(tiny.make_config(text={"tie_word_embeddings": tied}, tie_word_embeddings=tied))
+    hf = random_llava.make_hf(
+        random_llava.make_config(text={"tie_word_embeddings": tied}, tie_word_embeddings=tied)
+    )
     hf.train()
     for parameter in list(hf.parameters())[::2]:
         parameter.requires_grad_(False)
-    inputs = tiny.mixed_batch(HookedVLM.from_hf(tiny.make_hf(hf.config), tiny.processor_for(hf.config)), SAID)
+    inputs = random_llava.mixed_batch(
+        HookedVLM.from_hf(random_llava.make_hf(hf.config), random_llava.processor_for(hf.config)), SAID
+    )
     before = hf(**inputs.to_hf()).logits  # at its first pass Hugging Face sets hooks of its own
     weights = {name: value.clone() for name, value in hf.state_dict().items()}
     addresses = {name: value.data_ptr() for name, value in hf.state_dict().items()}
@@ -314,7 +320,7 @@ def test_the_model_handed_in_is_unchanged(tied: bool) -> None:
     generation = hf.generation_config.to_dict()
     hooks = module_hooks(hf)
 
-    model = HookedVLM.from_hf(hf, tiny.processor_for(hf.config))
+    model = HookedVLM.from_hf(hf, random_llava.processor_for(hf.config))
     with torch.enable_grad():
         model.run_with_cache(inputs, incl_bwd=True, return_type="loss")
     model.generate(inputs, 2, "tokens")
@@ -337,8 +343,8 @@ def test_the_model_handed_in_is_unchanged(tied: bool) -> None:
 
 
 def test_tied_weights_stay_tied() -> None:
-    config = tiny.make_config(text={"tie_word_embeddings": True}, tie_word_embeddings=True)
-    model = tiny.make_pair(config)[1]
+    config = random_llava.make_config(text={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    model = random_llava.make_pair(config)[1]
     assert model.W_U.data_ptr() == model.W_E.data_ptr()
     model.to(torch.float64)
     assert model.W_U.data_ptr() == model.W_E.data_ptr(), "moving the model made a second copy"
@@ -347,18 +353,18 @@ def test_tied_weights_stay_tied() -> None:
 
 
 def test_a_moved_model_computes_the_same() -> None:
-    hf, model = tiny.make_pair()
-    inputs = tiny.mixed_batch(model)
+    hf, model = random_llava.make_pair()
+    inputs = random_llava.mixed_batch(model)
     before = model(inputs)
     moved = model.to(torch.float64)
     assert moved is model and model.cfg.dtype == torch.float64
-    assert tiny.largest_difference(model(inputs), before.double(), inputs) <= 2e-5
+    assert random_llava.largest_difference(model(inputs), before.double(), inputs) <= 2e-5
     assert storages(model).keys().isdisjoint(storages(hf))
 
 
 def test_weight_views() -> None:
-    hf, model = tiny.make_pair(
-        tiny.make_config(text={"num_key_value_heads": 2, "head_dim": 10, "num_hidden_layers": 2})
+    hf, model = random_llava.make_pair(
+        random_llava.make_config(text={"num_key_value_heads": 2, "head_dim": 10, "num_hidden_layers": 2})
     )
     theirs, ours = hf.model.language_model.layers[1], model.blocks[1]
 
@@ -390,28 +396,28 @@ def test_weight_views() -> None:
 
 @pytest.mark.parametrize(("layer", "n"), [(-1, 3), (-2, 2), (1, 1), ([0], 0), ([0, -3], 1)])
 def test_vision_layers_above_the_feature_layer_are_not_built(layer: int | list[int], n: int) -> None:
-    model = tiny.make_pair(tiny.make_config(vision_feature_layer=layer))[1]
+    model = random_llava.make_pair(random_llava.make_config(vision_feature_layer=layer))[1]
     assert len(model.vision_encoder.blocks) == model.cfg.vision.n_layers == n
     assert not [name for name in model.hook_dict if name.startswith(f"vision_encoder.blocks.{n}.")]
     assert not [name for name, _ in model.named_parameters() if "post_layernorm" in name]
 
 
 def test_weights_that_no_family_knows() -> None:
-    hf = tiny.make_hf()
+    hf = random_llava.make_hf()
     hf.lm_head.bias = nn.Parameter(torch.zeros(hf.lm_head.out_features))
     with pytest.raises(ValueError, match=r"weights that this family does not use: lm_head\.bias"):
         HookedVLM.from_hf(hf)
 
 
 def test_weights_that_the_model_lacks() -> None:
-    hf = tiny.make_hf()
+    hf = random_llava.make_hf()
     hf.model.language_model.norm.weight = None
     with pytest.raises(ValueError, match=r"weights that are missing: ln_final\.weight"):
         HookedVLM.from_hf(hf)
 
 
 def test_weights_of_another_shape() -> None:
-    hf = tiny.make_hf()
+    hf = random_llava.make_hf()
     hf.model.language_model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(39, 32))
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.up\.weight has shape \[39, 32\], not \[40, 32\]"):
         HookedVLM.from_hf(hf)
@@ -419,7 +425,7 @@ def test_weights_of_another_shape() -> None:
 
 def test_positions_table_follows_the_rope_of_the_model_in_memory() -> None:
     """The frequencies come from the config, not from a buffer that a cast may have rounded."""
-    hf = tiny.make_hf()
+    hf = random_llava.make_hf()
     exact = HookedVLM.from_hf(hf).rotary.inv_freq.clone()
     hf.to(torch.bfloat16)
     model = HookedVLM.from_hf(hf)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
+from helpers import random_llava, random_qwen
 from transformers import LlavaConfig, Qwen2_5_VLConfig
 
 from hones_lens import HookedVLM, VLMInputs
@@ -131,7 +130,7 @@ class Case:
     """One random model, twice, and a left-padded batch for it."""
 
     def __init__(self, config: LlavaConfig | Qwen2_5_VLConfig, seed: int):
-        made = tiny if isinstance(config, LlavaConfig) else tiny_qwen
+        made = random_llava if isinstance(config, LlavaConfig) else random_qwen
         self.hf, self.ours = made.make_pair(config, seed)
         self.inputs = made.mixed_batch(self.ours)
 
@@ -149,9 +148,9 @@ class Case:
 def case(request: pytest.FixtureRequest) -> Case:
     names = [*CONFIGS, *QWEN_CONFIGS]
     if request.param in CONFIGS:
-        return Case(tiny.make_config(**CONFIGS[request.param]), names.index(request.param))
+        return Case(random_llava.make_config(**CONFIGS[request.param]), names.index(request.param))
     # Other seeds than above: at one of those two tokens of the odd sizes are equally likely.
-    return Case(tiny_qwen.make_config(**QWEN_CONFIGS[request.param]), 20 + names.index(request.param))
+    return Case(random_qwen.make_config(**QWEN_CONFIGS[request.param]), 20 + names.index(request.param))
 
 
 @pytest.fixture(autouse=True)
@@ -168,14 +167,14 @@ def test_batch_is_the_hard_one(case: Case) -> None:
 def test_logits(case: Case) -> None:
     logits = case.ours(case.inputs)
     assert logits.shape == (*case.inputs.input_ids.shape, case.ours.cfg.d_vocab)
-    assert tiny.largest_difference(logits, case.hf_logits(case.inputs), case.inputs) <= TOLERANCE
+    assert random_llava.largest_difference(logits, case.hf_logits(case.inputs), case.inputs) <= TOLERANCE
 
 
 def test_logits_of_text_alone(case: Case) -> None:
-    inputs = case.ours.prepare(None, list(tiny.QUESTIONS))
+    inputs = case.ours.prepare(None, list(random_llava.QUESTIONS))
     assert inputs.pixel_values is None
     expected = case.hf_logits(inputs)
-    assert tiny.largest_difference(case.ours(inputs), expected, inputs) <= TOLERANCE
+    assert random_llava.largest_difference(case.ours(inputs), expected, inputs) <= TOLERANCE
     row = inputs.input_ids[1][inputs.attention_mask[1].bool()]
     assert (case.ours(row)[0] - expected[1, -len(row) :]).abs().max() <= TOLERANCE, "bare tokens"
 
@@ -233,14 +232,16 @@ def test_logits_to_keep(case: Case) -> None:
 
 @pytest.fixture(scope="module")
 def plain() -> Case:
-    return Case(tiny.make_config(), 3)
+    return Case(random_llava.make_config(), 3)
 
 
 def test_what_the_hf_processor_returns(plain: Case) -> None:
-    one, two, three = tiny.make_images(3)
+    one, two, three = random_llava.make_images(3)
     texts = [
         f"USER: {image}{question} ASSISTANT:"
-        for image, question in zip(("<image>\n", "<image>\n<image>\n", ""), tiny.QUESTIONS, strict=True)
+        for image, question in zip(
+            ("<image>\n", "<image>\n<image>\n", ""), random_llava.QUESTIONS, strict=True
+        )
     ]
     mapping = plain.ours.processor(images=[one, two, three], text=texts, padding=True, return_tensors="pt")
     assert torch.equal(mapping["input_ids"], plain.inputs.input_ids)
@@ -253,7 +254,7 @@ def test_what_the_hf_processor_returns(plain: Case) -> None:
 
 def test_first_hidden_state_named_by_a_bare_zero() -> None:
     """Hugging Face's own forward takes [0] alone; the hooked model reads 0 as the same."""
-    case = Case(tiny.make_config(vision_feature_layer=[0]), 4)
+    case = Case(random_llava.make_config(vision_feature_layer=[0]), 4)
     case.hf.config.vision_feature_layer = 0
     found = HookedVLM.from_hf(case.hf, case.ours.processor)(case.inputs)
     assert torch.equal(found, case.ours(case.inputs))
@@ -300,13 +301,13 @@ def test_residual_needs_inputs_that_fit(plain: Case) -> None:
 
 @pytest.mark.parametrize("where", ["config", "generation config", "generation config without padding"])
 def test_padding_after_one_of_several_eos_tokens(where: str) -> None:
-    free = Case(tiny.make_config(text={"eos_token_id": None}), 5)
+    free = Case(random_llava.make_config(text={"eos_token_id": None}), 5)
     said = free.hf_tokens(free.inputs, 8)
     # Rows 0 and 1 end on the way, at tokens that no other row says; row 2 goes on.
     places = [next(i for i in range(2, 8) if (said == said[row, i]).sum() == 1) for row in (0, 1)]
     ends = [int(said[0, places[0]]), int(said[1, places[1]])]
     if where == "config":
-        ended = Case(tiny.make_config(text={"eos_token_id": ends}), 5)
+        ended = Case(random_llava.make_config(text={"eos_token_id": ends}), 5)
     else:
         ended = free
         ended.hf.generation_config.eos_token_id = ends
@@ -324,7 +325,7 @@ def test_padding_after_one_of_several_eos_tokens(where: str) -> None:
 
 
 def test_generation_stops_when_every_row_has_ended() -> None:
-    case = Case(tiny.make_config(), 5)
+    case = Case(random_llava.make_config(), 5)
     said = case.hf_tokens(case.inputs[[0, 1]], 6)
     case.hf.generation_config.eos_token_id = [int(said[0, 1]), int(said[1, 0])]
     ours = HookedVLM.from_hf(case.hf, case.ours.processor)
@@ -334,7 +335,7 @@ def test_generation_stops_when_every_row_has_ended() -> None:
 
 
 def test_generation_without_any_eos_token() -> None:
-    case = Case(tiny.make_config(text={"eos_token_id": None}), 5)
+    case = Case(random_llava.make_config(text={"eos_token_id": None}), 5)
     found = case.ours.generate(case.inputs, 5, "tokens")
     assert torch.equal(found, case.hf_tokens(case.inputs, 5))
 
@@ -346,7 +347,7 @@ def test_generated_text(plain: Case) -> None:
 
 
 def test_loss(plain: Case) -> None:
-    answered = tiny.mixed_batch(plain.ours, ["red", "two large circles", "no"])
+    answered = random_llava.mixed_batch(plain.ours, ["red", "two large circles", "no"])
     labels = answered.input_ids.masked_fill(~answered.answer_mask, -100)
     expected = plain.hf(**answered.to_hf(), labels=labels).loss
     torch.testing.assert_close(plain.ours(answered, return_type="loss"), expected)
@@ -361,16 +362,16 @@ def test_loss_without_an_answer_is_over_the_text(plain: Case) -> None:
 
 
 def test_double_precision_finds_the_same(plain: Case) -> None:
-    hf, ours = tiny.make_pair(tiny.make_config(), 3)
+    hf, ours = random_llava.make_pair(random_llava.make_config(), 3)
     hf.double()
     ours.double()
     inputs = plain.inputs.to(dtype=torch.float64)
-    assert tiny.largest_difference(ours(inputs), hf(**inputs.to_hf()).logits, inputs) <= 1e-5
+    assert random_llava.largest_difference(ours(inputs), hf(**inputs.to_hf()).logits, inputs) <= 1e-5
     assert ours.cfg.dtype == torch.float64
 
 
 def test_lower_precision_does_not_blur_the_positions() -> None:
-    ours = tiny.make_pair()[1]
+    ours = random_llava.make_pair()[1]
     positions = torch.arange(400)[None]
     cos, sin = ours.rotary(positions, torch.float32)
     ours.to(torch.bfloat16)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Twin, at
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Twin, at
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix, SVDInterpreter
 
 from hones_lens.model.tl_weights import by_query_head
 
 SHAPES = {
-    "llava, mha": (tiny, {}),
-    "llava, gqa, head_dim set": (tiny, {"num_key_value_heads": 2, "head_dim": 10}),
-    "qwen, gqa": (tiny_qwen, {}),
-    "qwen, one kv head": (tiny_qwen, {"num_key_value_heads": 1}),
+    "llava, mha": (random_llava, {}),
+    "llava, gqa, head_dim set": (random_llava, {"num_key_value_heads": 2, "head_dim": 10}),
+    "qwen, gqa": (random_qwen, {}),
+    "qwen, one kv head": (random_qwen, {"num_key_value_heads": 1}),
 }
 
 

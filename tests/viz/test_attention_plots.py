@@ -6,12 +6,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import tiny
-import tiny_qwen
 import torch
-import viz_results as made
-from analysis.test_attention import FAMILIES, HEADS, ROW, patches, twin
-from drawn import check_drawing, drawn, groups, maps_of
+from helpers import example_results as made, random_llava, random_qwen
+from helpers.attention_cases import FAMILIES, HEADS, ROW, patches, twin
+from helpers.figures import check_drawing, drawn, groups, maps_of
 from PIL import Image
 
 from hones_lens.analysis.attention import HeadAttention, head_attention
@@ -20,7 +18,7 @@ from hones_lens.viz import attention_plots, theme
 
 def pictures_of(family: ModuleType) -> list[Image.Image]:
     """Those of row 1 of `mixed_batch`."""
-    return tiny.make_images(3)[1:] if family is tiny else tiny_qwen.make_images()[1:]
+    return random_llava.make_images(3)[1:] if family is random_llava else random_qwen.make_images()[1:]
 
 
 def looked(family: ModuleType, heads=tuple(HEADS), **options) -> HeadAttention:
@@ -70,7 +68,7 @@ def test_what_the_processor_cuts_off_is_veiled(family_maps) -> None:
     _, inputs, _ = twin(family)
     width, height = pictures_of(family)[0].size
     cut = groups(maps_of(figure)[0], "cut")
-    if family is tiny_qwen:
+    if family is random_qwen:
         assert not cut and "Veiled" not in figure.heading.note
         return
     left, top, right, bottom = inputs.regions[ROW][0]
@@ -84,8 +82,8 @@ def test_what_the_processor_cuts_off_is_veiled(family_maps) -> None:
 
 def planted(image: int) -> HeadAttention:
     """Attention of the tiny LLaVA with two tokens of an image that all heads look at."""
-    both, inputs, _ = twin(tiny)
-    found = looked(tiny)
+    both, inputs, _ = twin(random_llava)
+    found = looked(random_llava)
     grid = patches(both, inputs, ROW, image)
     received = found.received.clone()
     received[grid[[0, 2], [1, 3]]] = 9 * received[grid].median()
@@ -94,9 +92,9 @@ def planted(image: int) -> HeadAttention:
 
 
 def test_sinks_are_put_out_crossed_and_told() -> None:
-    _, inputs, _ = twin(tiny)
+    _, inputs, _ = twin(random_llava)
     found = planted(1)
-    figure = found.plot(pictures_of(tiny), remove_sinks=True)
+    figure = found.plot(pictures_of(random_llava), remove_sinks=True)
     untouched, touched = maps_of(figure)[:3], maps_of(figure)[3:]
     for head, place in enumerate(untouched):
         np.testing.assert_array_equal(place.images[1].get_array(), found.on_image(0)[head].numpy())
@@ -121,10 +119,10 @@ def test_sinks_are_put_out_crossed_and_told() -> None:
 
 
 def test_sinks_that_are_given_and_pictures_without_any() -> None:
-    found = looked(tiny)
+    found = looked(random_llava)
     given = torch.zeros(4, 4, dtype=torch.bool)
     given[3] = True
-    figure = found.plot(pictures_of(tiny), images=[1], remove_sinks=given, smooth=True)
+    figure = found.plot(pictures_of(random_llava), images=[1], remove_sinks=given, smooth=True)
     assert len(maps_of(figure)) == 3
     for head, place in enumerate(maps_of(figure)):
         values = found.on_image(1)[head]
@@ -134,27 +132,27 @@ def test_sinks_that_are_given_and_pictures_without_any() -> None:
         told = groups(place, "told")[0].get_text()
         assert number_in(told, "sinks ") == pytest.approx(float(values[3].sum()), abs=0.0051)
     assert "4 of 16 image tokens, sinks as given" in figure.heading.note
-    none = found.plot(pictures_of(tiny), remove_sinks=True, times=1000.0)
+    none = found.plot(pictures_of(random_llava), remove_sinks=True, times=1000.0)
     assert "No sinks were removed: of 32 image tokens there are none" in none.heading.note
     with pytest.raises(ValueError, match=r"a mask of \(2, 2\) for image 0, whose grid is \(4, 4\)"):
-        found.plot(pictures_of(tiny), remove_sinks=torch.ones(2, 2, dtype=torch.bool))
+        found.plot(pictures_of(random_llava), remove_sinks=torch.ones(2, 2, dtype=torch.bool))
 
 
 def test_one_scale_or_each_its_own() -> None:
-    found = looked(tiny)
+    found = looked(random_llava)
     largest = max(float(found.on_image(image).max()) for image in (0, 1))
-    shared = found.plot(pictures_of(tiny), one_scale=True)
+    shared = found.plot(pictures_of(random_llava), one_scale=True)
     assert {place.images[1].norm.vmax for place in maps_of(shared)} == {largest}
     bar = next(axes for axes in shared.axes if axes.get_ylabel() == "attention")
     assert bar.get_ylim() == (0, pytest.approx(largest))
-    own = found.plot(pictures_of(tiny))
+    own = found.plot(pictures_of(random_llava))
     assert len({place.images[1].norm.vmax for place in maps_of(own)}) == 6
     assert "Each map has its own scale" in own.heading.note
 
 
 def test_many_heads_stand_in_lines_of_about_one_length() -> None:
     heads = [(layer, head) for layer in range(3) for head in range(3)][:5]
-    figure = drawn(looked(tiny, heads).plot(pictures_of(tiny), images=[0]))
+    figure = drawn(looked(random_llava, heads).plot(pictures_of(random_llava), images=[0]))
     tops = [round(place.get_window_extent().y1) for place in maps_of(figure)]
     assert len(set(tops)) == 2 and tops == sorted(tops, reverse=True)
     assert [tops.count(top) for top in sorted(set(tops), reverse=True)] == [3, 2]
@@ -164,13 +162,13 @@ def test_many_heads_stand_in_lines_of_about_one_length() -> None:
 
 
 def test_who_looks_is_the_heading() -> None:
-    figure = looked(tiny, source="question").plot(pictures_of(tiny))
+    figure = looked(random_llava, source="question").plot(pictures_of(random_llava))
     assert figure.heading.title.startswith("Attention from question, mean over")
-    assert looked(tiny).plot(pictures_of(tiny), title="here").heading.title == "here"
+    assert looked(random_llava).plot(pictures_of(random_llava), title="here").heading.title == "here"
 
 
 def test_what_is_refused() -> None:
-    found, pictures = looked(tiny), pictures_of(tiny)
+    found, pictures = looked(random_llava), pictures_of(random_llava)
     with pytest.raises(ValueError, match="1 pictures for a row with 2 images"):
         found.plot(pictures[0])
     with pytest.raises(IndexError, match="no image 2"):

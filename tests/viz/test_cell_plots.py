@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from analysis.test_attention import FAMILIES, HEADS, ROW, patches, twin
-from drawn import check_drawing, drawn, groups
+from helpers import random_llava
+from helpers.attention_cases import FAMILIES, HEADS, ROW, patches, twin
+from helpers.figures import check_drawing, drawn, groups
 from matplotlib.colors import to_rgb
 
 from hones_lens.analysis.token_cells import fold_tokens, folded_attention
@@ -50,7 +50,7 @@ def test_a_map_for_each_head_holds_the_folded_pattern(made) -> None:
 
 
 def test_too_many_heads_are_refused() -> None:
-    both, inputs, _ = twin(tiny)
+    both, inputs, _ = twin(random_llava)
     folded = folded_attention(both.model, inputs, HEADS[:1], row=ROW)
     many = replace(folded, heads=((0, 3),) * 17, pattern=folded.pattern.expand(17, -1, -1))
     with pytest.raises(ValueError, match="17 heads can't be drawn at once: take at most 16"):
@@ -86,7 +86,7 @@ def test_tokens_stand_in_their_order_with_the_colour_of_their_value(made, fold: 
 
 
 def test_values_that_do_not_fit_are_refused() -> None:
-    both, inputs, _ = twin(tiny)
+    both, inputs, _ = twin(random_llava)
     cells = fold_tokens(both.model, inputs, row=ROW)
     with pytest.raises(ValueError, match="'median'; valid: sum, mean, max"):
         cell_values(cells, torch.zeros(inputs.input_ids.shape[1]), fold="median")

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from drawn import check_drawing, groups
+from helpers.figures import check_drawing, groups
 from matplotlib.colors import to_hex
 
 from hones_lens.hones.attribution.flow import HeadNeuronFlow, Promoted

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from analysis.test_attention import FAMILIES, ROW, patches, twin
-from drawn import check_drawing, drawn, groups, maps_of
+from helpers import random_llava
+from helpers.attention_cases import FAMILIES, ROW, patches, twin
+from helpers.figures import check_drawing, drawn, groups, maps_of
 from viz.test_attention_plots import pictures_of
 
 from hones_lens import VLMInputs
@@ -83,8 +83,8 @@ def test_the_same_values_in_every_form_that_they_may_have(made) -> None:
 
 
 def test_scales_and_their_bars() -> None:
-    _, inputs, _ = twin(tiny)
-    picture = tiny.make_images(1)[0]
+    _, inputs, _ = twin(random_llava)
+    picture = random_llava.make_images(1)[0]
     values = torch.linspace(0.2, 0.8, 16).view(4, 4)
     limits = {None: (0.0, 0.8), "sequential": (0.2, 0.8), "diverging": (-0.8, 0.8)}
     for scale, expected in limits.items():
@@ -100,9 +100,9 @@ def test_scales_and_their_bars() -> None:
 
 
 def test_dots_where_the_interval_is_away_from_0() -> None:
-    both, inputs, _ = twin(tiny)
-    result = by_position(tiny, interval=True)
-    figure = on_image(result, inputs, tiny.make_images(1)[0], row=0)
+    both, inputs, _ = twin(random_llava)
+    result = by_position(random_llava, interval=True)
+    figure = on_image(result, inputs, random_llava.make_images(1)[0], row=0)
     (place,) = maps_of(figure)
     (dots,) = groups(place, "away")
     left, top, right, bottom = inputs.regions[0][0]
@@ -117,8 +117,8 @@ def test_dots_where_the_interval_is_away_from_0() -> None:
 
 
 def test_what_is_refused() -> None:
-    _, inputs, _ = twin(tiny)
-    picture, grid = tiny.make_images(1)[0], torch.zeros(4, 4)
+    _, inputs, _ = twin(random_llava)
+    picture, grid = random_llava.make_images(1)[0], torch.zeros(4, 4)
     three = Labelled("v", torch.zeros(2, 2, 4, 4), ("layer", "head", "row", "column"))
     refused = {
         "'log'; valid: diverging, sequential": (grid, {"scale": "log"}),

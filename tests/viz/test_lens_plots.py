@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from drawn import groups
+from helpers.figures import groups
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from PIL import Image

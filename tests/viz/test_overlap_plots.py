@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import shared_results as made
+from helpers import example_comparisons as made
 from matplotlib.axes import Axes
 
 from hones_lens.hones.masking import MaskingResult, matched_random_sets

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-import every_view
 import numpy as np
 import pytest
+from helpers import hostile_figures
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -68,12 +68,12 @@ def test_text_and_marks_of_the_palette_stand_out(scheme: int) -> None:
 
 
 def test_the_list_of_views_is_complete() -> None:
-    assert set(every_view.VIEWS) == set(viz.__all__) - NOT_FIGURES
+    assert set(hostile_figures.VIEWS) == set(viz.__all__) - NOT_FIGURES
 
 
-@pytest.mark.parametrize("name", every_view.VIEWS)
+@pytest.mark.parametrize("name", hostile_figures.VIEWS)
 def test_a_view_shows_and_saves_in_light_and_dark(name: str, tmp_path: Path) -> None:
-    figure = every_view.settled(name)
+    figure = hostile_figures.settled(name)
     in_jupyter = figure._repr_html_()
     dark, light = (
         base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^)\"]+)", in_jupyter)
@@ -123,7 +123,7 @@ def test_opacity_is_kept_and_other_colours_too() -> None:
 
 
 def test_an_svg_file_is_light_to_programs_that_know_no_css_and_follows_readers_that_do(tmp_path) -> None:
-    make = every_view.VIEWS["masking_bars"]
+    make = hostile_figures.VIEWS["masking_bars"]
     plain, dark, both, again = (
         make().save(tmp_path / "view.svg", scheme).read_text(encoding="utf-8")
         for scheme in ("light", "dark", None, None)
@@ -139,7 +139,7 @@ def test_an_svg_file_is_light_to_programs_that_know_no_css_and_follows_readers_t
 
 
 def test_files_that_can_not_be_written_are_refused(tmp_path: Path) -> None:
-    figure = every_view.VIEWS["overlap_sizes"]()
+    figure = hostile_figures.VIEWS["overlap_sizes"]()
     for file, scheme, says in (
         ("view.gif", None, r"saved as \.png, \.svg, \.html, \.pdf, not 'view\.gif'"),
         ("view", None, "not 'view'"),
@@ -155,7 +155,7 @@ def test_files_that_can_not_be_written_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", [None, "light", "dark"])
 def test_a_page_has_heading_note_and_colours(scheme: str | None) -> None:
-    figure = every_view.VIEWS["head_heatmap"]()
+    figure = hostile_figures.VIEWS["head_heatmap"]()
     page = theme.page_of(figure, scheme)
     assert figure.heading is not None
     assert "<h1>&lt;b&gt;&amp;task: drop of accuracy without a head</h1>" in page
@@ -169,9 +169,9 @@ def test_a_page_has_heading_note_and_colours(scheme: str | None) -> None:
 @pytest.mark.browser
 def test_browsers_show_figures_in_the_scheme_of_the_page(tmp_path: Path) -> None:
     pytest.importorskip("playwright")
-    from browsing import chromium
+    from helpers.browser import chromium
 
-    figure = every_view.VIEWS["head_heatmap"]()
+    figure = hostile_figures.VIEWS["head_heatmap"]()
     figure.save(tmp_path / "view.svg")
     figure.save(tmp_path / "view.html")
     jupyter = figure._repr_html_()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import shared_results as made
+from helpers import example_comparisons as made
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from analysis.test_attention import FAMILIES, HEADS, ROW, patches, twin
+from helpers import random_llava
+from helpers.attention_cases import FAMILIES, HEADS, ROW, patches, twin
 from PIL import Image
 from viz.test_attention_plots import pictures_of
 
@@ -145,7 +145,7 @@ def test_coloured_tokens_hold_a_value_each(made, fold: str, bundle) -> None:
 
 
 def hostile() -> FoldedAttention:
-    both, inputs, _ = twin(tiny)
+    both, inputs, _ = twin(random_llava)
     folded = folded_attention(both.model, inputs, HEADS, row=ROW)
     names = (*HOSTILE, *folded.cells.names[len(HOSTILE) :])
     return replace(folded, cells=replace(folded.cells, names=names), model_name="<b>&")
@@ -168,13 +168,13 @@ def test_token_text_is_never_markup(bundle) -> None:
 
 
 def test_what_is_refused(bundle) -> None:
-    both, inputs, _ = twin(tiny)
+    both, inputs, _ = twin(random_llava)
     folded = folded_attention(both.model, inputs, HEADS, row=ROW)
     n = len(folded.cells)
     with pytest.raises(IndexError, match=f"there are {n} cells; there is no cell {n}"):
         attention_tokens(folded, source=n)
     with pytest.raises(ValueError, match="1 pictures for a row with 2 images"):
-        attention_tokens(folded, pictures_of(tiny)[0])
+        attention_tokens(folded, pictures_of(random_llava)[0])
     many = 200_000 // n**2 + 1
     large = replace(
         folded, heads=tuple((0, i) for i in range(many)), pattern=folded.pattern[:1].expand(many, -1, -1)
@@ -231,12 +231,12 @@ def test_views_save_as_pages_and_pictures_and_nothing_else(bundle, tmp_path: Pat
 @pytest.mark.browser
 def test_a_dark_page_has_dark_views_whose_text_stands_out(tmp_path: Path) -> None:
     pytest.importorskip("playwright")
-    from browsing import chromium
+    from helpers.browser import chromium
 
     token_views._bundle.cache_clear()
     folded = hostile()
     values = torch.linspace(-1, 1, folded.cells.inputs.input_ids.shape[1])
-    views = (attention_tokens(folded, pictures_of(tiny)), coloured_tokens(folded.cells, values))
+    views = (attention_tokens(folded, pictures_of(random_llava)), coloured_tokens(folded.cells, values))
     for scheme, at in (("light", 0), ("dark", 1)):
         with chromium(color_scheme=scheme, viewport={"width": 900, "height": 700}) as page:
             for view, drawn in zip(views, ("canvas", ".colored-tokens"), strict=True):
@@ -260,13 +260,13 @@ def test_a_dark_page_has_dark_views_whose_text_stands_out(tmp_path: Path) -> Non
 @pytest.mark.browser
 def test_a_browser_without_network_draws_tokens_as_they_are(tmp_path: Path) -> None:
     pytest.importorskip("playwright")
-    from browsing import chromium
+    from helpers.browser import chromium
 
     token_views._bundle.cache_clear()
     folded = hostile()
     values = torch.linspace(-1, 1, folded.cells.inputs.input_ids.shape[1])
-    heads = attention_tokens(folded, pictures_of(tiny)).save(tmp_path / "heads.html")
-    tokens = coloured_tokens(folded.cells, values, pictures_of(tiny)).save(tmp_path / "tokens.html")
+    heads = attention_tokens(folded, pictures_of(random_llava)).save(tmp_path / "heads.html")
+    tokens = coloured_tokens(folded.cells, values, pictures_of(random_llava)).save(tmp_path / "tokens.html")
     with chromium() as page:
         page.context.set_offline(True)
         page.goto(heads.as_uri())

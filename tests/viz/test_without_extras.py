@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from every_view import VIEWS
+from helpers.hostile_figures import VIEWS
 
 # What the extras viz and notebook bring along, by the names under which it is imported.
 EXTRAS = (
@@ -20,16 +20,16 @@ sys.modules.update(dict.fromkeys(sys.argv[1].split()))
 sys.path.insert(0, sys.argv[2])
 
 import torch
-import every_view, viz_results
+from helpers import example_results, hostile_figures
 from hones_lens import explore, viz
 from hones_lens.app.cli import main
 from hones_lens.app.report.report import write_report
 
 assert main(["models"]) == 0
 assert all(getattr(viz, name) for name in viz.__all__)
-print(sum(len(make()._repr_png_()) > 5000 for make in every_view.VIEWS.values()))
-print(write_report(sys.argv[3], [viz_results.run()]).stat().st_size)
-folded = every_view.folded()
+print(sum(len(make()._repr_png_()) > 5000 for make in hostile_figures.VIEWS.values()))
+print(write_report(sys.argv[3], [example_results.run()]).stat().st_size)
+folded = hostile_figures.folded()
 values = torch.zeros(folded.cells.inputs.input_ids.shape[1])
 for ask in (
     lambda: viz.attention_tokens(folded),

@@ -6,10 +6,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from analysis.patching.random_pairs import cached, effect, model_and_pairs, put
+from helpers import random_llava, random_qwen
+from helpers.patching_pairs import cached, effect, model_and_pairs, put
 
 from hones_lens.analysis.patching.agreement import Agreement, atp_against_measured
 from hones_lens.analysis.patching.gradient import attribute_patching
@@ -67,7 +66,7 @@ def test_ties_share_their_rank() -> None:
     assert tied.spearman().value == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+@pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 @pytest.mark.parametrize("what", ["z", "neurons", "k"])
 def test_both_sides_are_of_the_same_components(made: ModuleType, what: str) -> None:
     model, pairs = model_and_pairs(made)
@@ -94,13 +93,13 @@ def test_both_sides_are_of_the_same_components(made: ModuleType, what: str) -> N
 
 
 def test_all_heads_by_default() -> None:
-    model, pairs = model_and_pairs(tiny)
+    model, pairs = model_and_pairs(random_llava)
     both = atp_against_measured(model, pairs, "k", progress=False)
     assert both.components == tuple((layer, head) for layer in range(3) for head in range(2))
 
 
 def test_it_refuses() -> None:
-    model, pairs = model_and_pairs(tiny)
+    model, pairs = model_and_pairs(random_llava)
     with pytest.raises(ValueError, match="resid_pre has no heads or neurons"):
         atp_against_measured(model, pairs, "resid_pre", progress=False)
     with pytest.raises(ValueError, match="head 4 is not in 0 … 3"):

@@ -8,10 +8,9 @@ from dataclasses import replace
 from types import ModuleType
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from analysis.patching.random_pairs import (
+from helpers import random_llava, random_qwen
+from helpers.patching_pairs import (
     D_MLP,
     HEADS,
     KV_HEADS,
@@ -31,9 +30,11 @@ from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import SITES
 from hones_lens.results.statistics import mean_interval
 
-FAMILIES = pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+FAMILIES = pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 EITHER_WAY = pytest.mark.parametrize(
-    ("made", "direction"), [(tiny, "noise"), (tiny_qwen, "denoise")], ids=["llava-noise", "qwen-denoise"]
+    ("made", "direction"),
+    [(random_llava, "noise"), (random_qwen, "denoise")],
+    ids=["llava-noise", "qwen-denoise"],
 )
 SIZES = {"head": HEADS, "kv_head": KV_HEADS, "neuron": D_MLP, None: 1}
 
@@ -197,7 +198,7 @@ def test_of_the_vision_tower_too(made: ModuleType, what: str) -> None:
 
 
 def test_pairs_that_differ_behind_the_vision_tower() -> None:
-    model, pairs = model_and_pairs(tiny_qwen)
+    model, pairs = model_and_pairs(random_qwen)
     embeds = pairs.clean.image_embeds
     assert embeds is not None
     blurred = replace(pairs, corrupted=replace(pairs.clean, image_embeds=embeds + 1))
@@ -221,7 +222,7 @@ def test_integrated_gradients_add_up_to_the_measured_change_of_a_layer(made: Mod
 
 
 def test_other_metrics_have_their_own_derivatives() -> None:
-    model, pairs = model_and_pairs(tiny)
+    model, pairs = model_and_pairs(random_llava)
     name = SITES["z"].name(1)
     theirs, ours = cached(model, pairs.corrupted, name), cached(model, pairs.clean, name)
     logits = [
@@ -253,7 +254,7 @@ def test_batches_change_nothing(made: ModuleType, method: str) -> None:
 
 
 def test_means_have_the_intervals_of_the_bootstrap() -> None:
-    model, pairs = model_and_pairs(tiny_qwen)
+    model, pairs = model_and_pairs(random_qwen)
     options: dict = {"layers": [2, 0], "direction": "noise", "progress": False}
     result = attribute_patching(model, pairs, "neurons", raw=True, **options)
     each = estimate(model, pairs, "neurons", layers=[2, 0])
@@ -280,7 +281,7 @@ def test_a_share_is_of_what_changing_the_input_changes(made: ModuleType) -> None
 
 
 def test_it_leaves_no_trace() -> None:
-    model, pairs = model_and_pairs(tiny)
+    model, pairs = model_and_pairs(random_llava)
     before = [(p.requires_grad, p.grad) for p in model.parameters()]
     with torch.no_grad():
         attribute_patching(model, pairs, "z", progress=False)
@@ -289,7 +290,7 @@ def test_it_leaves_no_trace() -> None:
 
 
 def test_it_refuses() -> None:
-    model, pairs = model_and_pairs(tiny)
+    model, pairs = model_and_pairs(random_llava)
     wrong = (
         ({"what": "heads"}, "unknown activation 'heads'; valid: resid_pre, resid_mid"),
         ({"direction": "up"}, "unknown direction 'up'"),

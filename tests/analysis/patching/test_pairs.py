@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-import tiny
 import torch
-from analysis.patching.random_pairs import model_and_pairs, pictures
+from helpers import random_llava
+from helpers.patching_pairs import model_and_pairs, pictures
 
 import hones_lens as hl
 from hones_lens import HookedVLM, VLMInputs
@@ -94,8 +94,8 @@ def test_some_pairs_and_pairs_the_other_way_round() -> None:
 
 def test_a_corruption_that_leaves_a_row_as_it_is_is_refused() -> None:
     model = shipped("tiny-llava")
-    grey = tiny.Image.new("RGB", (112, 112), (128, 128, 128))
-    other = tiny.make_images(1)[0]
+    grey = random_llava.Image.new("RGB", (112, 112), (128, 128, 128))
+    other = random_llava.make_images(1)[0]
     inputs = model.prepare([other, grey], ["what color is it?"] * 2)
     with pytest.raises(ValueError, match=r"pictures painted .* changes nothing in 'b'"):
         corrupted_by(model, inputs, blank(), [1, 2], ids=["a", "b"])
@@ -111,13 +111,13 @@ def test_a_corruption_that_leaves_a_row_as_it_is_is_refused() -> None:
 
 
 def test_pairs_that_do_not_lie_token_on_token_are_refused() -> None:
-    model, pairs = model_and_pairs(tiny)
+    model, pairs = model_and_pairs(random_llava)
     clean = pairs.clean
-    longer = model.prepare(pictures(tiny, 50), [q + " now?" for q in tiny.QUESTIONS])
+    longer = model.prepare(pictures(random_llava, 50), [q + " now?" for q in random_llava.QUESTIONS])
     ends = (pairs.answer, pairs.foil, pairs.ids)
     with pytest.raises(ValueError, match="a pair needs tokens in the same places"):
         PatchPairs(clean, longer, *ends)
-    moved = model.prepare([pictures(tiny, 0)[i] for i in (0, 2, 1)], list(tiny.QUESTIONS))
+    moved = model.prepare([pictures(random_llava, 0)[i] for i in (0, 2, 1)], list(random_llava.QUESTIONS))
     shape = clean.input_ids.shape
     other = clean[[0, 2, 1]]
     assert other.input_ids.shape == shape != moved.input_ids.shape
@@ -128,13 +128,13 @@ def test_pairs_that_do_not_lie_token_on_token_are_refused() -> None:
     with pytest.raises(ValueError, match="2 entries of answer for 3 pairs"):
         corrupted_by(model, clean, blank(), [1, 2])
     with pytest.raises(ValueError, match="needs words of equal length"):
-        one = model.prepare(pictures(tiny, 0)[0], "what color is it?")
+        one = model.prepare(pictures(random_llava, 0)[0], "what color is it?")
         corrupted_by(model, one, token_swap("color", "zog"), [1])
 
 
 def test_answers_that_are_the_same_and_pairs_without_a_foil() -> None:
     model = shipped("tiny-llava")
-    inputs = model.prepare(tiny.make_images(1)[0], "what color is it?")
+    inputs = model.prepare(random_llava.make_images(1)[0], "what color is it?")
     with pytest.raises(ValueError, match="pair 'x': no token tells its two answers apart"):
         told_apart(model, inputs, inputs, [([5, 6], [5, 6])], ("x",))
     made = told_apart(model, inputs, inputs, [([5], [5, 6])], ("x",))
@@ -147,7 +147,7 @@ def test_answers_that_are_the_same_and_pairs_without_a_foil() -> None:
 
 
 def test_metrics() -> None:
-    _, pairs = model_and_pairs(tiny)
+    _, pairs = model_and_pairs(random_llava)
     logits, clean = torch.randn(3, 200), torch.randn(3, 200)
     probabilities = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
     was = clean.double().exp() / clean.double().exp().sum(-1, keepdim=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from analysis.patching.random_pairs import (
+from helpers import random_llava, random_qwen
+from helpers.patching_pairs import (
     D_MLP,
     HEADS,
     KV_HEADS,
@@ -28,7 +27,7 @@ from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.path import path_patching, path_patching_matrix
 from hones_lens.analysis.patching.receivers import every_receiver
 
-FAMILIES = pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+FAMILIES = pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 DIRECTIONS = pytest.mark.parametrize("direction", ["noise", "denoise"])
 THROUGH = pytest.mark.parametrize("through_mlps", [False, True], ids=["stream", "mlps"])
 WHOLE = slice(None)
@@ -214,7 +213,7 @@ def test_the_matrix_has_every_single_path(made: ModuleType) -> None:
 
 
 def test_lasting_hooks_are_kept_or_refused() -> None:
-    model, pairs = model_and_pairs(tiny_qwen)
+    model, pairs = model_and_pairs(random_qwen)
     plain = along(model, pairs, [(0, 1)])
     with model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: 2 * x)]):
         assert (along(model, pairs, [(0, 1)]) - plain).abs().max() > 1e-3
@@ -228,7 +227,7 @@ def test_lasting_hooks_are_kept_or_refused() -> None:
 
 
 def test_it_refuses() -> None:
-    model, pairs = model_and_pairs(tiny)
+    model, pairs = model_and_pairs(random_llava)
     wrong = (
         ([], "logits", "at least one head"),
         ([(0, 1), (0, 1)], "logits", "each once"),

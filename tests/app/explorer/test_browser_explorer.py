@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import ROOT, chromium, exploring, jupyterlab, run_all
-from explored import views
+from helpers.browser import ROOT, chromium, exploring, jupyterlab, run_all
+from helpers.explorer_views import views
 
 from hones_lens.app.explorer.page import html, write_page
 

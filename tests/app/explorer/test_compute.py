@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
+from helpers import random_llava, random_qwen
 
 from hones_lens import HookedVLM
 from hones_lens.app.explorer import compute
@@ -18,12 +17,12 @@ EDITS = (Edit("head", 0, 1), Edit("neuron", 1, 3, 2.5))
 
 @pytest.fixture(params=["llava", "qwen"], scope="module")
 def model(request: pytest.FixtureRequest) -> HookedVLM:
-    return (tiny.make_pair if request.param == "llava" else tiny_qwen.make_pair)()[1]
+    return (random_llava.make_pair if request.param == "llava" else random_qwen.make_pair)()[1]
 
 
 @pytest.fixture(scope="module")
 def said(model: HookedVLM) -> Said:
-    inputs = model.prepare(tiny.make_images(1), tiny.QUESTIONS[0])
+    inputs = model.prepare(random_llava.make_images(1), random_llava.QUESTIONS[0])
     return compute.say(model, inputs, max_new_tokens=4)
 
 
@@ -51,7 +50,7 @@ def test_the_answer_is_the_models_own(model: HookedVLM, said: Said) -> None:
     assert torch.equal(said.sequence.input_ids[0, said.first + 1 :], said.answer[:-1])
     assert [said.step(p) for p in (0, said.first, said.first + 1)] == [0, 0, 1]
     with pytest.raises(ValueError, match="one prompt, not 3"):
-        compute.say(model, tiny.mixed_batch(model), 2)
+        compute.say(model, random_llava.mixed_batch(model), 2)
 
 
 def test_activations_are_those_of_the_cache(model: HookedVLM, said: Said, edits, ran: Pass) -> None:

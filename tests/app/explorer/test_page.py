@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from explored import views
+from helpers.explorer_views import views
 
 from hones_lens.app.explorer import page
 from hones_lens.app.explorer.state import Edit

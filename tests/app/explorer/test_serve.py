@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from explored import example, views
+from helpers.explorer_views import example, views
 
 from hones_lens.app.cli import main
 from hones_lens.app.explorer import serve as serving
@@ -116,7 +116,7 @@ def test_what_is_not_given_is_of_the_shapes_world() -> None:
 def test_without_the_extra_the_command_says_at_once_which_to_install(missing: str) -> None:
     code = f"import sys; sys.modules['{missing}'] = None; from hones_lens.app.cli import main; "
     run = [sys.executable, "-c", f"{code}print(main(['explore']), 'torch' in sys.modules)"]
-    found = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
+    found = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[3], timeout=60)
     assert (found.stdout, found.stderr) == ("1 False\n", f"hones: {EXTRA}\n")
 
 

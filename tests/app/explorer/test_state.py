@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
 import torch
+from helpers import random_llava
 
 from hones_lens.app.explorer.state import Edit, State
 
@@ -22,10 +22,10 @@ def test_edits_replace_each_other_and_are_undone() -> None:
 
 
 def test_interventions_name_their_hooks_and_go_into_the_model() -> None:
-    _, model = tiny.make_pair()
+    _, model = random_llava.make_pair()
     state = START.edited("head", (0, 1), 0.0).edited("neuron", (1, 2), None)
     assert [name for name, _ in state.interventions] == ["blocks.0.attn.hook_z", "blocks.1.mlp.hook_post"]
-    inputs = tiny.mixed_batch(model)
+    inputs = random_llava.mixed_batch(model)
     _, cache = model.run_with_cache(inputs, names_filter=[name for name, _ in state.interventions])
     z, post = cache["blocks.0.attn.hook_z"].clone(), cache["blocks.1.mlp.hook_post"].clone()
     z[:, :, 1] = 0
@@ -75,7 +75,7 @@ def test_what_is_no_state_is_refused(broken: dict) -> None:
     ],
 )
 def test_what_the_model_does_not_have_is_refused(state: State, says: str) -> None:
-    _, model = tiny.make_pair()
+    _, model = random_llava.make_pair()
     with pytest.raises(ValueError, match=says):
         state.check(model.cfg, 9)
     START.check(model.cfg, 9)

@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import viz_results
-from explored import example, prompt, shipped, views
+from helpers import example_results
+from helpers.explorer_views import example, prompt, shipped, views
 from PIL import Image
 
 from hones_lens.app.explorer.state import Edit
@@ -98,7 +98,7 @@ def test_the_map_is_of_direct_effects_or_of_the_scores_given(one: Views) -> None
     direction = every[one.said.answer[0]] - every.mean(0)
     torch.testing.assert_close(scores.flatten(), (stack @ direction).detach(), atol=1e-4, rtol=1e-3)
     assert start.head == divmod(int(scores.argmax()), 8)
-    given = viz_results.heads((4, 8))
+    given = example_results.heads((4, 8))
     other = views(one.model.cfg.model_name, heads=given)
     torch.testing.assert_close(
         torch.tensor(other.section("map", other.start())["scores"]), given.scores.float()
@@ -108,7 +108,7 @@ def test_the_map_is_of_direct_effects_or_of_the_scores_given(one: Views) -> None
 
 def test_scores_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match=r"head scores \(3, 8\) for a model of \(4, 8\) heads"):
-        views(heads=viz_results.heads((3, 8)))
+        views(heads=example_results.heads((3, 8)))
 
 
 def test_a_neurons_tokens_and_activation(one: Views) -> None:

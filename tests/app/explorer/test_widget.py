@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from explored import example, prompt, shipped
+from helpers.explorer_views import example, prompt, shipped
 
 import hones_lens
 from hones_lens.app.explorer.explore import explore

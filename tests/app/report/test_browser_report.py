@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import shared_results
-import viz_results as made
 from app.report import test_patch_sections as patched, test_run_examples as looked
+from helpers import example_comparisons, example_results as made
 from PIL import Image
 
 from hones_lens.app.report.report import write_report
 from hones_lens.app.report.run_view import RunView
 
 pytest.importorskip("playwright")
-from browsing import chromium
+from helpers.browser import chromium
 
 pytestmark = pytest.mark.browser
 OPENINGS = 5
@@ -80,16 +79,16 @@ CONTRAST = """() => {
 def several() -> list[RunView]:
     """Two tasks with every view, what they share, and patching by position and by head."""
     examples = [looked.example(), looked.example(prompt="<image> which one?")]
-    whole = {"examples": examples, "flow": looked.flow(), "lenses": {"vqa": shared_results.lens()}}
-    whole |= {"steering": {"learned and measured on shapes": shared_results.steering()}}
+    whole = {"examples": examples, "flow": looked.flow(), "lenses": {"vqa": example_comparisons.lens()}}
+    whole |= {"steering": {"learned and measured on shapes": example_comparisons.steering()}}
     across = RunView(
         "tiny-llava · four tasks",
         "tiny-llava",
         "all",
         "",
-        overlap=shared_results.shared(),
-        groups=shared_results.groups(),
-        effects={"shapes": shared_results.effects()},
+        overlap=example_comparisons.shared(),
+        groups=example_comparisons.groups(),
+        effects={"shapes": example_comparisons.effects()},
     )
     positions = patched.run(patched.view(patched.result(("layer", "position"), (4, 21))))
     heads = patched.run(patched.view(patched.result(("layer", "head", "group"), (4, 8, 3)), what="z"))

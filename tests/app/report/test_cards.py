@@ -9,8 +9,8 @@ import re
 import numpy as np
 import pytest
 import torch
-import viz_results as made
 from app.report.test_report import written
+from helpers import example_results as made
 from PIL import Image
 
 from hones_lens.app.report.cards import attention_uri, example_card, pair_card

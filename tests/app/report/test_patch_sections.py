@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import viz_results as made
 from app.report.test_report import value, written
-from drawn import maps_of
+from helpers import example_results as made
+from helpers.figures import maps_of
 
 from hones_lens.app.report import patch_sections
 from hones_lens.app.report.run_view import PairView, PatchView, RunView

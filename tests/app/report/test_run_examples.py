@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import shared_results
 import torch
-import viz_results as made
 from app.report.test_report import Page, written
+from helpers import example_comparisons, example_results as made
 from PIL import Image
 
 from hones_lens.analysis.lens.table import LogitLens, Place
@@ -192,7 +191,8 @@ def test_a_folder_of_patching(tmp_path: Path, changes, title: str, pairs: str) -
 def test_lenses_by_task(tmp_path: Path) -> None:
     run = Run(tmp_path / "overlap", {"model": "tiny-llava", "tasks": ["vqa", "ocr"]})
     deltas = {
-        task: replace(shared_results.lens(), task=task, n_neurons=n) for task, n in (("vqa", 3), ("ocr", 5))
+        task: replace(example_comparisons.lens(), task=task, n_neurons=n)
+        for task, n in (("vqa", 3), ("ocr", 5))
     }
     for task, delta in deltas.items():
         delta.save(run.path(f"lens-{task}.json"))

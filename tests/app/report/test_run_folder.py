@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import shared_results as made
-import viz_results
+from helpers import example_comparisons as made, example_results
 
 from hones_lens.app.report.run_folder import read_view
 from hones_lens.app.runs.folder import Run
@@ -20,10 +19,10 @@ def start(folder, **settings) -> Run:
 
 def test_a_folder_of_one_task(tmp_path):
     run = start(tmp_path / "vqa", task="vqa")
-    viz_results.neurons().save(run.path("neurons.json"))
-    save_masking(run.path("masking.json"), viz_results.curve())
+    example_results.neurons().save(run.path("neurons.json"))
+    save_masking(run.path("masking.json"), example_results.curve())
     places = [(method, size) for method in ("direct", "random") for size in (7, 15, 76)]
-    others = [viz_results.masking(0.9, -0.3, method=method, n_neurons=size) for method, size in places]
+    others = [example_results.masking(0.9, -0.3, method=method, n_neurons=size) for method, size in places]
     save_masking(run.path("others.json"), others)
     made.held_out().save(run.path("heads-held-out.json"))
     made.lens().save(run.path("lens.json"))
@@ -34,11 +33,11 @@ def test_a_folder_of_one_task(tmp_path):
     view = read_view(run.folder)
     assert (view.title, view.task, view.metric_name) == ("tiny-llava · vqa", "vqa", "accuracy")
     assert (
-        view.masking == viz_results.curve()
+        view.masking == example_results.curve()
         and view.held_out == made.held_out()
         and view.lenses == {"vqa": made.lens()}
     )
-    chosen = viz_results.neurons().count()
+    chosen = example_results.neurons().count()
     assert {name: r.n_neurons for name, r in view.others.items()} == {"direct": chosen, "random": chosen}
     assert {label: len(table.example_ids) for label, table in view.steering.items()} == {
         "learned and measured on shapes": 50,

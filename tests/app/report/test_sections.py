@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import shared_results as made
-import viz_results
 from app.report.test_report import Page, value, written
+from helpers import example_comparisons as made, example_results
 
 from hones_lens.analysis.lens.difference import LensToken
 from hones_lens.app.report.run_view import RunView
@@ -25,7 +24,7 @@ def one_task() -> RunView:
         "learned and measured on shapes": made.steering(),
         "learned on shapes, measured on shapes-shifted": made.steering(n=50),
     }
-    return viz_results.run(held_out=made.held_out(), steering=tables, lenses={"vqa": made.lens()})
+    return example_results.run(held_out=made.held_out(), steering=tables, lenses={"vqa": made.lens()})
 
 
 def across() -> RunView:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 
 import pytest
-import viz_results as made
+from helpers import example_results as made
+from helpers.example_comparisons import held_out
 from rich.console import Console
-from shared_results import held_out
 
 from hones_lens.app.report.run_view import RunView
 from hones_lens.app.report.terminal import print_summary

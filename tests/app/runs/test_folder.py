@@ -3,13 +3,27 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_world import untrained
+import torch
 
 from hones_lens.app.report.run_folder import read_run
 from hones_lens.app.runs.folder import Journal, Run, examples_hash, weights_hash
+from hones_lens.app.tiny import tiny_llava
 from hones_lens.data.loading import load_examples
 from hones_lens.hones.attribution.heads import localize_heads
+from hones_lens.model.hooked_vlm import HookedVLM
 from hones_lens.tasks.registry import load_task
+
+
+def untrained(seed: int = 0) -> HookedVLM:
+    """tiny-llava before training, with weights large enough for interventions to show."""
+    torch.manual_seed(seed)
+    processor = tiny_llava.build_processor()
+    model = tiny_llava.build_model(processor).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2)
+    return HookedVLM.from_hf(model, processor)
 
 
 def test_settings_and_versions_are_written(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import viz_results as made
+from helpers import example_results as made
 
 import hones_lens as hl
 from hones_lens.app.cli import main

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.real_formats import hones_path
+from helpers.dataset_files import hones_path
 
 from hones_lens import HookedVLM, load_examples
 from hones_lens.app.report.reproduction import Reproduction

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import viz_results as made
+from helpers import example_results as made
 
 import hones_lens as hl
 from hones_lens.app.report.run_folder import read_view

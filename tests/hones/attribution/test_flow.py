@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hones.attribution.build import FAMILIES, examples_of, fresh_pair, hf_layers, pair
-from hones.attribution.test_neurons import WEIGHTS, critical_heads
+from helpers.hf_task_loops import FAMILIES, WEIGHTS, critical_heads, examples_of, fresh_pair, hf_layers, pair
 
 from hones_lens.hones.attribution.attribute import attribute_neurons
 from hones_lens.hones.attribution.flow import HeadNeuronFlow, head_neuron_flow

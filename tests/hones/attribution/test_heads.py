@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hones.attribution.build import (
+from helpers.hf_task_loops import (
     ALL_TASKS,
     FAMILIES,
     N_HEADS,
@@ -22,7 +22,7 @@ from hones.attribution.build import (
     pair,
     plain_examples,
 )
-from tiny import make_config, make_pair
+from helpers.random_llava import make_config, make_pair
 
 from hones_lens.hones.attribution.gradients import first_order_falls
 from hones_lens.hones.attribution.head_scores import HeadScores, significant_heads

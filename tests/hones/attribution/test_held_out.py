@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hones.attribution.build import N_HEADS, N_LAYERS, examples_of, pair
+from helpers.hf_task_loops import N_HEADS, N_LAYERS, examples_of, pair
 
 from hones_lens.hones.attribution.head_scores import HeadScores, significant_heads
 from hones_lens.hones.attribution.heads import localize_heads

@@ -6,15 +6,16 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
-from hones.attribution.build import (
+from helpers.hf_task_loops import (
     ALL_TASKS,
     D_MLP,
     FAMILIES,
     N_LAYERS,
+    WEIGHTS,
+    critical_heads,
     examples_of,
     fresh_pair,
     hf_input_hook,
@@ -28,34 +29,9 @@ from hones_lens.data.examples import Example
 from hones_lens.engine import sweep
 from hones_lens.hones.attribution import neurons
 from hones_lens.hones.attribution.attribute import attribute_neurons
-from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.attribution.neurons import target_directions, write_in
 from hones_lens.tasks.registry import load_task
-
-WEIGHTS = {(0, 1): 0.5, (1, 3): 0.2, (2, 0): 0.1, (1, 0): -0.3, (0, 2): 0.0}
-
-
-@cache
-def critical_heads(task: str = "vqa", top_k: int = 3, family: str = "llava") -> HeadScores:
-    """Heads as if localized: three with a positive w, one with a negative one."""
-    _, model = pair(family)
-    scores = torch.full((N_LAYERS, model.cfg.n_heads), -1.0, dtype=torch.float64)
-    for cell, weight in WEIGHTS.items():
-        scores[cell] = weight
-    return HeadScores(
-        task=task,
-        metric_name="metric",
-        intervention="replace_with_other_heads_mean",
-        model_name=model.cfg.model_name,
-        scores=scores,
-        drops=scores[..., None],
-        baseline=1.0,
-        base_scores=torch.ones(1, dtype=torch.float64),
-        example_ids=("a",),
-        kinds=("",),
-        top_k=top_k,
-    )
 
 
 def loop_direction(

@@ -8,10 +8,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Twin
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Twin
 from torch import Tensor
 
 import hones_lens as hl
@@ -34,7 +33,7 @@ def drawn() -> list:
     return hl.counterfactual_pairs("vqa", limit=3)
 
 
-@pytest.mark.parametrize("made", [tiny, tiny_qwen], ids=["llava", "qwen"])
+@pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 @pytest.mark.parametrize("positions", ["all", "last"])
 def test_equals_a_naive_loop_on_hf(made: ModuleType, positions: str) -> None:
     twin, examples = twin_of(made), drawn()
@@ -70,7 +69,7 @@ def test_equals_a_naive_loop_on_hf(made: ModuleType, positions: str) -> None:
 
 
 def test_it_saves_loads_and_takes_pairs_that_are_prepared(tmp_path) -> None:
-    twin, examples = twin_of(tiny), drawn()
+    twin, examples = twin_of(random_llava), drawn()
     pairs = counterfactual(twin.model, examples, "vqa")
     options = {"intervention": "patch", "progress": False, "top_k": 2}
     found = localize_heads(twin.model, "vqa", pairs=pairs, **options)
@@ -98,7 +97,7 @@ def test_it_saves_loads_and_takes_pairs_that_are_prepared(tmp_path) -> None:
     ],
 )
 def test_refusals(options: dict, says: str) -> None:
-    model = twin_of(tiny).model
+    model = twin_of(random_llava).model
     made = {
         "drawn": drawn,
         "others": lambda: hl.load_examples("shapes", "vqa", "dev", 3),
@@ -111,7 +110,7 @@ def test_refusals(options: dict, says: str) -> None:
 
 
 def test_pairs_without_a_foil_are_refused() -> None:
-    twin = twin_of(tiny)
+    twin = twin_of(random_llava)
     pairs = counterfactual(twin.model, drawn(), "vqa")
     half = PatchPairs(pairs.clean, pairs.corrupted, pairs.answer, None, pairs.ids)
     with pytest.raises(ValueError, match="no foil"):

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hones.attribution.build import (
+from helpers.hf_scaled_neurons import CHOSEN, QUIET, hf_scaled
+from helpers.hf_task_loops import (
     ALL_TASKS,
     examples_of,
     hf_log_prob,
     hf_prediction,
     pair,
 )
-from hones.steering.scaled import CHOSEN, QUIET, hf_scaled
 
 from hones_lens.data.loading import load_examples
 from hones_lens.engine import sweep

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hones.attribution.build import (
+from helpers.hf_scaled_neurons import CHOSEN, FAST, QUIET, hf_scaled
+from helpers.hf_task_loops import (
     D_MLP,
     FAMILIES,
     N_LAYERS,
@@ -21,7 +22,6 @@ from hones.attribution.build import (
     pair,
     plain_examples,
 )
-from hones.steering.scaled import CHOSEN, FAST, QUIET, hf_scaled
 from torch import Tensor
 
 from hones_lens.data.loading import load_examples

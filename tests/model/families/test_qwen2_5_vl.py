@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
+from helpers import random_llava, random_qwen
 from PIL import Image
 from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
@@ -20,8 +19,8 @@ from hones_lens.model.loading import load_hf_model
 
 class Pair:
     def __init__(self, seed: int = 2, **config):
-        self.hf, self.model = tiny_qwen.make_pair(tiny_qwen.make_config(**config), seed)
-        self.inputs = tiny_qwen.mixed_batch(self.model)
+        self.hf, self.model = random_qwen.make_pair(random_qwen.make_config(**config), seed)
+        self.inputs = random_qwen.mixed_batch(self.model)
 
     def logits(self, inputs: VLMInputs | None = None) -> Tensor:
         self.hf.model.rope_deltas = None
@@ -109,8 +108,8 @@ def test_vision_edits_are_those_of_hf(pair: Pair, name: str, layer: int) -> None
         handle = module.register_forward_hook(lambda module, args, out: out + wanted)
     expected = pair.logits()
     handle.remove()
-    assert tiny.largest_difference(found, expected, pair.inputs) <= 5e-5
-    assert tiny.largest_difference(found, pair.logits(), pair.inputs) >= 1e-3
+    assert random_llava.largest_difference(found, expected, pair.inputs) <= 5e-5
+    assert random_llava.largest_difference(found, pair.logits(), pair.inputs) >= 1e-3
 
 
 def test_a_patch_reaches_its_window_and_no_other(pair: Pair) -> None:
@@ -174,7 +173,7 @@ def test_an_edited_pattern_counts_in_both_kinds_of_blocks(pair: Pair) -> None:
 def test_padding_of_the_tower_changes_nothing(pair: Pair) -> None:
     """Every image alone gives the embeddings that it has beside a larger one."""
     encoded = pair.model.with_image_embeds(pair.inputs).image_embeds
-    pictures = tiny_qwen.make_images()
+    pictures = random_qwen.make_images()
     alone = [
         pair.model.with_image_embeds(pair.model.prepare(picture, "Look.")).image_embeds
         for picture in pictures
@@ -253,8 +252,8 @@ def test_positions_of_ones_own(pair: Pair) -> None:
     with torch.no_grad():
         ours = pair.model(given)
         expected = pair.hf(**given).logits
-    assert tiny.largest_difference(ours, expected, pair.inputs) <= 2e-5
-    assert tiny.largest_difference(ours, pair.logits(), pair.inputs) > 1e-3
+    assert random_llava.largest_difference(ours, expected, pair.inputs) <= 2e-5
+    assert random_llava.largest_difference(ours, pair.logits(), pair.inputs) > 1e-3
 
 
 # -- inputs --------------------------------------------------------------------------------------
@@ -307,7 +306,7 @@ def test_rows_keep_their_own_patches(pair: Pair) -> None:
 
 
 def test_chat_format_of_qwen_where_the_checkpoint_has_none(pair: Pair) -> None:
-    model = HookedVLM.from_hf(pair.hf, tiny_qwen.make_processor(pair.hf.config))
+    model = HookedVLM.from_hf(pair.hf, random_qwen.make_processor(pair.hf.config))
     model.processor.chat_template = model.tokenizer.chat_template = None
     text = model.render("is it red?", [3])
     assert text == (
@@ -324,10 +323,10 @@ def test_what_hugging_faces_processor_makes(pair: Pair) -> None:
     parts = pair.model.processor
     theirs = object.__new__(Qwen2_5_VLProcessor)
     theirs.image_processor, theirs.image_token = parts.image_processor, "<|image_pad|>"
-    pictures = tiny_qwen.make_images()
+    pictures = random_qwen.make_images()
     made = parts.image_processor(images=pictures, return_tensors="pt")
     texts, done = [], 0
-    for question, n in zip(tiny.QUESTIONS, (1, 2, 0), strict=True):
+    for question, n in zip(random_llava.QUESTIONS, (1, 2, 0), strict=True):
         shown = "".join(
             f"<|vision_start|>{theirs.replace_image_token(made, done + i)}<|vision_end|>" for i in range(n)
         )
@@ -398,7 +397,7 @@ def test_video_is_refused(pair: Pair) -> None:
     ],
 )
 def test_config_values_that_are_not_handled(part: str, key: str, value) -> None:
-    hf = tiny_qwen.make_hf()
+    hf = random_qwen.make_hf()
     setattr(getattr(hf.config, part), key, value)
     wanted = "mrope_section" if value and isinstance(value, dict) and "mrope_section" in value else key
     wanted = "rope_type" if isinstance(value, dict) and value["rope_type"] == "dynamic" else wanted
@@ -411,25 +410,25 @@ def test_config_values_that_are_not_handled(part: str, key: str, value) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_shared_and_the_hf_model_is_unchanged(tied: bool) -> None:
-    config = tiny_qwen.make_config(text={"tie_word_embeddings": tied}, tie_word_embeddings=tied)
-    hf = tiny_qwen.make_hf(config)
+    config = random_qwen.make_config(text={"tie_word_embeddings": tied}, tie_word_embeddings=tied)
+    hf = random_qwen.make_hf(config)
     before = {name: p.clone() for name, p in hf.named_parameters()}
-    model = HookedVLM.from_hf(hf, tiny_qwen.make_processor(config))
+    model = HookedVLM.from_hf(hf, random_qwen.make_processor(config))
     storages = {p.untyped_storage().data_ptr() for p in hf.parameters()}
     for name, parameter in model.named_parameters():
         assert parameter.untyped_storage().data_ptr() in storages, name
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in hf.parameters())
-    model(tiny_qwen.mixed_batch(model))
+    model(random_qwen.mixed_batch(model))
     for name, p in hf.named_parameters():
         assert torch.equal(p, before[name]), name
 
 
 def test_a_folder_saved_by_hugging_face_passes_the_check(tmp_path: Path) -> None:
-    hf = tiny_qwen.make_hf(seed=3)
+    hf = random_qwen.make_hf(seed=3)
     hf.save_pretrained(tmp_path)
-    tiny_qwen.make_processor(hf.config).save_pretrained(str(tmp_path))
+    random_qwen.make_processor(hf.config).save_pretrained(str(tmp_path))
     theirs, processor = load_hf_model(str(tmp_path))
-    assert processor.image_processor.patch_size == tiny_qwen.PATCH
+    assert processor.image_processor.patch_size == random_qwen.PATCH
     checks = check_model(HookedVLM.from_hf(theirs, processor), theirs, max_new_tokens=4)
     assert not [f"{check.name}: {check.figure}" for check in checks if not check.passed]
     model = HookedVLM.from_pretrained(str(tmp_path), min_pixels=196 * 4, max_pixels=196 * 9)

@@ -136,3 +136,12 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor, inputs: VLMInputs) -> f
     """Largest absolute difference at the positions that are not padding."""
     tokens = inputs.attention_mask.bool()
     return (a - b)[tokens].abs().max().item()
+
+
+def rows_equal(a: VLMInputs, b: VLMInputs) -> None:
+    for name, value in vars(a).items():
+        other = getattr(b, name)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other), name
+        else:
+            assert value == other, name

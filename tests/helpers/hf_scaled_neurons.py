@@ -6,9 +6,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from hones.attribution.build import D_MLP, hf_input_hook, hf_layers
 from torch import Tensor
 
+from helpers.hf_task_loops import D_MLP, hf_input_hook, hf_layers
 from hones_lens.hones.steering.config import SteeringConfig
 
 CHOSEN = [(1, 5), (2, 0), (1, 7), (2, 11), (2, 19)]

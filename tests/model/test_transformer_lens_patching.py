@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hf_patches import ALL_POS, BY_POS, Case, log_prob, per_example, scalar
+from helpers.hf_patching import ALL_POS, BY_POS, Case, log_prob, per_example, scalar
 from torch import Tensor
 from transformer_lens import patching
 from transformer_lens.utilities.statistics import derive_generator

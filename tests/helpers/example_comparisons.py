@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from viz_results import masking
 
+from helpers.example_results import masking
 from hones_lens.analysis.lens.difference import LensToken
 from hones_lens.hones.attribution.held_out import HeldOutHead, HeldOutHeads
 from hones_lens.hones.overlap.group_masking import GroupMasking

@@ -5,10 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Twin, at
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Twin, at
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.tools.analysis import logit_lens
@@ -51,14 +50,14 @@ class Run:
         torch.testing.assert_close(found[self.real], expected[self.real], atol=atol, rtol=1e-5)
 
 
-@pytest.fixture(scope="module", params=[tiny, tiny_qwen])
+@pytest.fixture(scope="module", params=[random_llava, random_qwen])
 def run(request: pytest.FixtureRequest) -> Run:
     return Run(request.param)
 
 
 @pytest.fixture(scope="module")
 def llava() -> Run:
-    return Run(tiny)
+    return Run(random_llava)
 
 
 @pytest.fixture(autouse=True)
@@ -343,7 +342,7 @@ def test_there_are_no_biases_to_accumulate(run: Run) -> None:
 
 def test_accumulated_biases_of_blocks_that_have_some() -> None:
     """No LLaMA has them; a family that does must add them up in this order."""
-    model = tiny.make_pair()[1]
+    model = random_llava.make_pair()[1]
     for i, block in enumerate(model.blocks):
         block.attn.o.bias = torch.nn.Parameter(torch.full((D_MODEL,), 10.0**i))
         block.mlp.down.bias = torch.nn.Parameter(torch.full((D_MODEL,), 2 * 10.0**i))

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import itertools
 
-import tiny
-import tiny_qwen
 import torch
-from hf_twin import Step, Twin
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from helpers import random_llava, random_qwen
+from helpers.hf_twin import Step, Twin
 from hones_lens import VLMInputs
 
 GOOD, BAD = 11, 12  # two tokens whose logits are compared
 CONFIGS = {
     "llava": (
-        tiny,
+        random_llava,
         {
             "text": {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
             "vision": {"image_size": 14, "num_hidden_layers": 2},
         },
     ),
-    "qwen, gqa": (tiny_qwen, {"text": {"num_hidden_layers": 2}, "vision": {"depth": 2}}),
-    "qwen, mha": (tiny_qwen, {"text": {"num_hidden_layers": 2, "num_key_value_heads": 4}}),
+    "qwen, gqa": (random_qwen, {"text": {"num_hidden_layers": 2}, "vision": {"depth": 2}}),
+    "qwen, mha": (random_qwen, {"text": {"num_hidden_layers": 2, "num_key_value_heads": 4}}),
 }
 BY_POS = ("attn_head_out", "attn_head_q", "attn_head_k", "attn_head_v")
 ALL_POS = (*BY_POS, "attn_head_pattern")
@@ -69,7 +68,7 @@ class Case:
 
     def _inputs(self, seed: int, words: list[int]) -> VLMInputs:
         cfg = self.model.cfg
-        made = self.model.process_images(tiny.make_images(2, seed, (14, 14)))
+        made = self.model.process_images(random_llava.make_images(2, seed, (14, 14)))
         image = [cfg.image_token_id] * made[1][0]
         rows = [[5, *image, *words[:3]], [5, *image, *words[1:3]], [5, 6, *words]]
         width = max(map(len, rows))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
-import tiny
 import torch
 from torch import Tensor
 
+from helpers import random_llava
 from hones_lens import HookedVLM, VLMInputs
 from hones_lens.analysis.patching.pairs import PatchPairs
 
@@ -22,7 +22,8 @@ def model_and_pairs(made: ModuleType) -> tuple[HookedVLM, PatchPairs]:
     """A model with GQA, and pairs of three lengths: one picture, two, one; the corrupted ones are others."""
     model: HookedVLM = made.make_pair(made.make_config(text={"num_key_value_heads": KV_HEADS}), seed=21)[1]
     clean, corrupted = (
-        model.with_image_embeds(model.prepare(pictures(made, seed), list(tiny.QUESTIONS))) for seed in (0, 50)
+        model.with_image_embeds(model.prepare(pictures(made, seed), list(random_llava.QUESTIONS)))
+        for seed in (0, 50)
     )
     return model, PatchPairs(
         clean, corrupted, torch.tensor([5, 9, 60]), torch.tensor([7, 100, 3]), ("a", "b", "c")
@@ -30,7 +31,7 @@ def model_and_pairs(made: ModuleType) -> tuple[HookedVLM, PatchPairs]:
 
 
 def pictures(made: ModuleType, seed: int) -> list:
-    one, two, three = made.make_images(3, seed) if made is tiny else made.make_images(seed)
+    one, two, three = made.make_images(3, seed) if made is random_llava else made.make_images(seed)
     return [one, [two, three], two]
 
 

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
-import shared_results as shared
-import tiny
 import torch
-import viz_results as made
-from analysis.test_attention import HEADS, ROW, twin
 from PIL import Image
 
+from helpers import example_comparisons as shared, example_results as made, random_llava
+from helpers.attention_cases import HEADS, ROW, twin
 from hones_lens import viz
 from hones_lens.analysis.attention import HeadAttention, head_attention
 from hones_lens.analysis.lens.table import LogitLens, Place
@@ -32,7 +30,7 @@ def random(seed: int, *shape: int) -> torch.Tensor:
 
 def pictures() -> list[Image.Image]:
     """Those of row 1 of the tiny LLaVA's batch."""
-    return tiny.make_images(3)[1:]
+    return random_llava.make_images(3)[1:]
 
 
 def with_ends(what: str, axes: tuple[str, ...], shape: tuple[int, ...], **labels: tuple) -> Labelled:
@@ -68,20 +66,20 @@ def flow() -> HeadNeuronFlow:
 
 @cache
 def attention() -> HeadAttention:
-    both, inputs, _ = twin(tiny)
+    both, inputs, _ = twin(random_llava)
     return replace(head_attention(both.model, inputs, HEADS, row=ROW), source="position 3, <image>")
 
 
 @cache
 def folded() -> FoldedAttention:
-    both, inputs, _ = twin(tiny)
+    both, inputs, _ = twin(random_llava)
     found = folded_attention(both.model, inputs, HEADS[:1], row=ROW)
     names = (*HOSTILE, *found.cells.names[len(HOSTILE) :])
     return replace(found, cells=replace(found.cells, names=names), model_name=TASK)
 
 
 def on_image() -> Plot:
-    _, inputs, _ = twin(tiny)
+    _, inputs, _ = twin(random_llava)
     names = tuple(f"{i} <s>" for i in range(inputs.input_ids.shape[1]))
     result = with_ends("restored at '<s>'", ("layer", "position"), (2, len(names)), position=names)
     return viz.on_image(result, inputs, pictures()[1], row=ROW, image=1)

@@ -11,22 +11,24 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import tiny
-import tiny_qwen
 import torch
 from torch import Tensor
 
+from helpers import random_llava, random_qwen
 from hones_lens import HookedVLM
 from hones_lens.data.examples import Example
 from hones_lens.data.loading import load_examples
+from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.tasks.base import Task
 from hones_lens.tasks.registry import load_task
 
 N_LAYERS, N_HEADS, D_MLP = 3, 4, 20
 TEXT_TASKS = ("vqa", "ocr", "caption")
 ALL_TASKS = (*TEXT_TASKS, "retrieval")
-FAMILIES = {"llava": tiny, "qwen": tiny_qwen}
+FAMILIES = {"llava": random_llava, "qwen": random_qwen}
 NEW_TOKENS = 24
+# w of heads (layer, head), as if localized.
+WEIGHTS = {(0, 1): 0.5, (1, 3): 0.2, (2, 0): 0.1, (1, 0): -0.3, (0, 2): 0.0}
 
 
 def fresh_pair(seed: int = 0, family: str = "llava") -> tuple[Any, HookedVLM]:
@@ -77,6 +79,28 @@ def _few_candidates(example: Example, place: int) -> Example:
     caption = example.candidates[example.positive]
     others = [c for c in example.candidates if c != caption][:3]
     return replace(example, candidates=(*others[:place], caption, *others[place:]), positive=place)
+
+
+@cache
+def critical_heads(task: str = "vqa", top_k: int = 3, family: str = "llava") -> HeadScores:
+    """Heads as if localized: three with a positive w, one with a negative one."""
+    _, model = pair(family)
+    scores = torch.full((N_LAYERS, model.cfg.n_heads), -1.0, dtype=torch.float64)
+    for cell, weight in WEIGHTS.items():
+        scores[cell] = weight
+    return HeadScores(
+        task=task,
+        metric_name="metric",
+        intervention="replace_with_other_heads_mean",
+        model_name=model.cfg.model_name,
+        scores=scores,
+        drops=scores[..., None],
+        baseline=1.0,
+        base_scores=torch.ones(1, dtype=torch.float64),
+        example_ids=("a",),
+        kinds=("",),
+        top_k=top_k,
+    )
 
 
 # -- Hugging Face's model, one example at a time ------------------------------------------------------

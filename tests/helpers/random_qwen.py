@@ -1,13 +1,13 @@
-"""Tiny random Qwen2.5-VLs for tests, as `tiny.py` has LLaVAs."""
+"""Tiny random Qwen2.5-VLs for tests, as `random_llava.py` has LLaVAs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import tiny
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
+from helpers import random_llava
 from hones_lens import HookedVLM, VLMInputs
 from hones_lens.app.tiny.tiny_tokenizer import build_qwen_tokenizer
 from hones_lens.model.families.qwen2_5_vl import QwenProcessor
@@ -81,7 +81,7 @@ def make_config(
 def make_hf(config: Qwen2_5_VLConfig | None = None, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """A random Hugging Face model in eval mode."""
     model = Qwen2_5_VLForConditionalGeneration(config or make_config()).eval()
-    tiny.randomise(model, seed)
+    random_llava.randomise(model, seed)
     return model
 
 
@@ -95,10 +95,10 @@ def make_pair(
 
 def make_images(seed: int = 0) -> list[Image.Image]:
     """Pictures of random pixels and of different odd sizes."""
-    return [tiny.make_images(1, seed + i, size)[0] for i, size in enumerate(SIZES)]
+    return [random_llava.make_images(1, seed + i, size)[0] for i, size in enumerate(SIZES)]
 
 
 def mixed_batch(model: HookedVLM, answers: list[str] | None = None) -> VLMInputs:
     """Three rows of different lengths: one image, two images of other sizes, text alone."""
     one, two, three = make_images()
-    return model.prepare([one, [two, three], None], list(tiny.QUESTIONS), answers)
+    return model.prepare([one, [two, three], None], list(random_llava.QUESTIONS), answers)

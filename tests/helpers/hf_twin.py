@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import tiny
 import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from helpers import random_llava
 from hones_lens import VLMInputs
 
 Memory = dict[str, Any]
@@ -44,7 +44,7 @@ class Twin:
 
     @property
     def is_llava(self) -> bool:
-        return self.made is tiny
+        return self.made is random_llava
 
     def run(self, inputs: VLMInputs, steps: Sequence[Step] = (), **options: Any) -> Any:
         """Hugging Face's output, with these steps on the way."""

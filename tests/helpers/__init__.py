@@ -1,0 +1,1 @@
+"""What several test files need: random models, results made up by hand, a browser, Hugging Face's side."""

@@ -1,0 +1,28 @@
+"""Numbers and lists as text."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import example_results as made
+
+from hones_lens.hones.masking import measured
+from hones_lens.viz import text as words
+from hones_lens.viz.text import number, percent
+
+
+def test_numbers_as_text():
+    assert number(-0.0004) == "0.000"
+    assert number(-0.0006) == "−0.001"
+    assert number(0.25, 2, sign=True) == "+0.25"
+    assert number(float("nan")) == "–"
+    assert [percent(r) for r in (15 / 1536, 0.01, 0.0996, 0.5, 1.0)] == [
+        "0.98 %",
+        "1 %",
+        "10 %",
+        "50 %",
+        "100 %",
+    ]
+    assert words.tied("95 % of n = 5") == "95\N{NO-BREAK SPACE}% of n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}5"
+    assert words.listed(["a"]) == "a" and words.listed(["a", "b", "c"]) == "a, b and c"
+    with pytest.raises(ValueError, match="'loss'; valid: metric, log_prob"):
+        measured(made.masking(), "loss")
