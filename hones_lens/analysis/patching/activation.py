@@ -11,10 +11,10 @@ from hones_lens.analysis.patching.outcome import _VERBS, share_of_gap
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.runner import measure_patches
 from hones_lens.analysis.patching.sites import Units, as_patch_site, positions_of, targets_of
+from hones_lens.engine import as_task
 from hones_lens.interventions import Group
 from hones_lens.model import HookedVLM
 from hones_lens.results import DRAWS, Labelled, mean_over_pairs
-from hones_lens.tasks import load_task
 
 
 def patch_activations(
@@ -109,8 +109,7 @@ def _answerable(pairs: PatchPairs) -> PatchPairs:
     """Pairs whose answers a task can score, without the beginnings of answers."""
     if not pairs.facts:
         raise ValueError("metric 'task' needs pairs made by `counterfactual`, which know their examples")
-    if load_task(pairs.task).ranks:
-        raise ValueError(
-            f"{pairs.task} pairs have one candidate, whose rank says nothing: measure logit_diff"
-        )
+    task = as_task(pairs.task)
+    if task.ranks:
+        raise ValueError(f"{task.name} pairs have one candidate, whose rank says nothing: measure logit_diff")
     return pairs.prompts_alone()

@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hones_lens.data import CounterfactualPair
+from hones_lens.engine import as_task
 from hones_lens.interventions import Corruption, Group, token_mask
 from hones_lens.model import HookedVLM, VLMInputs
-from hones_lens.tasks import Task, load_task
+from hones_lens.tasks import Task
 
 __all__ = ["Corruption", "PatchPairs", "corrupted_by", "counterfactual", "logits_at_end", "told_apart"]
 
@@ -28,7 +29,7 @@ class PatchPairs:
         foil: The one that comes next on the corrupted input, [batch]; None where there is no other answer.
         ids: What the pairs are called, for errors and results.
         facts: The counterfactual pairs that they were made from, if they were.
-        task: Whose prompts those were given.
+        task: Whose prompts those were given: its name, or the task itself.
         shared: How many tokens of the answers are at the end of each, [batch]; () for none.
     """
 
@@ -38,7 +39,7 @@ class PatchPairs:
     foil: Int[Tensor, " batch"] | None
     ids: tuple[str, ...]
     facts: tuple[CounterfactualPair, ...] = ()
-    task: str = ""
+    task: str | Task = ""
     shared: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -107,15 +108,15 @@ def counterfactual(model: HookedVLM, pairs: Sequence[CounterfactualPair], task: 
     Args:
         model: The model.
         pairs: E.g. of `hones_lens.counterfactual_pairs`.
-        task: Whose prompt they are given.
+        task: Whose prompt they are given; a task or its name.
 
     Raises:
         ValueError: No pairs, or answers of a pair that can't be told apart by one token.
     """
     if not pairs:
         raise ValueError("no pairs")
-    task = load_task(task) if isinstance(task, str) else task
-    prompts = [task.target_prompt(pair.clean) for pair in pairs]
+    known = as_task(task)
+    prompts = [known.target_prompt(pair.clean) for pair in pairs]
     ids = tuple(pair.clean.id for pair in pairs)
     clean = model.prepare([pair.clean.image for pair in pairs], prompts)
     corrupted = model.prepare([pair.corrupted.image for pair in pairs], prompts)
@@ -123,7 +124,7 @@ def counterfactual(model: HookedVLM, pairs: Sequence[CounterfactualPair], task: 
         [model.continuation(p, a) for a in pair.answers] for p, pair in zip(prompts, pairs, strict=True)
     ]
     made = told_apart(model, clean, corrupted, answers, ids)
-    return replace(made, facts=tuple(pairs), task=task.name)
+    return replace(made, facts=tuple(pairs), task=task)
 
 
 def corrupted_by(

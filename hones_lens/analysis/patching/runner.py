@@ -20,7 +20,6 @@ from hones_lens.analysis.patching.sites import PatchSite, Target, Targets, on_pa
 from hones_lens.engine import Budget, stacked
 from hones_lens.interventions import HeadEdit, Hook
 from hones_lens.model import HookedVLM, VLMInputs
-from hones_lens.tasks import load_task
 
 _MOST_SHARED = 16  # groups of positions for which a layer's changed heads are held
 
@@ -267,7 +266,7 @@ class _Job:
         repeated, hooks = self._side_by_side(base, arms)
         with self.model.hooks(fwd_hooks=hooks):
             said = self.model.generate(repeated, max_new_tokens=engine.MAX_NEW_TOKENS)
-        task, facts = load_task(self.batch.pairs.task), self.batch.pairs.facts * len(arms)
+        task, facts = engine.as_task(self.batch.pairs.task), self.batch.pairs.facts * len(arms)
         scores = [task.score(text, fact.clean) for text, fact in zip(said, facts, strict=True)]
         return list(torch.tensor(scores, dtype=torch.float64).view(len(arms), -1))
 

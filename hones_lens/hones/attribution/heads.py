@@ -174,8 +174,9 @@ def _pairs_of(
     if pairs is None or not len(pairs):
         raise ValueError("intervention='patch' needs pairs, e.g. of `hones_lens.counterfactual_pairs`")
     made = pairs if isinstance(pairs, PatchPairs) else counterfactual(model, pairs, task)
-    if made.task not in ("", task.name):
-        raise ValueError(f"pairs of task {made.task!r} for task {task.name!r}")
+    theirs = made.task if isinstance(made.task, str) else made.task.name
+    if theirs not in ("", task.name):
+        raise ValueError(f"pairs of task {theirs!r} for task {task.name!r}")
     if len(examples) and tuple(example.id for example in examples) != made.ids:
         raise ValueError("patching reads the pairs, not these examples: give none, or the pairs' clean ones")
     return made

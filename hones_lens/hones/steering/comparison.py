@@ -20,7 +20,7 @@ from hones_lens.hones.steering.questions import Arms, answer_log_probs, check_ap
 from hones_lens.hones.steering.scales import NeuronScales, to_steer
 from hones_lens.hones.steering.table import SteeringRow, SteeringTable
 from hones_lens.model import HookedVLM
-from hones_lens.results import bootstrap_interval, mean_interval, permutation_p
+from hones_lens.results import bootstrap_interval, mean_interval, metric_interval, permutation_p
 from hones_lens.tasks import Task
 
 METHODS = ("Base", "Fixed-Amp", "Grid-Search", "RandNeuron", "HONES without KL", "HONES")
@@ -254,6 +254,7 @@ def transfer_steering(
     table: SteeringTable,
     examples: Sequence[Example],
     *,
+    task: Task | None = None,
     batch_size: int = 32,
     progress: bool = True,
     journal: MutableMapping[str, Any] | None = None,
@@ -264,15 +265,18 @@ def transfer_steering(
         model: The model that the table is about.
         table: From `compare_steering`.
         examples: Of the same task; that they share no picture with dev is the caller's to see to.
+        task: The table's task, where `load_task` does not know its name.
         batch_size, progress, journal: As in `engine.measure`.
 
     Raises:
-        ValueError: No examples, or another model than the table's.
+        ValueError: No examples, or another model or task than the table's.
         FloatingPointError: Logits that are not finite; names the examples.
     """
     if model.cfg.model_name != table.model_name:
         raise ValueError(f"the table is about {table.model_name}, the model is {model.cfg.model_name}")
-    task = engine.as_task(table.task)
+    task = task or engine.as_task(table.task)
+    if task.name != table.task:
+        raise ValueError(f"the table is about {table.task}, the task is {task.name}")
     engine.check_examples(task, examples)
     config = SteeringConfig(seed=table.seed, negatives=table.negatives)
     options = {"batch_size": batch_size, "progress": progress, "journal": journal}
@@ -304,6 +308,7 @@ def _rows(data: _Data, fitted: Sequence[_Fitted]) -> tuple[SteeringRow, ...]:
             log_probs=tuple(log_probs.tolist()),
             statistics=tuple(tuple(each) for each in statistics.tolist()),
             scales=one.scales,
+            metric_interval=metric_interval(data.task, statistics, seed=seed),
         )
         rows.append(row)
     return tuple(rows)

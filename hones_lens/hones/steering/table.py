@@ -19,7 +19,7 @@ from hones_lens.results import (
     two_sided_p,
     write_json,
 )
-from hones_lens.tasks import load_task
+from hones_lens.tasks import Task, load_task
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class SteeringRow:
         log_prob, log_prob_gain: The same of the right answers' mean log-probability, in nats.
         scores, log_probs, statistics: Of each example.
         scales: What was applied; None for the base.
+        metric_interval: Of the metric; None in files of before it was kept.
     """
 
     method: str
@@ -50,6 +51,7 @@ class SteeringRow:
     log_probs: tuple[float, ...]
     statistics: tuple[tuple[float, ...], ...]
     scales: NeuronScales | None
+    metric_interval: Interval | None = None
 
     @property
     def settings(self) -> str:
@@ -107,18 +109,25 @@ class SteeringTable:
 
     def metric_of(self, row: SteeringRow) -> Interval:
         """A row's metric with its interval."""
+        if row.metric_interval is not None:
+            return row.metric_interval
         return metric_interval(load_task(self.task), np.array(row.statistics), seed=self.seed)
 
     def log_prob_p(self, row: SteeringRow) -> float:
         """Two-sided p-value of a paired permutation test of no gain in log-probability."""
         return two_sided_p(np.subtract(row.log_probs, self.row("Base").log_probs), seed=self.seed)
 
-    def difference(self, a: str, b: str, draw_a: int = 0, draw_b: int = 0) -> tuple[Interval, float]:
+    def difference(
+        self, a: str, b: str, draw_a: int = 0, draw_b: int = 0, task: Task | None = None
+    ) -> tuple[Interval, float]:
         """Metric of one method minus another's, with its interval, and the permutation p-value.
 
-        The task is resolved by its name.
+        Args:
+            a, b: The methods.
+            draw_a, draw_b: Which draws, of RandNeuron.
+            task: The task, where `load_task` does not know its name.
         """
-        task = load_task(self.task)
+        task = task or load_task(self.task)
         first = np.array(self.row(a, draw_a).statistics)
         second = np.array(self.row(b, draw_b).statistics)
         p = permutation_p(task, first, second, seed=self.seed)
@@ -198,8 +207,8 @@ def _short(interval: Interval) -> str:
 
 
 def _row(data: dict[str, Any]) -> SteeringRow:
-    for name in ("gain", "log_prob_gain"):
-        data[name] = Interval(**data[name])
+    for name in ("gain", "log_prob_gain", "metric_interval"):
+        data[name] = Interval(**data[name]) if data.get(name) else None
     for name in ("scores", "log_probs"):
         data[name] = tuple(data[name])
     data["statistics"] = tuple(tuple(each) for each in data["statistics"])

@@ -22,6 +22,7 @@ from helpers.hf_task_loops import (
     pair,
 )
 
+from hones_lens.data.examples import Example
 from hones_lens.data.loading import load_examples
 from hones_lens.engine import sweep
 from hones_lens.hones.steering import learning as learning_module
@@ -33,7 +34,9 @@ from hones_lens.hones.steering.scales import NeuronScales
 from hones_lens.hones.steering.side_effects import SideEffects, side_effects
 from hones_lens.hones.steering.table import SteeringTable
 from hones_lens.results.statistics import metric_interval
+from hones_lens.tasks.base import Task
 from hones_lens.tasks.registry import load_task
+from hones_lens.tasks.vqa import VQA
 
 SMALL: dict[str, Any] = {"learning_rates": (5e-4, 0.05), "epochs": (1,), "draws": 2}
 SMALL |= {"factors": (0.5, 1.25), **QUIET}
@@ -158,6 +161,44 @@ def test_table_files_and_words(tmp_path) -> None:
         whole = metric_interval(load_task("vqa"), np.array(row.statistics), seed=found.seed)
         assert found.metric_of(row) == whole and f"{whole.value:.3f} {whole.span}" in said
     assert list(frame["method"]) == [row.method for row in found.rows] and "<table" in found._repr_html_()
+
+
+class Exact(Task):
+    """Not registered: `load_task` does not know its name."""
+
+    name = "exact"
+    metric_name = "exact match"
+    prompt = VQA.prompt
+    target = VQA.target
+
+    def score(self, prediction: str, example: Example) -> float:
+        return float(prediction == example.answers[0])
+
+
+def test_a_task_that_is_not_registered_is_reported_like_any_other(tmp_path) -> None:
+    found = compare_steering(pair()[1], Exact(), *dev_and_test("vqa"), CHOSEN, **SMALL)
+    assert [row.scores for row in found.rows] == [row.scores for row in table("vqa").rows]
+    assert str(found).splitlines()[2:] == str(table("vqa")).splitlines()[2:]
+    found.save(tmp_path / "steering.json")
+    again = SteeringTable.load(tmp_path / "steering.json")
+    assert again == found and again.to_dataframe().equals(found.to_dataframe())
+    assert again.difference("HONES", "Base", task=Exact()) == table("vqa").difference("HONES", "Base")
+    with pytest.raises(ValueError, match="unknown task 'exact'"):
+        again.difference("HONES", "Base")
+    test = dev_and_test("vqa")[1]
+    assert transfer_steering(pair()[1], again, test, task=Exact(), **QUIET) == found
+    with pytest.raises(ValueError, match="the table is about exact, the task is vqa"):
+        transfer_steering(pair()[1], again, test, task=load_task("vqa"), **QUIET)
+
+
+def test_a_table_of_before_intervals_were_kept_has_the_same_ones(tmp_path) -> None:
+    table("vqa").save(file := tmp_path / "steering.json")
+    data = json.loads(file.read_text())
+    for row in data["rows"]:
+        del row["metric_interval"]
+    file.write_text(json.dumps(data))
+    again = SteeringTable.load(file)
+    assert again.rows[0].metric_interval is None and str(again) == str(table("vqa"))
 
 
 def test_a_journal_spares_what_was_done_and_changes_nothing(monkeypatch) -> None:
