@@ -33,3 +33,4 @@ from .patching.sites import (
 )
 from .steering_vectors import mean_difference as mean_difference
 from .token_cells import Cells as Cells, FoldedAttention as FoldedAttention
+from .vocabulary import promoted_tokens as promoted_tokens, vocabulary_logits as vocabulary_logits

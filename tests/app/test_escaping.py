@@ -14,6 +14,7 @@ from helpers.hostile_figures import HOSTILE, SHOWN, TASK
 
 from hones_lens.app.explorer import page
 from hones_lens.app.report.report import write_report
+from hones_lens.app.report.run_view import NeuronTokens
 from hones_lens.viz import token_views
 from hones_lens.viz.flow_plots import flow_tooltips
 from hones_lens.viz.theme import themed_svg
@@ -112,7 +113,7 @@ def test_the_explorer_s_page_has_no_script_but_its_own() -> None:
 
 
 def test_the_report_shows_tokens_of_all_its_parts(tmp_path: Path) -> None:
-    tokens = {(c.layer, c.index): HOSTILE[:4] for c in made.neurons().top(4)}
+    tokens = {(c.layer, c.index): NeuronTokens(HOSTILE[:4], -0.5) for c in made.neurons().top(4)}
     example = made.example(prompt="Which <s> & word?", answer="</script>", target="<image>")
     run = made.run(promoted=tokens, examples=[example], task=TASK, title=TASK)
     html = write_report(tmp_path / "report.html", [run]).read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from hones_lens.app.report.run_view import ExampleView, RunView
+from hones_lens.app.report.run_view import ExampleView, NeuronTokens, RunView
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Control, KindDrop, MaskingResult
@@ -170,7 +170,9 @@ def run(**changes: object) -> RunView:
         "masking": curve(),
         "others": {"direct": masking(0.88, -0.4, method="direct"), "mean_activation": masking(0.91, -0.3)},
         "examples": [example(), example(prompt="<image>\nWhich <s> & word?", answer="<pad>", target="ACE")],
-        "promoted": {(c.layer, c.index): ("dax", "</s>", "<unk>") for c in neurons().top(4)},
+        "promoted": {
+            (c.layer, c.index): NeuronTokens(("dax", "</s>", "<unk>"), 0.5) for c in neurons().top(4)
+        },
         "evaluation": {"accuracy": Interval(0.93, 0.89, 0.965, 0.95, 200), "examples": 200},
     }
     return RunView(**{**values, **changes})

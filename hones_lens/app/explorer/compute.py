@@ -2,9 +2,8 @@
 
 Everything is of the model *as edited*. Two conventions hold throughout:
 
-- A vector v in the residual stream is read as tokens by `⟨v, γ ∘ W_U[:, t]⟩` minus its mean over the
-  vocabulary (γ: the final norm's weight). No probability depends on that mean. Divided by the final norm's
-  scale at the position, what the heads, neurons and the embedding write adds up to the centred logits.
+- A vector in the residual stream is read as tokens by `vocabulary_logits`. Divided by the final norm's scale
+  at the position, what the heads, neurons and the embedding write adds up to the centred logits.
 - What a head *feeds* a neuron is direct: `m_i(x) − m_i(x − γ₂ ∘ w / s)`, where x enters the neuron's FFN, w
   is what the head writes at that position, and γ₂, s are weight and scale of the norm before the FFN, the
   scale held. Paths through other heads and neurons are left out, and so is an edit of the neuron itself.
@@ -130,15 +129,8 @@ def final_scale(model: HookedVLM, resid: Float[Tensor, "*lead d_model"]) -> Floa
     return (resid.float().pow(2).mean(-1) + model.ln_final.eps).sqrt()
 
 
-def as_tokens(model: HookedVLM, vectors: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_vocab"]:
-    """`⟨v, γ ∘ W_U[:, t]⟩` for every token t, minus the mean over the vocabulary."""
-    weighted = (vectors.float() * model.ln_final.weight.detach().float()).to(model.cfg.dtype)
-    read = model.unembed(weighted).float()
-    return read - read.mean(-1, keepdim=True)
-
-
 def direction_of(model: HookedVLM, token_id: int) -> Float[Tensor, " d_model"]:
-    """The direction whose dot product with a vector is the token's entry of `as_tokens`."""
+    """The direction whose dot product with a vector is the token's entry of `vocabulary_logits`."""
     mean = model.W_U.detach().mean(1, dtype=torch.float32) * model.ln_final.weight.detach().float()
     return model.tokens_to_residual_directions(token_id).detach().float() - mean
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hones_lens.analysis import promoted_tokens, vocabulary_logits
 from hones_lens.app.explorer import compute
 from hones_lens.app.explorer.compute import Pass
 from hones_lens.app.explorer.state import Edit, Place, State
@@ -245,13 +246,13 @@ class Views:
         """What a head looks at, writes and feeds, at the token."""
         ran, (layer, head) = self.ran(state.edits, state.token), state.head
         writes = compute.head_writes(self.model, ran, state.head, state.token)
-        effect = compute.as_tokens(self.model, writes) / compute.final_scale(
+        effect = vocabulary_logits(self.model, writes) / compute.final_scale(
             self.model, ran.resid[-1, state.token]
         )
         sizes, directions = compute.ov_directions(self.model, state.head, DIRECTIONS)
         along = directions @ writes
         directions = directions * torch.where(along < 0, -1.0, 1.0)[:, None]
-        read = compute.as_tokens(self.model, directions)
+        read = vocabulary_logits(self.model, directions)
         return {
             "place": list(state.head),
             "attention": _rounded(ran.pattern[layer, head].float().tolist()),
@@ -266,21 +267,25 @@ class Views:
         }
 
     def _neuron(self, state: State) -> dict[str, Any]:
-        """Where a neuron is active, what it writes, and which heads feed it at the token."""
+        """Where a neuron is active, what it writes as active at the token, and which heads feed it there."""
         ran, (layer, index) = self.ran(state.edits, state.token), state.neuron
         row = self.model.blocks[layer].mlp.W_out[index].detach()
-        read = compute.as_tokens(self.model, row)
         feeding = compute.feeding_heads(self.model, ran, state.neuron, state.token)
         order = feeding.abs().flatten().argsort(descending=True, stable=True)[:HEADS].tolist()
         places: list[Place] = [(i // feeding.shape[1], i % feeding.shape[1]) for i in order]
         aim, direction = self._aim(state)
         direct = ran.post[layer, aim, index].float() * (row.float() @ direction)
+        here, k = ran.post[layer, state.token, index, None], self._listed_tokens
+        up, down = (
+            promoted_tokens(self.model, [state.neuron], here, k, largest=largest) for largest in (True, False)
+        )
         return {
             "place": list(state.neuron),
             "activation": _rounded(ran.post[layer, :, index].float().tolist()),
             "direct": _rounded((direct / compute.final_scale(self.model, ran.resid[-1, aim])).item()),
-            "up": self._listed(read),
-            "down": self._listed(read, largest=False),
+            "sign": _rounded(up.signs[0].item()),
+            "up": self._named(up.logits[0], up.ids[0]),
+            "down": self._named(down.logits[0], down.ids[0]),
             "fed": _rounded([[*place, feeding[place].item()] for place in places if place[0] <= layer]),
         }
 
@@ -294,12 +299,20 @@ class Views:
         ]
         return {"position": state.lens, "rows": rows}
 
+    @property
+    def _listed_tokens(self) -> int:
+        return min(TOKENS, self.model.cfg.d_vocab)
+
     def _listed(self, values: Tensor, largest: bool = True) -> list[list[Any]]:
         """The tokens of the largest or smallest values: text, value, as the vocabulary has it."""
-        top = values.topk(min(TOKENS, len(values)), largest=largest)
+        top = values.topk(self._listed_tokens, largest=largest)
+        return self._named(top.values, top.indices)
+
+    def _named(self, values: Tensor, ids: Tensor) -> list[list[Any]]:
+        """Tokens with a value each: text, value, as the vocabulary has it."""
         return [
             [self.readable(t), _rounded(v), self.raw(t)]
-            for v, t in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            for v, t in zip(values.tolist(), ids.tolist(), strict=True)
         ]
 
 

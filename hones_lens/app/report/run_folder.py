@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hones_lens.analysis import LogitLens
-from hones_lens.app.report.run_view import ExampleView, PairView, PatchView, RunView
+from hones_lens.app.report.run_view import ExampleView, NeuronTokens, PairView, PatchView, RunView
 from hones_lens.hones import (
     GroupMasking,
     HeadNeuronFlow,
@@ -176,11 +176,12 @@ def _opened(file: Path) -> Image.Image:
         return opened.convert("RGB")
 
 
-def _promoted(folder: Path) -> dict[tuple[int, int], list[str]]:
+def _promoted(folder: Path) -> dict[tuple[int, int], NeuronTokens]:
     if not (folder / "promoted.json").exists():
         return {}
     rows = read_json(folder / "promoted.json", "promoted")["neurons"]
-    return {(layer, index): tokens for layer, index, tokens in rows}
+    # Folders of before lack the activation: their tokens are those that the output row raises.
+    return {(layer, index): NeuronTokens(tuple(tokens), *rest) for layer, index, tokens, *rest in rows}
 
 
 def _examples(folder: Path) -> list[ExampleView]:

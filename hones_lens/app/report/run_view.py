@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -96,6 +96,16 @@ class PatchView:
     pair: PairView | None = None
 
 
+class NeuronTokens(NamedTuple):
+    """The tokens that a neuron promotes most, so active as its mean activation at the last prompt position.
+
+    Without a mean activation they are those that its output row raises, whichever way it is active.
+    """
+
+    tokens: tuple[str, ...]
+    activation: float | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class RunView:
     """All that a report shows of one run; what is missing is left out.
@@ -109,7 +119,7 @@ class RunView:
         masking: HONES eq. H4, at one or several shares.
         others: By name: other rankings masked at the same budget.
         examples: Pictures with the attention of a head.
-        promoted: By (layer, index): the tokens that a neuron's output promotes most.
+        promoted: By (layer, index): the tokens that a neuron promotes most.
         evaluation: The model before anything is changed, e.g. {"accuracy": Interval, "examples": 200}.
         held_out: The critical heads measured again on examples that did not select them.
         steering: HONES eq. H5, by what they are called on the page, e.g. `learned and measured on shapes`.
@@ -131,7 +141,7 @@ class RunView:
     masking: Sequence[MaskingResult] = ()
     others: Mapping[str, MaskingResult] = field(default_factory=dict)
     examples: Sequence[ExampleView] = ()
-    promoted: Mapping[tuple[int, int], Sequence[str]] = field(default_factory=dict)
+    promoted: Mapping[tuple[int, int], NeuronTokens] = field(default_factory=dict)
     evaluation: Mapping[str, Interval | float | int | str] = field(default_factory=dict)
     held_out: HeldOutHeads | None = None
     steering: Mapping[str, SteeringTable] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hones_lens.app.report.run_view import NeuronTokens
 from hones_lens.app.report.verdict import kind_clear
 from hones_lens.hones import MEASURES, HeadScores, MaskingResult, Measured, NeuronScores, measured
 from hones_lens.results import Interval
@@ -82,23 +83,39 @@ def _rest(count: int) -> str:
     return f" {count - _MOST_ROWS:,} more are not shown." if count > _MOST_ROWS else ""
 
 
-def top_neurons(neurons: NeuronScores, promoted: Mapping[tuple[int, int], Sequence[str]]) -> Table:
-    """The best neurons, with the tokens they promote where given."""
+def top_neurons(neurons: NeuronScores, promoted: Mapping[tuple[int, int], NeuronTokens]) -> Table:
+    """The best neurons, with their mean activation and the tokens that they promote where given."""
     top = neurons.top()
-    told = any((c.layer, c.index) in promoted for c in top[:_MOST_ROWS])
+    given = {(c.layer, c.index): promoted.get((c.layer, c.index)) for c in top[:_MOST_ROWS]}
+    with_tokens = any(given.values())
     rows = []
     for c in top[:_MOST_ROWS]:
         share = max(0.0, 100 * c.score / top[0].score) if top[0].score > 0 else 0.0
         row: tuple[Cell, ...] = (f"L{c.layer}N{c.index}", Bar(_digits(c.score), share))
         if neurons.errors is not None:
             row += (_digits_span(neurons.interval(c.layer, c.index)),)
-        rows.append((*row, Tokens(tuple(promoted.get((c.layer, c.index), ())))) if told else row)
+        if with_tokens:
+            row += _promoted(given[c.layer, c.index])
+        rows.append(row)
     columns = ("neuron", "score", *(("interval",) if neurons.errors is not None else ()))
-    columns += ("promotes",) if told else ()
+    columns += ("mean activation", "promotes") if with_tokens else ()
     note = f"Scored by {neurons.method} on n = {neurons.n_examples:,} examples. L1N25: neuron 25 of layer 1."
     if neurons.errors is not None:
         note += " Intervals: 95 %, jackknife over examples."
+    if with_tokens:
+        note += (
+            " Promotes: the tokens that the neuron's output row raises, or lowers where its mean activation "
+            "at the last prompt position is below 0."
+        )
+    if any(found is not None and found.activation is None for found in given.values()):
+        note += " Where no mean activation is known: those that the output row raises."
     return Table("Top neurons", columns, tuple(rows), note + _rest(len(top)))
+
+
+def _promoted(found: NeuronTokens | None) -> tuple[Cell, Cell]:
+    if found is None:
+        return "–", Tokens(())
+    return "–" if found.activation is None else _digits(found.activation), Tokens(found.tokens)
 
 
 def _digits(value: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens import engine
-from hones_lens.analysis import head_attention, image_token_lens, logit_lens
+from hones_lens.analysis import head_attention, image_token_lens, logit_lens, promoted_tokens
 from hones_lens.app.report.run_folder import read_view as read_view
 from hones_lens.app.report.run_view import ExampleView
 from hones_lens.app.runs.folder import Run, examples_hash, weights_hash
@@ -345,9 +345,9 @@ def keep_views(
     """Keep what the report draws of examples, and of the way from heads to tokens, if it is not there."""
     if not heads.top():
         return
-    find_flow(model, run, task, data, heads, neurons)
+    flow = find_flow(model, run, task, data, heads, neurons)
     if not run.path("promoted.json").exists():
-        save_promoted(run, promoted_tokens(model, neurons))
+        save_promoted(model, run, flow)
     if not run.path("examples.json").exists():
         save_examples(run, look_at_examples(model, task, data, heads.top(), neurons))
 
@@ -363,28 +363,21 @@ def find_flow(
     return HeadNeuronFlow.load(file)
 
 
-def promoted_tokens(model: HookedVLM, neurons: NeuronScores, count: int = 5) -> list[list[Any]]:
-    """For each task neuron (layer, index, tokens): what its output row raises most.
-
-    Read through the final norm's weight and the unembedding.
-    """
-    found = []
-    for c in neurons.top():
-        row = model.blocks[c.layer].mlp.W_out[c.index].detach() * model.ln_final.weight.detach()
-        ids = (row @ model.W_U.detach()).topk(count).indices.tolist()
-        found.append([c.layer, c.index, [_readable(model.tokenizer, i) for i in ids]])
-    return found
+def save_promoted(model: HookedVLM, run: Run, flow: HeadNeuronFlow, count: int = 5) -> None:
+    """Keep the tokens that each task neuron promotes, and its mean activation, in the run folder."""
+    places = [(c.layer, c.index) for c in flow.neurons]
+    ids = promoted_tokens(model, places, flow.activations, count).ids.tolist()
+    rows = [
+        [*place, [_readable(model.tokenizer, i) for i in tokens], activation]
+        for place, tokens, activation in zip(places, ids, flow.activations.tolist(), strict=True)
+    ]
+    write_json(run.path("promoted.json"), {"kind": "promoted", "neurons": rows})
 
 
 def _readable(tokenizer: Any, token_id: int) -> str:
     """A token as text without the space before it; one that is all space, or half a letter, as it is."""
     text = tokenizer.decode([token_id]).strip()
     return text if text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(token_id)
-
-
-def save_promoted(run: Run, promoted: Sequence[list[Any]]) -> None:
-    """Keep `promoted_tokens` in the run folder."""
-    write_json(run.path("promoted.json"), {"kind": "promoted", "neurons": list(promoted)})
 
 
 def save_examples(run: Run, views: Sequence[ExampleView]) -> None:

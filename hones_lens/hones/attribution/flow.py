@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hones_lens import engine
+from hones_lens.analysis import promoted_tokens
 from hones_lens.data import Example
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
@@ -24,8 +25,6 @@ from hones_lens.hones.attribution.rankings import mean_activation
 from hones_lens.model import HookedVLM, token_names
 from hones_lens.results import Component, ranked, read_json, write_json
 from hones_lens.tasks import Task
-
-_AT_ONCE = 256  # neurons whose logits are held together
 
 
 class Promoted(NamedTuple):
@@ -48,7 +47,7 @@ class HeadNeuronFlow:
         total: The importance of all neurons of the model together.
         activations: Mean activation of each neuron at the last prompt position, [neuron].
         promoted: By neuron the tokens that it promotes most when it is as active as that: of a neuron whose
-            mean activation is negative, those that its output row suppresses.
+            mean activation is negative, those that its output row suppresses (`promoted_tokens`).
         n_examples: How many examples it rests on.
     """
 
@@ -63,7 +62,7 @@ class HeadNeuronFlow:
     n_examples: int
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head and neuron: their layers and numbers, contribution, and the most promoted token."""
+        """One row a head and neuron: their places, contribution, mean activation and most promoted token."""
         rows = [
             {
                 "head_layer": head.layer,
@@ -71,6 +70,7 @@ class HeadNeuronFlow:
                 "neuron_layer": neuron.layer,
                 "neuron": neuron.index,
                 "contribution": float(self.contributions[h, n]),
+                "activation": float(self.activations[n]),
                 "promotes": self.promoted[n][0].token,
             }
             for n, neuron in enumerate(self.neurons)
@@ -110,7 +110,9 @@ class HeadNeuronFlow:
             share = self.contributions[:, n] / self.contributions[:, n].sum().clamp(min=1e-300)
             heads = ", ".join(f"L{self.heads[h].layer}H{self.heads[h].index} {share[h]:.0%}" for h in best)
             tokens = ", ".join(repr(one.token) for one in self.promoted[n][:3])
-            lines.append(f"  {heads} → L{neuron.layer}N{neuron.index} {neuron.score:+.4g} → {tokens}")
+            sign = "−" if float(self.activations[n]) < 0 else "+"
+            name = f"L{neuron.layer}N{neuron.index}"
+            lines.append(f"  {heads} → {name} {neuron.score:+.4g}, active {sign} → {tokens}")
         return "\n".join([*lines, "  …"] if len(self.neurons) > 20 else lines)
 
     __repr__ = __str__
@@ -189,31 +191,17 @@ def head_neuron_flow(
         contributions=by_head[:, where[0], where[1]],
         total=float(scores.sum()),
         activations=activations,
-        promoted=promoted_tokens(model, torch.stack(where, 1), activations.sign(), tokens),
+        promoted=_promoted(model, chosen, activations, tokens),
         n_examples=len(examples),
     )
 
 
-@torch.no_grad()
-def promoted_tokens(
-    model: HookedVLM, neurons: Int[Tensor, "neuron 2"], signs: Float[Tensor, " neuron"], k: int
+def _promoted(
+    model: HookedVLM, neurons: Sequence[Component], activations: Float[Tensor, " neuron"], k: int
 ) -> tuple[tuple[Promoted, ...], ...]:
-    """The k tokens whose logits each neuron raises most: `± ⟨W_out[i], γ ∘ W_U[:, t]⟩`, most first.
-
-    γ is the final norm's weight. The mean over the vocabulary, which no probability depends on, is taken off.
-
-    Args:
-        model: Whose.
-        neurons: (layer, index) of each.
-        signs: −1 for a neuron that is active below 0; 0 counts as 1.
-        k: How many.
-    """
-    rows = torch.stack([model.blocks[layer].mlp.W_out[index] for layer, index in neurons.tolist()])
-    turned = torch.where(signs < 0, -1.0, 1.0).to(rows.device, rows.dtype)[:, None] * rows
-    found: list[tuple[Promoted, ...]] = []
-    for part in turned.split(_AT_ONCE):
-        logits = model.unembed(part * model.ln_final.weight).float()
-        top = (logits - logits.mean(-1, keepdim=True)).topk(k)
-        for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-            found.append(tuple(Promoted(*one) for one in zip(token_names(model, ids), values, strict=True)))
-    return tuple(found)
+    """The k tokens that each neuron promotes most, by name."""
+    found = promoted_tokens(model, [(c.layer, c.index) for c in neurons], activations, k)
+    return tuple(
+        tuple(Promoted(*pair) for pair in zip(token_names(model, ids), logits, strict=True))
+        for ids, logits in zip(found.ids.tolist(), found.logits.tolist(), strict=True)
+    )

@@ -88,7 +88,7 @@ class Made:
             },
             "neuron": {
                 **{"place": [1, 4], "activation": [0.1 * i for i in range(-5, 5)], "direct": 0.25},
-                **{"up": tokens[:1], "down": tokens[1:], "fed": [[0, 1, 0.5], [1, 0, -0.5]]},
+                **{"sign": -1.0, "up": tokens[:1], "down": tokens[1:], "fed": [[0, 1, 0.5], [1, 0, -0.5]]},
             },
             "lens": {
                 "position": 9,

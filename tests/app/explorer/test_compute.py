@@ -7,6 +7,7 @@ import torch
 from helpers import random_llava, random_qwen
 
 from hones_lens import HookedVLM
+from hones_lens.analysis.vocabulary import vocabulary_logits
 from hones_lens.app.explorer import compute
 from hones_lens.app.explorer.compute import Pass, Said
 from hones_lens.app.explorer.state import Edit
@@ -86,12 +87,12 @@ def test_direct_effects_add_up_to_the_centred_logits(model: HookedVLM, said: Sai
     direction = compute.direction_of(model, target)
     heads = compute.direct_heads(model, ran, direction, position)
     neurons = compute.direct_neurons(model, ran, direction, position)
-    start = compute.as_tokens(model, ran.resid[0, position])[target]
+    start = vocabulary_logits(model, ran.resid[0, position])[target]
     total = heads.sum() + neurons.sum() + start / compute.final_scale(model, ran.resid[-1, position])
     centred = logits[0, position, target] - logits[0, position].mean()
     assert total.item() == pytest.approx(centred.item(), abs=2e-4)
     one = compute.head_writes(model, ran, (1, 2), position)
-    read = compute.as_tokens(model, one)[target] / compute.final_scale(model, ran.resid[-1, position])
+    read = vocabulary_logits(model, one)[target] / compute.final_scale(model, ran.resid[-1, position])
     assert read.item() == pytest.approx(heads[1, 2].item(), abs=1e-5)
 
 
@@ -99,7 +100,7 @@ def test_vectors_are_read_as_tokens_by_the_folded_unembedding(model: HookedVLM) 
     row = model.blocks[1].mlp.W_out[5].detach()
     every = model.tokens_to_residual_directions(torch.arange(model.cfg.d_vocab)).detach()
     read = every @ row
-    torch.testing.assert_close(compute.as_tokens(model, row), read - read.mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(vocabulary_logits(model, row), read - read.mean(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(compute.direction_of(model, 3), every[3] - every.mean(0), atol=1e-5, rtol=1e-4)
 
 

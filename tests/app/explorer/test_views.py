@@ -111,18 +111,23 @@ def test_scores_of_another_model_are_refused() -> None:
         views(heads=example_results.heads((3, 8)))
 
 
-def test_a_neurons_tokens_and_activation(one: Views) -> None:
-    state = replace(one.start(), neuron=(2, 17))
-    found = one.section("neuron", state)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_neurons_tokens_and_activation(one: Views, sign: int) -> None:
+    """Of a neuron that is active below 0 those are promoted that its output row suppresses."""
+    start = one.start()
+    _, cache = one.model.run_with_cache(one.said.sequence, names_filter="blocks.2.mlp.hook_post")
+    active = cache["blocks.2.mlp.hook_post"][0]
+    index = int((sign * active[start.token]).argmax())
+    found = one.section("neuron", replace(start, neuron=(2, index)))
+    assert found["sign"] == sign == active[start.token, index].sign()
     every = one.model.tokens_to_residual_directions(torch.arange(one.model.cfg.d_vocab)).detach()
-    read = every @ one.model.blocks[2].mlp.W_out[17].detach()
+    read = every @ (sign * one.model.blocks[2].mlp.W_out[index].detach())
     for key, largest in (("up", True), ("down", False)):
         top = read.topk(6, largest=largest)
         assert [row[2] for row in found[key]] == [one.raw(t) for t in top.indices.tolist()]
         expected = (top.values - read.mean()).tolist()
         assert [row[1] for row in found[key]] == pytest.approx(expected, abs=1e-4)
-    _, cache = one.model.run_with_cache(one.said.sequence, names_filter="blocks.2.mlp.hook_post")
-    assert found["activation"] == pytest.approx(cache["blocks.2.mlp.hook_post"][0, :, 17].tolist(), abs=1e-5)
+    assert found["activation"] == pytest.approx(active[:, index].tolist(), abs=1e-5)
 
 
 def test_lists_are_ordered_by_what_they_say(one: Views) -> None:

@@ -14,7 +14,7 @@ from helpers import example_results as made
 from PIL import Image
 
 from hones_lens.app.report.report import story, write_report
-from hones_lens.app.report.run_view import RunView
+from hones_lens.app.report.run_view import NeuronTokens, RunView
 from hones_lens.hones.masking import measured
 from hones_lens.viz.text import number, percent
 
@@ -245,12 +245,26 @@ def test_heads_in_the_table_are_the_results(whole):
 
 def test_neurons_in_the_table_are_the_results(whole):
     _, page, run = whole
-    rows = page.table("neuron", "score", "promotes")
+    rows = page.table("neuron", "score", "mean activation", "promotes")
     assert len(rows) == 15
     for row, (layer, index, score) in zip(rows, run.neurons.top(), strict=True):
         assert row[0] == f"L{layer}N{index}"
         assert value(row[1]) == pytest.approx(score, rel=0.0006)
-        assert tuple(row[2].split()) == tuple(run.promoted.get((layer, index), ()))
+        known = run.promoted.get((layer, index))
+        assert row[2] == ("–" if known is None else "0.5000")
+        assert tuple(row[3].split()) == (() if known is None else known.tokens)
+
+
+def test_a_neuron_s_sign_is_shown_beside_what_it_promotes(tmp_path):
+    first, second = ((c.layer, c.index) for c in made.neurons().top(2))
+    promoted = {first: NeuronTokens(("dax",), -0.25), second: NeuronTokens(("wug",))}
+    _, page = written(tmp_path, made.run(promoted=promoted))
+    rows = page.table("neuron", "score", "mean activation", "promotes")
+    assert rows[0][2:] == ["−0.2500", "dax"] and rows[1][2:] == ["–", "wug"] and rows[2][2:] == ["–", ""]
+    assert (
+        "lowers where its mean activation at the last prompt position is below 0" in page.text
+        and "no mean activation is known" in page.text
+    )
 
 
 def test_neurons_without_tokens_have_no_column_for_them(tmp_path):

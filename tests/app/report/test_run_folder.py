@@ -8,6 +8,7 @@ import pytest
 from helpers import example_comparisons as made, example_results
 
 from hones_lens.app.report.run_folder import read_view
+from hones_lens.app.report.run_view import NeuronTokens
 from hones_lens.app.runs.folder import Run
 from hones_lens.hones.masking import save_masking
 from hones_lens.results.files import write_json
@@ -45,6 +46,16 @@ def test_a_folder_of_one_task(tmp_path):
         "learned and measured on shapes-shifted": 50,
     }
     assert view.heads is None and view.overlap is None and view.examples == [] and view.promoted == {}
+
+
+def test_promoted_tokens_with_and_without_an_activation(tmp_path):
+    run = start(tmp_path / "vqa", task="vqa")
+    rows = [[3, 7, ["dax", "</s>"]], [1, 2, ["dax"], -0.5]]  # folders of before hold no activation
+    write_json(run.path("promoted.json"), {"kind": "promoted", "neurons": rows})
+    assert read_view(run.folder).promoted == {
+        (3, 7): NeuronTokens(("dax", "</s>"), None),
+        (1, 2): NeuronTokens(("dax",), -0.5),
+    }
 
 
 def test_a_folder_of_steering_alone(tmp_path):

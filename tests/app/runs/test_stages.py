@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import example_results as made
+from transformers import AutoModelForImageTextToText
 
 import hones_lens as hl
 from hones_lens.app.report.run_folder import read_view
@@ -18,6 +19,38 @@ from hones_lens.hones.attribution.attribute import attribute_neurons
 
 MODELS = pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2.5-vl"])
 FEW = DataChoice(n_discovery=4, n_dev=4, n_held_out=2)
+
+
+@MODELS
+def test_promoted_tokens_of_a_run_turn_with_the_activation_s_sign(name: str, tmp_path: Path) -> None:
+    """What one more unit of activation of a neuron's own sign adds to the logits, worked out by hand."""
+    model = hl.HookedVLM.from_pretrained(name)
+    run = Run(tmp_path / "run", {"model": name, "task": "vqa"})
+    heads, examples = made.heads(), FEW.discovery("vqa")
+    neurons = attribute_neurons(model, "vqa", examples, heads, progress=False)
+    pipeline.save_promoted(model, run, pipeline.find_flow(model, run, "vqa", FEW, heads, neurons))
+    promoted = read_view(run.folder).promoted
+    assert list(promoted) == [c[:2] for c in neurons.top()]
+    prompts = [hl.load_task("vqa").prompt(example) for example in examples]
+    total = torch.zeros(4, model.cfg.d_mlp, dtype=torch.float64)
+    for example, prompt in zip(examples, prompts, strict=True):
+        _, cache = model.run_with_cache(model.prepare(example.image, prompt))
+        total += torch.stack([cache[f"blocks.{layer}.mlp.hook_post"][0, -1].double() for layer in range(4)])
+    hf_model = AutoModelForImageTextToText.from_pretrained(hl.checkpoint_path(name))
+    decoder, signs = hf_model.model.language_model, set()
+    tokenizer, decode = model.tokenizer, model.tokenizer.decode
+    for (layer, index), found in promoted.items():
+        activation = float(total[layer, index]) / len(examples)
+        assert found.activation == pytest.approx(activation, abs=1e-5)
+        signs.add(activation > 0)
+        row = decoder.norm.weight * decoder.layers[layer].mlp.down_proj.weight[:, index]
+        logits = hf_model.lm_head.weight @ (row if activation > 0 else -row)
+        for value, text in zip(logits.topk(5).values, found.tokens, strict=True):
+            tied = (
+                (logits - value).abs().lt(1e-4).nonzero()[:, 0].tolist()
+            )  # rows that training never touched
+            assert text in [*map(str.strip, map(decode, tied)), *tokenizer.convert_ids_to_tokens(tied)]
+    assert signs == {True, False}
 
 
 @MODELS

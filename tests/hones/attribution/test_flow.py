@@ -93,6 +93,10 @@ def test_neurons_of_another_ranking_and_what_is_saved(tmp_path: Path) -> None:
     one = frame.iloc[4]  # the second neuron's second head
     assert one.contribution == float(found.contributions[1, 1])
     assert (one.neuron_layer, one.neuron) == found.neurons[1][:2]
+    assert one.activation == float(found.activations[1])
+    lines = str(found).splitlines()[1:]
+    for line, activation in zip(lines, found.activations.tolist(), strict=True):
+        assert f", active {'−' if activation < 0 else '+'} →" in line
     assert one.promotes == found.promoted[1][0].token
 
 

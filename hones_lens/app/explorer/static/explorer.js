@@ -424,9 +424,10 @@ export function mount(el, backend) {
     heading.textContent = `Neuron ${name("neuron", place)}`;
     if (!d || !same(d.place, place)) return body.replaceChildren(controls("neuron", place), missing());
     const at = d.activation[view.token ?? state.token];
+    const turned = d.sign < 0 ? "active below 0, so its output row is turned round" : "its output row as it is";
     body.replaceChildren(controls("neuron", place),
-      h("p", { class: "hx-note" }, `Activation ${number(at)} at ${label(view.token ?? state.token)}; adds ${number(d.direct)} to the logit of ${quoted(target())}. Its output row, read as tokens:`),
-      twoLists(d.up, d.down, "output row times the unembedding, above the vocabulary's mean"),
+      h("p", { class: "hx-note" }, `Activation ${number(at)} at ${label(view.token ?? state.token)}; adds ${number(d.direct)} to the logit of ${quoted(target())}. What it promotes and suppresses there (${turned}), a unit of activation:`),
+      twoLists(d.up, d.down, "sign of the activation here times output row times the unembedding, above the vocabulary's mean"),
       h("div", {}, h("h4", { title: "change of the activation here that each head makes directly" }, "heads that feed it"), places("head", d.fed, state.head, "feeds")));
   }
 

@@ -1,0 +1,74 @@
+"""Vectors of the residual stream read through the unembedding, and the tokens that neurons promote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hones_lens.model import HookedVLM
+
+_NEURONS_AT_ONCE = 256  # whose logits are held together
+
+
+class PromotedTokens(NamedTuple):
+    """The tokens whose logits neurons change most, by neuron and most first.
+
+    Attributes:
+        signs: Of the neurons' activations: −1 below 0, else 1.
+        ids: Token ids.
+        logits: What a unit of activation of that sign adds to each token's logit, above the vocabulary's mean
+            and before the final norm's scale.
+    """
+
+    signs: Float[Tensor, " neuron"]
+    ids: Int[Tensor, "neuron k"]
+    logits: Float[Tensor, "neuron k"]
+
+
+@torch.no_grad()
+def vocabulary_logits(
+    model: HookedVLM, vectors: Float[Tensor, "*lead d_model"]
+) -> Float[Tensor, "*lead d_vocab"]:
+    """What vectors of the residual stream add to every token's logit, before the final norm's scale.
+
+    `⟨v, γ ∘ W_U[:, t]⟩` for every token t, where γ is the final norm's weight, minus the mean over the
+    vocabulary, which no probability depends on.
+    """
+    weighted = (vectors.float() * model.ln_final.weight.float()).to(model.cfg.dtype)
+    logits = model.unembed(weighted).float()
+    return logits - logits.mean(-1, keepdim=True)
+
+
+@torch.no_grad()
+def promoted_tokens(
+    model: HookedVLM,
+    neurons: Sequence[tuple[int, int]],
+    activations: Float[Tensor, " neuron"],
+    k: int,
+    *,
+    largest: bool = True,
+) -> PromotedTokens:
+    """The k tokens that each neuron promotes most: `vocabulary_logits` of `sign(m_i) W_out[i]`.
+
+    A neuron writes its activation times its output row, so that one that is active below 0 promotes what its
+    row suppresses.
+
+    Args:
+        model: The model.
+        neurons: (layer, index) of each.
+        activations: Of each neuron, at a position or the mean over many; only the sign is read, 0 as 1.
+        k: How many tokens.
+        largest: False for the tokens that it suppresses most.
+    """
+    rows = torch.stack([model.blocks[layer].mlp.W_out[index] for layer, index in neurons])
+    signs = torch.where(activations < 0, -1.0, 1.0).to(rows.device)
+    written = signs[:, None] * rows.float()
+    found = [
+        vocabulary_logits(model, part).topk(k, largest=largest) for part in written.split(_NEURONS_AT_ONCE)
+    ]
+    ids, logits = torch.cat([top.indices for top in found]), torch.cat([top.values for top in found])
+    return PromotedTokens(signs, ids, logits)
