@@ -21,13 +21,15 @@ unexport PYTHONPATH
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-dev test test-all test-fast notebooks coverage benchmark lint format wheel clean distclean
+.PHONY: help demo install install-dev test test-all test-fast test-shapes test-kernels notebooks coverage benchmark lint format wheel clean distclean
 
 help:
 	@echo "make demo       find and mask the neurons of a small model; writes $(DEMO_OUT)"
-	@echo "make test       the tests, in less than ten minutes"
+	@echo "make test       the tests, in less than five minutes"
 	@echo "make test-all   and those that take minutes each"
-	@echo "make test-fast  the tests that take seconds"
+	@echo "make test-fast  the tests that take seconds each"
+	@echo "make test-shapes   those again, types and tensor shapes checked at every call"
+	@echo "make test-kernels  those again, as other processors and with two threads"
 	@echo "make notebooks  run every notebook but the one for a GPU, and see that none has outputs"
 	@echo "make coverage   all tests, with the lines that none of them runs"
 	@echo "make benchmark  speed against Hugging Face's model and the naive loop; prints ratios"
@@ -64,8 +66,20 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	$(PYTEST) $(TEST_ARGS)
 
+FAST = -m "not slow and not exhaustive"
+
 test-fast: $(VENV)/.dev
-	$(PYTEST) -m "not slow" $(TEST_ARGS)
+	$(PYTEST) $(FAST) $(TEST_ARGS)
+
+test-shapes: $(VENV)/.dev
+	HONES_CHECK_SHAPES=1 $(PYTEST) $(FAST) $(TEST_ARGS)
+
+# Sums are rounded in another order by other instruction sets, other matrix products (MKL's, which reads a variable
+# of its own), and more threads. What a test expects must not depend on it.
+test-kernels: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(FAST) $(TEST_ARGS)
+	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE $(PYTEST) $(FAST) $(TEST_ARGS)
+	HONES_TEST_THREADS=2 $(PYTEST) $(FAST) $(TEST_ARGS)
 
 # 08 is for a GPU; the test runs its code on the small models.
 notebooks: $(VENV)/.dev

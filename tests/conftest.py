@@ -1,4 +1,8 @@
-"""Set-up of all tests: offline, one thread, shapes and types checked at every call."""
+"""Set-up of all tests: offline, the same random numbers, few threads.
+
+Two variables of the environment: `HONES_TEST_THREADS`, the threads that torch computes on (default 1),
+and `HONES_CHECK_SHAPES=1`, with which types and tensor shapes are checked at every call into hones_lens.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,12 @@ from helpers import shape_checks
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# Before anything imports hones_lens. Only here: users pay nothing for it.
-install_import_hook("hones_lens", f"{shape_checks.__name__}.check")
+# Before anything imports hones_lens. Only here: users pay nothing for their annotations.
+if os.environ.get("HONES_CHECK_SHAPES") == "1":
+    install_import_hook("hones_lens", f"{shape_checks.__name__}.check")
 
 # The models are small: more threads would only wait for each other.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("HONES_TEST_THREADS", "1")))
 
 # The same examples in every run, and no time limit of its own on a busy machine.
 settings.register_profile("hones", derandomize=True, deadline=None)

@@ -1,4 +1,4 @@
-"""The checker that conftest.py switches on: types and shapes of every call into hones_lens."""
+"""Types and shapes of every call into hones_lens: the checker of HONES_CHECK_SHAPES=1, see conftest.py."""
 
 from collections.abc import Callable
 from typing import Any, runtime_checkable
