@@ -53,6 +53,18 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+def check_singular_vectors(found: Tensor, matrix: Tensor) -> None:
+    """Columns [d n] are the first right singular vectors of a matrix [m d], wherever singular values lie close.
+
+    One by one they are determined only as far as those values lie apart; that they are orthonormal, and that
+    each is scaled by its own value's square, holds to rounding whatever the values are.
+    """
+    found, matrix = found.double(), matrix.double()
+    values = torch.linalg.svdvals(matrix)[: found.shape[1]]
+    close(found.T @ found, torch.eye(found.shape[1], dtype=found.dtype))
+    close(matrix.T @ (matrix @ found) / values[0] ** 2, found * (values / values[0]) ** 2)
+
+
 @pytest.mark.parametrize("name", ["OV", "QK"])
 def test_circuits_are_products_of_hugging_faces_weights(case: Case, name: str) -> None:
     found = getattr(case.model, name)
@@ -60,12 +72,11 @@ def test_circuits_are_products_of_hugging_faces_weights(case: Case, name: str) -
     for layer, head in itertools.product(range(3), range(4)):
         expected = getattr(case, name.lower())(layer, head)
         close(found[layer, head].AB, expected)
-        u, s, vh = torch.linalg.svd(expected)
-        d = min(case.d_head, 32)
+        s, d = torch.linalg.svdvals(expected), case.d_head
         close(found.S[layer, head], s[:d])
         assert s[d:].abs().max() < 1e-4, "the rank is that of a head"
-        for ours, theirs in ((found.U[layer, head], u[:, :d]), (found.V[layer, head], vh[:d].T)):
-            close((ours * theirs).sum(0).abs(), torch.ones(d))  # the same directions, but for their sign
+        check_singular_vectors(found.V[layer, head], expected)
+        check_singular_vectors(found.U[layer, head], expected.T)
         largest = torch.linalg.eigvals(expected).abs().topk(3).values  # small ones are ill-conditioned
         close(found[layer, head].eigenvalues.abs().topk(3).values, largest)
         close(found[layer, head].norm(), expected.norm())
@@ -81,10 +92,11 @@ def test_a_query_and_a_key_meet_in_qk(case: Case) -> None:
         close(x @ (case.model.QK[1, head] @ y), q[head] @ k[head // case.groups])
 
 
-def aligned(found: Tensor, expected: Tensor) -> None:
-    """[d_vocab n] columns that are equal but for their sign."""
-    signs = (found * expected).sum(0).sign()
-    close(found * signs, expected)
+def check_vectors_as_logits(found: Tensor, lm_head: Tensor, matrix: Tensor) -> None:
+    """[d_vocab 1 n] logits of the first right singular vectors of a matrix [m d_model]."""
+    vectors = torch.linalg.lstsq(lm_head.double(), found[:, 0].double()).solution  # lm_head has full rank
+    close(lm_head.double() @ vectors, found[:, 0].double())
+    check_singular_vectors(vectors, matrix)
 
 
 def test_singular_vectors_of_ov(case: Case) -> None:
@@ -93,8 +105,7 @@ def test_singular_vectors_of_ov(case: Case) -> None:
     for layer, head in itertools.product((0, 2), range(4)):
         found = interpreter.get_singular_vectors("OV", layer_index=layer, num_vectors=3, head_index=head)
         assert found.shape == (len(lm_head), 1, 3) and not found.requires_grad
-        vh = torch.linalg.svd(case.ov(layer, head)).Vh
-        aligned(found[:, 0], lm_head @ vh[:3].T)
+        check_vectors_as_logits(found, lm_head, case.ov(layer, head))
 
 
 def test_singular_vectors_of_neurons(case: Case) -> None:
@@ -104,7 +115,8 @@ def test_singular_vectors_of_neurons(case: Case) -> None:
     matrices = {"w_in": case.weight(1, "mlp.up_proj") * norm, "w_out": case.weight(1, "mlp.down_proj").T}
     for name, matrix in matrices.items():
         found = interpreter.get_singular_vectors(name, layer_index=1, num_vectors=4)
-        aligned(found[:, 0], lm_head @ torch.linalg.svd(matrix).Vh[:4].T)
+        assert found.shape == (len(lm_head), 1, 4)
+        check_vectors_as_logits(found, lm_head, matrix)
 
 
 def test_a_bound_model_has_the_same_circuits(case: Case) -> None:

@@ -13,7 +13,7 @@ from hones_lens.hones.attribution.attribute import attribute_neurons
 from hones_lens.hones.attribution.flow import HeadNeuronFlow, head_neuron_flow
 
 RATIO = 0.2  # 12 of 60 neurons
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # batches of other sizes round otherwise
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # batches of other sizes round otherwise; scores are near 0.1
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -38,7 +38,7 @@ def test_contributions_sum_to_the_scores_and_are_each_head_s_own(family: str) ->
     torch.testing.assert_close(
         torch.tensor([c.score for c in found.neurons]), whole.scores[at].float(), **CLOSE
     )
-    assert found.total == pytest.approx(float(whole.scores.sum()))
+    assert found.total == pytest.approx(float(whole.scores.sum()), rel=1e-4)
     positive = {cell: w for cell, w in WEIGHTS.items() if w > 0}
     assert [c[:2] for c in found.heads] == sorted(positive, key=lambda cell: -positive[cell])
     for h, head in enumerate(found.heads):
@@ -60,7 +60,7 @@ def test_tokens_are_those_that_the_neuron_as_active_promotes(family: str) -> Non
     signs = set()
     for n, neuron in enumerate(found.neurons):
         activation = float(mean.scores[neuron.layer, neuron.index])
-        assert float(found.activations[n]) == pytest.approx(activation)
+        assert float(found.activations[n]) == pytest.approx(activation, rel=1e-4, abs=1e-5)
         written = hf_layers(hf_model)[neuron.layer].mlp.down_proj.weight[:, neuron.index].detach()
         signs.add(activation > 0)
         logits = directions @ (written if activation > 0 else -written)
@@ -69,7 +69,9 @@ def test_tokens_are_those_that_the_neuron_as_active_promotes(family: str) -> Non
         assert [one.token for one in found.promoted[n]] == [
             name if name is not None else f"[{i}]" for i, name in zip(top.indices, names, strict=True)
         ]
-        assert [one.logit for one in found.promoted[n]] == pytest.approx(top.values.tolist(), abs=1e-5)
+        assert [one.logit for one in found.promoted[n]] == pytest.approx(
+            top.values.tolist(), rel=1e-5, abs=2e-5
+        )
     assert signs == {True, False}
 
 
@@ -81,7 +83,7 @@ def test_neurons_of_another_ranking_and_what_is_saved(tmp_path: Path) -> None:
     assert [c[:2] for c in found.neurons] == [c[:2] for c in ranking.top()]
     whole = attribute_neurons(model, "vqa", examples, critical_heads(), progress=False).scores
     assert [c.score for c in found.neurons] == pytest.approx(
-        [float(whole[c.layer, c.index]) for c in found.neurons], abs=1e-6
+        [float(whole[c.layer, c.index]) for c in found.neurons], rel=1e-4, abs=1e-5
     )
     found.save(tmp_path / "flow.json")
     again = HeadNeuronFlow.load(tmp_path / "flow.json")

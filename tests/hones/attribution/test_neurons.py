@@ -94,7 +94,7 @@ def test_h3_equals_a_naive_loop_on_hf(name: str, family: str) -> None:
 
     directions = [loop_direction(name, examples, example, family) for example in examples]
     prompts = [task.target_prompt(example) for example in examples]
-    assert torch.allclose(target_directions(model, task, examples), torch.stack(directions), atol=1e-6)
+    assert torch.allclose(target_directions(model, task, examples), torch.stack(directions), atol=1e-5)
 
     def mean_write_in(head: tuple[int, int] | None) -> torch.Tensor:
         each = [loop_write_in(*one, head, family) for one in zip(examples, prompts, directions, strict=True)]
@@ -107,12 +107,12 @@ def test_h3_equals_a_naive_loop_on_hf(name: str, family: str) -> None:
             expected += weight * (clean - mean_write_in(head)).clamp(min=0)
             weights += weight
     difference = (found.scores - expected / weights).abs().max()
-    assert difference < 1e-6, difference
+    assert difference < 1e-5 < 0.01 * found.scores.max(), difference
     assert found.scores.shape == (N_LAYERS, D_MLP) and (found.scores >= 0).all() and found.scores.any()
     assert not found.scores.requires_grad and found.scores.device.type == "cpu"
 
     ranking = attribute_neurons(model, name, examples, method="direct", progress=False)
-    assert (ranking.scores - clean).abs().max() < 2e-6
+    assert (ranking.scores - clean).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("parts", [20, 2])
@@ -130,12 +130,12 @@ def test_standard_errors_leave_one_part_out_at_a_time(parts: int, monkeypatch: p
     each = torch.stack(without)
     expected = ((count - 1) / count * (each - each.mean(0)).square().sum(0)).sqrt()
     assert found.errors is not None and expected.max() > 1e-4
-    assert torch.allclose(found.errors, expected, atol=1e-7)
+    assert torch.allclose(found.errors, expected, atol=1e-6)
     best = found.top(1)[0]
     interval = found.interval(best.layer, best.index)
     assert interval is not None and interval.n == 5 and interval.value == best.score
     half = 1.96 * expected[best.layer, best.index].item()
-    assert interval.high - interval.low == pytest.approx(2 * half, abs=1e-6)
+    assert interval.high - interval.low == pytest.approx(2 * half, abs=2e-5)
     assert f"{best.score:+.4g} [{interval.low:+.4g}, {interval.high:+.4g}]" in str(found)
     assert found.to_dataframe()["standard_error"][0] == found.errors[best.layer, best.index]
 
@@ -175,7 +175,7 @@ def test_the_clamp_comes_after_the_mean() -> None:
         attribute_neurons(model, "vqa", [example], one_head, progress=False).scores for example in examples
     ]
     clamped_first = sum(each[1:], each[0]) / len(each)
-    assert (clamped_first >= together - 1e-6).all()
+    assert (clamped_first >= together - 1e-5).all()
     assert (clamped_first - together).max() > 1e-4
 
 
@@ -218,7 +218,7 @@ def test_foils_subtract_the_wrong_answer() -> None:
     (found,) = target_directions(model, task, [example], normalize=False, foils=["blue"])
     ids = [model.to_single_token(word) for word in ("red", "blue")]
     weight = hf_model.lm_head.weight
-    assert torch.allclose(found, weight[ids[0]] - weight[ids[1]], atol=1e-6)
+    assert torch.allclose(found, weight[ids[0]] - weight[ids[1]], atol=1e-5)
     with pytest.raises(ValueError, match="2 foils for 1 examples"):
         target_directions(model, task, [example], foils=["blue", "green"])
 
