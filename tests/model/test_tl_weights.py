@@ -54,7 +54,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 def check_singular_vectors(found: Tensor, matrix: Tensor) -> None:
-    """Columns [d n] are the first right singular vectors of a matrix [m d], wherever singular values lie close.
+    """Columns [d n] are the first right singular vectors of a matrix [m d], up to close singular values.
 
     One by one they are determined only as far as those values lie apart; that they are orthonormal, and that
     each is scaled by its own value's square, holds to rounding whatever the values are.
