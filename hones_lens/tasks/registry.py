@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ TASKS = {
 }
 
 
+@cache
 def _registered() -> dict[str, str]:
     """All tasks: those above, then the entry points `hones_lens.tasks` of installed distributions."""
     return TASKS | {entry.name: entry.value for entry in entry_points(group="hones_lens.tasks")} | TASKS

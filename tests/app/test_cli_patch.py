@@ -14,8 +14,8 @@ import hones_lens as hl
 from hones_lens.analysis.patching.activation import patch_activations
 from hones_lens.analysis.patching.pairs import counterfactual
 from hones_lens.analysis.patching.sites import SITES
-from hones_lens.app import commands
 from hones_lens.app.cli import main
+from hones_lens.app.commands import patch as command
 from hones_lens.app.runs import patch as patch_run
 from hones_lens.interventions.corruptions import blur, region
 from hones_lens.interventions.token_groups import Box
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_names_that_the_parser_knows_are_those_of_the_library() -> None:
-    assert tuple(SITES) == commands.SITES and commands.CORRUPTIONS == patch_run.CORRUPTIONS
+    assert tuple(SITES) == command.SITES and command.CORRUPTIONS == patch_run.CORRUPTIONS
 
 
 def test_it_patches_counterfactual_pairs_and_resumes(folder: Path, capsys) -> None:

@@ -1,0 +1,95 @@
+"""What several commands make of their arguments: the model, the examples, the run folder, the heads."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hones_lens.app.runs.folder import Run
+    from hones_lens.app.runs.stages import DataChoice
+    from hones_lens.hones import HeadScores
+    from hones_lens.model import HookedVLM
+
+
+def model_from(args: argparse.Namespace) -> HookedVLM:
+    """The model that `--model` names, on `--device` in `--dtype`."""
+    import torch
+
+    from hones_lens.model import load_model
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    pixels = {name: getattr(args, name) for name in ("min_pixels", "max_pixels")}
+    given = {name: value for name, value in pixels.items() if value is not None}
+    return load_model(args.model, args.device, dtype, **given)
+
+
+def data_from(args: argparse.Namespace) -> DataChoice:
+    """Which examples the stages read."""
+    from hones_lens.app.runs.stages import DataChoice
+
+    return DataChoice(
+        dataset=args.dataset,
+        data_file=args.data_file,
+        image_dir=args.image_dir,
+        seed=args.seed,
+        discovery_split=args.discovery_split,
+        dev_split=args.dev_split,
+        held_out=args.split,
+        n_discovery=args.discovery_limit or args.limit,
+        n_dev=args.dev_limit or args.limit,
+        n_held_out=args.limit,
+        on_error=args.on_error,
+    )
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """The run folder; a folder that a configuration means for one task is not another task's."""
+    if args.out:
+        return Path(args.out)
+    if not args.outputs:
+        return Path(f"runs/{Path(args.model).name}-{args.task}")
+    folder, task = Path(args.outputs[0]), args.outputs[1]
+    if args.task == task:
+        return folder
+    return folder.with_name(args.task) if folder.name == task else folder / args.task
+
+
+def planned(args: argparse.Namespace, model: HookedVLM, data: DataChoice, stages: Sequence[str]) -> bool:
+    """Print the plan of these stages if `--plan` asks for it; whether it does."""
+    from hones_lens.app.runs import plan
+
+    if args.plan:
+        for line in plan.plan(model, args.task, data, stages, args.controls, args.memory_budget):
+            print(line)
+    return args.plan
+
+
+def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> Run:
+    """The run folder of localization and masking, opened."""
+    from hones_lens.app.runs import stages as pipeline
+
+    names = ("top_k", "ratio", "controls", "positions", "prefilter", "race")
+    settings = {name: getattr(args, name) for name in names}
+    return pipeline.start_run(model, args.task, data, run_folder(args), **settings)
+
+
+def find_heads(args: argparse.Namespace, model: HookedVLM, run: Run, data: DataChoice) -> HeadScores:
+    """The critical heads of the run, measured as the options say."""
+    from hones_lens.app.runs import stages as pipeline
+    from hones_lens.results import Racing
+
+    racing = None if args.race is None else Racing(epsilon=args.race)
+    options = {"positions": args.positions, "prefilter": args.prefilter, "racing": racing}
+    options["memory_budget"] = args.memory_budget
+    return pipeline.find_heads(model, run, args.task, data, args.top_k, **options)
+
+
+def write_result(args: argparse.Namespace, data: Any) -> None:
+    """Write what JSON can say to the file of `--json`, if there is one."""
+    if args.json:
+        from hones_lens.results import write_json
+
+        write_json(args.json, data)

@@ -1,0 +1,51 @@
+"""`hones demo`: heads, neurons, masking and a report, on a shipped model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from hones_lens.app.commands.arguments import (
+    data_from,
+    find_heads,
+    model_from,
+    planned,
+    start_run,
+    write_result,
+)
+from hones_lens.app.commands.options import add_stage_command
+
+_RESULTS = ("heads", "neurons", "masking", "others")
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    add_stage_command(commands, "demo", execute, "heads, neurons, masking and a report, on a shipped model")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Heads, neurons and masking, and a report of them."""
+    from rich.console import Console
+
+    from hones_lens.app.report.report import write_report
+    from hones_lens.app.report.terminal import print_summary
+    from hones_lens.app.runs import stages as pipeline
+
+    model, data = model_from(args), data_from(args)
+    if planned(args, model, data, ("heads", "held out", "neurons", "masking", "others")):
+        return 0
+    run = start_run(args, model, data)
+    heads = find_heads(args, model, run, data)
+    pipeline.heads_again(model, run, args.task, data, heads)
+    neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
+    pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
+    pipeline.mask_others(model, run, args.task, data, neurons.ratio)
+    pipeline.keep_views(model, run, args.task, data, heads, neurons)
+    view = pipeline.read_view(run.folder)
+    page = write_report(run.path("report.html"), [view])
+    print_summary(Console(), view)
+    print(f"\nReport: {page.resolve()}")
+    found = {name: json.loads(run.path(f"{name}.json").read_text(encoding="utf-8")) for name in _RESULTS}
+    write_result(args, {"report": str(page), **found})
+    return 0

@@ -1,0 +1,38 @@
+"""`hones evaluate`: metrics of a model, with intervals."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hones_lens.app.commands.arguments import model_from, write_result
+from hones_lens.app.commands.options import add_command, data_options, model_options
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    command = add_command(commands, "evaluate", execute, "metrics of a model, with intervals")
+    model_options(command)
+    data_options(command, several=True)
+    command.add_argument("--split", default="test", help="which examples (default: test)")
+    command.add_argument("--limit", type=int, help="how many examples a task (default: 1000; retrieval 100)")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """A model's metrics, task by task."""
+    from hones_lens.data import load_examples, tasks_of
+    from hones_lens.engine import evaluate
+    from hones_lens.tasks import load_task
+
+    model, found = model_from(args), []
+    tasks = tasks_of(args.dataset, args.data_file) if args.task == "all" else (args.task,)
+    for task in map(load_task, tasks):
+        limit = args.limit or (100 if task.ranks else 1000)
+        files = {"data_file": args.data_file, "image_dir": args.image_dir, "on_error": args.on_error}
+        kind = task.examples_of or task.name
+        found.append(
+            evaluate(model, task, load_examples(args.dataset, kind, args.split, limit, args.seed, **files))
+        )
+        print(found[-1])
+    write_result(args, [evaluation.to_dict() for evaluation in found])
+    return 0

@@ -1,0 +1,53 @@
+"""`hones explore`: one prompt to click through."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hones_lens.app.commands.arguments import model_from
+from hones_lens.app.commands.options import add_command, model_options
+
+if TYPE_CHECKING:
+    from hones_lens.app.explorer.views import Views
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    command = add_command(commands, "explore", execute, "click through one prompt's heads and neurons")
+    add = command.add_argument
+    add("--image", metavar="FILE", help="a picture (default: one of the shapes world, with its question)")
+    add("--prompt", help="what to ask (default: for a description)")
+    add("--run", metavar="RUN", dest="run_folder", help="colour the heads by the scores of this run folder")
+    add("--port", type=int, default=0, help="of the server on 127.0.0.1 (default: one that is free)")
+    add("--no-browser", action="store_true", help="only say where the page is")
+    add("--out", metavar="FILE", help="write a page to keep instead of serving one")
+    model_options(command)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """One prompt to click through: as a page of a local server, or in a file."""
+    if not args.out and None in map(find_spec, ("anywidget", "marimo")):
+        raise ImportError("the explorer needs the extra `notebook`: pip install hones-lens[notebook]")
+    from hones_lens.app.explorer import serve
+    from hones_lens.app.explorer.page import write_page
+
+    if args.out:
+        views = _views(args)
+        print(f"Page: {write_page(views, views.start(), args.out).resolve()}")
+        return 0
+    with serve.listen(args.port) as listener:
+        serve.run(_views(args), listener, browser=not args.no_browser)
+    return 0
+
+
+def _views(args: argparse.Namespace) -> Views:
+    from hones_lens.app.explorer.serve import subject
+    from hones_lens.app.explorer.views import Views
+    from hones_lens.hones import HeadScores
+
+    picture, prompt = subject(args.image, args.prompt)
+    heads = HeadScores.load(Path(args.run_folder) / "heads.json") if args.run_folder else None
+    return Views(model_from(args), picture, prompt, heads)

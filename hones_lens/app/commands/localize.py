@@ -1,0 +1,52 @@
+"""`hones localize`: critical heads, and the neurons they feed (HONES eqs. H1 to H3)."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hones_lens.app.commands.arguments import (
+    data_from,
+    find_heads,
+    model_from,
+    planned,
+    start_run,
+    write_result,
+)
+from hones_lens.app.commands.options import add_stage_command
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    text = "critical heads, and the neurons they feed (H1 to H3)"
+    command = add_stage_command(commands, "localize", execute, text)
+    command.add_argument("--stage", choices=["heads", "neurons", "all"], default="all", help="default: all")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Critical heads and the neurons that they feed; `--stage` for one of the two."""
+    from hones_lens.app.runs import stages as pipeline
+
+    model, data = model_from(args), data_from(args)
+    every = ("heads", "held out", "neurons")
+    stages = {"heads": every[:2], "neurons": every[2:]}.get(args.stage, every)
+    if planned(args, model, data, stages):
+        return 0
+    run = start_run(args, model, data)
+    if args.stage == "neurons" and not run.path("heads.json").exists():
+        raise ValueError(f"{run.folder} has no heads.json yet: --stage heads makes it, --stage all does both")
+    heads = find_heads(args, model, run, data)
+    found: dict[str, Any] = {"heads": [list(c) for c in heads.top()]}
+    print(heads, end="\n\n")
+    again = pipeline.heads_again(model, run, args.task, data, heads)
+    if again is not None:
+        found["held_out"] = again.to_dataframe().to_dict("records")
+        print(again, end="\n\n")
+    if args.stage != "heads":
+        neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
+        found["neurons"] = [list(c) for c in neurons.top()]
+        print(neurons, end="\n\n")
+        pipeline.keep_views(model, run, args.task, data, heads, neurons)
+    print(f"Run: {run.folder}")
+    write_result(args, found)
+    return 0

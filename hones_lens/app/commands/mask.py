@@ -1,0 +1,40 @@
+"""`hones mask`: a run's neurons masked, beside matched random sets (HONES eq. H4)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from hones_lens.app.commands.arguments import (
+    data_from,
+    find_heads,
+    model_from,
+    planned,
+    start_run,
+    write_result,
+)
+from hones_lens.app.commands.options import add_stage_command
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    add_stage_command(commands, "mask", execute, "mask a run's neurons beside matched random sets (H4)")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Heads and neurons where they are not there yet, then masking (H4)."""
+    from hones_lens.app.runs import stages as pipeline
+
+    model, data = model_from(args), data_from(args)
+    if planned(args, model, data, ("heads", "held out", "neurons", "masking")):
+        return 0
+    run = start_run(args, model, data)
+    heads = find_heads(args, model, run, data)
+    again = pipeline.heads_again(model, run, args.task, data, heads)
+    neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
+    results = pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
+    pipeline.keep_views(model, run, args.task, data, heads, neurons)
+    print(*([] if again is None else [again]), *results, f"Run: {run.folder}", sep="\n\n")
+    write_result(args, json.loads(run.path("masking.json").read_text(encoding="utf-8")))
+    return 0

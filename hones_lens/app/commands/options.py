@@ -1,0 +1,121 @@
+"""Options that several commands have, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hones_lens.tasks import task_names
+
+
+def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    """A command with the options that all have; `run(args)` returns its exit code."""
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.set_defaults(run=run, parser=command)
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if name not in ("report", "train-tiny", "explore"):
+        command.add_argument("--json", metavar="FILE", help="also write the result here")
+    return command
+
+
+def add_stage_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    """A command that runs stages of the method into a run folder."""
+    command = add_command(commands, name, run, text)
+    model_options(command)
+    data_options(command)
+    split_options(command)
+    command.add_argument("--top-k", type=int, help="critical heads (default: model_configs/)")
+    command.add_argument("--ratio", type=float, help="share of neurons (default: model_configs/)")
+    command.add_argument("--controls", type=int, default=20, help="matched random sets (default: 20)")
+    command.add_argument(
+        "--positions",
+        choices=["all", "last"],
+        default="all",
+        help="last: replace heads only from the end of the prompt on (default: all)",
+    )
+    command.add_argument(
+        "--prefilter", type=int, metavar="M", help="measure only the M heads that attribution patching likes"
+    )
+    command.add_argument(
+        "--race", type=float, metavar="EPSILON", help="race heads: right up to EPSILON with probability 0.95"
+    )
+    command.add_argument("--memory-budget", type=float, metavar="GB", help="default: half of what is free")
+    command.add_argument("--plan", action="store_true", help="say what would be done and stop")
+    return command
+
+
+def split_options(command: argparse.ArgumentParser) -> None:
+    """Run folder, splits, and how many examples of each."""
+    command.add_argument("--out", metavar="DIR", help="run folder (default: runs/MODEL-TASK)")
+    command.set_defaults(outputs=None)
+    command.add_argument("--limit", type=int, help="how many examples of each split")
+    command.add_argument("--discovery-limit", type=int, help="how many discovery examples, if not --limit")
+    command.add_argument("--dev-limit", type=int, help="how many dev examples, if not --limit")
+    for split, use in (("discovery", "heads and neurons are found"), ("dev", "scales are learned")):
+        command.add_argument(
+            f"--{split}-split", default=split, metavar="SPLIT", help=f"where {use} (default: {split})"
+        )
+    command.add_argument("--split", default="test", help="where results are measured (default: test)")
+
+
+def model_options(command: argparse.ArgumentParser, named: bool = True) -> None:
+    """Which model (unless the command names it otherwise), on which device, in which type."""
+    if named:
+        command.add_argument(
+            "--model", default="tiny-llava", help="name, folder or Hub id (default: tiny-llava)"
+        )
+        command.add_argument("--config", metavar="YAML", help="options from a file; those given here win")
+    command.add_argument("--device", help="default: the GPU if there is one")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    if named:
+        for name in ("min", "max"):
+            command.add_argument(f"--{name}-pixels", type=int, help="of a picture, for models that resize it")
+
+
+def data_options(command: argparse.ArgumentParser, several: bool = False) -> None:
+    """Which task, or with `several` also all that the data set has, and which data."""
+    choices = (*task_names(), "all") if several else task_names()
+    default = "all" if several else "vqa"
+    command.add_argument("--task", choices=choices, default=default, help=f"default: {default}")
+    file_options(command)
+
+
+def file_options(command: argparse.ArgumentParser) -> None:
+    """Which data set, from which files."""
+    command.add_argument("--dataset", default="shapes", help="name, file or folder (default: shapes)")
+    command.add_argument("--data-file", help="annotations, for data sets read from files")
+    command.add_argument("--image-dir", help="images, for data sets read from files")
+    command.add_argument("--seed", type=int, default=3407)
+    command.add_argument(
+        "--on-error", choices=["raise", "skip"], default="raise", help="at a record that can't be used"
+    )
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`a,b` as ("a", "b")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """`1,0.5` as (1.0, 0.5)."""
+    return tuple(float(part) for part in names(text))
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """`1,2` as (1, 2)."""
+    return tuple(int(part) for part in names(text))
+
+
+def box(text: str) -> tuple[float, float, float, float]:
+    """`left,top,right,bottom` as four numbers."""
+    left, top, right, bottom = numbers(text)
+    return left, top, right, bottom
+
+
+def units(text: str) -> str | tuple[int, ...] | tuple[tuple[int, int], ...]:
+    """`each`, `together`, numbers, or `LAYER.NUMBER`s as pairs (see `targets_of`)."""
+    parts = names(text)
+    if parts and all("." in part for part in parts):
+        pairs = (part.split(".") for part in parts)
+        return tuple((int(layer), int(index)) for layer, index in pairs)
+    return text if text in ("each", "together") else integers(text)

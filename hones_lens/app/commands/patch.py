@@ -1,0 +1,83 @@
+"""`hones patch`: activation patching, between clean and corrupted inputs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from hones_lens.app.commands.arguments import model_from, write_result
+from hones_lens.app.commands.options import (
+    add_command,
+    box,
+    data_options,
+    integers,
+    model_options,
+    names,
+    units,
+)
+
+CORRUPTIONS = ("noise", "blank", "blur", "shuffle", "mean")
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
+SITES += ("neurons", "vision_z", "vision_neurons")
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    command = add_command(
+        commands, "patch", execute, "put what one input makes into another, and see what changes"
+    )
+    model_options(command)
+    data_options(command)
+    add = command.add_argument
+    add("--kind", help="which fact counterfactual pairs differ in (default: all in turn)")
+    add("--split", default="dev", help="of the pairs or examples (default: dev)")
+    add("--limit", type=int, help="how many (default: 64)")
+    add("--image", metavar="FILE", help="a picture of your own, with --prompt and --answer")
+    for name, what in (("prompt", "what to ask"), ("answer", "what is right"), ("foil", "another answer")):
+        add(f"--{name}", help=f"{what} about it")
+    add("--corrupted-image", metavar="FILE", help="the corrupted picture, on which the foil is right")
+    add("--corrupted-prompt", help="the corrupted prompt, of as many tokens")
+    add("--corrupt", choices=CORRUPTIONS, help="corrupt the picture, or the examples of a data set")
+    add("--strength", type=float, help="of noise, in standard deviations; of blur, its radius in pixels")
+    add("--color", help="of blank (default: grey)")
+    add("--corrupt-box", type=box, metavar="L,T,R,B", help="corrupt there alone")
+    add("--what", choices=SITES, default="resid_pre", help="what to patch (default: resid_pre)")
+    add("--by", choices=["group", "position", "all"], default="group", help="default: group")
+    add("--groups", type=names, default=(), metavar="A,B", help="default: image,question,last")
+    add("--box", type=box, action="append", metavar="L,T,R,B", help="a box on the picture as a group")
+    add("--layers", type=integers, metavar="A,B", help="default: all")
+    add("--units", type=units, help="each, together, numbers, or LAYER.NUMBERs (default: heads each)")
+    add("--direction", choices=["denoise", "noise"], default="denoise", help="clean into corrupted, or back")
+    add("--metric", choices=["logit_diff", "log_prob", "kl", "task"], help="default: logit_diff with a foil")
+    add("--raw", action="store_true", help="the change of the metric instead of its share")
+    add("--batch-size", type=int, default=32, help="pairs at a time (default: 32)")
+    add("--out", metavar="DIR", help="run folder (default: runs/MODEL-TASK-patch-…)")
+    add("--plan", action="store_true", help="say what would be done and stop")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Activation patching of one kind of activation, between clean and corrupted inputs."""
+    from hones_lens.app.runs import patch as patch_run
+    from hones_lens.interventions import Box
+
+    fields = patch_run.PairsChoice.__dataclass_fields__
+    choice = patch_run.PairsChoice(**{name: getattr(args, name) for name in fields})
+    model = model_from(args)
+    pairs = choice.load(model)
+    boxes = [Box(*sides) for sides in args.box or ()]
+    groups = [*args.groups, *boxes] if args.groups or boxes else None
+    options = {"what": args.what, "by": args.by, "groups": groups, "layers": args.layers, "units": args.units}
+    options |= {"direction": args.direction, "raw": args.raw, "batch_size": args.batch_size}
+    options["metric"] = args.metric or ("log_prob" if pairs.foil is None else "logit_diff")
+    if args.plan:
+        print(*patch_run.plan_patching(model, pairs, options), sep="\n")
+        return 0
+    source = Path(args.image).stem if args.image else args.task
+    default = f"runs/{Path(args.model).name}-{source}-patch-{args.what}-{args.by}-{args.direction}"
+    run = patch_run.start_patching(model, pairs, args.out or default, choice, options)
+    result = patch_run.run_patching(model, run, pairs, options)
+    print(result, f"Run: {run.folder}", sep="\n\n")
+    write_result(args, json.loads(run.path("patch.json").read_text(encoding="utf-8")))
+    return 0

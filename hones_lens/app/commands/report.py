@@ -1,0 +1,28 @@
+"""`hones report`: one HTML page of one or more run folders."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hones_lens.app.commands.options import add_command
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    command = add_command(commands, "report", execute, "one HTML page of one or more run folders")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    command.add_argument(
+        "--out", metavar="FILE", help="the page to write (default: report.html in the first RUN)"
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    """One page of several runs."""
+    from hones_lens.app.report.report import write_report
+    from hones_lens.app.report.run_folder import read_view
+
+    out = Path(args.out or Path(args.runs[0]) / "report.html")
+    print(f"Report: {write_report(out, [read_view(run) for run in args.runs]).resolve()}")
+    return 0

@@ -1,0 +1,48 @@
+"""`hones reproduce`: all stages on all tasks, and tables as in the paper."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hones_lens.app.commands.arguments import data_from, model_from
+from hones_lens.app.commands.options import (
+    add_command,
+    file_options,
+    model_options,
+    names,
+    numbers,
+    split_options,
+)
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    command = add_command(
+        commands, "reproduce", execute, "all stages on all tasks, and tables as in the paper"
+    )
+    model_options(command)
+    file_options(command)
+    split_options(command)
+    command.add_argument("--tasks", type=names, metavar="A,B", help="default: all that the data set has")
+    command.add_argument("--ratios", type=numbers, default=(0.01, 0.05), help="shares of neurons to mask")
+    command.add_argument("--controls", type=int, default=20, help="matched random sets (default: 20)")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """All stages on several tasks, and their tables."""
+    from hones_lens.app.runs.reproduce import reproduce
+    from hones_lens.data import tasks_of
+
+    model, data = model_from(args), data_from(args)
+    out = Path(args.out or f"runs/reproduce-{Path(args.model).name}")
+    shifted = "shapes-shifted" if args.dataset == "shapes" else None
+    tasks = args.tasks or tasks_of(args.dataset, args.data_file)
+    result = reproduce(
+        model, out, data, tasks=tasks, shifted=shifted, ratios=args.ratios, n_controls=args.controls
+    )
+    print(result)
+    runs = " ".join(str(out / name) for name in ("across", *tasks))
+    print(f"Tables: {out / 'tables.md'}\nReport: hones report {runs} --out {out / 'report.html'}")
+    return 0

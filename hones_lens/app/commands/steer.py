@@ -1,0 +1,91 @@
+"""`hones steer`: scales learned for a run's neurons, beside all controls (HONES eq. H5)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hones_lens.app.commands.arguments import data_from, model_from, run_folder, write_result
+from hones_lens.app.commands.options import (
+    add_command,
+    data_options,
+    integers,
+    model_options,
+    names,
+    numbers,
+    split_options,
+)
+
+if TYPE_CHECKING:
+    from hones_lens.hones import NeuronScores
+    from hones_lens.model import HookedVLM
+
+
+def add(commands: Any) -> None:
+    """Add the command to the program's parser."""
+    command = add_command(
+        commands, "steer", execute, "learn scales for a run's neurons, beside all controls (H5)"
+    )
+    model_options(command)
+    data_options(command)
+    split_options(command)
+    add = command.add_argument
+    add("--neurons", metavar="FILE", help="neurons.json or HONES's file (default: that of the run folder)")
+    add("--k", type=int, help="how many of them (default: all that are selected)")
+    add("--methods", type=names, metavar="A,B", help="default: all six")
+    add("--lr", type=numbers, default=(5e-4, 5e-3, 5e-2), help="among these (default: 5e-4,5e-3,5e-2)")
+    add("--epochs", type=integers, default=(2, 8), help="among these (default: 2,8)")
+    add("--factors", type=numbers, default=(0.5, 0.75, 1.0, 1.25, 1.5, 2.0), help="of the grid search")
+    add("--draws", type=int, default=5, help="random sets (default: 5)")
+    add("--patience", type=int, help="stop after so many epochs without a better dev metric (default: never)")
+    for name, kind in (("accumulate", int), ("kl-weight", float), ("l2-weight", float), ("clamp", float)):
+        add(f"--{name}", type=kind, help="default: HONES's")
+    add("--negatives", type=int, help="wrong candidates an example of retrieval")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Scales for a run's neurons, learned on dev, beside all controls, on the held-out split (H5)."""
+    from hones_lens.app.runs import stages as pipeline
+    from hones_lens.hones import SteeringConfig
+
+    model, data = model_from(args), data_from(args)
+    neurons = _neurons_to_steer(args, model)
+    settings = ("accumulate", "kl_weight", "l2_weight", "clamp", "negatives")
+    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    options = {
+        "k": args.k,
+        "methods": pipeline.steering_methods(args.methods),
+        "config": SteeringConfig(seed=args.seed, **given),
+        "learning_rates": args.lr,
+        "epochs": args.epochs,
+        "factors": args.factors,
+        "draws": args.draws,
+    }
+    if args.patience is not None:
+        options["patience"] = args.patience
+    run = pipeline.start_steering(model, args.task, data, _folder(args), neurons, options)
+    table = pipeline.steer_neurons(model, run, args.task, data, neurons, options)
+    print(table, f"Run: {run.folder}", sep="\n\n")
+    write_result(args, json.loads(run.path("steering.json").read_text(encoding="utf-8")))
+    return 0
+
+
+def _neurons_to_steer(args: argparse.Namespace, model: HookedVLM) -> NeuronScores:
+    """Those of `--neurons` (our file or HONES's), or those of the run folder."""
+    from hones_lens.hones import NeuronScores, load_neurons
+
+    file = Path(args.neurons) if args.neurons else run_folder(args) / "neurons.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is not there: `hones localize` with the same --out makes it, or give --neurons FILE"
+        )
+    data = json.loads(file.read_text(encoding="utf-8"))
+    ours = isinstance(data, dict) and data.get("kind") == "neurons"
+    return NeuronScores.load(file) if ours else load_neurons(file, args.task, model)
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    name = args.dataset if args.dataset.replace("-", "").isalnum() else Path(args.dataset).stem
+    return run_folder(args) / "steering" / name
