@@ -15,7 +15,7 @@ import pandas as pd
 from hones_lens import engine
 from hones_lens.data import Example
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
-from hones_lens.interventions import Hook, zero_neurons
+from hones_lens.interventions import Hook, check_component, zero_neurons
 from hones_lens.model import HookedVLM
 from hones_lens.results import (
     Component,
@@ -269,10 +269,7 @@ def selection(
     if not chosen:
         raise ValueError(f"no neurons to {purpose}")
     for layer, index, *_ in chosen:
-        if not (0 <= layer < model.cfg.n_layers and 0 <= index < model.cfg.d_mlp):
-            raise ValueError(
-                f"neuron L{layer}N{index} does not exist: {model.cfg.n_layers} layers of {model.cfg.d_mlp}"
-            )
+        check_component("neuron", layer, index, model.cfg.n_layers, model.cfg.d_mlp)
     return [(c[0], c[1]) for c in chosen]
 
 

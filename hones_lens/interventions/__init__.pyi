@@ -1,3 +1,4 @@
+from .components import check_component as check_component, check_heads as check_heads
 from .corruptions import (
     Corruption as Corruption,
     blank as blank,
@@ -13,7 +14,6 @@ from .hooks import (
     Scale as Scale,
     block_attention as block_attention,
     by_layer as by_layer,
-    check_heads as check_heads,
     neuron_hook as neuron_hook,
     replace_with_other_heads_mean as replace_with_other_heads_mean,
     resid_hook as resid_hook,

@@ -323,9 +323,7 @@ def _normalised(model: HookedVLM, rgb: Float[Tensor, " channel"]) -> Float[Tenso
     Raises:
         ValueError: The model was made without a processor.
     """
-    if model.processor is None:
-        raise ValueError("this model has no processor: pass one to HookedVLM.from_hf(hf_model, processor)")
-    made = model.processor.image_processor
+    made = model.image_processor
     value = rgb * made.rescale_factor if made.do_rescale else rgb
     if made.do_normalize:
         value = (value - torch.tensor(made.image_mean)) / torch.tensor(made.image_std)

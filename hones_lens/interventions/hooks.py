@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from hones_lens.interventions.positions import PromptMask
 from hones_lens.interventions.token_groups import Group
-from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.model import VLMInputs
 
 Hook = tuple[str, Callable]
 _STREAMS = ("pre", "mid", "post")
@@ -398,19 +397,3 @@ def by_layer(components: Iterable[tuple[int, int]]) -> Mapping[int, list[int]]:
     if not found:
         raise ValueError("no components given")
     return found
-
-
-def check_heads(model: HookedVLM, heads: Iterable[Sequence[Any]]) -> tuple[tuple[int, int], ...]:
-    """(layer, head) of each.
-
-    Raises:
-        ValueError: No heads, or one that the model does not have.
-    """
-    chosen = tuple((int(head[0]), int(head[1])) for head in heads)
-    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
-    if not chosen:
-        raise ValueError("no heads to look at")
-    for layer, head in chosen:
-        if not (0 <= layer < n_layers and 0 <= head < n_heads):
-            raise ValueError(f"there is no head L{layer}H{head} among {n_layers} layers of {n_heads}")
-    return chosen

@@ -160,11 +160,23 @@ class HookedVLM(HookedRootModule):
         Raises:
             ValueError: The model was made without a processor.
         """
+        return self._processor_given().tokenizer
+
+    @property
+    def image_processor(self) -> Any:
+        """The processor's image processor.
+
+        Raises:
+            ValueError: The model was made without a processor.
+        """
+        return self._processor_given().image_processor
+
+    def _processor_given(self) -> Any:
         if self.processor is None:
             raise ValueError(
                 "this model has no processor: pass one to HookedVLM.from_hf(hf_model, processor)"
             )
-        return self.processor.tokenizer
+        return self.processor
 
     # -- inputs ----------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ def test_what_is_refused() -> None:
     length, padding = inputs.input_ids.shape[1], int((inputs.attention_mask[0] == 0).sum())
     refused = {
         "no heads": {"heads": []},
-        "no head L3H0 among 3 layers of 4": {"heads": [(3, 0)]},
+        "head L3H0 does not exist: 3 layers of 4 heads": {"heads": [(3, 0)]},
         f"position {length} is not among the row's {padding} … {length - 1}": {"source": length},
         "position 0 is not among": {"source": 0},
         "no token 'zebra', nor is that a group; groups: all, image": {"source": "zebra"},

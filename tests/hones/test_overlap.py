@@ -128,7 +128,7 @@ def test_bad_selections_raise() -> None:
         find_overlap({"vqa": [(0, 0)]}, shape=shape)
     with pytest.raises(ValueError, match="the selection of 'b' has no neurons"):
         find_overlap({"a": [(0, 0)], "b": []}, shape=shape)
-    with pytest.raises(ValueError, match="'a': neuron L3N0 is not among 3 layers of 20"):
+    with pytest.raises(ValueError, match="'a': neuron L3N0 does not exist: 3 layers of 20 neurons"):
         find_overlap({"a": [(3, 0)], "b": [(0, 0)]}, shape=shape)
     with pytest.raises(ValueError, match="'a' has neuron L0N1 2 times"):
         find_overlap({"a": [(0, 1), (0, 1)], "b": [(0, 0)]}, shape=shape)
@@ -277,7 +277,7 @@ def test_bad_input_of_the_lens_raises() -> None:
     examples = list(examples_of("vqa", 2))
     with pytest.raises(ValueError, match="the list of neurons to mask has no neurons"):
         lens_delta(model, "vqa", examples, [], progress=False)
-    with pytest.raises(ValueError, match="neuron L0N20 is not among 3 layers of 20"):
+    with pytest.raises(ValueError, match="neuron L0N20 does not exist: 3 layers of 20 neurons"):
         lens_delta(model, "vqa", examples, [(0, 20)], progress=False)
     with pytest.raises(ValueError, match="k must be at least 1"):
         lens_delta(model, "vqa", examples, [(0, 0)], k=0, progress=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from hones_lens.interventions import check_component
 from hones_lens.model import HookedVLM
 
 Head = tuple[int, int]
@@ -44,10 +45,7 @@ def check_senders(model: HookedVLM, heads: Sequence[Head]) -> None:
     if not heads or len(set(heads)) < len(heads):
         raise ValueError(f"senders {list(heads)}: give at least one head, and each once")
     for layer, head in heads:
-        if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
-            raise ValueError(
-                f"no head ({layer}, {head}): {model.cfg.n_layers} layers of {model.cfg.n_heads} heads"
-            )
+        check_component("head", layer, head, model.cfg.n_layers, model.cfg.n_heads)
 
 
 def grouped(model: HookedVLM, receivers: Receivers) -> dict[str, list[Receiver]]:
@@ -83,12 +81,11 @@ def _receiver_name(model: HookedVLM, receiver: object) -> str:
             f"receiver {receiver!r} is neither 'logits', a head (layer, head, 'q', 'k' or 'v'), "
             "nor a neuron (layer, index)"
         )
-    counts = {"q": cfg.n_heads, "k": cfg.n_key_value_heads, "v": cfg.n_key_value_heads, "neuron": cfg.d_mlp}
+    key_values = ("key-value head", cfg.n_key_value_heads)
+    kinds = {"q": ("head", cfg.n_heads), "k": key_values, "v": key_values, "neuron": ("neuron", cfg.d_mlp)}
     layer, index, part = receiver if len(receiver) == 3 else (*receiver, "neuron")
-    if part not in counts:
+    if part not in kinds:
         raise ValueError(f"receiver {receiver!r}: heads receive at 'q', 'k' or 'v'")
-    if not (0 <= layer < cfg.n_layers and 0 <= index < counts[part]):
-        raise ValueError(
-            f"no receiver {receiver!r}: there are {cfg.n_layers} layers, with {counts[part]} of {part!r} each"
-        )
+    kind, per_layer = kinds[part]
+    check_component(kind, layer, index, cfg.n_layers, per_layer)
     return f"{layer}.n{index}" if part == "neuron" else f"{layer}.{index}.{part}"

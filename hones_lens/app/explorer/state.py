@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hones_lens.interventions import Hook, neuron_hook, replace_with_other_heads_mean, scale, zero
+from hones_lens.interventions import (
+    Hook,
+    check_component,
+    neuron_hook,
+    replace_with_other_heads_mean,
+    scale,
+    zero,
+)
 from hones_lens.model import VLMConfig
 
 Place = tuple[int, int]  # layer and index
@@ -97,11 +104,7 @@ class State:
         for kind, (layer, index) in places:
             if kind not in widths:
                 raise ValueError(f"an edit of a {kind!r}; valid: head, neuron")
-            if not (0 <= layer < cfg.n_layers and 0 <= index < widths[kind]):
-                raise ValueError(
-                    f"there is no {kind} {index} in layer {layer}: layers are 0 … {cfg.n_layers - 1}, "
-                    f"{kind}s 0 … {widths[kind] - 1}"
-                )
+            check_component(kind, layer, index, cfg.n_layers, widths[kind])
         if len({(e.kind, e.layer, e.index) for e in self.edits}) < len(self.edits):
             raise ValueError("one head or neuron is edited twice")
         for edit in self.edits:

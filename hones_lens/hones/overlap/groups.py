@@ -15,6 +15,7 @@ import pandas as pd
 
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons
+from hones_lens.interventions import check_component
 from hones_lens.results import read_json, write_json
 
 _DEGREES = {2: "pair", 3: "triple"}
@@ -241,15 +242,13 @@ def check_neurons(neurons: Sequence, n_layers: int, d_mlp: int, what: str) -> tu
     """Neurons in order, as (layer, index).
 
     Raises:
-        ValueError: None at all, one that is not there, or one twice; `what` is named.
+        ValueError: None at all, one that does not exist, or one twice; `what` is named.
     """
     found = sorted((int(neuron[0]), int(neuron[1])) for neuron in neurons)
     if not found:
         raise ValueError(f"{what} has no neurons")
-    for neuron, times in Counter(found).items():
-        layer, index = neuron
-        if not (0 <= layer < n_layers and 0 <= index < d_mlp):
-            raise ValueError(f"{what}: neuron L{layer}N{index} is not among {n_layers} layers of {d_mlp}")
+    for (layer, index), times in Counter(found).items():
+        check_component("neuron", layer, index, n_layers, d_mlp, what)
         if times > 1:
             raise ValueError(f"{what} has neuron L{layer}N{index} {times} times")
     return tuple(found)

@@ -131,11 +131,7 @@ class HookedLlava(HookedVLM):
         counts = [side * side + int(self.cfg.vision.keep_class_token)] * len(images)
         if not images:
             return {}, counts
-        if self.processor is None:
-            raise ValueError(
-                "this model has no processor: pass one to HookedVLM.from_hf(hf_model, processor)"
-            )
-        pixels = self.processor.image_processor(images=list(images), return_tensors="pt").pixel_values
+        pixels = self.image_processor(images=list(images), return_tensors="pt").pixel_values
         return {"pixel_values": pixels}, counts
 
     def pictures(self, inputs: VLMInputs) -> list[Float[Tensor, "channel _ _"]]:
@@ -148,7 +144,7 @@ class HookedLlava(HookedVLM):
 
     def shown_region(self, width: int, height: int) -> Region:
         """What is left of a picture after the processor's crop in the middle."""
-        processor = self.processor.image_processor
+        processor = self.image_processor
         resized = [width, height]
         if processor.do_resize and (shortest := dict(processor.size).get("shortest_edge")):
             resized = [int(shortest * side / min(width, height)) for side in (width, height)]

@@ -295,11 +295,7 @@ class HookedQwen2_5_VL(HookedVLM):
         """Resize within the processor's bounds on pixels, normalise, cut into patches."""
         if not images:
             return {}, []
-        if self.processor is None:
-            raise ValueError(
-                "this model has no processor: pass one to HookedVLM.from_hf(hf_model, processor)"
-            )
-        made = self.processor.image_processor(images=list(images), return_tensors="pt")
+        made = self.image_processor(images=list(images), return_tensors="pt")
         counts = (made.image_grid_thw.prod(-1) // self.cfg.vision.merge_size**2).tolist()
         return {"pixel_values": made.pixel_values, "image_grid_thw": made.image_grid_thw}, counts
 

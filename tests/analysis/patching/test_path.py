@@ -231,15 +231,15 @@ def test_it_refuses() -> None:
     wrong = (
         ([], "logits", "at least one head"),
         ([(0, 1), (0, 1)], "logits", "each once"),
-        ([(0, 4)], "logits", r"no head \(0, 4\): 3 layers of 4 heads"),
-        ([(3, 0)], "logits", r"no head \(3, 0\)"),
+        ([(0, 4)], "logits", "head L0H4 does not exist: 3 layers of 4 heads"),
+        ([(3, 0)], "logits", "head L3H0 does not exist"),
         ([(0, 1)], [], "no receivers"),
         ([(0, 1)], {"none": []}, "'none': give at least one"),
         ([(0, 1)], ["logits", "logits"], "twice"),
         ([(0, 1)], [(1, 2, "z")], "at 'q', 'k' or 'v'"),
-        ([(0, 1)], [(1, 2, "k")], "3 layers, with 2 of 'k' each"),
-        ([(0, 1)], [(1, 40)], "with 40 of 'neuron' each"),
-        ([(0, 1)], [(3, 0, "q")], r"no receiver \(3, 0, 'q'\)"),
+        ([(0, 1)], [(1, 2, "k")], "key-value head L1H2 does not exist: 3 layers of 2 key-value heads"),
+        ([(0, 1)], [(1, 40)], "neuron L1N40 does not exist: 3 layers of 40 neurons"),
+        ([(0, 1)], [(3, 0, "q")], "head L3H0 does not exist: 3 layers of 4 heads"),
     )
     for senders, receivers, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -65,10 +65,10 @@ def test_what_is_no_state_is_refused(broken: dict) -> None:
     [
         (State(9, 0, (0, 0), (0, 0)), "token: position 9 is not in 0 … 8"),
         (State(0, -1, (0, 0), (0, 0)), "lens: position -1"),
-        (State(0, 0, (3, 0), (0, 0)), "no head 0 in layer 3: layers are 0 … 2, heads 0 … 3"),
-        (State(0, 0, (0, 0), (0, 40)), "no neuron 40 in layer 0"),
+        (State(0, 0, (3, 0), (0, 0)), "head L3H0 does not exist: 3 layers of 4 heads"),
+        (State(0, 0, (0, 0), (0, 40)), "neuron L0N40 does not exist: 3 layers of 40 neurons"),
         (State(0, 0, (0, 0), (0, 0), show="all"), "show: 'all'"),
-        (START.edited("head", (0, -1), None), "no head -1"),
+        (START.edited("head", (0, -1), None), "head L0H-1 does not exist"),
         (START.edited("layer", (0, 0), None), "an edit of a 'layer'"),
         (State(0, 0, (0, 0), (0, 0), edits=(Edit("head", 0, 0), Edit("head", 0, 0, 2.0))), "edited twice"),
         (START.edited("head", (0, 0), float("nan")), "a factor of at most"),

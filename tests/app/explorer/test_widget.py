@@ -71,7 +71,7 @@ def test_methods_set_the_state_and_what_is_shown(explorer) -> None:
 
 def test_what_does_not_exist_is_refused_and_changes_nothing(explorer) -> None:
     state, shown = explorer.state, explorer.shown
-    with pytest.raises(ValueError, match="no head 8 in layer 0"):
+    with pytest.raises(ValueError, match="head L0H8 does not exist: 4 layers of 8 heads"):
         explorer.select(head=(0, 8))
     with pytest.raises(ValueError, match="give a head or a neuron"):
         explorer.ablate()

@@ -1,0 +1,42 @@
+"""Whether a model has a head or a neuron that is named by layer and index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hones_lens.model import HookedVLM
+
+
+def check_component(
+    kind: str, layer: int, index: int, n_layers: int, per_layer: int, source: str = ""
+) -> None:
+    """Refuse a head or neuron that does not exist.
+
+    Args:
+        kind: `head`, `key-value head` or `neuron`.
+        layer, index: Which one.
+        n_layers, per_layer: How many layers there are, and how many of the kind in each.
+        source: What names it, for the error.
+
+    Raises:
+        ValueError: Either is out of range, e.g. `neuron L3N20 does not exist: 3 layers of 20 neurons`.
+    """
+    if not (0 <= layer < n_layers and 0 <= index < per_layer):
+        name = f"{kind} L{layer}{'N' if kind == 'neuron' else 'H'}{index}"
+        prefix = f"{source}: " if source else ""
+        raise ValueError(f"{prefix}{name} does not exist: {n_layers} layers of {per_layer} {kind}s")
+
+
+def check_heads(model: HookedVLM, heads: Iterable[Sequence[Any]]) -> tuple[tuple[int, int], ...]:
+    """(layer, head) of each.
+
+    Raises:
+        ValueError: No heads, or one that the model does not have.
+    """
+    chosen = tuple((int(head[0]), int(head[1])) for head in heads)
+    if not chosen:
+        raise ValueError("no heads to look at")
+    for layer, head in chosen:
+        check_component("head", layer, head, model.cfg.n_layers, model.cfg.n_heads)
+    return chosen
