@@ -12,15 +12,18 @@ from torch import Tensor
 
 from hones_lens.interventions import Box, Group, Hook, check_heads, group_name, token_mask
 from hones_lens.model import HookedVLM, ModelInput, VLMInputs, token_names
+from hones_lens.results import Plottable
 
 TIMES = 5.0
 Source = int | Group
 _MARKS = "▁Ġ"  # how tokenizers write a space
 
 
-@dataclass(frozen=True, eq=False)
-class HeadAttention:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadAttention(Plottable):
     """Attention of some heads from a token of one row, or the mean over several tokens.
+
+    `plot(pictures, **options)` draws it over the row's pictures; options: of `hones_lens.viz.attention_maps`.
 
     Attributes:
         model_name: Of which model.
@@ -98,22 +101,6 @@ class HeadAttention:
             told = ", ".join(f"{name} {share:.3f}" for name, share in zip(self.names, shares, strict=True))
             lines.append(f"on image {i}: {told}")
         return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def plot(self, pictures: Any, **options: Any) -> Any:
-        """The heads' attention over the pictures.
-
-        Args:
-            pictures: The row's, or the one.
-            options: Of `hones_lens.viz.attention_plots.attention_maps`.
-
-        Returns:
-            A matplotlib figure.
-        """
-        from hones_lens.viz import attention_maps
-
-        return attention_maps(self, pictures, **options)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hones_lens.interventions import Group, Hook, check_heads, token_mask
 from hones_lens.model import HookedVLM, ModelInput, VLMInputs, token_names
+from hones_lens.results import Plottable
 
 MOST_CELLS = 200
 FOLDS = ("sum", "mean", "max")
@@ -136,9 +137,11 @@ def _name(token: str, image: int | None, n: int, inputs: VLMInputs, kept: bool) 
     return token if kept else f"[{n} token{'s' if n > 1 else ''}]"
 
 
-@dataclass(frozen=True, eq=False)
-class FoldedAttention:
+@dataclass(frozen=True, eq=False, repr=False)
+class FoldedAttention(Plottable):
     """Attention of some heads between cells, and from cells to patches.
+
+    `plot(**options)` draws a map of query by key for each head; options: of `hones_lens.viz.cell_patterns`.
 
     Attributes:
         model_name: Of which model.
@@ -161,21 +164,6 @@ class FoldedAttention:
 
     def __str__(self) -> str:
         return f"{self.model_name}: attention of {', '.join(self.names)} between {len(self.cells)} cells"
-
-    __repr__ = __str__
-
-    def plot(self, **options: Any) -> Any:
-        """A map of query by key for each head.
-
-        Args:
-            options: Of `hones_lens.viz.cell_plots.cell_patterns`.
-
-        Returns:
-            A matplotlib figure.
-        """
-        from hones_lens.viz import cell_patterns
-
-        return cell_patterns(self, **options)
 
 
 @torch.no_grad()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 
 from hones_lens.data import Example
 from hones_lens.engine import sweep
 from hones_lens.model import HookedVLM
-from hones_lens.results import Interval, metric_interval
+from hones_lens.results import Interval, Result, metric_interval
 from hones_lens.tasks import Task
 
 
@@ -28,8 +29,8 @@ class KindMetric:
         return str(self.interval) if self.interval else f"{self.value:.3f} (n = {self.n})"
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Result):
     """The metric of a task.
 
     Attributes:
@@ -39,6 +40,8 @@ class Evaluation:
         kinds: The metric by kind.
         example_ids: Which examples, in the order of `scores`.
     """
+
+    kind: ClassVar[str] = "evaluation"
 
     task: str
     metric_name: str
@@ -53,9 +56,14 @@ class Evaluation:
         """The metric over all examples."""
         return self.interval.value
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {"kind": "evaluation", **asdict(self)}
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each kind and one for `all`: value, the ends of its interval, n."""
+        parts = {"all": KindMetric(self.metric, self.interval.n, self.interval), **self.kinds}
+        rows = []
+        for kind, part in parts.items():
+            low, high = (None, None) if part.interval is None else (part.interval.low, part.interval.high)
+            rows.append({"kind": kind, self.metric_name: part.value, "low": low, "high": high, "n": part.n})
+        return pd.DataFrame(rows)
 
     def __str__(self) -> str:
         lines = [f"{self.model_name}, {self.task}: {self.metric_name} {self.interval}"]
@@ -63,8 +71,6 @@ class Evaluation:
             width = max(map(len, self.kinds))
             lines += [f"  {kind:<{width}} {found}" for kind, found in self.kinds.items()]
         return "\n".join(lines)
-
-    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"

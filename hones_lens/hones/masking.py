@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import MutableMapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -20,12 +20,14 @@ from hones_lens.model import HookedVLM
 from hones_lens.results import (
     Component,
     Interval,
+    Result,
     bootstrap_interval,
     mean_interval,
     metric_interval,
     permutation_p,
     read_json,
     relative_interval,
+    to_json,
     two_sided_p,
     write_json,
 )
@@ -65,9 +67,12 @@ class KindDrop:
     p: float | None = None
 
 
-@dataclass(frozen=True)
-class MaskingResult:
+@dataclass(frozen=True, repr=False)
+class MaskingResult(Result):
     """A task with and without a set of neurons, beside matched random sets of the same size.
+
+    `plot(measures)` draws bars of both arms against the random sets; the measures are `metric` and
+    `log_prob`, default: both.
 
     Attributes:
         task, metric_name, method, model_name: What was measured, and how neurons were chosen.
@@ -85,6 +90,8 @@ class MaskingResult:
         example_ids: Which examples, in the order of `drops`.
         metric_p, log_prob_p: Of no drop: two-sided paired permutation tests; None where not tested.
     """
+
+    kind: ClassVar[str] = "masking-result"
 
     task: str
     metric_name: str
@@ -175,16 +182,8 @@ class MaskingResult:
             )
         return "\n".join(lines)
 
-    __repr__ = __str__
-
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
-
-    def plot(self) -> Any:
-        """Bars of the drop against the random sets (a matplotlib figure)."""
-        from hones_lens.viz import masking_bars
-
-        return masking_bars(self)
 
 
 def _short(interval: Interval) -> str:
@@ -407,7 +406,7 @@ def _control(outcome: _Outcome, rows: dict[str, list[int]]) -> Control:
 
 def save_masking(file: str | Path, results: Sequence[MaskingResult]) -> None:
     """Write results to JSON."""
-    write_json(file, {"kind": "masking", "results": [asdict(result) for result in results]})
+    write_json(file, {"kind": "masking", "results": [to_json(result) for result in results]})
 
 
 def load_masking(file: str | Path) -> list[MaskingResult]:
@@ -416,20 +415,7 @@ def load_masking(file: str | Path) -> list[MaskingResult]:
     Raises:
         ValueError: Another kind of file.
     """
-    return [_from_json(data) for data in read_json(file, "masking")["results"]]
-
-
-def _from_json(data: dict[str, Any]) -> MaskingResult:
-    for name in ("drops", "log_prob_drops", "example_ids"):
-        data[name] = tuple(data[name])
-    for name in (name for name in data if name.endswith("_interval")):
-        data[name] = Interval(**data[name])
-    data["controls"] = tuple(Control(**c) for c in data["controls"])
-    for drop in data["kinds"].values():
-        for name in (name for name in drop if name.endswith("interval")):
-            drop[name] = None if drop[name] is None else Interval(**drop[name])
-    data["kinds"] = {kind: KindDrop(**drop) for kind, drop in data["kinds"].items()}
-    return MaskingResult(**data)
+    return [MaskingResult.from_dict(data) for data in read_json(file, "masking")["results"]]
 
 
 MEASURES = ("metric", "log_prob")

@@ -1,7 +1,7 @@
+from .base import Plottable as Plottable, Result as Result
+from .codec import to_json as to_json
 from .files import (
     Component as Component,
-    nan_to_none as nan_to_none,
-    none_to_nan as none_to_nan,
     ranked as ranked,
     read_json as read_json,
     round_floats as round_floats,

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
-from hones_lens.results.files import nan_to_none, none_to_nan, read_json, write_json
+from hones_lens.results.base import Result
+from hones_lens.results.codec import from_json
 
 _OPTIONAL = ("low", "high", "p")
 
 
-@dataclass(frozen=True, eq=False)
-class Labelled:
+@dataclass(frozen=True, eq=False, repr=False)
+class Labelled(Result):
     """Numbers with the names of their axes.
+
+    `plot(**options)` draws one axis as a curve or as bars with intervals, two as a heat map, three as a map
+    for each entry of one; options: of `hones_lens.viz.labelled`.
 
     Attributes:
         what: What they are, with unit, in one line: "logit difference restored, share of the whole".
@@ -32,6 +35,8 @@ class Labelled:
         p: One-sided or two-sided p-values as `what` says, shaped as `values`, if there are any.
         notes: What a reader must know, such as baselines; lines that are printed below.
     """
+
+    kind: ClassVar[str] = "labelled"
 
     what: str
     values: Tensor
@@ -56,6 +61,10 @@ class Labelled:
                 raise ValueError(f"{self.what}: {name} has the shape {tuple(tensor.shape)}")
             if tensor is not None:
                 object.__setattr__(self, name, tensor.detach().cpu())
+
+    def _given(self) -> list[str]:
+        """Those of low, high and p that there are."""
+        return [name for name in _OPTIONAL if getattr(self, name) is not None]
 
     def _axis(self, name: str) -> int:
         if name not in self.axes:
@@ -87,7 +96,7 @@ class Labelled:
             if label not in names:
                 raise ValueError(f"{out.what}: no {axis} {label!r}; there are {', '.join(map(str, names))}")
             at, where = out._axis(axis), names.index(label)
-            cut = {n: getattr(out, n).select(at, where) for n in ("values", *_OPTIONAL) if _has(out, n)}
+            cut = {n: getattr(out, n).select(at, where) for n in ("values", *out._given())}
             axes = tuple(name for name in out.axes if name != axis)
             labels = {name: value for name, value in out.labels.items() if name != axis}
             out = replace(out, axes=axes, labels=labels, **cut)
@@ -110,37 +119,27 @@ class Labelled:
             for axis, name, i in zip(self.axes, names, index, strict=True)
         }
         columns["value"] = self.values.flatten().numpy()
-        columns |= {name: getattr(self, name).flatten().numpy() for name in _OPTIONAL if _has(self, name)}
+        columns |= {name: getattr(self, name).flatten().numpy() for name in self._given()}
         frame = pd.DataFrame(columns)
         return frame if self.n is None else frame.assign(n=self.n)
 
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON."""
-        data = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
-        data |= {
-            name: nan_to_none(getattr(self, name).double().tolist())
-            for name in ("values", *_OPTIONAL)
-            if _has(self, name)
-        }
-        write_json(file, {"kind": "labelled", **data, "shape": list(self.shape)})
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as the values that JSON holds, with the shape."""
+        return {**super().to_dict(), "shape": list(self.shape)}
 
     @classmethod
-    def load(cls, file: str | Path) -> Labelled:
-        """Read what `save` wrote.
+    def from_dict(cls, data: Mapping[str, Any]) -> Labelled:
+        """From what `to_dict` gave, also through JSON.
 
         Raises:
-            ValueError: Another kind of file.
+            ValueError: A field is missing.
         """
-        data = read_json(file, "labelled")
-        shape = data["shape"]
         tensors = {
-            name: torch.tensor(none_to_nan(data[name]), dtype=torch.float64).reshape(shape)
+            name: from_json(Tensor, data[name]).reshape(data["shape"])
             for name in ("values", *_OPTIONAL)
             if data.get(name) is not None
         }
-        labels = {axis: tuple(names) for axis, names in data["labels"].items()}
-        about: dict[str, Any] = {"labels": labels, "notes": tuple(data["notes"]), **tensors}
-        return cls(what=data["what"], axes=tuple(data["axes"]), n=data["n"], **about)
+        return super().from_dict({**data, **tensors})
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.shape, strict=True))
@@ -151,24 +150,5 @@ class Labelled:
         more = [f"(the 10 largest of {len(rows)})"] if len(rows) > 10 else []
         return "\n".join([head, body, *more, *self.notes])
 
-    __repr__ = __str__
-
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.what)}</p>{self.top().to_html(index=False)}"
-
-    def plot(self, **options: Any) -> Any:
-        """One axis: a curve or bars with intervals; two: a heat map; three: one for each entry of an axis.
-
-        Args:
-            options: Of `hones_lens.viz.labelled_plots.labelled`.
-
-        Returns:
-            A matplotlib figure.
-        """
-        from hones_lens.viz import labelled
-
-        return labelled(self, **options)
-
-
-def _has(result: Labelled, name: str) -> bool:
-    return getattr(result, name) is not None

@@ -13,7 +13,6 @@ stop at will.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -144,12 +143,6 @@ class RaceResult:
     low: tuple[float, ...]
     high: tuple[float, ...]
     racing: Racing
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RaceResult:
-        """Undo `dataclasses.asdict`, also through JSON."""
-        lists = {name: tuple(data[name]) for name in ("winners", "examples", "low", "high")}
-        return cls(**lists, racing=Racing(**data["racing"]))
 
 
 class Race:

@@ -22,6 +22,7 @@ from .overlap_plots import (
     overlap_sizes as overlap_sizes,
 )
 from .plots import head_heatmap as head_heatmap, neurons_per_layer as neurons_per_layer
+from .registry import draw as draw
 from .schemes import PALETTE as PALETTE
 from .steering_plots import side_effect_bars as side_effect_bars, steering_bars as steering_bars
 from .text import (

@@ -45,6 +45,23 @@ def overlap_shared(overlap: Overlap) -> Plot:
     return figure
 
 
+def overlap_figure(overlap: Overlap, what: str = "sizes") -> Plot:
+    """One of the figures of an overlap.
+
+    Args:
+        overlap: Which.
+        what: `sizes` of the groups beside chance, what tasks have `shared` beside chance, or counts by
+            `layers`.
+
+    Raises:
+        ValueError: None of these.
+    """
+    known = {"sizes": overlap_sizes, "shared": overlap_shared, "layers": overlap_layers}
+    if what not in known:
+        raise ValueError(f"unknown figure {what!r}; valid: {', '.join(known)}")
+    return known[what](overlap)
+
+
 def _selected(overlap: Overlap) -> str:
     sizes = ", ".join(f"{task} {len(neurons):,}" for task, neurons in overlap.selected.items())
     return f"Selected of {overlap.n_layers * overlap.d_mlp:,} neurons: {sizes}."

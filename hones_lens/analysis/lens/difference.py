@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from hones_lens.analysis.lens.streams import layer_names, streams, summed_logits, token_logits
 from hones_lens.interventions import Group, Hook, group_name, token_mask
 from hones_lens.model import HookedVLM, ModelInput, token_names
-from hones_lens.results import mean_interval
+from hones_lens.results import Result, mean_interval
 
 
 class LensToken(NamedTuple):
@@ -40,8 +40,8 @@ class LensToken(NamedTuple):
 Tables = tuple[tuple[LensToken, ...], ...]  # by layer
 
 
-@dataclass(frozen=True)
-class LensDifference:
+@dataclass(frozen=True, repr=False)
+class LensDifference(Result):
     """The tokens whose logit-lens logit changes most under an intervention; the first layer is `embed`.
 
     Attributes:
@@ -53,6 +53,8 @@ class LensDifference:
         rises: By layer, the tokens that rise most, `delta` below 0: what it brings in.
             Both are empty below the intervention.
     """
+
+    kind: ClassVar[str] = "lens-difference"
 
     model_name: str
     group: str
@@ -71,11 +73,6 @@ class LensDifference:
             f"(mean over n = {self.n} rows, 95 % intervals)"
         )
         return "\n".join([head, *delta_lines(self.layers, self.falls, self.rises)])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.to_dataframe().to_html(index=False)
 
 
 @torch.no_grad()

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float32, Int
 from torch import Tensor
 
 from hones_lens.analysis.lens.streams import layer_names, read, streams
 from hones_lens.interventions import Group, Hook, token_mask
 from hones_lens.model import HookedVLM, ModelInput, token_names
-from hones_lens.results import read_json, write_json
+from hones_lens.results import Result
 
 _SHOWN = 3  # places that are printed
-_TENSORS = ("ids", "logits", "probabilities")
 
 
 class Place(NamedTuple):
@@ -33,9 +31,12 @@ class Place(NamedTuple):
         return f"row {self.row}, position {self.position}, {self.token!r}"
 
 
-@dataclass(frozen=True, eq=False)
-class LogitLens:
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitLens(Result):
     """The likeliest tokens after every layer, at some positions; the first layer is `embed`.
+
+    `plot(**options)` draws the first place as a grid of layers by tokens, `lens[i].plot()` another; options:
+    of `hones_lens.viz.lens_grid`.
 
     Attributes:
         model_name: Of which model.
@@ -46,13 +47,15 @@ class LogitLens:
         logits, probabilities: Theirs, [place layer k].
     """
 
+    kind: ClassVar[str] = "logit-lens"
+
     model_name: str
     places: tuple[Place, ...]
     layers: tuple[Any, ...]
     ids: Int[Tensor, "place layer k"]
     tokens: tuple[tuple[tuple[str, ...], ...], ...]
-    logits: Float[Tensor, "place layer k"]
-    probabilities: Float[Tensor, "place layer k"]
+    logits: Float32[Tensor, "place layer k"]
+    probabilities: Float32[Tensor, "place layer k"]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -91,27 +94,6 @@ class LogitLens:
         ]
         return pd.DataFrame(rows)
 
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON."""
-        tensors = {name: getattr(self, name).tolist() for name in _TENSORS}
-        write_json(file, {"kind": "logit-lens", **vars(self), **tensors})
-
-    @classmethod
-    def load(cls, file: str | Path) -> LogitLens:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: Another kind of file.
-        """
-        data = read_json(file, "logit-lens")
-        return cls(
-            data["model_name"],
-            tuple(Place(*place) for place in data["places"]),
-            tuple(data["layers"]),
-            tokens=tuple(tuple(tuple(layer) for layer in place) for place in data["tokens"]),
-            **{name: torch.tensor(data[name]) for name in _TENSORS},
-        )
-
     def __str__(self) -> str:
         lines = [f"{self.model_name}: logit lens, tokens with their probabilities"]
         for p, place in enumerate(self.places[:_SHOWN]):
@@ -124,8 +106,6 @@ class LogitLens:
         if len(self) > _SHOWN:
             lines.append(f"(the first {_SHOWN} of {len(self)} places)")
         return "\n".join(lines)
-
-    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """Tables shaded by probability, tokens escaped, logits in tooltips."""
@@ -143,19 +123,6 @@ class LogitLens:
             rows.append(f"<tr>{''.join(cells)}</tr>")
         head = f"{self.model_name}: {self.places[p]}"
         return f"<table><caption>{escape(head)}</caption>{''.join(rows)}</table>"
-
-    def plot(self, **options: Any) -> Any:
-        """The first place as a grid of layers by tokens; `lens[i].plot()` for another.
-
-        Args:
-            options: Of `hones_lens.viz.lens_plots.lens_grid`.
-
-        Returns:
-            A matplotlib figure.
-        """
-        from hones_lens.viz import lens_grid
-
-        return lens_grid(self, **options)
 
 
 @torch.no_grad()

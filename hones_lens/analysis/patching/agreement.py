@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,11 +19,11 @@ from hones_lens.analysis.patching.metrics import Metric
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import as_patch_site
 from hones_lens.model import HookedVLM
-from hones_lens.results import Interval
+from hones_lens.results import Interval, Result
 
 
-@dataclass(frozen=True, eq=False)
-class Agreement:
+@dataclass(frozen=True, eq=False, repr=False)
+class Agreement(Result):
     """Estimated and measured changes of the metric, of the same components in the same pairs.
 
     Attributes:
@@ -30,6 +31,8 @@ class Agreement:
         components: (layer, index) of each.
         estimated, measured: Patched minus base, [pair component], float64 on the CPU.
     """
+
+    kind: ClassVar[str] = "agreement"
 
     what: str
     components: tuple[tuple[int, int], ...]

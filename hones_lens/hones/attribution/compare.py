@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 from hones_lens.hones.attribution.head_scores import HeadScores
-from hones_lens.results import Labelled, ranked
+from hones_lens.results import Labelled, Result, ranked
 
 Ranking = HeadScores | Labelled | Tensor
 _AXES = (("layer", "head"), ("layer", "kv_head"), ("layer", "neuron"))
 
 
-@dataclass(frozen=True, eq=False)
-class RankingComparison:
+@dataclass(frozen=True, eq=False, repr=False)
+class RankingComparison(Result):
     """How far two rankings of the same heads (or neurons) agree.
 
     Attributes:
@@ -32,6 +33,8 @@ class RankingComparison:
         expected: How many would be shared by chance, `k² / n`.
         p: Probability that chance shares as many or more (hypergeometric).
     """
+
+    kind: ClassVar[str] = "ranking-comparison"
 
     names: tuple[str, str]
     scores: Tensor
@@ -57,8 +60,6 @@ class RankingComparison:
             f"[{self.low:.2f}, {self.high:.2f}] (95 %); of the best {self.k} they share {len(self.shared)}"
             f"{f' ({who})' if who else ''}, by chance {self.expected:.1f} (p = {self.p:.2g})"
         )
-
-    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return f"<p>{self}</p>"

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
 import torch
@@ -23,7 +22,7 @@ from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.attribution.neurons import default_ratio, falls_by_head
 from hones_lens.hones.attribution.rankings import mean_activation
 from hones_lens.model import HookedVLM, token_names
-from hones_lens.results import Component, ranked, read_json, write_json
+from hones_lens.results import Component, Result, ranked
 from hones_lens.tasks import Task
 
 
@@ -34,9 +33,12 @@ class Promoted(NamedTuple):
     logit: float
 
 
-@dataclass(frozen=True, eq=False)
-class HeadNeuronFlow:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadNeuronFlow(Result):
     """From which heads the task neurons have their importance, and which tokens they promote.
+
+    `plot(**options)` draws heads, neurons and tokens with links as wide as the contributions; options: of
+    `hones_lens.viz.head_neuron_token_flow`.
 
     Attributes:
         task, model_name: What was asked of which model.
@@ -50,6 +52,8 @@ class HeadNeuronFlow:
             mean activation is negative, those that its output row suppresses (`promoted_tokens`).
         n_examples: How many examples it rests on.
     """
+
+    kind: ClassVar[str] = "head-neuron-flow"
 
     task: str
     model_name: str
@@ -78,27 +82,6 @@ class HeadNeuronFlow:
         ]
         return pd.DataFrame(rows)
 
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON."""
-        data = dict(vars(self))
-        data |= {name: data[name].tolist() for name in ("contributions", "activations")}
-        write_json(file, {"kind": "head-neuron-flow", **data})
-
-    @classmethod
-    def load(cls, file: str | Path) -> HeadNeuronFlow:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: Another kind of file.
-        """
-        data = read_json(file, "head-neuron-flow")
-        for name in ("contributions", "activations"):
-            data[name] = torch.tensor(data[name], dtype=torch.float64)
-        for name in ("heads", "neurons"):
-            data[name] = tuple(Component(*one) for one in data[name])
-        data["promoted"] = tuple(tuple(Promoted(*one) for one in each) for each in data["promoted"])
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
-
     def __str__(self) -> str:
         share = float(self.contributions.sum()) / (self.total or 1.0)
         lines = [
@@ -115,23 +98,8 @@ class HeadNeuronFlow:
             lines.append(f"  {heads} → {name} {neuron.score:+.4g}, active {sign} → {tokens}")
         return "\n".join([*lines, "  …"] if len(self.neurons) > 20 else lines)
 
-    __repr__ = __str__
-
     def _repr_html_(self) -> str:
         return self.to_dataframe().head(20).to_html(index=False)
-
-    def plot(self, **options: Any) -> Any:
-        """Heads, neurons and tokens with links as wide as the contributions.
-
-        Args:
-            options: Of `hones_lens.viz.flow_plots.head_neuron_token_flow`.
-
-        Returns:
-            A matplotlib figure.
-        """
-        from hones_lens.viz import head_neuron_token_flow
-
-        return head_neuron_token_flow(self, **options)
 
 
 def head_neuron_flow(

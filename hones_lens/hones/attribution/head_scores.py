@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,13 +17,10 @@ from hones_lens.results import (
     Component,
     Interval,
     RaceResult,
+    Result,
     benjamini_hochberg,
-    nan_to_none,
-    none_to_nan,
     ranked,
-    read_json,
     sign_flip_p,
-    write_json,
 )
 
 LEVEL = 0.95  # of the scores' intervals
@@ -36,9 +32,11 @@ INTERVENTIONS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class HeadScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadScores(Result):
     """How much a task's metric falls when each head is replaced.
+
+    `plot()` draws a heat map, layers × heads.
 
     Attributes:
         task, metric_name: What was measured.
@@ -61,6 +59,8 @@ class HeadScores:
             measured on fewer than two examples; None where they are not known. A head that was selected
             for its score here does worse elsewhere: see `remeasure_heads`.
     """
+
+    kind: ClassVar[str] = "heads"
 
     task: str
     metric_name: str
@@ -167,34 +167,9 @@ class HeadScores:
         ]
         return pd.DataFrame(rows)
 
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON, with the critical heads as a list of (layer, head, score)."""
-        data: dict[str, Any] = {}
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                value = nan_to_none(value.tolist())
-            data[name] = asdict(value) if isinstance(value, RaceResult | Interval) else value
-        write_json(file, {"kind": "heads", **data, "top": [list(c) for c in self.top()]})
-
-    @classmethod
-    def load(cls, file: str | Path) -> HeadScores:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: Another kind of file.
-        """
-        data = read_json(file, "heads")
-        for name in ("scores", "drops", "base_scores", "score_ends"):
-            if data.get(name) is not None:
-                data[name] = torch.tensor(none_to_nan(data[name]), dtype=torch.float64)
-        if data.get("baseline_interval") is not None:
-            data["baseline_interval"] = Interval(**data["baseline_interval"])
-        if data.get("race") is not None:
-            data["race"] = RaceResult.from_dict(data["race"])
-        for name in ("example_ids", "kinds"):
-            data[name] = tuple(data[name])
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as the values that JSON holds, with the critical heads as (layer, head, score)."""
+        return {**super().to_dict(), "top": [list(c) for c in self.top()]}
 
     def __str__(self) -> str:
         baseline = self.baseline_interval or f"{self.baseline:.3f} on {len(self.example_ids)} examples"
@@ -210,8 +185,6 @@ class HeadScores:
             lines.append(f"near-ties between tokens that rounding may settle: {self.near_ties}")
         return "\n".join(lines)
 
-    __repr__ = __str__
-
     def _line(self, c: Component) -> str:
         line = f"  L{c.layer}H{c.index:<3} {self.interval(c.layer, c.index) or f'{c.score:+.4f}'}"
         if self.discoveries is None or self.p_values is None:
@@ -222,12 +195,6 @@ class HeadScores:
 
     def _repr_html_(self) -> str:
         return self.to_dataframe().sort_values("score", ascending=False).head(self.top_k).to_html(index=False)
-
-    def plot(self) -> Any:
-        """Heat map, layers × heads (a matplotlib figure)."""
-        from hones_lens.viz import head_heatmap
-
-        return head_heatmap(self)
 
 
 def significant_heads(

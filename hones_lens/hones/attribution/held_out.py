@@ -7,9 +7,8 @@ of a selected head is therefore its drop on a held-out split, beside heads that 
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -21,13 +20,12 @@ from hones_lens.interventions import replace_with_other_heads_mean
 from hones_lens.model import HookedVLM
 from hones_lens.results import (
     Interval,
+    Result,
     benjamini_hochberg,
     bootstrap_interval,
     mean_difference_interval,
     metric_interval,
     permutation_p,
-    read_json,
-    write_json,
 )
 from hones_lens.tasks import Task
 
@@ -59,8 +57,8 @@ class HeldOutHead:
     holds: bool
 
 
-@dataclass(frozen=True)
-class HeldOutHeads:
+@dataclass(frozen=True, repr=False)
+class HeldOutHeads(Result):
     """The selected heads of one task on examples that did not select them.
 
     Attributes:
@@ -73,6 +71,8 @@ class HeldOutHeads:
         q: The false discovery rate.
         example_ids: The held-out examples.
     """
+
+    kind: ClassVar[str] = "held-out heads"
 
     task: str
     metric_name: str
@@ -96,25 +96,6 @@ class HeldOutHeads:
             rows.append({**row, "n": head.drop.n})
         return pd.DataFrame(rows)
 
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON."""
-        write_json(file, {"kind": "held-out heads", **asdict(self)})
-
-    @classmethod
-    def load(cls, file: str | Path) -> HeldOutHeads:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: Another kind of file.
-        """
-        data = read_json(file, "held-out heads")
-        for name in ("baseline", "mean_drop"):
-            data[name] = Interval(**data[name])
-        data["heads"] = tuple(_head(head) for head in data["heads"])
-        for name in ("random", "example_ids"):
-            data[name] = tuple(data[name])
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
-
     def __str__(self) -> str:
         lines = [
             f"{self.model_name}, {self.task}: {len(self.heads)} heads selected on {self.n_selected_on} "
@@ -132,17 +113,6 @@ class HeldOutHeads:
             mean += f"; of {len(self.random)} random sets of other heads {np.mean(self.random):.3f}"
             mean += f" (from {min(self.random):.3f} to {max(self.random):.3f}), n = {len(self.example_ids)}"
         return "\n".join([*lines, mean])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.to_dataframe().to_html(index=False)
-
-
-def _head(data: dict[str, Any]) -> HeldOutHead:
-    for name in ("drop", "selected_on"):
-        data[name] = None if data[name] is None else Interval(**data[name])
-    return HeldOutHead(**data)
 
 
 def remeasure_heads(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from hones_lens.results import Component, Interval, nan_to_none, none_to_nan, ranked, read_json, write_json
+from hones_lens.results import Component, Interval, Result, ranked, to_json
 
 
-@dataclass(frozen=True, eq=False)
-class NeuronScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class NeuronScores(Result):
     """A ranking of all decoder neurons for a task.
+
+    `plot()` draws how many task neurons lie in each layer.
 
     Attributes:
         task: What was asked.
@@ -28,6 +30,8 @@ class NeuronScores:
         errors: Standard error of each score over examples, [layer d_mlp] (jackknife); None where it is not
             known: other rankings than `hones`, a file of HONES's, one example.
     """
+
+    kind: ClassVar[str] = "neurons"
 
     task: str
     method: str
@@ -67,27 +71,20 @@ class NeuronScores:
         score, half = float(self.scores[layer, neuron]), 1.96 * float(self.errors[layer, neuron])
         return Interval(score, score - half, score + half, 0.95, self.n_examples)
 
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON, with the task neurons as a list of (layer, neuron, score)."""
-        data = {name: value for name, value in vars(self).items() if name != "scores"}
-        data["errors"] = None if self.errors is None else self.errors.tolist()
-        top = [list(c) for c in self.top()]
-        scores = nan_to_none(self.scores.where(self.scores.isfinite(), torch.nan).tolist())
-        write_json(file, {"kind": "neurons", **data, "top": top, "scores": scores})
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as the values that JSON holds, with the task neurons as (layer, neuron, score)."""
+        scores = to_json(self.scores.where(self.scores.isfinite(), torch.nan))
+        return {**super().to_dict(), "top": [list(c) for c in self.top()], "scores": scores}
 
     @classmethod
-    def load(cls, file: str | Path) -> NeuronScores:
-        """Read what `save` wrote.
+    def from_dict(cls, data: Mapping[str, Any]) -> NeuronScores:
+        """From what `to_dict` gave, also through JSON.
 
         Raises:
-            ValueError: Another kind of file.
+            ValueError: A field is missing.
         """
-        data = read_json(file, "neurons")
-        scores = torch.tensor(none_to_nan(data["scores"]), dtype=torch.float64)
-        data["scores"] = scores.nan_to_num(nan=-torch.inf)
-        if data.get("errors") is not None:
-            data["errors"] = torch.tensor(data["errors"], dtype=torch.float64)
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+        found = super().from_dict(data)
+        return replace(found, scores=found.scores.nan_to_num(nan=-torch.inf))
 
     def __str__(self) -> str:
         best = self.top()
@@ -98,17 +95,9 @@ class NeuronScores:
         lines += [f"  L{c.layer}N{c.index:<5} {c.score:+.4g}{self._ends(c)}" for c in best[:20]]
         return "\n".join([*lines, "  …"] if len(best) > 20 else lines)
 
-    __repr__ = __str__
-
     def _ends(self, c: Component) -> str:
         interval = self.interval(c.layer, c.index)
         return f" [{interval.low:+.4g}, {interval.high:+.4g}] (95 %)" if interval else ""
 
     def _repr_html_(self) -> str:
         return self.to_dataframe().head(self.count()).to_html(index=False)
-
-    def plot(self) -> Any:
-        """Task neurons per layer (a matplotlib figure)."""
-        from hones_lens.viz import neurons_per_layer
-
-        return neurons_per_layer([self])

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from hones_lens.data import Example
-from hones_lens.hones.masking import MaskingResult, load_masking, masking_curve, save_masking
+from hones_lens.hones.masking import MaskingResult, masking_curve
 from hones_lens.hones.overlap.groups import Neuron, Overlap
 from hones_lens.model import HookedVLM
+from hones_lens.results import Result
 
 
-@dataclass(frozen=True)
-class GroupMasking:
+@dataclass(frozen=True, repr=False)
+class GroupMasking(Result):
     """What each task loses when each group of neurons is masked, all groups cut to one size.
+
+    `plot(measure)` draws bars of every task's drop by group, with intervals; the measure is `metric` or
+    `log_prob`. `load_masking` reads the files of `save` too.
 
     Attributes:
         results: One for each task and group; `method` is the group's name, and `controls` are random sets
             with as many neurons in each layer as what was masked of that group.
     """
+
+    kind: ClassVar[str] = "masking"
 
     results: tuple[MaskingResult, ...]
 
@@ -60,40 +65,12 @@ class GroupMasking:
             rows.append({**row, "random_log_prob_drop": result.baseline_log_prob - likely})
         return pd.DataFrame(rows)
 
-    def save(self, file: str | Path) -> None:
-        """Write to JSON that `masking.load_masking` reads too."""
-        save_masking(file, self.results)
-
-    @classmethod
-    def load(cls, file: str | Path) -> GroupMasking:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: Another kind of file.
-        """
-        return cls(tuple(load_masking(file)))
-
     def __str__(self) -> str:
         columns = ["task", "group", "n", "baseline", "drop", "drop_low", "drop_high", "random_drop"]
         columns += ["log_prob_drop", "log_prob_drop_low", "log_prob_drop_high", "random_log_prob_drop"]
         table = self.to_dataframe()[columns].to_string(index=False, float_format="%.3f")
         sets = "/".join(str(count) for count in sorted({len(r.controls) for r in self.results}))
         return f"{self.size} neurons masked of every group; random: mean of {sets} sets each\n{table}"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.to_dataframe().to_html(index=False)
-
-    def plot(self, measure: str = "metric") -> Any:
-        """Bars of every task's drop by group, with intervals (a matplotlib figure).
-
-        Args:
-            measure: `metric` or `log_prob`.
-        """
-        from hones_lens.viz import group_masking_bars
-
-        return group_masking_bars(self, measure)
 
 
 def mask_groups(

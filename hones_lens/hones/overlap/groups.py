@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import combinations
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ import pandas as pd
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons
 from hones_lens.interventions import check_component
-from hones_lens.results import read_json, write_json
+from hones_lens.results import Result
 
 _DEGREES = {2: "pair", 3: "triple"}
 Neuron = tuple[int, int]
@@ -43,9 +42,12 @@ class Shared:
     coefficient: float
 
 
-@dataclass(frozen=True)
-class Overlap:
+@dataclass(frozen=True, repr=False)
+class Overlap(Result):
     """The neurons selected for several tasks, by how many of the tasks share them.
+
+    `plot(what)` draws the `sizes` of the groups beside chance, what tasks have `shared` beside chance, or
+    counts by `layers`.
 
     Attributes:
         selected: Each task's neurons (layer, index), in order.
@@ -53,6 +55,8 @@ class Overlap:
         shared: Every pair of tasks, and all tasks together, against chance.
         draws: Random sets behind each p-value.
     """
+
+    kind: ClassVar[str] = "overlap"
 
     selected: dict[str, tuple[Neuron, ...]]
     n_layers: int
@@ -113,25 +117,6 @@ class Overlap:
         """One row for each pair of tasks and one for all: count, chance, p, Jaccard, coefficient."""
         return pd.DataFrame([{**vars(each), "tasks": " & ".join(each.tasks)} for each in self.shared])
 
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON."""
-        write_json(file, {"kind": "overlap", **vars(self), "shared": [vars(each) for each in self.shared]})
-
-    @classmethod
-    def load(cls, file: str | Path) -> Overlap:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: Another kind of file.
-        """
-        data = read_json(file, "overlap")
-        data["selected"] = {
-            task: tuple((layer, index) for layer, index in neurons)
-            for task, neurons in data["selected"].items()
-        }
-        data["shared"] = tuple(Shared(**{**each, "tasks": tuple(each["tasks"])}) for each in data["shared"])
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
-
     def __str__(self) -> str:
         sizes = ", ".join(f"{task} {len(neurons)}" for task, neurons in self.selected.items())
         lines = [f"neurons of {len(self.tasks)} tasks: {sizes}"]
@@ -145,31 +130,8 @@ class Overlap:
             )
         return "\n".join(lines)
 
-    __repr__ = __str__
-
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
-
-    def plot(self, what: str = "sizes") -> Any:
-        """A matplotlib figure.
-
-        Args:
-            what: `sizes` of the groups beside chance, what tasks have `shared` beside chance, or counts by
-                `layers`.
-
-        Raises:
-            ValueError: None of these.
-        """
-        from hones_lens import viz
-
-        known = {
-            "sizes": viz.overlap_sizes,
-            "shared": viz.overlap_shared,
-            "layers": viz.overlap_layers,
-        }
-        if what not in known:
-            raise ValueError(f"unknown figure {what!r}; valid: {', '.join(known)}")
-        return known[what](self)
 
 
 def _degree(count: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -29,12 +29,12 @@ from hones_lens.hones.masking import Neurons
 from hones_lens.hones.overlap.groups import check_neurons
 from hones_lens.interventions import Hook, zero_neurons
 from hones_lens.model import HookedVLM
-from hones_lens.results import read_json, write_json
+from hones_lens.results import Result
 from hones_lens.tasks import Task
 
 
-@dataclass(frozen=True)
-class LensDelta:
+@dataclass(frozen=True, repr=False)
+class LensDelta(Result):
     """The tokens whose logit-lens logit changes most when neurons are masked (HONES eq. H6).
 
     Attributes:
@@ -44,6 +44,8 @@ class LensDelta:
         rises: By layer, the tokens that rise most: what they speak against, `delta` below 0.
             Both are empty below the first masked neuron.
     """
+
+    kind: ClassVar[str] = "lens-delta"
 
     task: str
     model_name: str
@@ -56,30 +58,12 @@ class LensDelta:
         """One row a token: layer, direction (`falls` or `rises`), rank from 1, id, token, delta, ends."""
         return delta_frame(range(len(self.falls)), self.falls, self.rises)
 
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON."""
-        write_json(file, {"kind": "lens-delta", **vars(self)})
-
-    @classmethod
-    def load(cls, file: str | Path) -> LensDelta:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: Another kind of file.
-        """
-        data = read_json(file, "lens-delta")
-        for name in ("falls", "rises"):
-            data[name] = tuple(tuple(LensToken(*token) for token in layer) for layer in data[name])
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
-
     def __str__(self) -> str:
         head = (
             f"{self.model_name}, {self.task}: logit lens at the last prompt position, baseline minus masked "
             f"({self.n_neurons} neurons, mean over n = {self.n_examples} examples, 95 % intervals)"
         )
         return "\n".join([head, *delta_lines(range(len(self.falls)), self.falls, self.rises)])
-
-    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """A table of tokens: one row a layer, what falls and what rises in it."""

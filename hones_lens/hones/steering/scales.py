@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -16,7 +16,7 @@ from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons, selection
 from hones_lens.interventions import Hook, by_layer, neuron_hook, scale
 from hones_lens.model import HookedVLM
-from hones_lens.results import read_json, write_json
+from hones_lens.results import Result, write_json
 
 
 def to_steer(model: HookedVLM, neurons: NeuronScores | Neurons, k: int | None = None) -> Neurons:
@@ -50,8 +50,8 @@ def scaling(neurons: Neurons, factors: Float[Tensor, " neuron"]) -> list[Hook]:
     ]
 
 
-@dataclass(frozen=True)
-class NeuronScales:
+@dataclass(frozen=True, repr=False)
+class NeuronScales(Result):
     """Some neurons and how they are scaled.
 
     Attributes:
@@ -62,6 +62,8 @@ class NeuronScales:
         n_examples: How many examples they were learned on.
         history: By epoch: the mean loss and its parts, max |a|, and what was measured on dev.
     """
+
+    kind: ClassVar[str] = "scales"
 
     neurons: tuple[tuple[int, int], ...]
     offsets: tuple[float, ...]
@@ -106,23 +108,6 @@ class NeuronScales:
         rows = [(*n, 1 + a) for n, a in zip(self.neurons, self.offsets, strict=True)]
         return pd.DataFrame(rows, columns=["layer", "neuron", "scale"])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {"kind": "scales", **vars(self)}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> NeuronScales:
-        """From what `to_dict` gave, JSON's lists included."""
-        given: dict[str, Any] = {name: data[name] for name in cls.__dataclass_fields__}
-        given["neurons"] = tuple((int(layer), int(index)) for layer, index in data["neurons"])
-        for name in ("offsets", "history"):
-            given[name] = tuple(data[name])
-        return cls(**given)
-
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON."""
-        write_json(file, self.to_dict())
-
     def save_hones(self, file: str | Path) -> None:
         """Write HONES's own `neuron_scales.json`: a list of {layer, neuron, scale}, scale = 1 + a."""
         write_json(file, self.to_dataframe().to_dict("records"))
@@ -139,7 +124,7 @@ class NeuronScales:
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not JSON: {error}") from error
         if not isinstance(data, list):
-            return cls.from_dict(read_json(file, "scales"))
+            return super().load(file)
         for i, record in enumerate(data):
             if not (isinstance(record, dict) and {"layer", "neuron", "scale"} <= record.keys()):
                 raise ValueError(f"{file}: record {i} is not of the form {{layer, neuron, scale}}: {record}")
@@ -155,8 +140,3 @@ class NeuronScales:
             f"  L{self.neurons[i][0]}N{self.neurons[i][1]:<5} × {1 + self.offsets[i]:.4f}" for i in order[:20]
         ]
         return "\n".join([*lines, "  …"] if n > 20 else lines)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.to_dataframe().to_html(index=False)

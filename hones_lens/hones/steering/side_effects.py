@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -17,13 +16,12 @@ from hones_lens.hones.steering.scales import NeuronScales
 from hones_lens.model import HookedVLM
 from hones_lens.results import (
     Interval,
+    Result,
     bootstrap_interval,
     mean_interval,
     metric_interval,
     permutation_p,
-    read_json,
     two_sided_p,
-    write_json,
 )
 
 
@@ -45,9 +43,14 @@ class SideEffect:
     log_prob_p: float
 
 
-@dataclass(frozen=True)
-class SideEffects:
-    """Every task under the scales of every task."""
+@dataclass(frozen=True, repr=False)
+class SideEffects(Result):
+    """Every task under the scales of every task.
+
+    `plot()` draws bars of every task's gain under every task's scales, with intervals.
+    """
+
+    kind: ClassVar[str] = "side effects"
 
     model_name: str
     cells: tuple[SideEffect, ...]
@@ -75,22 +78,6 @@ class SideEffects:
             rows.append({**row, "n": cell.gain.n})
         return pd.DataFrame(rows)
 
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON."""
-        write_json(file, {"kind": "side effects", **asdict(self)})
-
-    @classmethod
-    def load(cls, file: str | Path) -> SideEffects:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: Another kind of file.
-        """
-        data = read_json(file, "side effects")
-        for cell in data["cells"]:
-            cell |= {name: Interval(**cell[name]) for name in ("base", "steered", "gain", "log_prob_gain")}
-        return cls(data["model_name"], tuple(SideEffect(**cell) for cell in data["cells"]))
-
     def __str__(self) -> str:
         lines = [f"{self.model_name}: what scales of one task do to every task"]
         lines += [
@@ -99,17 +86,6 @@ class SideEffects:
             for c in self.cells
         ]
         return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.to_dataframe().to_html(index=False)
-
-    def plot(self) -> Any:
-        """Bars of every task's gain under every task's scales, with intervals (a matplotlib figure)."""
-        from hones_lens.viz import side_effect_bars
-
-        return side_effect_bars(self)
 
 
 def side_effects(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -12,12 +11,11 @@ import pandas as pd
 from hones_lens.hones.steering.scales import NeuronScales
 from hones_lens.results import (
     Interval,
+    Result,
     bootstrap_interval,
     metric_interval,
     permutation_p,
-    read_json,
     two_sided_p,
-    write_json,
 )
 from hones_lens.tasks import Task, load_task
 
@@ -59,9 +57,12 @@ class SteeringRow:
         return ", ".join(f"{name} {value:g}" for name, value in self.chosen.items())
 
 
-@dataclass(frozen=True)
-class SteeringTable:
+@dataclass(frozen=True, repr=False)
+class SteeringTable(Result):
     """A task without steering and under every method.
+
+    `plot(measures)` draws bars of every method's gains over the base, with intervals; the measures are
+    `metric` and `log_prob`, default: both.
 
     Attributes:
         task, metric_name, model_name: What was measured.
@@ -71,6 +72,8 @@ class SteeringTable:
         seed, negatives: Of the intervals, and of a ranking task's log-probability (see `queries`).
         rows: One a method, one a draw of RandNeuron; the base comes first.
     """
+
+    kind: ClassVar[str] = "steering"
 
     task: str
     metric_name: str
@@ -148,22 +151,6 @@ class SteeringTable:
             rows.append({**values, "max_abs": row.max_abs, "n": gain.n, "chosen": row.settings})
         return pd.DataFrame(rows)
 
-    def save(self, file: str | Path) -> None:
-        """Write everything to JSON."""
-        write_json(file, {"kind": "steering", **asdict(self)})
-
-    @classmethod
-    def load(cls, file: str | Path) -> SteeringTable:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: Another kind of file.
-        """
-        data = read_json(file, "steering")
-        data["rows"] = tuple(_row(row) for row in data["rows"])
-        data["example_ids"] = tuple(data["example_ids"])
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
-
     def __str__(self) -> str:
         lines = [
             f"{self.model_name}, {self.task}: {self.n_neurons} neurons by {self.neuron_method}, learned on "
@@ -190,27 +177,6 @@ class SteeringTable:
             )
         return "\n".join(lines)
 
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return self.to_dataframe().to_html(index=False)
-
-    def plot(self) -> Any:
-        """Bars of every method's gains over the base, with intervals (a matplotlib figure)."""
-        from hones_lens.viz import steering_bars
-
-        return steering_bars(self)
-
 
 def _short(interval: Interval) -> str:
     return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
-
-
-def _row(data: dict[str, Any]) -> SteeringRow:
-    for name in ("gain", "log_prob_gain", "metric_interval"):
-        data[name] = Interval(**data[name]) if data.get(name) else None
-    for name in ("scores", "log_probs"):
-        data[name] = tuple(data[name])
-    data["statistics"] = tuple(tuple(each) for each in data["statistics"])
-    data["scales"] = None if data["scales"] is None else NeuronScales.from_dict(data["scales"])
-    return SteeringRow(**data)

@@ -1,0 +1,90 @@
+"""Dataclasses to the values that JSON holds, and back by the annotations of their fields."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from jaxtyping import AbstractArray
+from torch import Tensor
+
+from hones_lens.results.files import nan_to_none, none_to_nan
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses become objects by field, tuples and tensors lists; NaN in a tensor becomes null.
+
+    Raises:
+        TypeError: A value of another kind.
+    """
+    if isinstance(value, Tensor):
+        return nan_to_none(value.tolist())
+    if is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_json(entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(entry) for entry in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"a {type(value).__name__} can't be written to JSON")
+
+
+def from_json(annotation: Any, data: Any) -> Any:
+    """Undo `to_json`.
+
+    Tensors of floats are float64 on the CPU unless their annotation says otherwise. A field that the data
+    lacks has its default; what is no field is passed over.
+
+    Args:
+        annotation: A dataclass or named tuple, a tensor (jaxtyping's included), tuple, mapping, or one of
+            these or None; of anything else the data is returned as it is.
+        data: What JSON held.
+
+    Raises:
+        ValueError: A field without a default is missing.
+    """
+    kind, inner = get_origin(annotation), get_args(annotation)
+    if kind in (Union, types.UnionType):
+        known = [each for each in inner if each is not types.NoneType]
+        return data if data is None or len(known) != 1 else from_json(known[0], data)
+    if kind is tuple:
+        each = inner[:1] * len(data) if inner[-1] is Ellipsis else inner
+        return tuple(from_json(one, entry) for one, entry in zip(each, data, strict=True))
+    if isinstance(kind, type) and issubclass(kind, Mapping):
+        return {key: from_json(inner[1], entry) for key, entry in data.items()}
+    if not isinstance(annotation, type):
+        return data
+    if issubclass(annotation, Tensor | AbstractArray):
+        return torch.as_tensor(none_to_nan(data), dtype=_dtype(annotation))
+    if is_dataclass(annotation):
+        return _dataclass(annotation, data)
+    if issubclass(annotation, tuple) and hasattr(annotation, "_fields"):
+        entries = zip(_hints(annotation).values(), data, strict=False)  # the last may have defaults
+        return annotation(*(from_json(hint, entry) for hint, entry in entries))
+    return data
+
+
+def _dataclass(kind: type, data: Mapping[str, Any]) -> Any:
+    hints = _hints(kind)
+    given = {f.name: from_json(hints[f.name], data[f.name]) for f in fields(kind) if f.name in data}
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in given]:
+        raise ValueError(f"{kind.__name__} without {', '.join(missing)}")
+    return kind(**given)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _dtype(annotation: Any) -> torch.dtype:
+    names: tuple[str, ...] = getattr(annotation, "dtypes", ())
+    if "int64" in names:
+        return torch.int64
+    return torch.float32 if names == ("float32",) else torch.float64
