@@ -102,7 +102,6 @@ def test_the_card_was_made_for_these_weights(model, name):
         assert wanted in card
 
 
-@pytest.mark.slow
 def test_the_effects_of_the_card_are_measured_ones(model, name):
     effects = json.loads((hl.checkpoint_path(name) / "ablation.json").read_text())
     task, examples = load_task("vqa"), hl.load_examples("shapes", "vqa", "dev", effects["examples"])
@@ -115,7 +114,7 @@ def test_the_effects_of_the_card_are_measured_ones(model, name):
     assert falls[1:] == pytest.approx([float(neurons[neuron]) for neuron in picked], abs=2e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("task", BARS)
 def test_held_out_metrics_pass_the_bars(model, name, task):
     bar, n = BARS[task]

@@ -2,18 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import random_llava
 
 from hones_lens.app.checks.parity import check_model
-from hones_lens.app.tiny import tiny_llava
-from hones_lens.model.hooked_vlm import HookedVLM
 
 
 @pytest.fixture
 def pair():
-    torch.manual_seed(0)
-    processor = tiny_llava.build_processor()
-    theirs = tiny_llava.build_model(processor).eval()
-    return HookedVLM.from_hf(theirs, processor), theirs
+    theirs, ours = random_llava.make_pair()
+    return ours, theirs
 
 
 def _failed(checks):

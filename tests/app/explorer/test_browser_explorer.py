@@ -263,7 +263,7 @@ def test_a_page_that_is_kept_is_clicked_through_without_network(tmp_path: Path) 
         assert page.errors == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_hones_explore_in_the_browser(tmp_path: Path) -> None:
     pytest.importorskip("marimo")
     with exploring(tmp_path) as (program, address), chromium(viewport={"width": 1200, "height": 900}) as page:
@@ -301,7 +301,7 @@ def test_hones_explore_in_the_browser(tmp_path: Path) -> None:
     assert (tmp_path / "network.txt").read_text() == "socket.bind ('127.0.0.1', 0)\n"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_notebook_06_in_jupyterlab(tmp_path: Path) -> None:
     pytest.importorskip("jupyterlab")
     pytest.importorskip("anywidget")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.hf_task_loops import fresh_pair
 
 from hones_lens.app.report.run_folder import read_run
 from hones_lens.app.runs.folder import Journal, Run, examples_hash, weights_hash
@@ -70,8 +71,7 @@ def test_a_line_cut_short_is_dropped_and_written_again(tmp_path):
 
 
 def test_a_broken_sweep_goes_on_with_the_same_numbers(tmp_path):
-    model = untrained()
-    examples = load_examples("shapes", "ocr", "dev", 3)
+    model, examples = fresh_pair()[1], load_examples("shapes", "ocr", "dev", 3)
     options = {"batch_size": 1, "progress": False}
     whole = localize_heads(model, "ocr", examples, 2, **options)
     file = tmp_path / "heads.jsonl"
