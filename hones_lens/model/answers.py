@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -64,3 +65,12 @@ def at_positions(inputs: VLMInputs, positions: str) -> Bool[Tensor, "row pos"]:
     assert inputs.answer_mask is not None
     first = inputs.answer_mask.int().argmax(-1)
     return torch.arange(inputs.input_ids.shape[1], device=first.device) == first[:, None] - 1
+
+
+def answer_loss(logits: Float[Tensor, "batch pos d_vocab"], inputs: VLMInputs) -> Float[Tensor, ""]:
+    """Mean cross-entropy, in nats, of the answer tokens, or of all text tokens where no answer is marked."""
+    asked = inputs.answer_mask
+    if asked is None:
+        asked = inputs.token_groups["text"] & (inputs.attention_mask.cumsum(-1) > 1)
+    asked = asked[:, 1:].to(logits.device)
+    return F.cross_entropy(logits[:, :-1][asked], inputs.input_ids[:, 1:][asked])

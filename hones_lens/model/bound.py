@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
+from transformer_lens import ActivationCache
 
+from hones_lens.model.config import VLMConfig
 from hones_lens.model.inputs import VLMInputs
 
-if TYPE_CHECKING:
-    from transformer_lens import ActivationCache
-
-    from hones_lens.model.hooked_vlm import HookedVLM
-
 Tokens = Any  # ids [batch pos] or [pos], or text; anything else raises TypeError
+
+
+class RunsInputs(Protocol):
+    """What `BoundModel` calls of a model, as `HookedVLM` has it; all of it takes inputs."""
+
+    @property
+    def cfg(self) -> VLMConfig:
+        """Image token and padding ids, the model's name."""
+        ...
+
+    @property
+    def run_with_hooks(self) -> Callable[..., Any]:
+        """Run with hooks."""
+        ...
+
+    @property
+    def run_with_cache(self) -> Callable[..., tuple[Tensor, ActivationCache]]:
+        """Run and keep activations."""
+        ...
+
+    @property
+    def generate(self) -> Callable[..., list[str] | Tensor]:
+        """Continue greedily."""
+        ...
+
+    @property
+    def hooks(self) -> Callable[..., AbstractContextManager[Any]]:
+        """Hooks for the runs inside a `with` block."""
+        ...
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Run."""
+        ...
+
+    def to_tokens(self, text: str | Sequence[str], prepend_bos: bool = True) -> Tensor:
+        """Ids of plain text."""
+        ...
+
+    def to_string(self, tokens: Tensor) -> str | list[str]:
+        """Text of ids."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +73,7 @@ class BoundModel:
         inputs: What it is bound to, located by the model (`HookedVLM.as_inputs`).
     """
 
-    model: HookedVLM
+    model: RunsInputs
     inputs: VLMInputs
 
     def __getattr__(self, name: str) -> Any:
@@ -49,12 +87,12 @@ class BoundModel:
         return f"{self.model.cfg.model_name} bound to {rows} × {n} tokens and {images} images"
 
     @property
-    def cfg(self) -> Any:
+    def cfg(self) -> VLMConfig:
         """The model's config."""
         return self.model.cfg
 
     @property
-    def original_model(self) -> HookedVLM:
+    def original_model(self) -> RunsInputs:
         """The model, where TransformerLens looks for modules that are left in training mode."""
         return self.model
 
@@ -67,7 +105,7 @@ class BoundModel:
     def texts(self) -> list[str]:
         """The bound prompts, image tokens written out and padding left out; `to_tokens` knows them."""
         rows = zip(self.tokens, self.inputs.attention_mask.bool(), strict=True)
-        return [self.model.tokenizer.decode(ids[mask]) for ids, mask in rows]
+        return [_text(self.model, ids[mask]) for ids, mask in rows]
 
     # -- tokens to inputs ------------------------------------------------------------------------
 
@@ -127,7 +165,7 @@ class BoundModel:
         known = [self.texts]
         if self.inputs.question_mask is not None:
             rows = zip(self.tokens, self.inputs.question_mask, strict=True)
-            known.append([self.model.tokenizer.decode(ids[mask]) for ids, mask in rows])
+            known.append([_text(self.model, ids[mask]) for ids, mask in rows])
         if any([t.strip() for t in given] == [t.strip() for t in prompts] for prompts in known):
             return self.tokens
         return self.model.to_tokens(text, prepend_bos)
@@ -168,6 +206,13 @@ class BoundModel:
         """As `HookedVLM.hooks`; the `with` block gets the bound model."""
         with self.model.hooks(*args, **options):
             yield self
+
+
+def _text(model: RunsInputs, ids: Tensor) -> str:
+    """The text of one row of ids."""
+    text = model.to_string(ids)
+    assert isinstance(text, str)
+    return text
 
 
 def _first(rows: Tensor) -> int | None:

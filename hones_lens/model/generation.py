@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hones_lens.model.config import VLMConfig
 from hones_lens.model.inputs import VLMInputs
 from hones_lens.model.nn.attention import KVCache
 
-if TYPE_CHECKING:
-    from hones_lens.model.hooked_vlm import HookedVLM
+
+class PredictsTokens(Protocol):
+    """A model, as far as decoding goes."""
+
+    @property
+    def cfg(self) -> VLMConfig:
+        """End-of-sequence and padding ids."""
+        ...
+
+    def next_token_logits(self, inputs: VLMInputs, said: Tensor, kv_cache: KVCache | None) -> Tensor:
+        """Logits [batch d_vocab] of the token that follows the prompts and `said`."""
+        ...
 
 
 @torch.no_grad()
-def greedy(model: HookedVLM, inputs: VLMInputs, max_new_tokens: int, use_kv_cache: bool = True) -> Tensor:
+def greedy(
+    model: PredictsTokens, inputs: VLMInputs, max_new_tokens: int, use_kv_cache: bool = True
+) -> Tensor:
     """New tokens [batch new] of every row: the likeliest at each step, EOS kept, then padding.
 
     Raises:

@@ -134,8 +134,8 @@ def _share_weights(hooked: HookedVLM, hf_model: Any) -> None:
         if parameter.shape != ours[name].shape:
             raise ValueError(f"weight {name} has shape {list(ours[name].shape)}, not {list(parameter.shape)}")
     hooked.load_state_dict(ours, strict=True, assign=True)
-    if hooked.unembed.linear.weight.data_ptr() == hooked.embed.weight.data_ptr():
-        hooked.unembed.linear.weight = hooked.embed.weight  # tied, and to stay so when moved
+    if hooked.unembed.W_U.data_ptr() == hooked.embed.weight.data_ptr():
+        hooked.unembed.tie(hooked.embed)  # and so they stay one when the model is moved
 
 
 def _special_tokens(hooked: HookedVLM, hf_model: Any) -> dict[str, Any]:

@@ -5,20 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.model.inputs import VLMInputs
-
-if TYPE_CHECKING:
-    from hones_lens.model.hooked_vlm import HookedVLM
+from hones_lens.model.config import VLMConfig
+from hones_lens.model.inputs import Region, VLMInputs
+from hones_lens.model.tokens import image_token_of, pad_left, tokenizer_of
 
 _MARK = "words of the user"
 Picture = Image.Image | str | Path
 Pictures = Picture | Sequence[Picture] | None
+
+
+class ReadsPrompts(Protocol):
+    """A model, as far as its chat format and its image processor go."""
+
+    answer_separator: str
+    default_chat_template: str
+    processor: Any
+
+    @property
+    def cfg(self) -> VLMConfig:
+        """Context length and padding id."""
+        ...
+
+    def process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[int]]:
+        """What the vision tower reads for these pictures, and how many tokens each becomes."""
+        ...
+
+    def shown_region(self, width: int, height: int) -> Region:
+        """The part of a picture that reaches the vision tower."""
+        ...
+
+    def as_inputs(self, model_input: VLMInputs) -> VLMInputs:
+        """The inputs with their images located."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -82,12 +105,24 @@ def rows_of(
 
 
 def prepare(
-    model: HookedVLM,
+    model: ReadsPrompts,
     images: Pictures | Sequence[Pictures],
     prompts: str | Sequence[str],
-    answers: str | Sequence[str] | None,
+    answers: str | Sequence[str] | None = None,
 ) -> VLMInputs:
-    """See `HookedVLM.prepare`."""
+    """Pictures and prompts to a left-padded batch in the model's chat format (`HookedVLM.prepare`).
+
+    Args:
+        model: The model.
+        images: For each prompt a picture (PIL image or path), a list of them, or None.
+        prompts: What the user says; one string or a list.
+        answers: What the assistant says, one a prompt: the inputs then hold prompt and answer,
+            with `answer_mask` at the answer's tokens (no end-of-sequence token is added).
+
+    Raises:
+        FileNotFoundError, ValueError: A missing or unreadable image, an empty prompt or answer,
+            lengths that differ, a prompt longer than the context.
+    """
     rows = rows_of(images, prompts)
     said = [answers] if isinstance(answers, str) else answers
     if said is not None and len(said) != len(rows):
@@ -97,16 +132,16 @@ def prepare(
     for pictures, prompt in rows:
         here = counts[taken : taken + len(pictures)]
         taken += len(pictures)
-        texts.append((model.render(prompt, here), prompt))
+        texts.append((render(model, prompt, here), prompt))
 
     def answer_ids(text: str, row: int) -> list[int]:
         assert said is not None
-        return continuation(model.tokenizer, text, model.answer_separator, said[row])
+        return continuation(tokenizer_of(model), text, model.answer_separator, said[row])
 
     encoded = tokenize_rows(
-        model.tokenizer,
+        tokenizer_of(model),
         texts,
-        model.render(_MARK, []).rpartition(_MARK)[2],
+        render(model, _MARK, []).rpartition(_MARK)[2],
         model.cfg.n_ctx,
         model.cfg.pad_token_id,
         None if said is None else answer_ids,
@@ -120,6 +155,15 @@ def prepare(
         **pixels,
     )
     return model.as_inputs(inputs)
+
+
+def render(model: ReadsPrompts, prompt: str, image_tokens: Sequence[int]) -> str:
+    """The text that is tokenized: chat format applied, each image token repeated."""
+    template = getattr(model.processor, "chat_template", None) or tokenizer_of(model).chat_template
+    text = render_chat(
+        tokenizer_of(model), template or model.default_chat_template, prompt, len(image_tokens)
+    )
+    return expand_images(text, image_token_of(model), image_tokens)
 
 
 def render_chat(tokenizer: Any, template: str, prompt: str, n_images: int) -> str:
@@ -194,14 +238,9 @@ def tokenize_rows(
         answers.append([False] * len(asked) + [True] * len(said))
         if len(ids[-1]) > n_ctx:
             raise ValueError(f"prompt {i} has {len(ids[-1])} tokens, more than the context of {n_ctx}")
-    length = max(map(len, ids))
     return TokenizedRows(
-        input_ids=_pad(ids, length, pad_token_id),
-        attention_mask=_pad([[1] * len(row) for row in ids], length, 0),
-        question=_pad(questions, length, False),
-        answer=_pad(answers, length, False) if answer_ids else None,
+        input_ids=pad_left(ids, pad_token_id),
+        attention_mask=pad_left([[1] * len(row) for row in ids], 0),
+        question=pad_left(questions, False),
+        answer=pad_left(answers, False) if answer_ids else None,
     )
-
-
-def _pad(rows: Sequence[list], length: int, value: int) -> Tensor:
-    return torch.tensor([[value] * (length - len(row)) + row for row in rows])

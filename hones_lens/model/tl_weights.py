@@ -1,15 +1,58 @@
-"""The decoder's weights as TransformerLens's FactoredMatrix and SVDInterpreter read them."""
+"""The decoder's weights under TransformerLens's names. `HookedVLM` has these functions as methods."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
-if TYPE_CHECKING:
-    from hones_lens.model.hooked_vlm import HookedVLM
+from hones_lens.model.config import VLMConfig
+from hones_lens.model.nn.norm import Norm
+from hones_lens.model.nn.unembed import Unembedding
+
+_STACKED = {"attn": ("W_Q", "b_Q", "W_O", "b_O"), "mlp": ("W_gate", "W_in", "b_in", "W_out", "b_out")}
+_BY_KEY_VALUE_HEAD = ("W_K", "b_K", "W_V", "b_V")
+
+
+class HasDecoder(Protocol):
+    """A model, as far as its decoder's weights go."""
+
+    blocks: Any  # nn.ModuleList of Block
+    embed: nn.Embedding
+    ln_final: Norm
+    unembed: Unembedding
+
+    @property
+    def cfg(self) -> VLMConfig:
+        """Sizes of the decoder."""
+        ...
+
+    def to_single_token(self, text: str) -> int:
+        """The id of text that is one token."""
+        ...
+
+
+class StackedWeight:
+    """A weight of all layers, [layer …], stacked when it is read; an attribute of the model's class.
+
+    Args:
+        part: `attn` or `mlp`.
+        name: The weight's name in there; AttributeError where the family has no such weight.
+    """
+
+    def __init__(self, part: str, name: str):
+        self.part, self.name = part, name
+
+    def __get__(self, model: HasDecoder, owner: type) -> Tensor:
+        return _stack(model, self.part, self.name)
+
+
+def _stack(model: HasDecoder, part: str, name: str) -> Tensor:
+    return torch.stack([getattr(getattr(block, part), name) for block in model.blocks])
 
 
 class NamedWeights(Mapping[str, Tensor]):
@@ -33,39 +76,69 @@ def by_query_head(weight: Tensor, n_heads: int, axis: int = 0) -> Tensor:
     return weight.repeat_interleave(n_heads // weight.shape[axis], dim=axis)
 
 
-def tl_parameters(model: HookedVLM) -> NamedWeights:
-    """Weights by TransformerLens's names; `W_K`, `W_V` and their biases are [head …], by query head.
+def tl_parameters(model: HasDecoder) -> NamedWeights:
+    """Weights by TransformerLens's names, keys and values by query head (for `SVDInterpreter`).
 
     Norms are not folded: `blocks.{l}.ln1.w`, `ln2.w` and `ln_final.w` are there.
     """
     made: dict[str, Callable[[], Tensor]] = {
-        "embed.W_E": lambda: model.W_E,
-        "unembed.W_U": lambda: model.W_U,
-        "unembed.b_U": lambda: model.b_U,
+        "embed.W_E": lambda: model.embed.weight,
+        "unembed.W_U": lambda: model.unembed.W_U,
+        "unembed.b_U": lambda: model.unembed.b_U,
         "ln_final.w": lambda: model.ln_final.weight,
     }
-    n_heads = model.cfg.n_heads
     for layer, block in enumerate(model.blocks):
         at = f"blocks.{layer}"
         for norm in ("ln1", "ln2"):
-            made[f"{at}.{norm}.w"] = lambda block=block, norm=norm: getattr(block, norm).weight
-        for name in ("W_Q", "b_Q", "W_O", "b_O"):
-            made[f"{at}.attn.{name}"] = lambda block=block, name=name: getattr(block.attn, name)
-        for name in ("W_K", "b_K", "W_V", "b_V"):
-            made[f"{at}.attn.{name}"] = lambda block=block, name=name: by_query_head(
-                getattr(block.attn, name), n_heads
-            )
-        for name in ("W_gate", "W_in", "W_out", "b_out"):
-            made[f"{at}.mlp.{name}"] = lambda block=block, name=name: getattr(block.mlp, name)
+            made[f"{at}.{norm}.w"] = _reader(getattr(block, norm), "weight")
+        for part, names in _STACKED.items():
+            module = getattr(block, part)
+            made |= {f"{at}.{part}.{name}": _reader(module, name) for name in names if hasattr(module, name)}
+        for name in _BY_KEY_VALUE_HEAD:
+            made[f"{at}.attn.{name}"] = _reader(block.attn, name, model.cfg.n_heads)
     return NamedWeights(made)
 
 
-def ov(model: HookedVLM) -> FactoredMatrix:
+def _reader(module: nn.Module, name: str, n_heads: int | None = None) -> Callable[[], Tensor]:
+    if n_heads is None:
+        return lambda: getattr(module, name)
+    return lambda: by_query_head(getattr(module, name), n_heads)
+
+
+def ov(model: HasDecoder) -> FactoredMatrix:
     """W_V W_O of every query head, [layer head d_model d_model]: what a head writes for what it reads."""
-    return FactoredMatrix(by_query_head(model.W_V, model.cfg.n_heads, axis=1), model.W_O)
+    values = by_query_head(_stack(model, "attn", "W_V"), model.cfg.n_heads, axis=1)
+    return FactoredMatrix(values, _stack(model, "attn", "W_O"))
 
 
-def qk(model: HookedVLM) -> FactoredMatrix:
+def qk(model: HasDecoder) -> FactoredMatrix:
     """W_Q W_Kᵀ of every query head, [layer head d_model d_model], without biases and rotation."""
-    keys = by_query_head(model.W_K, model.cfg.n_heads, axis=1)
-    return FactoredMatrix(model.W_Q, keys.transpose(-2, -1))
+    keys = by_query_head(_stack(model, "attn", "W_K"), model.cfg.n_heads, axis=1)
+    return FactoredMatrix(_stack(model, "attn", "W_Q"), keys.transpose(-2, -1))
+
+
+def accumulated_bias(
+    model: HasDecoder, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+) -> Float[Tensor, " d_model"]:
+    """Sum of the output biases of all blocks below `layer` (and of its attention, if mlp_input)."""
+    total = torch.zeros(model.cfg.d_model, device=model.cfg.device, dtype=model.cfg.dtype)
+    for i, block in enumerate(model.blocks[: layer + mlp_input]):
+        total = total + block.attn.b_O
+        if include_mlp_biases and i < layer:
+            total = total + block.mlp.b_out
+    return total
+
+
+def tokens_to_residual_directions(
+    model: HasDecoder, tokens: str | int | Tensor
+) -> Float[Tensor, "*shape d_model"]:
+    """Directions whose dot product with `resid / ln_final scale` is the token's logit.
+
+    The final norm's weight is folded in, since `ActivationCache.apply_ln_to_stack` divides by the scale
+    and leaves out the weight. With a LayerNorm the residual stream is centred too, and the norm's bias adds
+    a constant to each logit.
+    """
+    if isinstance(tokens, str):
+        tokens = model.to_single_token(tokens)
+    index = torch.as_tensor(tokens, device=model.cfg.device)
+    return model.unembed.W_U.T[index] * model.ln_final.weight

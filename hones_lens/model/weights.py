@@ -21,6 +21,16 @@ _BLOCK = {
     "mlp.up_proj": "mlp.up",
     "mlp.down_proj": "mlp.down",
 }
+_VIT_BLOCK = {
+    "layer_norm1": "ln1",
+    "self_attn.q_proj": "attn.q",
+    "self_attn.k_proj": "attn.k",
+    "self_attn.v_proj": "attn.v",
+    "self_attn.out_proj": "attn.o",
+    "layer_norm2": "ln2",
+    "mlp.fc1": "mlp.up",
+    "mlp.fc2": "mlp.down",
+}
 
 
 def decoder_weights(n_layers: int) -> WeightMap:
@@ -30,6 +40,22 @@ def decoder_weights(n_layers: int) -> WeightMap:
             f"model.language_model.layers.{layer}.{theirs}": f"blocks.{layer}.{ours}"
             for layer in range(n_layers)
             for theirs, ours in _BLOCK.items()
+        }
+    )
+
+
+def vit_weights(theirs: str, n_layers: int) -> WeightMap:
+    """The map for the blocks of a vision tower that is laid out as CLIP's and SigLIP's are.
+
+    Args:
+        theirs: Where Hugging Face's model has the blocks, e.g. `model.vision_tower.encoder.layers`.
+        n_layers: Blocks that are built.
+    """
+    return parameters(
+        {
+            f"{theirs}.{layer}.{block}": f"vision_encoder.blocks.{layer}.{ours}"
+            for layer in range(n_layers)
+            for block, ours in _VIT_BLOCK.items()
         }
     )
 

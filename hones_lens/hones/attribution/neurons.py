@@ -68,7 +68,7 @@ def _direction(model: HookedVLM, text: str, idf: dict[int, float] | None, name: 
     if not ids:
         raise ValueError(f"the target {text!r} of example {name!r} has no tokens")
     weights = torch.tensor([1.0 if idf is None else idf[i] for i in ids], device=model.cfg.device)
-    return (weights[:, None] * model.unembed.linear.weight.detach()[ids].float()).sum(0)
+    return (weights[:, None] * model.W_U.T.detach()[ids].float()).sum(0)
 
 
 def _inverse_document_frequencies(model: HookedVLM, examples: Sequence[Example]) -> dict[int, float]:

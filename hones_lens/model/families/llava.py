@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from hones_lens.model.config import VisionConfig, VLMConfig, require, special_ids
 from hones_lens.model.hooked_vlm import HookedVLM
 from hones_lens.model.inputs import Region, VLMInputs
-from hones_lens.model.nn.clip import ClipEncoder, Projector
+from hones_lens.model.nn.clip import ClipEncoder
+from hones_lens.model.nn.decoder import llama_decoder
+from hones_lens.model.nn.projector import Projector
 from hones_lens.model.nn.rotary import Rotary, rotary_frequencies
-from hones_lens.model.weights import WeightMap, decoder_weights, parameters
+from hones_lens.model.typed import activation_names, to_list
+from hones_lens.model.weights import WeightMap, decoder_weights, parameters, vit_weights
 
 _TOP = {
     "model.multi_modal_projector.linear_1": "vision_projector.linear_1",
@@ -24,16 +27,7 @@ _TOP = {
     "model.vision_tower.embeddings.patch_embedding": "vision_encoder.patch_embedding",
     "model.vision_tower.pre_layrnorm": "vision_encoder.ln_pre",
 }
-_VISION = {
-    "layer_norm1": "ln1",
-    "self_attn.q_proj": "attn.q",
-    "self_attn.k_proj": "attn.k",
-    "self_attn.v_proj": "attn.v",
-    "self_attn.out_proj": "attn.o",
-    "layer_norm2": "ln2",
-    "mlp.fc1": "mlp.up",
-    "mlp.fc2": "mlp.down",
-}
+_VISION_BLOCKS = "model.vision_tower.encoder.layers"
 
 
 class HookedLlava(HookedVLM):
@@ -62,24 +56,21 @@ class HookedLlava(HookedVLM):
                 hf_config.projector_hidden_act,
                 hf_config.multimodal_projector_bias,
             )
-            return cls(cfg, encoder, projector, Rotary(frequencies.to(device), scaling), qkv_bias=False)
+            decoder = llama_decoder(cfg, Rotary(frequencies.to(device), scaling))
+        return cls(cfg, decoder, encoder, projector)
 
     @classmethod
     def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> WeightMap:
         """Hugging Face name → ours; None drops it: vision layers that no feature layer reads."""
         names = decoder_weights(cfg.n_layers) | parameters(_TOP)
+        names |= vit_weights(_VISION_BLOCKS, cfg.vision.n_layers)
         names["model.vision_tower.embeddings.class_embedding"] = "vision_encoder.class_embedding"
         names["model.vision_tower.embeddings.position_embedding.weight"] = "vision_encoder.position_embedding"
         unread = [n for n in hf_names if n.startswith("model.vision_tower.post_layernorm.")]
         for name in hf_names:
-            prefix = "model.vision_tower.encoder.layers."
+            prefix = f"{_VISION_BLOCKS}."
             if name.startswith(prefix) and int(name[len(prefix) :].split(".")[0]) >= cfg.vision.n_layers:
                 unread.append(name)
-        for layer in range(cfg.vision.n_layers):
-            for theirs, ours in _VISION.items():
-                for s in ("weight", "bias"):
-                    ours_full = f"vision_encoder.blocks.{layer}.{ours}.{s}"
-                    names[f"model.vision_tower.encoder.layers.{layer}.{theirs}.{s}"] = ours_full
         return {name: names[name] for name in hf_names if name in names} | dict.fromkeys(unread)
 
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "image token d_model"]:
@@ -111,7 +102,7 @@ class HookedLlava(HookedVLM):
                 f"{shown} image tokens in input_ids, but pixel_values hold {n_images} images of "
                 f"{per_image} tokens, {held} in all"
             )
-        counts = mask.sum(-1).tolist()
+        counts: list[int] = to_list(mask.sum(-1))
         for row, count in enumerate(counts):
             if count % per_image:
                 raise ValueError(f"row {row} has {count} image tokens, not a multiple of {per_image}")
@@ -125,7 +116,7 @@ class HookedLlava(HookedVLM):
                 f"pixel_values are {list(pixels.shape)}; this model reads [n_images, 3, {size}, {size}]"
             )
 
-    def process_images(self, images: Sequence) -> tuple[dict[str, Any], list[int]]:
+    def process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[int]]:
         """Resize, crop and normalise by the checkpoint's image processor."""
         side = self.cfg.vision.patches_per_side
         counts = [side * side + int(self.cfg.vision.keep_class_token)] * len(images)
@@ -168,11 +159,11 @@ def read_config(hf_config: Any, name: str, device: torch.device, dtype: torch.dt
     """
     text, vision = hf_config.text_config, hf_config.vision_config
     require("config", hf_config, {"vision_feature_select_strategy": ("default", "full")})
-    require("config", hf_config, {"quantization_config": (None,), "projector_hidden_act": tuple(ACT2FN)})
+    require("config", hf_config, {"quantization_config": (None,), "projector_hidden_act": activation_names()})
     require("vision_config", vision, {"model_type": ("clip_vision_model",), "num_channels": (3,)})
-    require("vision_config", vision, {"hidden_act": tuple(ACT2FN)})
+    require("vision_config", vision, {"hidden_act": activation_names()})
     handled = {"model_type": ("llama",), "attention_bias": (False,), "mlp_bias": (False,)}
-    require("text_config", text, {**handled, "pretraining_tp": (1, None), "hidden_act": tuple(ACT2FN)})
+    require("text_config", text, {**handled, "pretraining_tp": (1, None), "hidden_act": activation_names()})
     require("text_config", text, {"sliding_window": (None,), "attention_dropout": (0, 0.0)})
     if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
         raise ValueError(

@@ -11,15 +11,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.rotary import rotate
+from hones_lens.model.typed import bias_of, bias_or_none
 
 
 @dataclass
 class KVCache:
     """Keys (rotated) and values of all tokens seen so far, [batch pos kv_head d_head] a layer."""
 
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    values: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    values: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append new keys and values of one layer and return all of them."""
@@ -127,7 +129,7 @@ class Attention(nn.Module):
         self.hook_result = HookPoint()  # [batch pos head d_model]
 
     def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], norm: nn.Module, context: AttentionContext
+        self, resid: Float[Tensor, "batch pos d_model"], norm: Norm, context: AttentionContext
     ) -> Float[Tensor, "batch pos d_model"]:
         """What the heads write, for a residual stream that `norm` normalises first."""
         q, k, v = self._project(resid, norm)
@@ -147,9 +149,9 @@ class Attention(nn.Module):
         if not _heard(self.hook_result):
             return self.o(z.flatten(2))
         result = self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2)
-        return result if self.o.bias is None else result + self.o.bias
+        return result if bias_or_none(self.o) is None else result + self.o.bias
 
-    def _project(self, resid: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, resid: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
         if self.use_split_qkv_input or _heard(self.hook_q_input, self.hook_k_input, self.hook_v_input):
             q = self._project_split(resid, norm, self.q, self.hook_q_input)
             k = self._project_split(resid, norm, self.k, self.hook_k_input)
@@ -159,12 +161,12 @@ class Attention(nn.Module):
             q, k, v = (p(x).unflatten(-1, (-1, self.d_head)) for p in (self.q, self.k, self.v))
         return self.hook_q(q), self.hook_k(k), self.hook_v(v)
 
-    def _project_split(self, resid: Tensor, norm: nn.Module, p: nn.Linear, hook: HookPoint) -> Tensor:
+    def _project_split(self, resid: Tensor, norm: Norm, p: nn.Linear, hook: HookPoint) -> Tensor:
         heads = p.out_features // self.d_head
         forked = hook(resid[:, :, None].expand(-1, -1, heads, -1).clone())
         weight = p.weight.unflatten(0, (heads, self.d_head))
         x = torch.einsum("bphm,hdm->bphd", norm(forked), weight)
-        return x if p.bias is None else x + p.bias.view(heads, self.d_head)
+        return x if bias_or_none(p) is None else x + p.bias.view(heads, self.d_head)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         groups = self.n_heads // self.n_key_value_heads
@@ -212,26 +214,22 @@ class Attention(nn.Module):
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
         """Query biases by head; zeros where the model has none."""
-        return self._bias(self.q)
+        return bias_of(self.q).view(-1, self.d_head)
 
     @property
     def b_K(self) -> Float[Tensor, "kv_head d_head"]:
         """Key biases by key-value head; zeros where the model has none."""
-        return self._bias(self.k)
+        return bias_of(self.k).view(-1, self.d_head)
 
     @property
     def b_V(self) -> Float[Tensor, "kv_head d_head"]:
         """Value biases by key-value head; zeros where the model has none."""
-        return self._bias(self.v)
-
-    def _bias(self, p: nn.Linear) -> Tensor:
-        bias = p.weight.new_zeros(p.out_features) if p.bias is None else p.bias
-        return bias.view(-1, self.d_head)
+        return bias_of(self.v).view(-1, self.d_head)
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         """Output bias; zeros where the model has none."""
-        return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.o.bias
+        return bias_of(self.o)
 
 
 def attention_mask(

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from hones_lens.model.nn.attention import Attention, AttentionContext
+from hones_lens.model.nn.mlp import FeedForward
+from hones_lens.model.nn.norm import Norm
 
 
 class Block(nn.Module):
@@ -18,7 +20,7 @@ class Block(nn.Module):
 
     hook_out_is_single_residual_stream = True
 
-    def __init__(self, attn: Attention, mlp: nn.Module, ln1: nn.Module, ln2: nn.Module):
+    def __init__(self, attn: Attention, mlp: FeedForward, ln1: Norm, ln2: Norm):
         super().__init__()
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
         self.hook_resid_pre = HookPoint()  # [batch pos d_model]

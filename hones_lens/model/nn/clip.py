@@ -1,12 +1,13 @@
-"""CLIP's vision tower, and the two-layer projector behind it."""
+"""CLIP's vision tower, and the parts of it that other towers of its kind share."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
-from transformers.activations import ACT2FN
 
 from hones_lens.model.config import VisionConfig
 from hones_lens.model.nn.attention import Attention, AttentionContext
@@ -16,7 +17,13 @@ from hones_lens.model.nn.norm import LayerNorm
 
 
 class ClipEncoder(nn.Module):
-    """CLIP's vision transformer up to the highest feature layer; what lies above is not built."""
+    """CLIP's vision transformer up to the highest feature layer; what lies above is not built.
+
+    Args:
+        cfg: Sizes of the tower, whose images have one size.
+        act: A name of transformers' activation table, e.g. `quick_gelu`.
+        eps: Of the norms.
+    """
 
     def __init__(self, cfg: VisionConfig, act: str, eps: float):
         super().__init__()
@@ -27,16 +34,7 @@ class ClipEncoder(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(tokens, cfg.d_model))
         self.hook_embed = HookPoint()  # [image token d_model], the class token first
         self.ln_pre = LayerNorm(cfg.d_model, eps)
-        heads = (cfg.n_heads, cfg.n_heads, cfg.d_head)
-        self.blocks = nn.ModuleList(
-            Block(
-                Attention(layer, cfg.d_model, *heads, qkv_bias=True, out_bias=True),
-                MLP(cfg.d_model, cfg.d_mlp, act),
-                LayerNorm(cfg.d_model, eps),
-                LayerNorm(cfg.d_model, eps),
-            )
-            for layer in range(cfg.n_layers)
-        )
+        self.blocks = nn.ModuleList(vit_blocks(cfg, act, eps))
 
     def forward(
         self, pixels: Float[Tensor, "image channel height width"]
@@ -44,26 +42,29 @@ class ClipEncoder(nn.Module):
         """Hidden states of the feature layers side by side, class token first."""
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         start = self.class_embedding.expand(len(patches), 1, -1)
-        resid = self.ln_pre(self.hook_embed(torch.cat((start, patches), dim=1) + self.position_embedding))
-        states = [resid]
-        for block in self.blocks:
-            states.append(block(states[-1], AttentionContext()))
-        return torch.cat([states[layer] for layer in self.feature_layers], dim=-1)
+        embeds = self.hook_embed(torch.cat((start, patches), dim=1) + self.position_embedding)
+        return hidden_states(self.blocks, self.ln_pre(embeds), self.feature_layers)
 
 
-class Projector(nn.Module):
-    """Two linear layers from vision features to the decoder's width."""
+def vit_blocks(cfg: VisionConfig, act: str, eps: float) -> list[Block]:
+    """Blocks with LayerNorms, biases everywhere and a plain MLP, as CLIP and SigLIP have them."""
+    heads = (cfg.n_heads, cfg.n_heads, cfg.d_head)
+    return [
+        Block(
+            Attention(layer, cfg.d_model, *heads, qkv_bias=True, out_bias=True),
+            MLP(cfg.d_model, cfg.d_mlp, act),
+            LayerNorm(cfg.d_model, eps),
+            LayerNorm(cfg.d_model, eps),
+        )
+        for layer in range(cfg.n_layers)
+    ]
 
-    def __init__(self, d_in: int, d_out: int, act: str, bias: bool):
-        super().__init__()
-        self.hook_in = HookPoint()  # [image token features]
-        self.linear_1 = nn.Linear(d_in, d_out, bias=bias)
-        self.act = ACT2FN[act]
-        self.linear_2 = nn.Linear(d_out, d_out, bias=bias)
-        self.hook_out = HookPoint()  # [image token d_model]
 
-    def forward(
-        self, features: Float[Tensor, "image token features"]
-    ) -> Float[Tensor, "image token d_model"]:
-        """Image embeddings, in raster order."""
-        return self.hook_out(self.linear_2(self.act(self.linear_1(self.hook_in(features)))))
+def hidden_states(
+    blocks: nn.ModuleList, resid: Float[Tensor, "image token d_model"], layers: Sequence[int]
+) -> Float[Tensor, "image token features"]:
+    """Residual streams that enter these layers, side by side; `len(blocks)` is what leaves the last one."""
+    states = [resid]
+    for block in blocks:
+        states.append(block(states[-1], AttentionContext()))
+    return torch.cat([states[layer] for layer in layers], dim=-1)

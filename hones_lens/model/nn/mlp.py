@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
-from transformers.activations import ACT2FN
+
+from hones_lens.model.typed import activation, bias_of
+
+
+class FeedForward(Protocol):
+    """What a feed-forward network has to offer; its hidden units, at `hook_post`, are the neurons."""
+
+    hook_post: HookPoint  # [batch pos d_mlp]
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """Input weights."""
+        ...
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """Output weights, row i written by neuron i."""
+        ...
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        """Output bias; zeros where the model has none."""
+        ...
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """What the neurons write for a normalised residual stream."""
+        ...
 
 
 class GatedMLP(nn.Module):
@@ -23,7 +51,7 @@ class GatedMLP(nn.Module):
         self.gate = nn.Linear(d_model, d_mlp, bias=bias)
         self.up = nn.Linear(d_model, d_mlp, bias=bias)
         self.down = nn.Linear(d_mlp, d_model, bias=bias)
-        self.act = ACT2FN[act]
+        self.act = activation(act)
         self.hook_pre = HookPoint()  # [batch pos d_mlp], the gate before its activation
         self.hook_pre_linear = HookPoint()  # [batch pos d_mlp]
         self.hook_post = HookPoint()  # [batch pos d_mlp], the neurons
@@ -55,25 +83,34 @@ class GatedMLP(nn.Module):
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
         """Output bias; zeros where the model has none."""
-        return (
-            self.down.weight.new_zeros(self.down.out_features) if self.down.bias is None else self.down.bias
-        )
+        return bias_of(self.down)
 
 
 class MLP(nn.Module):
-    """`m = act(W_in x + b_in)`, written by `W_out`: the plain network of CLIP's tower."""
+    """`m = act(W_in x + b_in)`, written by `W_out`: the plain network of CLIP and of GPT-2.
 
-    def __init__(self, d_model: int, d_mlp: int, act: str):
+    Args:
+        d_model: Width of the residual stream.
+        d_mlp: Number of neurons.
+        act: A name of transformers' activation table, e.g. `quick_gelu`.
+        bias: Whether both projections have biases.
+    """
+
+    def __init__(self, d_model: int, d_mlp: int, act: str, bias: bool = True):
         super().__init__()
-        self.up = nn.Linear(d_model, d_mlp)
-        self.down = nn.Linear(d_mlp, d_model)
-        self.act = ACT2FN[act]
-        self.hook_pre = HookPoint()  # [image token d_mlp]
-        self.hook_post = HookPoint()  # [image token d_mlp], the neurons
+        self.up = nn.Linear(d_model, d_mlp, bias=bias)
+        self.down = nn.Linear(d_mlp, d_model, bias=bias)
+        self.act = activation(act)
+        self.hook_pre = HookPoint()  # [batch pos d_mlp]
+        self.hook_post = HookPoint()  # [batch pos d_mlp], the neurons
 
-    def forward(self, x: Float[Tensor, "image token d_model"]) -> Float[Tensor, "image token d_model"]:
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What the neurons write for a normalised residual stream."""
-        return self.down(self.hook_post(self.act(self.hook_pre(self.up(x)))))
+        return self.write(self.act(self.hook_pre(self.up(x))))
+
+    def write(self, neurons: Float[Tensor, "batch pos d_mlp"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the neurons write."""
+        return self.down(self.hook_post(neurons))
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
@@ -81,6 +118,16 @@ class MLP(nn.Module):
         return self.up.weight.T
 
     @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        """Input bias; zeros where the model has none."""
+        return bias_of(self.up)
+
+    @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Output weights, row i written by neuron i (a view)."""
         return self.down.weight.T
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        """Output bias; zeros where the model has none."""
+        return bias_of(self.down)

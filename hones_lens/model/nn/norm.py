@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
+
+
+class Norm(Protocol):
+    """What a norm of the residual stream has to offer.
+
+    Attributes:
+        weight: What the normalised stream is multiplied by, [d].
+        eps: Added under the root.
+    """
+
+    weight: nn.Parameter
+    eps: float
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Normalise the last axis."""
+        ...
 
 
 class RMSNorm(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -37,7 +38,7 @@ class Rotary(nn.Module):
         if sections is not None:
             self.streams = [i % 3 for i, width in enumerate(sections) for _ in range(width)]
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Rotary:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         # Frequencies stay float32 when the model is cast: rounded ones would blur far positions.
         exact = self.inv_freq
         moved = super()._apply(fn, recurse)
@@ -59,7 +60,7 @@ class Rotary(nn.Module):
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
 
-def rotary_frequencies(hf_config, d_head: int) -> tuple[Tensor, float]:
+def rotary_frequencies(hf_config: Any, d_head: int) -> tuple[Tensor, float]:
     """Frequencies [d_head / 2] and scaling that a Hugging Face text config asks for.
 
     Raises:

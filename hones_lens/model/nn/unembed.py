@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from jaxtyping import Float
 from torch import Tensor, nn
+
+
+class Unembedding(Protocol):
+    """What an unembedding has to offer."""
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """Unembedding weights."""
+        ...
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """Bias; zeros where the model has none."""
+        ...
+
+    def tie(self, embed: nn.Embedding) -> None:
+        """Take the token embeddings [d_vocab d_model] themselves as weights, so that both stay one."""
+        ...
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """Logits."""
+        ...
 
 
 class Unembed(nn.Module):
@@ -16,6 +40,10 @@ class Unembed(nn.Module):
     def forward(self, x: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_vocab"]:
         """Logits."""
         return self.linear(x)
+
+    def tie(self, embed: nn.Embedding) -> None:
+        """Take the token embeddings themselves as weights."""
+        self.linear.weight = embed.weight
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

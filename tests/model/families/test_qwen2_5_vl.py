@@ -13,8 +13,9 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from hones_lens import HookedVLM, VLMInputs
 from hones_lens.app.checks.parity import check_model
-from hones_lens.model.families.qwen2_5_vl import PatchLayout, mrope_positions
 from hones_lens.model.loading import load_hf_model
+from hones_lens.model.nn.mrope import mrope_positions
+from hones_lens.model.nn.patches import PatchLayout
 
 
 class Pair:

@@ -1,0 +1,67 @@
+"""`Family`: what a family of models provides, beside the modules that it hands to `HookedVLM`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor
+
+from hones_lens.model.config import VLMConfig
+from hones_lens.model.inputs import Region, VLMInputs
+from hones_lens.model.weights import WeightMap
+
+
+class Family(ABC):
+    """The interface that `HookedVLM` leaves open and that each file of `families/` fills in.
+
+    Attributes:
+        family: Its key in the registry, `families.FAMILIES`.
+        processor_class: Has `from_pretrained(folder, revision=…, **options)`.
+        processor_options: The options that it takes.
+        answer_separator: What stands between the rendered prompt and an answer.
+        default_chat_template: Used where the checkpoint has no template of its own.
+    """
+
+    family = ""
+    processor_class: Any = AutoProcessor
+    processor_options: tuple[str, ...] = ()
+    answer_separator = ""
+    default_chat_template = ""
+
+    @classmethod
+    @abstractmethod
+    def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> WeightMap:
+        """Which weight of Hugging Face's becomes which of ours."""
+
+    @abstractmethod
+    def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "*image_token d_model"]:
+        """Image embeddings as the decoder reads them; runs the vision hooks."""
+
+    @abstractmethod
+    def positions(self, inputs: VLMInputs) -> Tensor:
+        """Rotary positions of every token, [batch pos] or [3 batch pos]."""
+
+    @abstractmethod
+    def locate_images(self, inputs: VLMInputs) -> VLMInputs:
+        """Fill in `image_mask` and `grids`; raise where images and image tokens disagree."""
+
+    @abstractmethod
+    def process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[int]]:
+        """What the vision tower reads for these pictures, and how many tokens each becomes."""
+
+    @abstractmethod
+    def pictures(self, inputs: VLMInputs) -> list[Float[Tensor, "channel _ _"]]:
+        """All images of all rows as the vision tower reads them, [channel height width] each, normalised."""
+
+    @abstractmethod
+    def with_pictures(self, inputs: VLMInputs, pictures: Sequence[Float[Tensor, "channel _ _"]]) -> VLMInputs:
+        """The same inputs with other pictures of the same sizes, not encoded yet; undoes `pictures`."""
+
+    def shown_region(self, width: int, height: int) -> Region:
+        """The part of a picture that reaches the vision tower: left, top, right, bottom in its pixels."""
+        return (0.0, 0.0, float(width), float(height))

@@ -1,0 +1,69 @@
+"""The decoder's modules as a family hands them to `HookedVLM`, and those of LLaMA's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from hones_lens.model.config import VLMConfig
+from hones_lens.model.nn.attention import Attention
+from hones_lens.model.nn.block import Block
+from hones_lens.model.nn.mlp import GatedMLP
+from hones_lens.model.nn.norm import Norm, RMSNorm
+from hones_lens.model.nn.rotary import Rotary
+from hones_lens.model.nn.unembed import Unembed, Unembedding
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Everything between token ids and logits; which kinds of modules these are is the family's to say.
+
+    Attributes:
+        embed: Token embeddings.
+        rotary: Rotation angles of all positions.
+        blocks: From the lowest to the highest, with any norms and any feed-forward network.
+        ln_final: The norm before the unembedding.
+        unembed: From the normalised residual stream to logits.
+    """
+
+    embed: nn.Embedding
+    rotary: Rotary
+    blocks: Sequence[Block]
+    ln_final: Norm
+    unembed: Unembedding
+
+
+def llama_decoder(cfg: VLMConfig, rotary: Rotary, qkv_bias: bool = False) -> Decoder:
+    """RMSNorm before attention and before a gated MLP, as LLaMA, Mistral and Qwen2 (`qkv_bias`) have it."""
+    heads = (cfg.n_heads, cfg.n_key_value_heads, cfg.d_head)
+    return Decoder(
+        embed=nn.Embedding(cfg.d_vocab, cfg.d_model),
+        rotary=rotary,
+        blocks=[
+            Block(
+                Attention(layer, cfg.d_model, *heads, qkv_bias=qkv_bias),
+                GatedMLP(cfg.d_model, cfg.d_mlp, cfg.act_fn),
+                RMSNorm(cfg.d_model, cfg.eps),
+                RMSNorm(cfg.d_model, cfg.eps),
+            )
+            for layer in range(cfg.n_layers)
+        ],
+        ln_final=RMSNorm(cfg.d_model, cfg.eps),
+        unembed=Unembed(cfg.d_model, cfg.d_vocab),
+    )
+
+
+def layer_index(layer: int | None, default: int, n_layers: int) -> int:
+    """A layer as blocks are sliced by it, 0 … n_layers; negative ones count from the end.
+
+    Raises:
+        ValueError: A layer that is not there.
+    """
+    if layer is None:
+        return default
+    index = layer + n_layers if layer < 0 else layer
+    if not 0 <= index <= n_layers:
+        raise ValueError(f"layer {layer} is not in 0 … {n_layers}")
+    return index

@@ -1,0 +1,27 @@
+"""Maps from vision features to the decoder's width."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from hones_lens.model.typed import activation
+
+
+class Projector(nn.Module):
+    """Two linear layers from vision features to the decoder's width."""
+
+    def __init__(self, d_in: int, d_out: int, act: str, bias: bool):
+        super().__init__()
+        self.hook_in = HookPoint()  # [image token features]
+        self.linear_1 = nn.Linear(d_in, d_out, bias=bias)
+        self.act = activation(act)
+        self.linear_2 = nn.Linear(d_out, d_out, bias=bias)
+        self.hook_out = HookPoint()  # [image token d_model]
+
+    def forward(
+        self, features: Float[Tensor, "image token features"]
+    ) -> Float[Tensor, "image token d_model"]:
+        """Image embeddings, in raster order."""
+        return self.hook_out(self.linear_2(self.act(self.linear_1(self.hook_in(features)))))

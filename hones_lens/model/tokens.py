@@ -1,0 +1,112 @@
+"""Text to ids and back, under TransformerLens's names. `HookedVLM` has these functions as methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hones_lens.model.config import VLMConfig
+from hones_lens.model.typed import to_list
+
+
+class HasProcessor(Protocol):
+    """A model, as far as its Hugging Face processor goes; `processor` is None where none was given."""
+
+    processor: Any
+
+    @property
+    def cfg(self) -> VLMConfig:
+        """Padding and image token ids, device."""
+        ...
+
+
+def tokenizer_of(model: HasProcessor) -> Any:
+    """The processor's tokenizer.
+
+    Raises:
+        ValueError: The model was made without a processor.
+    """
+    return _processor_of(model).tokenizer
+
+
+def image_processor_of(model: HasProcessor) -> Any:
+    """The processor's image processor.
+
+    Raises:
+        ValueError: The model was made without a processor.
+    """
+    return _processor_of(model).image_processor
+
+
+def _processor_of(model: HasProcessor) -> Any:
+    if model.processor is None:
+        raise ValueError("this model has no processor: pass one to HookedVLM.from_hf(hf_model, processor)")
+    return model.processor
+
+
+def image_token_of(model: HasProcessor) -> str:
+    """The token that stands for one image token in text."""
+    return tokenizer_of(model).convert_ids_to_tokens(model.cfg.image_token_id)
+
+
+def encode(model: HasProcessor, text: str | Sequence[str], prepend_bos: bool = True) -> tuple[Tensor, Tensor]:
+    """Ids of plain text and their attention mask, [batch pos] each, padded on the left.
+
+    Raises:
+        ValueError: No text.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts:
+        raise ValueError("no text")
+    ids: list[list[int]] = [tokenizer_of(model)(t, add_special_tokens=prepend_bos).input_ids for t in texts]
+    device = model.cfg.device
+    mask = pad_left([[1] * len(row) for row in ids], 0)
+    return pad_left(ids, model.cfg.pad_token_id).to(device), mask.to(device)
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of unequal length as one tensor, [batch pos], filled up in front."""
+    length = max(map(len, rows))
+    return torch.tensor([[value] * (length - len(row)) + list(row) for row in rows])
+
+
+def to_tokens(model: HasProcessor, text: str | Sequence[str], prepend_bos: bool = True) -> Tensor:
+    """Ids of plain text [batch pos], without chat format; several texts are left-padded."""
+    return encode(model, text, prepend_bos)[0]
+
+
+def to_single_token(model: HasProcessor, text: str) -> int:
+    """The id of text that is one token.
+
+    Raises:
+        ValueError: It is several.
+    """
+    ids = tokenizer_of(model)(text, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise ValueError(f"{text!r} is {len(ids)} tokens: {tokenizer_of(model).convert_ids_to_tokens(ids)}")
+    return ids[0]
+
+
+def to_str_tokens(
+    model: HasProcessor, tokens: str | Tensor | Sequence[int], prepend_bos: bool = True
+) -> list[str]:
+    """Each token of one text, or of one row of ids, as a string."""
+    if isinstance(tokens, str):
+        tokens = to_tokens(model, tokens, prepend_bos)
+    return tokenizer_of(model).convert_ids_to_tokens(to_list(torch.as_tensor(tokens).flatten()))
+
+
+def to_string(model: HasProcessor, tokens: Tensor) -> str | list[str]:
+    """Decode ids [pos] to a string, or [batch pos] to a list of strings."""
+    return (
+        tokenizer_of(model).decode(tokens) if tokens.ndim == 1 else tokenizer_of(model).batch_decode(tokens)
+    )
+
+
+def token_names(model: HasProcessor, ids: Sequence[int]) -> list[str]:
+    """Tokens as the tokenizer writes them; `[id]` for rows of W_U that no token has."""
+    names = tokenizer_of(model).convert_ids_to_tokens(list(ids))
+    return [name if name is not None else f"[{i}]" for i, name in zip(ids, names, strict=True)]
