@@ -65,6 +65,30 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_wheel_has_its_types(wheel: Path) -> None:
+    """The marker of PEP 561, and the stub of every package that has one: names are looked up in them."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    stubs = {p.relative_to(ROOT).as_posix() for p in (ROOT / "hones_lens").rglob("*.pyi")}
+    assert "hones_lens/__init__.pyi" in stubs and len(stubs) > 5
+    assert stubs | {"hones_lens/py.typed"} <= names
+
+
+@pytest.mark.slow
+def test_public_names_are_found_in_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import hones_lens\n"
+        "print(hones_lens.__file__, hones_lens.localize_heads.__module__)"
+    )
+    file, module = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path
+    ).stdout.split()
+    assert file == str(tmp_path / "hones_lens" / "__init__.py")
+    assert module.startswith("hones_lens.hones.")
+
+
+@pytest.mark.slow
 def test_the_wheel_has_the_licence_and_the_command(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (entry_points,) = (n for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
