@@ -4,9 +4,9 @@ from .explorer.serve import listen as listen, prepare as prepare, subject as sub
 from .explorer.views import Views as Views
 from .report.report import write_report as write_report
 from .report.run_folder import read_view as read_view
+from .runs.data_choice import DataChoice as DataChoice
 from .runs.plan import plan as plan
 from .runs.stages import (
-    DataChoice as DataChoice,
     find_heads as find_heads,
     find_neurons as find_neurons,
     mask_neurons as mask_neurons,

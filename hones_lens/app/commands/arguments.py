@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hones_lens.app.runs.data_choice import DataChoice
     from hones_lens.app.runs.folder import Run
-    from hones_lens.app.runs.stages import DataChoice
     from hones_lens.hones import HeadScores
     from hones_lens.model import HookedVLM
 
@@ -28,7 +28,7 @@ def model_from(args: argparse.Namespace) -> HookedVLM:
 
 def data_from(args: argparse.Namespace) -> DataChoice:
     """Which examples the stages read."""
-    from hones_lens.app.runs.stages import DataChoice
+    from hones_lens.app.runs.data_choice import DataChoice
 
     return DataChoice(
         dataset=args.dataset,

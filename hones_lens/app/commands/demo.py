@@ -29,8 +29,10 @@ def execute(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from hones_lens.app.report.report import write_report
+    from hones_lens.app.report.run_folder import read_view
     from hones_lens.app.report.terminal import print_summary
     from hones_lens.app.runs import stages as pipeline
+    from hones_lens.app.runs.views import keep_views
 
     model, data = model_from(args), data_from(args)
     if planned(args, model, data, ("heads", "held out", "neurons", "masking", "others")):
@@ -41,8 +43,8 @@ def execute(args: argparse.Namespace) -> int:
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
     pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
     pipeline.mask_others(model, run, args.task, data, neurons.ratio)
-    pipeline.keep_views(model, run, args.task, data, heads, neurons)
-    view = pipeline.read_view(run.folder)
+    keep_views(model, run, args.task, data, heads, neurons)
+    view = read_view(run.folder)
     page = write_report(run.path("report.html"), [view])
     print_summary(Console(), view)
     print(f"\nReport: {page.resolve()}")

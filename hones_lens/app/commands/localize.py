@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Critical heads and the neurons that they feed; `--stage` for one of the two."""
     from hones_lens.app.runs import stages as pipeline
+    from hones_lens.app.runs.views import keep_views
 
     model, data = model_from(args), data_from(args)
     every = ("heads", "held out", "neurons")
@@ -46,7 +47,7 @@ def execute(args: argparse.Namespace) -> int:
         neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
         found["neurons"] = [list(c) for c in neurons.top()]
         print(neurons, end="\n\n")
-        pipeline.keep_views(model, run, args.task, data, heads, neurons)
+        keep_views(model, run, args.task, data, heads, neurons)
     print(f"Run: {run.folder}")
     write_result(args, found)
     return 0

@@ -52,7 +52,7 @@ def execute(args: argparse.Namespace) -> int:
         result["groups"] = groups.to_dataframe().to_dict("records")
         result["lenses"] = {}
         for task, scores in neurons.items():
-            lens = runs.read_lens(model, run, task, examples[task], scores, f"lens-{task}.json")
+            lens = runs.read_lens(model, run, task, examples[task], scores, f"lens-{task}")
             print(f"\n{lens}")
             result["lenses"][task] = lens.to_dataframe().to_dict("records")
     print(f"\nRun: {run.folder}\nFigures: hones report {run.folder} --out {run.folder / 'report.html'}")

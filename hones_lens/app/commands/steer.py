@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Scales for a run's neurons, learned on dev, beside all controls, on the held-out split (H5)."""
-    from hones_lens.app.runs import stages as pipeline
+    from hones_lens.app.runs import steering
     from hones_lens.hones import SteeringConfig
 
     model, data = model_from(args), data_from(args)
@@ -56,7 +56,7 @@ def execute(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
     options = {
         "k": args.k,
-        "methods": pipeline.steering_methods(args.methods),
+        "methods": steering.steering_methods(args.methods),
         "config": SteeringConfig(seed=args.seed, **given),
         "learning_rates": args.lr,
         "epochs": args.epochs,
@@ -65,8 +65,8 @@ def execute(args: argparse.Namespace) -> int:
     }
     if args.patience is not None:
         options["patience"] = args.patience
-    run = pipeline.start_steering(model, args.task, data, _folder(args), neurons, options)
-    table = pipeline.steer_neurons(model, run, args.task, data, neurons, options)
+    run = steering.start_steering(model, args.task, data, _folder(args), neurons, options)
+    table = steering.steer_neurons(model, run, args.task, data, neurons, options)
     print(table, f"Run: {run.folder}", sep="\n\n")
     write_result(args, json.loads(run.path("steering.json").read_text(encoding="utf-8")))
     return 0

@@ -27,7 +27,7 @@ from hones_lens.hones import (
 )
 from hones_lens.model import VLMInputs
 from hones_lens.results import Labelled, read_json
-from hones_lens.tasks import load_task
+from hones_lens.tasks import load_task, task_names
 from hones_lens.viz import listed
 
 T = TypeVar("T")
@@ -58,15 +58,16 @@ def read_view(folder: str | Path) -> RunView:
     folder = Path(folder)
     settings, environment = read_run(folder)
     task = settings.get("task")
+    heads = _if_there(folder / "heads.json", HeadScores.load)
     neurons = _if_there(folder / "neurons.json", NeuronScores.load)
     return RunView(
         title=f"{settings['model']} · {_subject(settings)}",
         model_name=settings["model"],
         task=task or listed(settings["tasks"]),
-        metric_name=load_task(task).metric_name if task else "",
+        metric_name=_metric_name(task, heads),
         settings=settings,
         environment=environment,
-        heads=_if_there(folder / "heads.json", HeadScores.load),
+        heads=heads,
         neurons=neurons,
         masking=_if_there(folder / "masking.json", load_masking) or [],
         others=_others(_if_there(folder / "others.json", load_masking) or [], neurons),
@@ -81,6 +82,13 @@ def read_view(folder: str | Path) -> RunView:
         flow=_if_there(folder / "flow.json", HeadNeuronFlow.load),
         patching=_patching(folder, settings),
     )
+
+
+def _metric_name(task: str | None, heads: HeadScores | None) -> str:
+    """Of the one task, which may have gone from the registry since its heads were measured."""
+    if heads is not None:
+        return heads.metric_name
+    return load_task(task).metric_name if task in task_names() else ""
 
 
 def _subject(settings: dict[str, Any]) -> str:

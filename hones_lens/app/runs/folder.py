@@ -10,11 +10,11 @@ import hashlib
 import json
 import platform
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
@@ -79,6 +79,18 @@ class Journal(UserDict):
             out.write(json.dumps([key, value], allow_nan=False) + "\n")
 
 
+class _Kept(Protocol):
+    """A result that a file can hold."""
+
+    def save(self, file: Path) -> None: ...
+
+    @classmethod
+    def load(cls, file: Path) -> Self: ...
+
+
+R = TypeVar("R", bound=_Kept)
+
+
 class Run:
     """One run folder.
 
@@ -132,6 +144,20 @@ class Run:
     def path(self, name: str) -> Path:
         """A file of this run."""
         return self.folder / name
+
+    def stage(self, name: str, result: type[R], compute: Callable[[], R]) -> R:
+        """A stage's result: read from `NAME.json` if that is there, else computed and kept there.
+
+        Args:
+            name: Of the stage, and of its file.
+            result: Class of the result, which has `save(file)` and `load(file)`.
+            compute: Makes the result.
+        """
+        file = self.path(f"{name}.json")
+        if not file.exists():
+            compute().save(file)
+            self.log(f"{name}: done")
+        return result.load(file)
 
     def journal(self, stage: str) -> Journal:
         """The finished batches of a stage."""

@@ -69,33 +69,22 @@ def start_overlap(
 
 def share_neurons(run: Run, neurons: Mapping[str, NeuronScores]) -> Overlap:
     """Which neurons tasks share, from the folder if that is there."""
-    file = run.path("overlap.json")
-    if not file.exists():
-        find_overlap(neurons).save(file)
-    return Overlap.load(file)
+    return run.stage("overlap", Overlap, lambda: find_overlap(neurons))
 
 
 def mask_shared(
     model: HookedVLM, run: Run, examples: Mapping[str, Sequence[Example]], shared: Overlap
 ) -> GroupMasking:
     """Every task with each group of neurons masked, from the folder if that is there."""
-    file = run.path("groups.json")
-    if not file.exists():
-        journals = {task: run.journal(f"groups-{task}") for task in examples}
-        mask_groups(model, examples, shared, journals=journals).save(file)
-        run.log("groups: masked")
-    return GroupMasking.load(file)
+    journals = {task: run.journal(f"groups-{task}") for task in examples}
+    return run.stage("groups", GroupMasking, lambda: mask_groups(model, examples, shared, journals=journals))
 
 
 def read_lens(
     model: HookedVLM, run: Run, task: str, examples: Sequence[Example], neurons: NeuronScores, name: str
 ) -> LensDelta:
-    """Baseline minus masked in the logit lens, in a file of the folder, from there if it is there."""
-    file = run.path(name)
-    if not file.exists():
-        lens_delta(model, task, examples, neurons).save(file)
-        run.log(f"logit lens of {task}: done")
-    return LensDelta.load(file)
+    """Baseline minus masked in the logit lens, from the folder if it is there under that name."""
+    return run.stage(name, LensDelta, lambda: lens_delta(model, task, examples, neurons))
 
 
 def digest(data: Any) -> str:

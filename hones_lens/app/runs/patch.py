@@ -84,8 +84,10 @@ class PairsChoice:
             return self._own(model)
         if self.corrupt is None:
             limit = DEFAULT_LIMIT if self.limit is None else self.limit
-            drawn = counterfactual_pairs(self.task, self.kind, self.split, limit, self.seed)
-            return counterfactual(model, drawn, self.task)
+            task = load_task(self.task)
+            kind_of = task.examples_of or task.name
+            drawn = counterfactual_pairs(kind_of, self.kind, self.split, limit, self.seed)
+            return counterfactual(model, drawn, task)
         task, examples = load_task(self.task), self._examples()
         prompts = [task.target_prompt(example) for example in examples]
         inputs = model.prepare([example.image for example in examples], prompts)
@@ -99,8 +101,10 @@ class PairsChoice:
 
     def _examples(self) -> list[Example]:
         files = {"data_file": self.data_file, "image_dir": self.image_dir, "on_error": self.on_error}
-        limit = self.limit or DEFAULT_LIMIT
-        return load_examples(self.dataset, self.task, self.split, limit, self.seed, **files)
+        task, limit = load_task(self.task), self.limit or DEFAULT_LIMIT
+        return load_examples(
+            self.dataset, task.examples_of or task.name, self.split, limit, self.seed, **files
+        )
 
     def first(self, pairs: PatchPairs) -> tuple[Image.Image, Image.Image | None, str]:
         """The first of these pairs: its clean picture, its corrupted one if it is a picture, its prompt."""
@@ -228,16 +232,17 @@ def _save_first(model: HookedVLM, run: Run, pairs: PatchPairs, choice: PairsChoi
 
 def run_patching(model: HookedVLM, run: Run, pairs: PatchPairs, options: dict[str, Any]) -> Labelled:
     """The patching, from the folder if it is there, with its figure as PNG and SVG."""
-    file = run.path("patch.json")
-    if not file.exists():
+
+    def patch() -> Labelled:
         result = patch_activations(model, pairs, journal=run.journal("patch"), **options)
         if len(result.axes) in (1, 2, 3):
             figure = result.plot()
             for kind in ("png", "svg"):
                 figure.save(run.path(f"patch.{kind}"))
-        result.save(file)
         run.log(f"patch: {result.what}; {'; '.join(result.notes)}")
-    return Labelled.load(file)
+        return result
+
+    return run.stage("patch", Labelled, patch)
 
 
 def plan_patching(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from hones_lens.model import HookedVLM, VLMInputs
 from hones_lens.tasks import load_task
 
 if TYPE_CHECKING:
-    from hones_lens.app.runs.stages import DataChoice
+    from hones_lens.app.runs.data_choice import DataChoice
 
 
 class _Cost(NamedTuple):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hones_lens.app.report.reproduction import Reproduction, TaskResults
-from hones_lens.app.runs import stages
+from hones_lens.app.runs import stages, steering as steered, views
+from hones_lens.app.runs.data_choice import DataChoice
 from hones_lens.app.runs.folder import Run
 from hones_lens.app.runs.overlap import digest, mask_shared, read_lens, share_neurons
-from hones_lens.app.runs.stages import OTHERS_CONTROLS, DataChoice
+from hones_lens.app.runs.stages import MaskingResults
 from hones_lens.data import Example, tasks_of
 from hones_lens.hones import (
     GroupMasking,
@@ -22,9 +24,7 @@ from hones_lens.hones import (
     SteeringConfig,
     SteeringTable,
     attribute_neurons,
-    load_masking,
     masking_curve,
-    save_masking,
     side_effects,
     transfer_steering,
 )
@@ -85,8 +85,8 @@ def reproduce(
             raise ValueError(f"no head of {model.cfg.model_name} lowers {heads.metric_name} of {task}")
         neurons[task] = stages.find_neurons(model, run, task, data, heads, ratios[-1])
         masking = _mask(model, run, task, data, neurons[task], tasks, ratios, n_controls)
-        lenses[task] = read_lens(model, run, task, data.test(task), neurons[task], "lens.json")
-        stages.keep_views(model, run, task, data, heads, neurons[task])
+        lenses[task] = read_lens(model, run, task, data.test(task), neurons[task], "lens")
+        views.keep_views(model, run, task, data, heads, neurons[task])
         tables = _steer(model, run, task, worlds, neurons[task], steering)
         found[task] = TaskResults(heads, held_out, masking, tables)
     groups, shared, effects = _across(model, out / "across", _worlds(first, shifted), neurons, found)
@@ -121,22 +121,22 @@ def _mask(
     n_controls: int,
 ) -> dict[tuple[str, float], MaskingResult]:
     """HONES's neurons and other rankings', at several sizes, beside matched random sets of their own."""
-    file, test = run.path("masking.json"), data.test(task)
-    if not file.exists():
-        options = {"ratios": ratios, "n_controls": n_controls, "journal": run.journal("masking")}
-        save_masking(file, masking_curve(model, task, test, neurons, **options))
-    file_of_others, names = run.path("others.json"), [name for name in RANKINGS for _ in ratios]
-    if not file_of_others.exists():
+    names = [name for name in RANKINGS for _ in ratios]
+
+    def mask() -> MaskingResults:
+        options: dict[str, Any] = {"n_controls": n_controls, "journal": run.journal("masking")}
+        return MaskingResults(masking_curve(model, task, data.test(task), neurons, ratios=ratios, **options))
+
+    def mask_others() -> MaskingResults:
         others = [_ranking(model, task, data, name, tasks) for name in RANKINGS]
         sizes = [neurons.count(ratio) for ratio in ratios]
-        sets = [[(c.layer, c.index) for c in ranking.top(k)] for ranking in others for k in sizes]
-        journal = run.journal("others")
-        results = masking_curve(model, task, test, sets, n_controls=OTHERS_CONTROLS, journal=journal)
-        named = [replace(result, method=name) for name, result in zip(names, results, strict=True)]
-        save_masking(file_of_others, named)
+        sets = [ranking.top(k) for ranking in others for k in sizes]
+        return stages.mask_rankings(model, run, task, data, names, sets)
+
     places = [("hones", ratio) for ratio in ratios]
     places += zip(names, list(ratios) * len(RANKINGS), strict=True)
-    return dict(zip(places, load_masking(file) + load_masking(file_of_others), strict=True))
+    results = run.stage("masking", MaskingResults, mask) + run.stage("others", MaskingResults, mask_others)
+    return dict(zip(places, results, strict=True))
 
 
 def _ranking(model: HookedVLM, task: str, data: DataChoice, name: str, tasks: Sequence[str]) -> NeuronScores:
@@ -156,20 +156,24 @@ def _steer(
     steering: Mapping[str, Any],
 ) -> dict[tuple[str, str], SteeringTable]:
     """Scales learned in each world, measured there; those of the first in the second too."""
-    options = {"methods": stages.steering_methods(None), "config": SteeringConfig(), **steering}
+    options = {"methods": steered.steering_methods(None), "config": SteeringConfig(), **steering}
     tables: dict[tuple[str, str], SteeringTable] = {}
     for name, data in worlds.items():
         folder = run.folder / "steering" / name
-        mine = stages.start_steering(model, task, data, folder, neurons, options)
-        tables[name, name] = stages.steer_neurons(model, mine, task, data, neurons, options)
+        mine = steered.start_steering(model, task, data, folder, neurons, options)
+        tables[name, name] = steered.steer_neurons(model, mine, task, data, neurons, options)
     first, *others = worlds
     for name in others:
-        file = run.folder / "steering" / first / f"on-{name}.json"
-        if not file.exists():
-            test = worlds[name].test(task)
-            transfer_steering(model, tables[first, first], test).save(file)
-        tables[first, name] = SteeringTable.load(file)
+        tables[first, name] = run.stage(
+            f"steering/{first}/on-{name}",
+            SteeringTable,
+            partial(_transfer, model, tables[first, first], worlds[name], task),
+        )
     return tables
+
+
+def _transfer(model: HookedVLM, table: SteeringTable, data: DataChoice, task: str) -> SteeringTable:
+    return transfer_steering(model, table, data.test(task))
 
 
 def _across(
@@ -201,11 +205,9 @@ def _across(
     groups, effects = mask_shared(model, run, held_out[first], shared), {}
     for name in worlds:
         if scales[name]:
-            file = run.path(f"side-effects-on-{name}.json")
-            if not file.exists():
-                journal = run.journal(f"side-effects-on-{name}")
-                side_effects(model, held_out[name], scales[name], journal=journal).save(file)
-            effects[name] = SideEffects.load(file)
+            stage = f"side-effects-on-{name}"
+            measure = partial(side_effects, model, held_out[name], scales[name], journal=run.journal(stage))
+            effects[name] = run.stage(stage, SideEffects, measure)
     return groups, shared, effects
 
 

@@ -16,7 +16,7 @@ from hones_lens.analysis.lens.table import LogitLens, Place
 from hones_lens.app.report.run_folder import read_view
 from hones_lens.app.report.run_view import ExampleView, RunView
 from hones_lens.app.runs.folder import Run
-from hones_lens.app.runs.stages import save_examples
+from hones_lens.app.runs.views import save_examples
 from hones_lens.hones.attribution.flow import HeadNeuronFlow, Promoted
 from hones_lens.results.files import Component, write_json
 from hones_lens.results.labelled import Labelled

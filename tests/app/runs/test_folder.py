@@ -10,6 +10,7 @@ from hones_lens.app.report.run_folder import read_run
 from hones_lens.app.runs.folder import Journal, Run, examples_hash, weights_hash
 from hones_lens.app.tiny import tiny_llava
 from hones_lens.data.loading import load_examples
+from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.heads import localize_heads
 from hones_lens.model.hooked_vlm import HookedVLM
 from hones_lens.tasks.registry import load_task
@@ -57,6 +58,38 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
         Run(tmp_path, {})
     with pytest.raises(ValueError, match="not a run folder"):
         read_run(tmp_path)
+
+
+def test_a_stage_is_computed_once_and_then_read(tmp_path):
+    scores = HeadScores(
+        task="vqa",
+        metric_name="accuracy",
+        intervention="other heads' mean",
+        model_name="m",
+        scores=torch.tensor([[0.25, 0.5]], dtype=torch.float64),
+        drops=torch.zeros(1, 2, 0, dtype=torch.float64),
+        baseline=1.0,
+        base_scores=torch.zeros(0, dtype=torch.float64),
+        example_ids=(),
+        kinds=(),
+        top_k=1,
+    )
+    run, calls = Run(tmp_path / "a", {"model": "m"}), []
+
+    def compute():
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("the first time fails")
+        return scores
+
+    with pytest.raises(ValueError, match="the first time fails"):
+        run.stage("heads", HeadScores, compute)
+    assert not run.path("heads.json").exists(), "what failed leaves nothing behind"
+    for _ in range(3):
+        found = run.stage("heads", HeadScores, compute)
+        assert found.scores.tolist() == [[0.25, 0.5]] and found.top_k == 1
+    assert len(calls) == 2
+    assert run.path("log.txt").read_text().count("heads: done") == 1
 
 
 def test_a_line_cut_short_is_dropped_and_written_again(tmp_path):

@@ -15,8 +15,8 @@ from helpers.dataset_files import hones_path
 
 from hones_lens import HookedVLM, load_examples
 from hones_lens.app.report.reproduction import Reproduction
+from hones_lens.app.runs.data_choice import DataChoice
 from hones_lens.app.runs.reproduce import RANKINGS, reproduce
-from hones_lens.app.runs.stages import DataChoice
 from hones_lens.hones.attribution.held_out import remeasure_heads
 from hones_lens.hones.masking import evaluate_masking, load_masking
 from hones_lens.hones.overlap.group_masking import GroupMasking

@@ -12,9 +12,9 @@ from transformers import AutoModelForImageTextToText
 
 import hones_lens as hl
 from hones_lens.app.report.run_folder import read_view
-from hones_lens.app.runs import stages as pipeline
+from hones_lens.app.runs import views as run_views
+from hones_lens.app.runs.data_choice import DataChoice
 from hones_lens.app.runs.folder import Run
-from hones_lens.app.runs.stages import DataChoice
 from hones_lens.hones.attribution.attribute import attribute_neurons
 
 MODELS = pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2.5-vl"])
@@ -28,7 +28,7 @@ def test_promoted_tokens_of_a_run_turn_with_the_activation_s_sign(name: str, tmp
     run = Run(tmp_path / "run", {"model": name, "task": "vqa"})
     heads, examples = made.heads(), FEW.discovery("vqa")
     neurons = attribute_neurons(model, "vqa", examples, heads, progress=False)
-    pipeline.save_promoted(model, run, pipeline.find_flow(model, run, "vqa", FEW, heads, neurons))
+    run_views.save_promoted(model, run, run_views.find_flow(model, run, "vqa", FEW, heads, neurons))
     promoted = read_view(run.folder).promoted
     assert list(promoted) == [c[:2] for c in neurons.top()]
     prompts = [hl.load_task("vqa").prompt(example) for example in examples]
@@ -57,7 +57,7 @@ def test_promoted_tokens_of_a_run_turn_with_the_activation_s_sign(name: str, tmp
 def test_examples_hold_every_head_s_attention_and_the_lenses_readings(name: str, tmp_path: Path) -> None:
     model = hl.HookedVLM.from_pretrained(name)
     heads, neurons = made.heads().top(), made.neurons()
-    views = pipeline.look_at_examples(model, "vqa", FEW, heads, neurons)
+    views = run_views.look_at_examples(model, "vqa", FEW, heads, neurons)
     example, view = FEW.test("vqa")[1], views[1]
     inputs = model.prepare(example.image, view.prompt)
     with torch.no_grad():
@@ -79,17 +79,17 @@ def test_examples_hold_every_head_s_attention_and_the_lenses_readings(name: str,
         shown = view.image_lens.select(layer=layer).values.flatten()
         np.testing.assert_allclose(shown, read.detach(), atol=1e-4)
     run = Run(tmp_path / "run", {"model": name, "task": "vqa"})
-    pipeline.save_examples(run, views)
+    run_views.save_examples(run, views)
     again = read_view(run.folder).examples
     assert [v.answer_masked for v in again] == [v.answer_masked for v in views]
     assert all(torch.equal(again[1].looks[head], view.looks[head]) for head in names)
 
 
 def test_of_a_large_model_the_given_heads_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_MOST_HEADS", 31)
+    monkeypatch.setattr(run_views, "_MOST_HEADS", 31)
     model = hl.HookedVLM.from_pretrained("tiny-llava")
     heads = made.heads().top()
-    (view,) = pipeline.look_at_examples(model, "vqa", FEW, heads, made.neurons(), count=1)
+    (view,) = run_views.look_at_examples(model, "vqa", FEW, heads, made.neurons(), count=1)
     assert list(view.looks) == [f"L{head.layer}H{head.index}" for head in heads] and len(heads) == 3
 
 
@@ -100,12 +100,12 @@ def test_the_flow_is_that_of_the_run_s_neurons_and_is_kept(
     run = Run(tmp_path / "run", {"model": "tiny-llava", "task": "vqa"})
     heads = made.heads()
     neurons = attribute_neurons(model, "vqa", FEW.discovery("vqa"), heads, progress=False)
-    flow = pipeline.find_flow(model, run, "vqa", FEW, heads, neurons)
+    flow = run_views.find_flow(model, run, "vqa", FEW, heads, neurons)
     assert [c[:2] for c in flow.neurons] == [c[:2] for c in neurons.top()]
     expected = [c.score for c in neurons.top()]
     assert flow.contributions.sum(0).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-7)
     assert flow.n_examples == 4
     kept = run.path("flow.json").read_bytes()
-    monkeypatch.setattr(pipeline, "head_neuron_flow", None)  # would raise: it is not computed again
-    again = pipeline.find_flow(model, run, "vqa", FEW, heads, neurons)
+    monkeypatch.setattr(run_views, "head_neuron_flow", None)  # would raise: it is not computed again
+    again = run_views.find_flow(model, run, "vqa", FEW, heads, neurons)
     assert run.path("flow.json").read_bytes() == kept and torch.equal(again.contributions, flow.contributions)

@@ -1,0 +1,67 @@
+"""Which examples a run reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hones_lens.data import Example, load_examples
+from hones_lens.engine import as_task
+from hones_lens.tasks import Task
+
+# Examples for discovery and for the held-out test; ranking fifty candidates is fifty prompts.
+DEFAULT_SIZES = {False: (420, 84), True: (16, 12)}
+DEV_SIZES = {False: 210, True: 24}
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Which examples a run reads: a data set, its files, a seed, and how many of which splits.
+
+    Splits are names, or split files of the data set (see `load_examples`).
+    """
+
+    dataset: str = "shapes"
+    data_file: str | None = None
+    image_dir: str | None = None
+    seed: int = 3407
+    discovery_split: str = "discovery"
+    dev_split: str = "dev"
+    held_out: str = "test"
+    n_discovery: int | None = None
+    n_dev: int | None = None
+    n_held_out: int | None = None
+    on_error: str = "raise"
+
+    def discovery(self, task: str | Task) -> list[Example]:
+        """The examples that heads and neurons are found on."""
+        default = DEFAULT_SIZES[as_task(task).ranks][0]
+        return self._load(task, self.discovery_split, self.n_discovery or default)
+
+    def dev(self, task: str | Task) -> list[Example]:
+        """The examples that scales are learned and chosen on."""
+        return self._load(task, self.dev_split, self.n_dev or DEV_SIZES[as_task(task).ranks])
+
+    def test(self, task: str | Task) -> list[Example]:
+        """The held-out examples that neurons are masked on.
+
+        Raises:
+            ValueError: They would be the discovery examples.
+        """
+        if self.held_out == self.discovery_split:
+            raise ValueError(
+                "neurons can't be judged on the split that selected them: choose another --split"
+            )
+        return self._load(task, self.held_out, self.n_held_out or DEFAULT_SIZES[as_task(task).ranks][1])
+
+    def _load(self, task: str | Task, split: str, limit: int) -> list[Example]:
+        known = as_task(task)
+        return load_examples(
+            self.dataset,
+            known.examples_of or known.name,
+            split,
+            limit,
+            self.seed,
+            data_file=self.data_file,
+            image_dir=self.image_dir,
+            on_error=self.on_error,
+        )

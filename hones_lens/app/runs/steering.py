@@ -1,0 +1,80 @@
+"""Steering into a run folder: what `hones steer` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hones_lens.app.runs.data_choice import DataChoice
+from hones_lens.app.runs.folder import Run, examples_hash
+from hones_lens.app.runs.stages import common_settings
+from hones_lens.engine import as_task
+from hones_lens.hones import METHODS, NeuronScores, SteeringTable, compare_steering
+from hones_lens.model import HookedVLM
+from hones_lens.tasks import Task
+
+
+def steering_methods(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Methods of steering by our names, or by those of HONES's configurations.
+
+    Raises:
+        ValueError: An unknown one; lists the valid ones.
+    """
+    known = {name.lower(): name for name in METHODS}
+    known |= {name.lower().replace("-", "_").replace(" ", "_"): name for name in METHODS}
+    known |= {"rand_neuron": "RandNeuron", "ours": "HONES", "ours_no_kl": "HONES without KL"}
+    known["hones_no_kl"] = "HONES without KL"
+    out = []
+    for name in METHODS if names is None else names:
+        if name.lower() not in known:
+            raise ValueError(f"unknown method of steering {name!r}; valid: {', '.join(METHODS)}")
+        out.append(known[name.lower()])
+    return tuple(out)
+
+
+def start_steering(
+    model: HookedVLM,
+    task: str | Task,
+    data: DataChoice,
+    out: str | Path,
+    neurons: NeuronScores,
+    options: Mapping[str, Any],
+) -> Run:
+    """Open a run folder for steering; options are those of `compare_steering`.
+
+    Raises:
+        ValueError: The folder holds a run with other settings.
+    """
+    chosen = as_task(task)
+    return Run(
+        out,
+        {
+            **common_settings(model, chosen, data),
+            "dev": examples_hash(chosen, data.dev(task)),
+            "test": examples_hash(chosen, data.test(task)),
+            "neurons": [[c.layer, c.index] for c in neurons.top(options.get("k"))],
+            **{**options, "config": asdict(options["config"])},
+        },
+    )
+
+
+def steer_neurons(
+    model: HookedVLM,
+    run: Run,
+    task: str | Task,
+    data: DataChoice,
+    neurons: NeuronScores,
+    options: Mapping[str, Any],
+) -> SteeringTable:
+    """Stage H5, from the folder if it is there; options are those of `compare_steering`."""
+
+    def steer() -> SteeringTable:
+        dev, test, journal = data.dev(task), data.test(task), run.journal("steering")
+        table = compare_steering(model, task, dev, test, neurons, journal=journal, **options)
+        if "HONES" in options["methods"]:
+            table.scales().save_hones(run.path("neuron_scales.json"))
+        return table
+
+    return run.stage("steering", SteeringTable, steer)
