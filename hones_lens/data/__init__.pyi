@@ -5,16 +5,16 @@ from .pairs import CounterfactualPair as CounterfactualPair, counterfactual_pair
 from .shapes import (
     ATTRIBUTES as ATTRIBUTES,
     COLORS as COLORS,
-    NAMES as NAMES,
-    NUMBERS as NUMBERS,
+    IMAGE_SIZE as IMAGE_SIZE,
+    NUMBER_WORDS as NUMBER_WORDS,
     SHAPES as SHAPES,
-    SIZE as SIZE,
-    Dice as Dice,
+    THING_NAMES as THING_NAMES,
     Scene as Scene,
-    ask as ask,
-    changed as changed,
+    SeededRandom as SeededRandom,
+    counterfactual_scenes as counterfactual_scenes,
     questions as questions,
+    random_image_size as random_image_size,
+    random_question as random_question,
     random_scene as random_scene,
-    random_size as random_size,
 )
-from .shapes_varied import SIDES as SIDES
+from .shapes_varied import IMAGE_SIDES as IMAGE_SIDES

@@ -6,18 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hones_lens.data.coco_names import coco_places
-from hones_lens.data.reading import list_under
+from hones_lens.data.coco_paths import coco_image_paths
+from hones_lens.data.reading import parse_list
 from hones_lens.data.records import (
     BadRecord,
     Record,
     Row,
-    captions_of,
-    identifier,
     label,
-    mapping,
-    size_of,
-    text_of,
+    parse_captions,
+    parse_id,
+    parse_object,
+    parse_size,
+    parse_text,
 )
 
 TASKS = ("caption", "retrieval")
@@ -28,7 +28,7 @@ def is_karpathy(top: Any) -> bool:
     return isinstance(top, dict) and "images" in top and "annotations" not in top
 
 
-def is_official(top: Any) -> bool:
+def is_coco_captions(top: Any) -> bool:
     """Whether a file's top level is COCO's own: `images` and `annotations`."""
     return isinstance(top, dict) and "images" in top and "annotations" in top
 
@@ -38,59 +38,64 @@ def karpathy_rows(top: Any, file: Path, key: str) -> list[Row]:
 
     Args:
         top, file: The file's top level, and its name for errors.
-        key: What identifies an image: `cocoid` in COCO's file, `filename` in those of Flickr.
+        key: The field that identifies an image: `cocoid` in COCO's file, `filename` in those of Flickr.
     """
-    images = list_under(top, "images", file)
-    return [Row(label(raw, i, key, "filename"), partial(_karpathy, raw, key)) for i, raw in enumerate(images)]
+    images = parse_list(top, "images", file)
+    return [
+        Row(label(raw, i, key, "filename"), partial(_parse_karpathy, raw, key))
+        for i, raw in enumerate(images)
+    ]
 
 
-def _karpathy(raw: Any, key: str) -> Record:
-    image = mapping(raw, "the record")
-    name = text_of(image.get("filename"), "filename")
+def _parse_karpathy(raw: Any, key: str) -> Record:
+    image = parse_object(raw, "the record")
+    name = parse_text(image.get("filename"), "filename")
     if image.get("filepath"):
-        name = f"{text_of(image['filepath'], 'filepath')}/{name}"
-    number = identifier(image, key)
+        name = f"{parse_text(image['filepath'], 'filepath')}/{name}"
+    image_id = parse_id(image, key)
     return Record(
-        id=number,
-        image_key=number,
-        files=coco_places(name),
-        references=captions_of(image.get("sentences")),
+        id=image_id,
+        image_key=image_id,
+        files=coco_image_paths(name),
+        references=parse_captions(image.get("sentences")),
     )
 
 
-def official_rows(top: Any, file: Path) -> list[Row]:
+def coco_captions_rows(top: Any, file: Path) -> list[Row]:
     """Rows of `images` (`id`, `file_name`, `width`, `height`) and `annotations` (`image_id`, `caption`).
 
-    A row is an image with all its captions; an annotation of an image that is not listed is a row too,
-    so that its error can name it.
+    Each image gives one row with all its captions. An annotation of an image that is not listed also gives
+    a row, so that its error can name it.
     """
     captions: dict[Any, list[Any]] = {}
     rows: list[Row] = []
-    images = list_under(top, "images", file)
-    known = {raw["id"] for raw in images if isinstance(raw, dict) and isinstance(raw.get("id"), int | str)}
-    for i, raw in enumerate(list_under(top, "annotations", file)):
+    images = parse_list(top, "images", file)
+    listed_ids = {
+        raw["id"] for raw in images if isinstance(raw, dict) and isinstance(raw.get("id"), int | str)
+    }
+    for i, raw in enumerate(parse_list(top, "annotations", file)):
         image = raw.get("image_id") if isinstance(raw, dict) else None
-        if isinstance(image, int | str) and image in known:
+        if isinstance(image, int | str) and image in listed_ids:
             captions.setdefault(image, []).append(raw)
         else:
-            rows.append(Row(f"annotation {label(raw, i, 'id')}", partial(_stray, raw)))
+            rows.append(Row(f"annotation {label(raw, i, 'id')}", partial(_raise_unlisted_image, raw)))
     for i, raw in enumerate(images):
-        rows.append(Row(label(raw, i, "id"), partial(_official, raw, captions)))
+        rows.append(Row(label(raw, i, "id"), partial(_parse_coco_captions, raw, captions)))
     return rows
 
 
-def _stray(raw: Any) -> Record:
-    number = identifier(mapping(raw, "the annotation"), "image_id")
-    raise BadRecord(f"is of image {number}, which the file does not list")
+def _raise_unlisted_image(raw: Any) -> Record:
+    image_id = parse_id(parse_object(raw, "the annotation"), "image_id")
+    raise BadRecord(f"is of image {image_id}, which the file does not list")
 
 
-def _official(raw: Any, captions: dict[Any, list[Any]]) -> Record:
-    image = mapping(raw, "the image")
-    number = identifier(image, "id")
+def _parse_coco_captions(raw: Any, captions: dict[Any, list[Any]]) -> Record:
+    image = parse_object(raw, "the image")
+    image_id = parse_id(image, "id")
     return Record(
-        id=number,
-        image_key=number,
-        files=coco_places(text_of(image.get("file_name"), "file_name")),
-        size=size_of(image),
-        references=captions_of(captions.get(image["id"])),
+        id=image_id,
+        image_key=image_id,
+        files=coco_image_paths(parse_text(image.get("file_name"), "file_name")),
+        size=parse_size(image),
+        references=parse_captions(captions.get(image["id"])),
     )

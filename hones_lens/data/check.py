@@ -1,4 +1,4 @@
-"""`check_data`: what of a data set can be used, before a model is loaded (`hones data check`)."""
+"""`check_data`: which records of a data set are usable, before a model is loaded (`hones data check`)."""
 
 from __future__ import annotations
 
@@ -9,31 +9,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hones_lens.data.files import Examined, Skipped, examine, image_folder, picture_of
-from hones_lens.data.images import Picture, clip_box, told
+from hones_lens.data.files import (
+    CheckedRecords,
+    SkippedRecord,
+    check_records,
+    find_record_picture,
+    image_folder,
+)
+from hones_lens.data.images import Picture, clip_box, format_size
 from hones_lens.data.loading import resolve
-from hones_lens.data.negatives import N_NEGATIVES, captions_by_image, plain
+from hones_lens.data.negatives import N_NEGATIVES, group_captions_by_image, normalize_caption
 from hones_lens.data.records import BadRecord, Record
 from hones_lens.data.splits import SHARES, split_of
 
-_SHOWN = 5
+_MAX_LISTED = 5
 
 
 @dataclass
 class TaskCheck:
-    """What of a file can be used for one task.
+    """Which records of a file can be used for one task.
 
     Attributes:
         usable: How many records can be used.
-        unusable: The others, with the reason.
+        unusable: The records that can't be used, with the reason.
         not_for_task: How many records are not meant for the task, by reason.
-        clipped: Records whose box crosses the border of the image; it is clipped there.
+        clipped: Ids of records whose box crosses the border of the image, where it is clipped.
         splits: How many of the usable records each split has (with the seed given).
-        warnings: What works, but may not be meant.
+        warnings: Findings that are no errors, but may not be intended.
     """
 
     usable: int = 0
-    unusable: list[Skipped] = field(default_factory=list)
+    unusable: list[SkippedRecord] = field(default_factory=list)
     not_for_task: dict[str, int] = field(default_factory=dict)
     clipped: list[str] = field(default_factory=list)
     splits: dict[str, int] = field(default_factory=dict)
@@ -42,14 +48,14 @@ class TaskCheck:
 
 @dataclass
 class DataCheck:
-    """What `check_data` found.
+    """The result of `check_data`.
 
     Attributes:
         name: Name of the data set.
-        file: Its annotations.
+        file: The annotation file.
         tasks: One check for each task.
-        images: How many pictures were opened, 0 where they were not to be.
-        warnings: What works, but may not be meant, whatever the task.
+        images: How many pictures were opened; 0 with `open_images=False`.
+        warnings: Findings that concern all tasks and are no errors.
     """
 
     name: str
@@ -60,12 +66,12 @@ class DataCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether there is something to use, and nothing that can't be used."""
+        """Whether at least one record is usable and none is unusable."""
         checks = self.tasks.values()
         return any(check.usable for check in checks) and not any(check.unusable for check in checks)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """All fields as JSON values."""
         tasks = {}
         for name, check in self.tasks.items():
             unusable = [skipped._asdict() for skipped in check.unusable]
@@ -85,7 +91,7 @@ class DataCheck:
         lines = [f"{self.file} ({self.name}): {'ok' if self.ok else 'NOT OK'}, {opened}"]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         for name, check in self.tasks.items():
-            lines += [f"  {name}: {line}" for line in _lines(check)]
+            lines += [f"  {name}: {line}" for line in _format_task_check(check)]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -96,22 +102,24 @@ class DataCheck:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def _lines(check: TaskCheck) -> list[str]:
+def _format_task_check(check: TaskCheck) -> list[str]:
     shares = ", ".join(f"{split} {n:,}" for split, n in check.splits.items())
     lines = [f"{check.usable:,} usable" + (f" ({shares})" if check.usable else "")]
     if check.clipped:
-        lines.append(f"{len(check.clipped):,} boxes cross the border and are clipped: {_some(check.clipped)}")
+        lines.append(
+            f"{len(check.clipped):,} boxes cross the border and are clipped: {_abbreviate(check.clipped)}"
+        )
     lines += [f"{n:,} {reason}: not for this task" for reason, n in check.not_for_task.items()]
     lines += [f"warning: {warning}" for warning in check.warnings]
     if check.unusable:
         lines.append(f"{len(check.unusable):,} unusable:")
-        lines += [f"  {skipped}" for skipped in check.unusable[:_SHOWN]]
-        lines += ["  ..."] if len(check.unusable) > _SHOWN else []
+        lines += [f"  {skipped}" for skipped in check.unusable[:_MAX_LISTED]]
+        lines += ["  ..."] if len(check.unusable) > _MAX_LISTED else []
     return lines
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+def _abbreviate(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
 
 
 def check_data(
@@ -129,131 +137,146 @@ def check_data(
     Args:
         dataset, data_file, image_dir: As for `load_examples`; a data set that is read from files.
         task: Check for this task only (default: every task of the format that the file serves).
-        seed: Of the splits that are counted.
-        open_images: Read every picture to its end. Without it pictures need not exist.
-        progress: Wraps the records while pictures are opened, such as `tqdm`.
+        seed: Seed of the splits whose records are counted.
+        open_images: Decode every picture completely. If False, pictures need not exist.
+        progress: Wraps the iteration over records while pictures are opened, such as `tqdm`.
 
     Raises:
-        FileNotFoundError, ValueError: A file that is missing or as a whole not of this format.
+        FileNotFoundError, ValueError: A file is missing, or is not of this format at all.
     """
     fmt, file = resolve(dataset, data_file)
     if file is None:
         raise ValueError(f"data set {fmt.name!r} is read from a file: give data_file")
     folder, _ = image_folder(fmt, file, image_dir)
-    pictures = _Pictures(folder) if open_images else None
+    pictures = _PictureInspector(folder) if open_images else None
     checks: dict[str, TaskCheck] = {}
-    refused: list[ValueError] = []
+    errors: list[ValueError] = []
     for name in fmt.tasks if task is None else [task]:
         try:
-            found = examine(fmt, name, file)
-        except ValueError as error:  # as a whole it is not for this task; perhaps for another
-            refused.append(error)
+            checked = check_records(fmt, name, file)
+        except ValueError as error:  # the file may serve another task
+            errors.append(error)
         else:
-            checks[name] = _check_task(name, found, seed, pictures, progress)
+            checks[name] = _check_task(name, checked, seed, pictures, progress)
     if not checks:
-        raise refused[0]
+        raise errors[0]
     if pictures is None:
         return DataCheck(fmt.name, str(file), checks, 0)
     return DataCheck(fmt.name, str(file), checks, len(pictures.seen), pictures.warnings())
 
 
-class _Pictures:
-    """Opens each picture once, and remembers what it found."""
+class _PictureInspector:
+    """Opens each picture once and caches its size, or the error."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.seen: dict[tuple[str, Any], tuple[tuple[int, int], bool] | str] = {}
-        self.images: dict[bytes, str] = {}  # by their bytes
-        self.twins: list[str] = []
+        self.images: dict[bytes, str] = {}  # image key by digest of the bytes
+        self.duplicates: list[str] = []
 
-    def look(self, record: Record) -> tuple[tuple[int, int], bool]:
-        """Size in pixels, and whether EXIF turned the picture; BadRecord if it is no good."""
-        picture = picture_of(record, self.folder, must_exist=True)
+    def inspect(self, record: Record) -> tuple[tuple[int, int], bool]:
+        """Size in pixels, and whether EXIF turned the picture; raises BadRecord if it can't be read."""
+        picture = find_record_picture(record, self.folder, must_exist=True)
         key = (str(picture.file), record.content and record.image_key)
         if key not in self.seen:
-            self.seen[key] = self._open(record, picture.file)
-        found = self.seen[key]
-        if isinstance(found, str):
-            raise BadRecord(found)
-        return found
+            self.seen[key] = self._inspect_file(record, picture.file)
+        outcome = self.seen[key]
+        if isinstance(outcome, str):
+            raise BadRecord(outcome)
+        return outcome
 
-    def _open(self, record: Record, file: Path) -> tuple[tuple[int, int], bool] | str:
+    def _inspect_file(self, record: Record, file: Path) -> tuple[tuple[int, int], bool] | str:
         try:
-            found = Picture(record.id, file, content=record.content).verify()
+            size_and_turned = Picture(record.id, file, content=record.content).verify()
             content = file.read_bytes() if record.content is None else record.content()
         except (OSError, ValueError) as error:
             return str(error).removeprefix(f"record {record.id}: ")
-        twin = self.images.setdefault(hashlib.blake2b(content).digest(), record.image_key)
-        if twin != record.image_key:
-            self.twins.append(f"{record.image_key} = {twin}")
-        return found
+        first_key = self.images.setdefault(hashlib.blake2b(content).digest(), record.image_key)
+        if first_key != record.image_key:
+            self.duplicates.append(f"{record.image_key} = {first_key}")
+        return size_and_turned
 
     def warnings(self) -> list[str]:
-        """What holds for all tasks."""
+        """Warnings that concern all tasks."""
         out = []
         if not self.seen:
             out.append(f"no picture lies in {self.folder}: name its folder, or check without pictures")
-        if self.twins:
-            out.append(f"the same picture under two names, so that splits may share it: {_some(self.twins)}")
+        if self.duplicates:
+            names = _abbreviate(self.duplicates)
+            out.append(f"the same picture under two names, so that splits may share it: {names}")
         return out
 
 
 def _check_task(
-    task: str, found: Examined, seed: int, pictures: _Pictures | None, progress: Callable[..., Any]
+    task: str,
+    checked: CheckedRecords,
+    seed: int,
+    pictures: _PictureInspector | None,
+    progress: Callable[..., Any],
 ) -> TaskCheck:
-    check = TaskCheck(unusable=found.bad, not_for_task=dict(found.not_for_task), clipped=found.clipped)
-    usable = found.records
+    check = TaskCheck(unusable=checked.bad, not_for_task=dict(checked.not_for_task), clipped=checked.clipped)
+    usable = checked.records
     if pictures is not None:
-        usable = _with_good_pictures(progress(found.records), pictures, check)
+        usable = _records_with_usable_pictures(progress(checked.records), pictures, check)
     check.usable = len(usable)
-    drawn = Counter(split_of(record.image_key, seed) for record in usable)
-    check.splits = {split: drawn[split] for split in SHARES}
+    split_counts = Counter(split_of(record.image_key, seed) for record in usable)
+    check.splits = {split: split_counts[split] for split in SHARES}
     if usable and min(check.splits.values()) == 0:
         check.warnings.append("too few images for a record in every split")
-    if task in _ALSO:
-        _ALSO[task](found.records, check)
+    if task in _EXTRA_CHECKS:
+        _EXTRA_CHECKS[task](checked.records, check)
     return check
 
 
-def _with_good_pictures(records: Any, pictures: _Pictures, check: TaskCheck) -> list[Record]:
-    good, other_size, turned = [], [], set()
+def _records_with_usable_pictures(
+    records: Any, pictures: _PictureInspector, check: TaskCheck
+) -> list[Record]:
+    usable, other_size, turned = [], [], set()
     for record in records:
         try:
-            size, was_turned = pictures.look(record)
+            size, was_turned = pictures.inspect(record)
             if record.box is not None and record.size is None and clip_box(record.box, size)[1]:
                 check.clipped.append(record.id)
             if record.size not in (None, size):
                 other_size.append(record.id)
                 if record.box is not None:
-                    is_, said = told(size), told(record.size)
-                    raise BadRecord(f"bbox is for a picture of {said}, but the picture is {is_}")
+                    actual_size, annotated_size = format_size(size), format_size(record.size)
+                    raise BadRecord(
+                        f"bbox is for a picture of {annotated_size}, but the picture is {actual_size}"
+                    )
         except BadRecord as error:
-            check.unusable.append(Skipped(record.id, str(error)))
+            check.unusable.append(SkippedRecord(record.id, str(error)))
             continue
         if was_turned:
             turned.add(record.image_key)
-        good.append(record)
+        usable.append(record)
     if other_size:
         check.warnings.append(
-            f"{len(other_size):,} pictures are not of their annotated size: {_some(other_size)}"
+            f"{len(other_size):,} pictures are not of their annotated size: {_abbreviate(other_size)}"
         )
     if turned:
-        check.warnings.append(f"{len(turned):,} pictures are turned upright by EXIF: {_some(sorted(turned))}")
-    return good
+        check.warnings.append(
+            f"{len(turned):,} pictures are turned upright by EXIF: {_abbreviate(sorted(turned))}"
+        )
+    return usable
 
 
 def _check_negatives(records: Sequence[Record], check: TaskCheck) -> None:
-    """Note records for which there are too few captions of other images."""
-    own = captions_by_image(records)
-    plain_own = {image: {plain(caption) for caption in captions} for image, captions in own.items()}
-    n_texts = len(set().union(*plain_own.values()))
-    short = {r.id for r in records if n_texts - len(plain_own[r.image_key]) < N_NEGATIVES}
-    listed = {skipped.record for skipped in check.unusable}
-    for name in sorted(short - listed):
+    """Mark records as unusable for which there are too few captions of other images."""
+    normalized_captions = {
+        image: {normalize_caption(caption) for caption in captions}
+        for image, captions in group_captions_by_image(records).items()
+    }
+    n_texts = len(set().union(*normalized_captions.values()))
+    too_few_negatives = {
+        r.id for r in records if n_texts - len(normalized_captions[r.image_key]) < N_NEGATIVES
+    }
+    already_unusable = {skipped.record for skipped in check.unusable}
+    for name in sorted(too_few_negatives - already_unusable):
         reason = f"has fewer than the {N_NEGATIVES} captions of other images that retrieval needs"
-        check.unusable.append(Skipped(name, reason))
+        check.unusable.append(SkippedRecord(name, reason))
         check.usable -= 1
 
 
-# What a task needs beyond its fields.
-_ALSO: dict[str, Callable[[Sequence[Record], TaskCheck], None]] = {"retrieval": _check_negatives}
+# By task: checks beyond those of a record's fields.
+_EXTRA_CHECKS: dict[str, Callable[[Sequence[Record], TaskCheck], None]] = {"retrieval": _check_negatives}

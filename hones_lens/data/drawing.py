@@ -1,4 +1,4 @@
-"""Drawing for the shapes world: numpy masks and a bitmap font, so bytes depend on nothing else."""
+"""Drawing for the shapes world: numpy masks and a bitmap font, so that pixels are the same everywhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 ROWS = ("top", "center", "bottom")
 COLUMNS = ("left", "middle", "right")
 LETTERS = "ACEHKLMNOPRSTUXZ"
-PITCH = 14
+LETTER_PITCH = 14
 RADII = {"small": 8.0, "large": 14.0}
 BOX_BLUE = (30, 60, 255)
 INK = (245, 245, 245)
@@ -24,8 +24,8 @@ PALETTE = {
     "orange": (240, 135, 30),
 }
 
-# 5 x 7 dots a letter, one hex byte a row, the highest of five bits leftmost.
-_DOTS = {
+# 5 x 7 dots per letter, one hex byte per row, the highest of five bits leftmost.
+_FONT = {
     "A": "0E 11 11 1F 11 11 11",
     "C": "0E 11 10 10 10 11 0E",
     "E": "1F 10 10 1E 10 10 1F",
@@ -45,14 +45,14 @@ _DOTS = {
 }
 
 
-def glyph(letter: str, dots: Mapping[str, str] = _DOTS) -> np.ndarray:
-    """Boolean mask [14, 10] of one letter (dots of two by two pixels)."""
-    rows = [[int(byte, 16) >> bit & 1 for bit in (4, 3, 2, 1, 0)] for byte in dots[letter].split()]
+def glyph(letter: str, font: Mapping[str, str] = _FONT) -> np.ndarray:
+    """Boolean mask [14, 10] of one letter; each dot of the font is two by two pixels."""
+    rows = [[int(byte, 16) >> bit & 1 for bit in (4, 3, 2, 1, 0)] for byte in font[letter].split()]
     return np.kron(np.array(rows, dtype=bool), np.ones((2, 2), dtype=bool))
 
 
 class Thing(NamedTuple):
-    """One coloured shape: what it is, and where (cell, and jitter in pixels)."""
+    """One coloured shape with its cell of the 3 x 3 grid and its jitter in pixels."""
 
     shape: str
     color: str
@@ -65,12 +65,12 @@ class Thing(NamedTuple):
 
     @property
     def phrase(self) -> str:
-        """How captions name it, e.g. `a small red circle at the top left`."""
+        """Its description in captions, e.g. `a small red circle at the top left`."""
         return f"a {self.size} {self.color} {self.shape} at the {ROWS[self.row]} {COLUMNS[self.col]}"
 
 
-class Layout(Protocol):
-    """What a scene has to say of itself to be drawn; pixels, counted from the top left."""
+class DrawableScene(Protocol):
+    """The attributes of a scene that `draw_scene` reads; offsets in pixels from the top left."""
 
     @property
     def things(self) -> Sequence[Thing]: ...
@@ -88,14 +88,14 @@ class Layout(Protocol):
     def size(self) -> tuple[int, int]: ...
 
 
-class Look(NamedTuple):
-    """How things and letters are painted.
+class Style(NamedTuple):
+    """Colours, sizes and font of a drawing.
 
     Attributes:
-        palette: RGB by name of colour.
-        radii: Pixels by name of size.
+        palette: RGB by colour name.
+        radii: Radius in pixels by size name.
         box, ink: RGB of the box's border and of the letters.
-        glyph: Boolean mask of a letter, 14 pixels high and at most as wide as letters are apart.
+        glyph: Returns the boolean mask of a letter, 14 pixels high and at most `LETTER_PITCH` wide.
     """
 
     palette: Mapping[str, tuple[int, int, int]] = PALETTE
@@ -105,11 +105,20 @@ class Look(NamedTuple):
     glyph: Callable[[str], np.ndarray] = glyph
 
 
-PLAIN = Look()
+DEFAULT_STYLE = Style()
 
 
 def shape_mask(shape: str, center: tuple[float, float], radius: float, size: tuple[int, int]) -> np.ndarray:
-    """Boolean mask [height, width] of a filled shape about a centre (x, y), in pixels; size is (w, h)."""
+    """Boolean mask [height, width] of a filled shape.
+
+    Args:
+        shape: `circle`, `square`, `triangle` or `cross`.
+        center, radius: Centre (x, y) and radius in pixels.
+        size: Width and height of the mask in pixels.
+
+    Raises:
+        ValueError: An unknown shape.
+    """
     cx, cy = center
     y, x = np.mgrid[0 : size[1], 0 : size[0]] + 0.5
     dx, dy = np.abs(x - cx), y - cy
@@ -125,13 +134,15 @@ def shape_mask(shape: str, center: tuple[float, float], radius: float, size: tup
     raise ValueError(f"no shape {shape!r} to draw")
 
 
-def draw_scene(scene: Layout, look: Look = PLAIN, backdrop: np.ndarray | None = None) -> Image.Image:
-    """The picture of a scene: RGB, no anti-aliasing.
+def draw_scene(
+    scene: DrawableScene, style: Style = DEFAULT_STYLE, backdrop: np.ndarray | None = None
+) -> Image.Image:
+    """Draw a scene in RGB, without anti-aliasing.
 
     Args:
-        scene: What to draw.
-        look: How.
-        backdrop: What lies behind things and box, uint8 [height, width, 3]; default: the plain background.
+        scene: The scene.
+        style: Colours, sizes and font.
+        backdrop: Pixels behind things and box, uint8 [height, width, 3]; default: `scene.background`.
     """
     width, height = scene.size
     pixels = np.full((height, width, 3), scene.background, dtype=np.uint8)
@@ -140,18 +151,18 @@ def draw_scene(scene: Layout, look: Look = PLAIN, backdrop: np.ndarray | None = 
     for thing in scene.things:
         cx = (thing.col + 0.5) * width / 3 + thing.dx
         cy = (thing.row + 0.5) * height / 3 + thing.dy
-        color = np.clip(np.array(look.palette[thing.color]) + thing.shade, 0, 255).astype(np.uint8)
-        pixels[shape_mask(thing.shape, (cx, cy), look.radii[thing.size], scene.size)] = color
+        color = np.clip(np.array(style.palette[thing.color]) + thing.shade, 0, 255).astype(np.uint8)
+        pixels[shape_mask(thing.shape, (cx, cy), style.radii[thing.size], scene.size)] = color
     left, top, right, bottom = text_box(scene)
-    pixels[top:bottom, left:right] = look.box
+    pixels[top:bottom, left:right] = style.box
     pixels[top + 2 : bottom - 2, left + 2 : right - 2] = scene.background
     for i, letter in enumerate(scene.word):
-        x, mask = left + 8 + PITCH * i, look.glyph(letter)
-        pixels[top + 5 : top + 19, x : x + mask.shape[1]][mask] = look.ink
+        x, mask = left + 8 + LETTER_PITCH * i, style.glyph(letter)
+        pixels[top + 5 : top + 19, x : x + mask.shape[1]][mask] = style.ink
     return Image.fromarray(pixels, mode="RGB")
 
 
-def text_box(scene: Layout) -> tuple[int, int, int, int]:
+def text_box(scene: DrawableScene) -> tuple[int, int, int, int]:
     """The blue box as (left, top, right, bottom) in pixels, right and bottom exclusive."""
     top = round((scene.text_row + 0.5) * scene.size[1] / 3) + scene.text_dy - 12
-    return scene.text_dx, top, scene.text_dx + PITCH * len(scene.word) + 12, top + 24
+    return scene.text_dx, top, scene.text_dx + LETTER_PITCH * len(scene.word) + 12, top + 24

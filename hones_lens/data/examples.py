@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-_PICTURES_HELD = 256  # the latest; thousands of photographs would fill the memory
+_CACHED_IMAGES = 256  # most recently used; thousands of photographs would not fit in memory
 
 
 class ImageSource(Protocol):
-    """Anything that can make the image of an example when it is asked for."""
+    """Loads the image of an example on first access."""
 
     def load(self) -> Image.Image:
-        """Return the picture as a PIL image in mode RGB; raise naming the file if it can't."""
+        """Return the picture as a PIL image in mode RGB; errors name the file."""
         ...
 
 
@@ -25,16 +25,16 @@ class Example:
     """One record of one task. Fields that its task does not read stay empty.
 
     Attributes:
-        id: Unique within a data set and task; errors name it.
-        image_source: Makes `image` when it is first asked for.
+        id: Unique within a data set and task; error messages name it.
+        image_source: Loads `image` on first access.
         question: VQA: the question.
         answers: VQA: accepted answers (one, or the ten of the official sets).
-        text: OCR: what the blue box holds.
+        text: OCR: the text inside the blue box.
         references: Caption: reference sentences.
         candidates: Retrieval: captions to rank, the positive among them.
         positive: Retrieval: index of the true caption in `candidates`.
         kind: A label to break results down by (in the shapes world the kind of question).
-        facts: What a data set knows beyond that (in the shapes world the scene).
+        facts: Further metadata of the data set (in the shapes world the scene).
     """
 
     id: str
@@ -54,6 +54,6 @@ class Example:
         return _image_of(self)
 
 
-@lru_cache(maxsize=_PICTURES_HELD)
+@lru_cache(maxsize=_CACHED_IMAGES)
 def _image_of(example: Example) -> Image.Image:
     return example.image_source.load()

@@ -12,16 +12,18 @@ from pathlib import Path
 
 from hones_lens.data import captions
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import outline, read_csv, read_json
-from hones_lens.data.records import BadRecord, Format, Record, Row, captions_of, text_of
+from hones_lens.data.reading import describe_top_level, read_csv, read_json
+from hones_lens.data.records import BadRecord, Format, Record, Row, parse_captions, parse_text
 
 
 def rows(file: Path, task: str) -> list[Row]:
-    """One row an image, from either file."""
+    """One row per image, from either kind of file."""
     if file.suffix.lower() != ".csv":
         top = read_json(file)
         if not captions.is_karpathy(top):
-            raise ValueError(f"{file} is not Karpathy's JSON: no list 'images', but {outline(top)}")
+            raise ValueError(
+                f"{file} is not Karpathy's JSON: no list 'images', but {describe_top_level(top)}"
+            )
         return captions.karpathy_rows(top, file, "filename")
     lines = read_csv(file)
     for column in ("raw", "filename"):
@@ -31,12 +33,12 @@ def rows(file: Path, task: str) -> list[Row]:
 
 
 def _row(cells: dict[str, str]) -> Record:
-    name = text_of(cells["filename"], "filename")
+    name = parse_text(cells["filename"], "filename")
     try:
         raw = json.loads(cells["raw"])
     except json.JSONDecodeError as error:
         raise BadRecord(f"raw is not a JSON list of captions: {error}") from error
-    return Record(id=name, image_key=name, files=(name,), references=captions_of(raw))
+    return Record(id=name, image_key=name, files=(name,), references=parse_captions(raw))
 
 
 FORMAT = Format("flickr30k", captions.TASKS, rows)

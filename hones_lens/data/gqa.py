@@ -12,34 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import outline, read_json
-from hones_lens.data.records import BadRecord, Format, Record, Row, identifier, label, mapping, text_of
+from hones_lens.data.reading import describe_top_level, read_json
+from hones_lens.data.records import BadRecord, Format, Record, Row, label, parse_id, parse_object, parse_text
 
 _IDS = ("question_id", "questionId", "id")
 
 
 def rows(file: Path, task: str) -> list[Row]:
-    """One row a question."""
+    """One row per question."""
     top = read_json(file)
     if isinstance(top, list) and top:
         return [Row(label(raw, i, *_IDS), partial(_parse, raw, None)) for i, raw in enumerate(top)]
     if isinstance(top, dict) and top and all(isinstance(raw, dict) for raw in top.values()):
         return [Row(key, partial(_parse, raw, key)) for key, raw in top.items()]
-    raise ValueError(f"{file} is not GQA's: no object or list of questions, but {outline(top)}")
+    raise ValueError(f"{file} is not GQA's: no object or list of questions, but {describe_top_level(top)}")
 
 
 def _parse(raw: Any, key: str | None) -> Record:
-    question = mapping(raw, "the question")
-    image = identifier(question, "imageId", "image_id")
+    question = parse_object(raw, "the question")
+    image = parse_id(question, "imageId", "image_id")
     if "/" in image or "\\" in image:
         raise BadRecord(f"imageId {image!r} is no name of an image")
     types = question.get("types")
     return Record(
-        id=identifier(question, *_IDS) if key is None else key,
+        id=parse_id(question, *_IDS) if key is None else key,
         image_key=image,
         files=(f"{image}.jpg",),
-        question=text_of(question.get("question"), "question"),
-        answers=(text_of(question.get("answer"), "answer"),),
+        question=parse_text(question.get("question"), "question"),
+        answers=(parse_text(question.get("answer"), "answer"),),
         kind=str(types.get("structural") or "") if isinstance(types, dict) else "",
     )
 

@@ -1,4 +1,4 @@
-"""`hones`: HONES's unified JSON, one record an image with a section for each of the four tasks.
+"""`hones`: HONES's unified JSON, one record per image with a section for each of the four tasks.
 
     {"data": [{"image_id": 1, "image_info": {"file_name": "COCO_train2014_000000000001.jpg",
       "width": 640, "height": 480},
@@ -7,8 +7,8 @@
       "ocr": {"ocr_id": 5, "bbox": [x, y, width, height], "text": "...", "legibility": "legible"},
       "retrieval": [{"caption_id": 7, "caption": "..."}]}]}
 
-A bare list of such records is read too, `vqa` and `ocr` may be lists of several, and where `retrieval`
-is missing the captions serve. An image without a section is not meant for that task.
+A bare list of such records is read too; `vqa` and `ocr` may be lists of several objects; if `retrieval`
+is missing, `captions` is used. An image without the section of a task is not meant for that task.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hones_lens.data.coco_names import coco_places
+from hones_lens.data.coco_paths import coco_image_paths
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import outline, read_json
+from hones_lens.data.reading import describe_top_level, read_json
 from hones_lens.data.records import (
     BadRecord,
     Format,
     NotForTask,
     Record,
     Row,
-    answers_of,
-    box_of,
-    captions_of,
-    identifier,
     label,
-    mapping,
-    size_of,
-    text_of,
+    parse_answers,
+    parse_box,
+    parse_captions,
+    parse_id,
+    parse_object,
+    parse_size,
+    parse_text,
 )
 
 TASKS = ("vqa", "ocr", "caption", "retrieval")
@@ -53,84 +53,92 @@ def is_unified(top: Any) -> bool:
 
 
 def rows(file: Path, task: str) -> list[Row]:
-    """One row a section of the task."""
-    return rows_of(read_json(file), file, task)
+    """One row per section of the task."""
+    return unified_rows(read_json(file), file, task)
 
 
-def rows_of(top: Any, file: Path, task: str) -> list[Row]:
+def unified_rows(top: Any, file: Path, task: str) -> list[Row]:
     """The rows of a file's top level, one for each section of the task.
 
     Raises:
-        ValueError: Another top level, or no records.
+        ValueError: The top level is not that of the unified JSON, or holds no records.
     """
     if not is_unified(top):
-        raise ValueError(f"{file} is not HONES's unified JSON: no list of records, but {outline(top)}")
+        raise ValueError(
+            f"{file} is not HONES's unified JSON: no list of records, but {describe_top_level(top)}"
+        )
     records = top["data"] if isinstance(top, dict) else top
     if not records:
         raise ValueError(f"{file} has no records")
-    return [row for i, record in enumerate(records) for row in _rows_of_record(record, i, task)]
+    return [row for i, record in enumerate(records) for row in _record_rows(record, i, task)]
 
 
-def _rows_of_record(record: Any, index: int, task: str) -> Iterator[Row]:
+def _record_rows(record: Any, index: int, task: str) -> Iterator[Row]:
     name = label(record, index, "image_id")
     section = None
     if isinstance(record, dict):
         section = next((record[key] for key in _SECTIONS[task] if record.get(key) is not None), None)
-    several = section if isinstance(section, list) and task in ("vqa", "ocr") else [section]
-    for one in several:
-        yield Row(name, partial(_parse, record, one, task))
+    sections = section if isinstance(section, list) and task in ("vqa", "ocr") else [section]
+    for entry in sections:
+        yield Row(name, partial(_parse, record, entry, task))
 
 
 def _parse(raw: Any, section: Any, task: str) -> Record:
-    record = mapping(raw, "the record")
-    key = identifier(record, "image_id")
+    record = parse_object(raw, "the record")
+    key = parse_id(record, "image_id")
     if section is None:
         raise NotForTask(f"without {_SECTIONS[task][0]}")
-    info = mapping(record.get("image_info"), "image_info") if record.get("image_info") is not None else {}
+    info = (
+        parse_object(record.get("image_info"), "image_info") if record.get("image_info") is not None else {}
+    )
     if info.get("file_name") is None:
         raise BadRecord("has no image_info.file_name")
     return Record(
         image_key=key,
-        files=coco_places(text_of(info["file_name"], "image_info.file_name")),
-        size=size_of(info),
+        files=coco_image_paths(parse_text(info["file_name"], "image_info.file_name")),
+        size=parse_size(info),
         **_FIELDS[task](section, key),
     )
 
 
 def _vqa(section: Any, key: str) -> dict[str, Any]:
-    vqa = mapping(section, "vqa")
+    vqa = parse_object(section, "vqa")
     answers = vqa.get("all_answers")
     return {
-        "id": identifier(vqa, "question_id") if vqa.get("question_id") is not None else key,
-        "question": text_of(vqa.get("question"), "question"),
-        "answers": answers_of(vqa.get("answer") if answers is None else answers),
-        "kind": _kind(vqa, "answer_type"),
+        "id": parse_id(vqa, "question_id") if vqa.get("question_id") is not None else key,
+        "question": parse_text(vqa.get("question"), "question"),
+        "answers": parse_answers(vqa.get("answer") if answers is None else answers),
+        "kind": _label(vqa, "answer_type"),
     }
 
 
 def _ocr(section: Any, key: str) -> dict[str, Any]:
-    return ocr_fields(mapping(section, "ocr"), "text", ("ocr_id",), key)
+    return parse_ocr_fields(parse_object(section, "ocr"), "text", ("ocr_id",), key)
 
 
-def ocr_fields(ocr: Mapping[str, Any], text: str, ids: tuple[str, ...], key: str) -> dict[str, Any]:
-    """The fields of one text, as COCO-Text annotates it; only legible English is to be transcribed."""
+def parse_ocr_fields(ocr: Mapping[str, Any], text: str, ids: tuple[str, ...], key: str) -> dict[str, Any]:
+    """The record fields of one text annotated as in COCO-Text.
+
+    Raises:
+        NotForTask: The text is not legible, or not English.
+    """
     if ocr.get("legibility", "legible") != "legible":
         raise NotForTask("with text that is not legible")
     if ocr.get("language", "english") != "english":
         raise NotForTask("with text that is not English")
     return {
-        "id": identifier(ocr, *ids) if any(ocr.get(i) is not None for i in ids) else key,
-        "text": text_of(ocr.get(text), "text"),
-        "box": box_of(ocr.get("bbox")),
-        "kind": _kind(ocr, "class"),
+        "id": parse_id(ocr, *ids) if any(ocr.get(i) is not None for i in ids) else key,
+        "text": parse_text(ocr.get(text), "text"),
+        "box": parse_box(ocr.get("bbox")),
+        "kind": _label(ocr, "class"),
     }
 
 
 def _captions(section: Any, key: str) -> dict[str, Any]:
-    return {"id": key, "references": captions_of(section)}
+    return {"id": key, "references": parse_captions(section)}
 
 
-def _kind(section: Mapping[str, Any], key: str) -> str:
+def _label(section: Mapping[str, Any], key: str) -> str:
     return str(section.get(key) or "")
 
 

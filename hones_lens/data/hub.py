@@ -1,8 +1,8 @@
-"""`hf:REPO[:CONFIG]@SPLIT`: data sets of the Hugging Face Hub, or a local folder in REPO's place.
+"""`hf:REPO[:CONFIG]@SPLIT`: a data set of the Hugging Face Hub, or a local folder in place of REPO.
 
 Needs the package `datasets`. The columns are those of `own`, and the picture must be in the column
-`image`. Images are told apart by `image_id`, `img_id` or `filename`, else by their bytes. A set whose
-pictures and questions lie in two configs (as GQA's do there) can't be read: use its official files.
+`image`. Images are identified by `image_id`, `img_id` or `filename`, else by their bytes. A data set whose
+pictures and questions are in two configs (such as GQA's) can't be read: use its official files.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hones_lens.data.own import COLUMNS, FIELDS, need_columns, need_something
-from hones_lens.data.records import BadRecord, Format, Record, Row, identifier
+from hones_lens.data.own import COLUMNS, FIELDS, require_columns, require_task_fields
+from hones_lens.data.records import BadRecord, Format, Record, Row, parse_id
 
 PREFIX = "hf:"
 _NAME = re.compile(r"hf:(?P<repo>[^:@]+)(:(?P<config>[^:@]+))?@(?P<split>[^@]+)")
@@ -41,7 +41,7 @@ def _rows(match: re.Match[str], task: str) -> list[Row]:
     data = _dataset(match)
     if "image" not in data.column_names:
         raise ValueError(f"{match[0]} has no column image, but {', '.join(data.column_names)}")
-    need_columns(set(data.column_names), task, match[0])
+    require_columns(set(data.column_names), task, match[0])
     texts = data.remove_columns("image")
     return [Row(f"number {i + 1}", partial(_parse, raw, i, data, task)) for i, raw in enumerate(texts)]
 
@@ -60,17 +60,17 @@ def _dataset(match: re.Match[str]) -> Any:
 
 def _parse(raw: Mapping[str, Any], index: int, data: Any, task: str) -> Record:
     row = {key: value for key, value in raw.items() if value not in (None, "")}
-    need_something(row, task)
+    require_task_fields(row, task)
     content = partial(_bytes, data, index)
     if any(key in row for key in _IMAGE_IDS):
-        image = identifier(row, *_IMAGE_IDS)
+        image = parse_id(row, *_IMAGE_IDS)
     else:
         image = hashlib.blake2b(content(), digest_size=12).hexdigest()
     answers = row.get("answers")
     if isinstance(answers, list):
         row["answers"] = [a.get("answer") if isinstance(a, dict) else a for a in answers]
     return Record(
-        id=identifier(row, *_IDS) if any(key in row for key in _IDS) else f"number {index + 1}",
+        id=parse_id(row, *_IDS) if any(key in row for key in _IDS) else f"number {index + 1}",
         image_key=image,
         files=(f"image of row {index + 1}",),
         content=content,

@@ -1,4 +1,4 @@
-"""Data sets: `load_examples` resolves a name or a path; one more data set is one more file."""
+"""Data sets: `load_examples` resolves a name or a path. A new data set is a new module in `DATASETS`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hones_lens.data.pairs import CounterfactualPair, counterfactual_pairs
 if TYPE_CHECKING:
     from hones_lens.data.records import Format
 
-# Name: module. One that draws its examples has `TASKS` and `load(task, split, limit, seed, *, data_file,
-# image_dir)`; one that reads files has a `FORMAT` instead.
+# Module by name. A module that generates its examples has `TASKS` and `load(task, split, limit, seed, *,
+# data_file, image_dir)`; one that reads files has a `FORMAT` instead.
 DATASETS = {
     "shapes": "hones_lens.data.shapes",
     "shapes-varied": "hones_lens.data.shapes_varied",
@@ -32,19 +32,19 @@ _SUFFIXES = {".json": "hones", ".csv": "own", ".jsonl": "own"}
 
 
 def _registered() -> dict[str, str]:
-    """All data sets: those above, then the entry points `hones_lens.datasets` of installed distributions."""
-    outside = {entry.name: entry.value for entry in entry_points(group="hones_lens.datasets")}
-    return DATASETS | outside | DATASETS
+    """The data sets above, then the entry points `hones_lens.datasets` of installed distributions."""
+    registered = {entry.name: entry.value for entry in entry_points(group="hones_lens.datasets")}
+    return DATASETS | registered | DATASETS
 
 
 def _module_of(name: str) -> Any:
-    """The module of a data set's name; None where it is no name, but say a path."""
-    places = DATASETS if name in DATASETS else _registered()
-    return pkgutil.resolve_name(places[name]) if name in places else None
+    """The module of a data set, or None if `name` is not a data set's name (but a path, say)."""
+    modules = DATASETS if name in DATASETS else _registered()
+    return pkgutil.resolve_name(modules[name]) if name in modules else None
 
 
 def tasks_of(dataset: str | Path, data_file: str | Path | None = None) -> tuple[str, ...]:
-    """The tasks that a data set can have examples of.
+    """The tasks that a data set has examples for.
 
     Raises:
         FileNotFoundError, ValueError: As `load_examples`.
@@ -76,21 +76,22 @@ def load_examples(
         task: Name of a task: `vqa`, `ocr`, `caption`, `retrieval`, or another that the data set has.
         split: `discovery`, `dev` or `test`; no two of them share an image. Of files also `all`, or a
             split file, `FILE.json` or `FILE.json:NAME`, that lists images.
-        limit: At most so many examples. A smaller limit gives a prefix of a larger one.
-        seed: Which examples, where a data set draws them; of files it draws split and order.
-        data_file: Annotations, for data sets that are read from files.
+        limit: Maximum number of examples. A smaller limit gives a prefix of a larger one.
+        seed: Seed of generated examples; for files, seed of the split and of the order.
+        data_file: Annotation file, for data sets that are read from files.
         image_dir: Folder of the images, for data sets that are read from files.
-        on_error: Of files: `raise` at a record that can't be used, or `skip` it, warn, and list it in
+        on_error: For files: `raise` at a record that can't be used, or `skip` it, warn, and list it in
             the result's `skipped`.
-        cache_dir: Of files: where retrieval's hard negatives are kept (default: the user's cache).
+        cache_dir: For files: folder in which retrieval's hard negatives are cached (default: the user's
+            cache).
 
     Returns:
-        A list; of files a `files.Loaded`, which is a list with `skipped`, `not_for_task` and `clipped`.
+        A list; for files a `files.LoadedExamples`, a list with `skipped`, `not_for_task` and `clipped`.
 
     Raises:
-        FileNotFoundError: A file or folder that is not there.
+        FileNotFoundError: A file or folder does not exist.
         ValueError: An unknown data set, task or split; files given to a data set that reads none;
-            a file or a record that can't be used, with their names.
+            a file or a record that can't be used. The message names it.
     """
     files: dict[str, Any] = {"data_file": data_file, "image_dir": image_dir}
     module = _module_of(str(dataset))
@@ -106,8 +107,8 @@ def resolve(dataset: str | Path, data_file: str | Path | None = None) -> tuple[F
     """The format and the file of a data set that is read from files.
 
     Raises:
-        FileNotFoundError: A path that is not there.
-        ValueError: An unknown or drawn data set, or a path and a data file too.
+        FileNotFoundError: A path that does not exist.
+        ValueError: An unknown or generated data set, or both a path and a data file.
     """
     name = str(dataset)
     module = _module_of(name)
@@ -128,9 +129,9 @@ def resolve(dataset: str | Path, data_file: str | Path | None = None) -> tuple[F
 
 def _resolve_path(path: Path) -> tuple[Format, Path]:
     if path.is_dir():
-        from hones_lens.data.own import file_in
+        from hones_lens.data.own import find_data_file
 
-        path = file_in(path, tuple(_SUFFIXES))
+        path = find_data_file(path, tuple(_SUFFIXES))
     if path.suffix.lower() not in _SUFFIXES:
         names, suffixes = ", ".join(_registered()), ", ".join(_SUFFIXES)
         valid = f"{names}, hf:REPO@SPLIT, or a path to a folder or a {suffixes} file"

@@ -1,7 +1,8 @@
-"""Counterfactual pairs of the shapes world: one picture twice, with one fact changed.
+"""Counterfactual pairs of the shapes world: two pictures that differ in one fact.
 
-Activation patching needs them: the prompt is the same on both pictures, every token and every other
-pixel stays where it was, and the right answers differ, so what a patch carries over is that one fact.
+They are made for activation patching: the prompt and the positions of all tokens are the same on both
+pictures, only the pixels of the changed fact differ, and so do the right answers. A patch therefore
+transfers that one fact.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from hones_lens.data.examples import Example
 from hones_lens.data.shapes import (
     ATTRIBUTES,
     KINDS,
-    Dice,
     Scene,
+    SeededRandom,
     aligned_text_dy,
-    changed,
+    counterfactual_scenes,
     draw_thing,
     draw_word,
     free_cells,
@@ -31,9 +32,9 @@ class CounterfactualPair:
     """The same prompt on two pictures that differ in one fact, with different right answers.
 
     Attributes:
-        clean: The example.
+        clean: The original example.
         corrupted: The same prompt on the picture with the fact changed.
-        fact: What was changed: `color`, `shape`, `size`, `where` or `count` (of the things), `text`
+        fact: Name of the changed fact: `color`, `shape`, `size`, `where` or `count` (of the things), `text`
             (where the boxed word is) or `word`.
         answers: The right answers to the one prompt, on the clean and on the corrupted picture.
     """
@@ -45,8 +46,8 @@ class CounterfactualPair:
 
 
 @dataclass(frozen=True)
-class _Change:
-    """A changed scene, with the fields of either example and the right answers."""
+class _SceneChange:
+    """A changed scene, with the fields of both examples and the right answers."""
 
     scene: Scene
     fact: str
@@ -66,12 +67,12 @@ _DECIDING_FACTS = {
 }
 
 
-def _edits(dice: Dice, scene: Scene, fact: str) -> list[Scene]:
-    """Scenes that differ from this one in one fact, of which there may be none."""
+def _edits(rng: SeededRandom, scene: Scene, fact: str) -> list[Scene]:
+    """Scenes that differ from this one in the given fact; the list may be empty."""
     if fact == "word":
         word = scene.word
         while word == scene.word:
-            word = draw_word(dice, scene.split, len(word))
+            word = draw_word(rng, scene.split, len(word))
         return [replace(scene, word=word)]
     if fact == "text":
         taken = {scene.text_row, *(t.row for t in scene.things)}
@@ -80,54 +81,54 @@ def _edits(dice: Dice, scene: Scene, fact: str) -> list[Scene]:
         free = [row for row in range(3) if row not in taken]
         return [replace(scene, text_row=row, text_dy=aligned_text_dy(row, height) + jitter) for row in free]
     if fact == "count" and len(scene.things) == 1:
-        cell = dice.pick(free_cells(scene))
-        return [replace(scene, things=(*scene.things, draw_thing(dice, cell, scene.things)))]
+        cell = rng.choice(free_cells(scene))
+        return [replace(scene, things=(*scene.things, draw_thing(rng, cell, scene.things)))]
     if fact == "count":
         return [replace(scene, things=(thing,)) for thing in scene.things]
-    others = changed(scene, (fact,))
+    others = counterfactual_scenes(scene, (fact,))
     return [o for o in others if _moves_straight(scene, o)] if fact == "where" else others
 
 
 def _moves_straight(scene: Scene, other: Scene) -> bool:
-    """Whether the one thing that moved kept its row or its column."""
+    """Whether the thing that moved kept its row or its column."""
     pairs = zip(scene.things, other.things, strict=True)
     return all(a.row == b.row or a.col == b.col for a, b in pairs)
 
 
-def _vqa(dice: Dice, scene: Scene, kind: str) -> _Change | None:
+def _vqa(rng: SeededRandom, scene: Scene, kind: str) -> _SceneChange | None:
     before = {q.text: q.answer for q in questions(scene)}
-    by_fact: dict[str, list[_Change]] = {}
+    by_fact: dict[str, list[_SceneChange]] = {}
     for fact in _DECIDING_FACTS[kind]:
-        for other in _edits(dice, scene, fact):
+        for other in _edits(rng, scene, fact):
             for text, answer in ((q.text, q.answer) for q in questions(other) if q.kind == kind):
                 if before.get(text, answer) != answer:
                     clean = {"question": text, "answers": (before[text],)}
                     corrupted = {"question": text, "answers": (answer,)}
-                    change = _Change(other, fact, clean, corrupted, (before[text], answer))
+                    change = _SceneChange(other, fact, clean, corrupted, (before[text], answer))
                     by_fact.setdefault(fact, []).append(change)
-    return dice.pick(by_fact[dice.pick(list(by_fact))]) if by_fact else None
+    return rng.choice(by_fact[rng.choice(list(by_fact))]) if by_fact else None
 
 
-def _ocr(dice: Dice, scene: Scene, kind: str) -> _Change | None:
-    other = dice.pick(_edits(dice, scene, kind))
-    return _Change(other, kind, {"text": scene.word}, {"text": other.word}, (scene.word, other.word))
+def _ocr(rng: SeededRandom, scene: Scene, kind: str) -> _SceneChange | None:
+    other = rng.choice(_edits(rng, scene, kind))
+    return _SceneChange(other, kind, {"text": scene.word}, {"text": other.word}, (scene.word, other.word))
 
 
-def _caption(dice: Dice, scene: Scene, kind: str) -> _Change | None:
-    other = dice.pick(_edits(dice, scene, kind))
+def _caption(rng: SeededRandom, scene: Scene, kind: str) -> _SceneChange | None:
+    other = rng.choice(_edits(rng, scene, kind))
     before, after = scene.captions, other.captions
-    return _Change(other, kind, {"references": before}, {"references": after}, (before[0], after[0]))
+    return _SceneChange(other, kind, {"references": before}, {"references": after}, (before[0], after[0]))
 
 
-def _retrieval(dice: Dice, scene: Scene, kind: str) -> _Change | None:
-    other = dice.pick(_edits(dice, scene, kind))
+def _retrieval(rng: SeededRandom, scene: Scene, kind: str) -> _SceneChange | None:
+    other = rng.choice(_edits(rng, scene, kind))
     candidates = (scene.captions[0],)
     clean = {"candidates": candidates, "positive": 0}
-    return _Change(other, kind, clean, {"candidates": candidates, "positive": -1}, ("Yes", "No"))
+    return _SceneChange(other, kind, clean, {"candidates": candidates, "positive": -1}, ("Yes", "No"))
 
 
-# By task: how a scene is changed, and the valid kinds.
-_TASKS: dict[str, tuple[Callable[[Dice, Scene, str], _Change | None], tuple[str, ...]]] = {
+# By task: the function that changes a scene, and the valid kinds.
+_TASKS: dict[str, tuple[Callable[[SeededRandom, Scene, str], _SceneChange | None], tuple[str, ...]]] = {
     "vqa": (_vqa, KINDS),
     "ocr": (_ocr, ("word",)),
     "caption": (_caption, ATTRIBUTES),
@@ -145,9 +146,9 @@ def counterfactual_pairs(
     """Draw pairs of pictures that differ in exactly one fact, which decides the answer.
 
     Both pictures are of the same split. A changed word keeps its length; a moved thing keeps its row
-    or its column; moved text goes to a row without things. What is called by a name is asked as
-    "what is the <color> one called?", with the shape changed. Counts change because a thing comes,
-    goes or is recolored.
+    or its column; moved text goes to a row without things. Questions of kind `name` read
+    "what is the <color> one called?", with the shape changed. Counts change because a thing is added,
+    removed or recolored.
 
     A retrieval pair has one candidate, the caption of the clean picture: its answer is Yes on the
     clean and No on the corrupted picture, where `positive` is -1 for "none of the candidates".
@@ -157,8 +158,8 @@ def counterfactual_pairs(
         kind: VQA: one of the seven kinds of question. OCR: `word`. Caption and retrieval: the
             attribute to change. None takes the kinds in turn.
         split: Split of the shapes world.
-        limit: How many pairs, each of another scene. A smaller limit gives a prefix.
-        seed: Which scenes; those of `load` with this seed, less those that a kind can't use.
+        limit: Number of pairs, each of another scene. A smaller limit gives a prefix.
+        seed: Seed of the scenes: those of `load` with this seed, without those that a kind can't use.
 
     Raises:
         ValueError: An unknown task, kind or split, or a limit below 1.
@@ -171,18 +172,18 @@ def counterfactual_pairs(
     if limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     kinds = (kind,) if kind else valid
-    out: list[CounterfactualPair] = []
-    for k, scene in enumerate(scenes(split, seed)):
-        wanted = kinds[len(out) % len(kinds)]
-        change = change_scene(Dice("pair", seed, split, task, wanted, k), scene, wanted)
+    pairs: list[CounterfactualPair] = []
+    for index, scene in enumerate(scenes(split, seed)):
+        wanted = kinds[len(pairs) % len(kinds)]
+        change = change_scene(SeededRandom("pair", seed, split, task, wanted, index), scene, wanted)
         if change is not None:
-            out.append(_pair(f"shapes/pairs/{task}/{wanted}/{split}/{seed}/{k}", scene, change, wanted))
-        if len(out) == limit:
+            pairs.append(_pair(f"shapes/pairs/{task}/{wanted}/{split}/{seed}/{index}", scene, change, wanted))
+        if len(pairs) == limit:
             break
-    return out
+    return pairs
 
 
-def _pair(name: str, scene: Scene, change: _Change, kind: str) -> CounterfactualPair:
+def _pair(name: str, scene: Scene, change: _SceneChange, kind: str) -> CounterfactualPair:
     clean = Example(f"{name}/clean", scene, kind=kind, facts={"scene": scene}, **change.clean)
     facts = {"scene": change.scene}
     corrupted = Example(f"{name}/corrupted", change.scene, kind=kind, facts=facts, **change.corrupted)

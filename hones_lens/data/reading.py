@@ -1,4 +1,4 @@
-"""Reading annotation files. Every error names the file."""
+"""Readers of annotation files. Every error names the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def read_text(file: Path) -> str:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Empty, a folder, or not UTF-8.
+        ValueError: The file is empty, a folder, or not UTF-8.
     """
     if not file.exists():
         raise FileNotFoundError(f"no such file: {file}")
@@ -30,21 +30,21 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """The JSON of a file, in which no object has one key twice."""
+    """The JSON value of a file; raises ValueError if an object has a key twice."""
     return _parse(read_text(file), str(file))
 
 
 def read_jsonl(file: Path) -> list[tuple[int, Any]]:
-    """Line numbers and values of a file with one JSON value a line; empty lines are passed over."""
+    """Line numbers and values of a file with one JSON value per line; empty lines are skipped."""
     lines = enumerate(read_text(file).split("\n"), start=1)
     return [(n, _parse(line, f"{file}, line {n},")) for n, line in lines if line.strip()]
 
 
 def read_csv(file: Path) -> list[tuple[int, dict[str, str]]]:
-    """Line numbers (of a row's end) and cells by column of a file with a header line.
+    """Line numbers (of the last line of a row) and cells by column, of a file with a header line.
 
     Raises:
-        ValueError: No rows, a column without a name or with another's, or a row of another length.
+        ValueError: No rows, a column without a name, two with the same name, or a row of another length.
     """
     reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     rows: list[tuple[int, dict[str, str]]] = []
@@ -66,33 +66,33 @@ def read_csv(file: Path) -> list[tuple[int, dict[str, str]]]:
     return rows
 
 
-def list_under(top: Any, key: str, file: Path) -> list[Any]:
-    """The list under a key of a file's top level."""
+def parse_list(top: Any, key: str, file: Path) -> list[Any]:
+    """The list under a key of a file's top level; raises ValueError if there is none."""
     if not isinstance(top, dict) or not isinstance(top.get(key), list):
-        raise ValueError(f"{file} has no list {key!r} at its top level, but {outline(top)}")
+        raise ValueError(f"{file} has no list {key!r} at its top level, but {describe_top_level(top)}")
     return top[key]
 
 
-def outline(top: Any) -> str:
-    """What a file's top level is, for errors."""
+def describe_top_level(top: Any) -> str:
+    """A short description of a file's top level, for error messages."""
     if isinstance(top, dict):
         keys = ", ".join(list(top)[:6])
         return f"an object with {len(top)} keys: {keys}{', ...' if len(top) > 6 else ''}"
     return f"a list of {len(top)}" if isinstance(top, list) else repr(top)[:60]
 
 
-def _parse(text: str, where: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+def _parse(text: str, source: str) -> Any:
+    def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        parsed = dict(pairs)
+        if len(parsed) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"{where} has the key {twice!r} twice in one object")
-        return found
+            duplicate = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"{source} has the key {duplicate!r} twice in one object")
+        return parsed
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=reject_duplicate_keys)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        raise ValueError(f"{source} is not JSON: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{where} is JSON nested too deeply") from error
+        raise ValueError(f"{source} is JSON nested too deeply") from error

@@ -1,4 +1,4 @@
-"""`Record`, what every file format is turned into, and the checks that a record must pass."""
+"""`Record`, the common form of all file formats, and the parsers that check its fields."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MAX_CHARACTERS = 4000  # of any one text; longer ones are no question, answer or caption
+MAX_CHARACTERS = 4000  # of a question, answer, caption or text
 Box = tuple[float, float, float, float]
 
 
 class BadRecord(ValueError):
-    """A record that can't be used. The message says why, to be read after the record's name."""
+    """A record that can't be used. The message gives the reason and follows the record's name."""
 
 
 class NotForTask(Exception):
-    """A record that was never meant for the task, such as an image without a question: no fault."""
+    """A record that is not meant for the task, such as an image without a question. This is no error."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Record:
     Attributes:
         id: The data set's own id of the annotation, unique within a task.
         image_key: The data set's own id of the image. Splits are drawn over it.
-        files: Where the picture may lie below the image folder; the first that exists is taken.
-        size: Width and height in pixels as annotated; None where the file does not say.
+        files: Possible paths of the picture, relative to the image folder; the first that exists is used.
+        size: Annotated width and height in pixels; None if not annotated.
         box: OCR: x, y, width and height in pixels of the upright picture.
-        content: The bytes of the picture, where it does not lie in a file of its own.
+        content: Returns the bytes of the picture if it is not in a file of its own.
     """
 
     id: str
@@ -47,9 +47,11 @@ class Record:
 
 
 class Row(NamedTuple):
-    """A record as it lies in the file: how errors name it, and the function that checks it.
+    """A raw record of a file.
 
-    `parse` raises BadRecord, or NotForTask.
+    Attributes:
+        label: Name of the record in error messages.
+        parse: Checks and converts the record; raises BadRecord or NotForTask.
     """
 
     label: str
@@ -61,11 +63,11 @@ class Format:
     """A file format.
 
     Attributes:
-        name: As in `DATASETS`; ids of examples begin with it.
-        tasks: The tasks that such files serve.
-        rows: The rows of a file (or of a folder, where a set has several files) for a task. Raises
-            ValueError, naming the file, where it is no file of this format.
-        images_beside: Whether pictures lie beside the file where no image folder is given. If not,
+        name: Name of the data set in `DATASETS`; ids of examples begin with it.
+        tasks: The tasks that such files have records for.
+        rows: Returns the rows of a file (or of a folder, if a data set has several files) for a task.
+            Raises ValueError, naming the file, if it is not of this format.
+        images_beside: Whether pictures must exist beside the file if no image folder is given. If False,
             the annotations can be read without the pictures.
     """
 
@@ -75,27 +77,27 @@ class Format:
     images_beside: bool = False
 
 
-def mapping(value: Any, what: str) -> Mapping[str, Any]:
-    """The value, which must be a JSON object."""
+def parse_object(value: Any, field: str) -> Mapping[str, Any]:
+    """The value, which must be a JSON object; else raises BadRecord, as all parsers here do."""
     if not isinstance(value, dict):
-        raise BadRecord(f"{what} is {_told(value)}, not an object")
+        raise BadRecord(f"{field} is {_describe(value)}, not an object")
     return value
 
 
 def label(raw: Any, index: int, *keys: str) -> str:
-    """How errors name a record: its id, or its place in the file, counted from 1."""
+    """The name of a record in error messages: its id, or its position in the file, counted from 1."""
     for key in keys:
         if isinstance(raw, dict) and _is_id(raw.get(key)):
             return str(raw[key])
     return f"number {index + 1}"
 
 
-def identifier(raw: Mapping[str, Any], *keys: str) -> str:
-    """The first of these keys that is there, which must hold a number or a text."""
+def parse_id(raw: Mapping[str, Any], *keys: str) -> str:
+    """The value of the first of these keys that is present; it must be an integer or a non-empty string."""
     for key in keys:
         if raw.get(key) is not None:
             if not _is_id(raw[key]):
-                raise BadRecord(f"{key} is {_told(raw[key])}, not an id")
+                raise BadRecord(f"{key} is {_describe(raw[key])}, not an id")
             return str(raw[key]).strip()
     raise BadRecord(f"has no {' or '.join(keys)}")
 
@@ -106,56 +108,56 @@ def _is_id(value: Any) -> bool:
     )
 
 
-def text_of(value: Any, what: str) -> str:
-    """A text without white space at its ends; it must be a string, not empty and not endless."""
+def parse_text(value: Any, field: str) -> str:
+    """The stripped text; it must be a string, not empty, and at most `MAX_CHARACTERS` long."""
     if value is None:
-        raise BadRecord(f"has no {what}")
+        raise BadRecord(f"has no {field}")
     if not isinstance(value, str):
-        raise BadRecord(f"{what} is {_told(value)}, not text")
+        raise BadRecord(f"{field} is {_describe(value)}, not text")
     if not value.strip():
-        raise BadRecord(f"{what} is empty")
+        raise BadRecord(f"{field} is empty")
     if len(value) > MAX_CHARACTERS:
-        raise BadRecord(f"{what} has {len(value):,} characters; at most {MAX_CHARACTERS:,} make sense")
+        raise BadRecord(f"{field} has {len(value):,} characters; at most {MAX_CHARACTERS:,} make sense")
     return value.strip()
 
 
-def answers_of(value: Any) -> tuple[str, ...]:
-    """The accepted answers. One of several may be empty (somebody gave none), but not all of them."""
+def parse_answers(value: Any) -> tuple[str, ...]:
+    """The accepted answers. Some may be empty (an annotator gave none), but not all of them."""
     if value is None:
         raise BadRecord("has no answer")
     if not isinstance(value, list):
-        return (text_of(value, "answer"),)
+        return (parse_text(value, "answer"),)
     for answer in value:
         if not isinstance(answer, str):
-            raise BadRecord(f"answer is {_told(answer)}, not text")
+            raise BadRecord(f"answer is {_describe(answer)}, not text")
         if answer.strip():
-            text_of(answer, "answer")
+            parse_text(answer, "answer")
     if not any(answer.strip() for answer in value):
         raise BadRecord("answer is empty" if value else "has no answer")
     return tuple(answer.strip() for answer in value)
 
 
-def captions_of(value: Any) -> tuple[str, ...]:
-    """Captions given as texts, or as objects with `caption` or `raw`."""
+def parse_captions(value: Any) -> tuple[str, ...]:
+    """Captions given as strings, or as objects with `caption` or `raw`."""
     if value is None or value == []:
         raise BadRecord("has no caption")
     if isinstance(value, str):
-        return (text_of(value, "caption"),)
+        return (parse_text(value, "caption"),)
     if not isinstance(value, list):
-        raise BadRecord(f"captions are {_told(value)}, not a list")
-    found = [c.get("caption", c.get("raw")) if isinstance(c, dict) else c for c in value]
-    return tuple(text_of(caption, "caption") for caption in found)
+        raise BadRecord(f"captions are {_describe(value)}, not a list")
+    texts = [c.get("caption", c.get("raw")) if isinstance(c, dict) else c for c in value]
+    return tuple(parse_text(caption, "caption") for caption in texts)
 
 
-def box_of(value: Any) -> Box:
-    """A box x, y, width, height of finite numbers, with an area."""
+def parse_box(value: Any) -> Box:
+    """A box (x, y, width, height) of finite numbers and positive area."""
     if value is None:
         raise BadRecord("has no bbox")
     if not isinstance(value, list) or len(value) != 4:
-        raise BadRecord(f"bbox is {_told(value)}, not [x, y, width, height]")
+        raise BadRecord(f"bbox is {_describe(value)}, not [x, y, width, height]")
     for number in value:
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise BadRecord(f"bbox {value} holds {_told(number)}, not a number")
+            raise BadRecord(f"bbox {value} holds {_describe(number)}, not a number")
     if not all(math.isfinite(number) for number in value):
         raise BadRecord(f"bbox {value} holds a number that is not finite")
     x, y, width, height = map(float, value)
@@ -164,8 +166,10 @@ def box_of(value: Any) -> Box:
     return x, y, width, height
 
 
-def size_of(raw: Mapping[str, Any], width: str = "width", height: str = "height") -> tuple[int, int] | None:
-    """Width and height as annotated, or None where neither is there."""
+def parse_size(
+    raw: Mapping[str, Any], width: str = "width", height: str = "height"
+) -> tuple[int, int] | None:
+    """Annotated width and height in pixels, or None if both are missing."""
     values = (raw.get(width), raw.get(height))
     if values == (None, None):
         return None
@@ -175,7 +179,7 @@ def size_of(raw: Mapping[str, Any], width: str = "width", height: str = "height"
     return values  # pyright: ignore[reportReturnType]
 
 
-def _told(value: Any) -> str:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{shown} ({type(value).__name__})"
+def _describe(value: Any) -> str:
+    text = repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return f"{text} ({type(value).__name__})"

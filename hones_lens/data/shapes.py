@@ -1,12 +1,12 @@
-"""The shapes world: scenes of coloured shapes and a boxed word, drawn by code from a seed.
+"""The shapes world: scenes of coloured shapes and a boxed word, generated from a seed.
 
 A scene has one or two things (shape, colour, size, cell of a 3 x 3 grid) and a word of three or
-four letters in a blue box that takes one of the three rows. Every fact of a scene can be asked for,
-so one picture serves all four tasks, and a scene with one fact changed is its counterfactual.
+four letters in a blue box that takes one of the three rows. There are questions on every fact of a
+scene, so one picture serves all four tasks; a scene with one fact changed is its counterfactual.
 
-Nothing here depends on set order, on a system font or on the order of calls: the same seed gives
-the same bytes in every process. The split is a function of the scene's word alone, so splits share
-no image whatever the seeds, and words outside `train` are never seen in training.
+Nothing depends on set order, on a system font or on the order of calls: the same seed gives the same
+bytes in every process. The split is a function of the scene's word alone, so splits share no image
+whatever the seeds, and words outside `train` are never seen in training.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from hones_lens.data.examples import Example
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 SIZES = ("small", "large")
-NUMBERS = ("zero", "one", "two")
+NUMBER_WORDS = ("zero", "one", "two")
 KINDS = ("color", "shape", "size", "count", "where", "text", "name")
 ATTRIBUTES = ("shape", "color", "size", "where")
 SPLITS = ("train", "discovery", "dev", "test")
 DEFAULT_LIMIT = 1000
 N_CANDIDATES = 50
-SIZE = (112, 112)  # width, height
+IMAGE_SIZE = (112, 112)  # width, height
 
-_NAMES = "dax wug fep zib mip gav lor tuv nid pag kes rof"
+_NAME_WORDS = "dax wug fep zib mip gav lor tuv nid pag kes rof"
 
 
-def _name_of_each() -> dict[tuple[str, str], str]:
-    """A name for each colour and shape: two names for each block of 2 x 2, given crosswise.
+def _assign_names() -> dict[tuple[str, str], str]:
+    """A name by colour and shape: two names per 2 x 2 block of colours and shapes, on its two diagonals.
 
-    So a red circle and a yellow triangle are both a `dax`, a red triangle and a yellow circle are not:
-    neither colours nor shapes speak for a name, only the two together, as in an exclusive or.
+    So a red circle and a yellow triangle are both a `dax`, a red triangle and a yellow circle are not.
+    Neither colour nor shape alone is evidence for a name, only both together, as in an exclusive or.
     """
-    words = _NAMES.split()
+    words = _NAME_WORDS.split()
     out = {}
     for (c, color), (s, shape) in itertools.product(enumerate(COLORS), enumerate(SHAPES)):
-        crosswise = (c // 3 + s // 2) % 2
-        out[color, shape] = words[2 * (2 * (c % 3) + s % 2) + crosswise]
+        parity = (c // 3 + s // 2) % 2
+        out[color, shape] = words[2 * (2 * (c % 3) + s % 2) + parity]
     return out
 
 
-NAMES: dict[tuple[str, str], str] = _name_of_each()
+THING_NAMES: dict[tuple[str, str], str] = _assign_names()
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture shows. Equal scenes draw equal bytes."""
+    """The content of a picture. Equal scenes are drawn as equal bytes."""
 
     things: tuple[Thing, ...]
     word: str
@@ -67,7 +67,7 @@ class Scene:
     text_dx: int
     text_dy: int
     background: int
-    size: tuple[int, int] = SIZE
+    size: tuple[int, int] = IMAGE_SIZE
 
     def load(self) -> Image.Image:
         """Draw the scene (RGB, `size` = width and height in pixels)."""
@@ -75,12 +75,12 @@ class Scene:
 
     @property
     def id(self) -> str:
-        """Twelve hex digits that name this scene."""
+        """Twelve hex digits that identify the scene."""
         return hashlib.blake2b(repr(self).encode(), digest_size=6).hexdigest()
 
     @property
     def split(self) -> str:
-        """Which split the scene belongs to: a function of its word."""
+        """The split that the scene belongs to, a function of its word."""
         return split_of_word(self.word)
 
     @property
@@ -99,125 +99,135 @@ class Question(NamedTuple):
     answer: str
 
 
-class Dice:
-    """Draws that depend on `random.Random.random` alone, whose stream Python guarantees."""
+class SeededRandom:
+    """Random numbers from `random.Random.random` alone, whose stream Python guarantees across versions.
+
+    Method names are those of `random.Random`, but the numbers are not.
+    """
 
     def __init__(self, *key: object):
         self._random = random.Random("/".join(map(str, key))).random
 
-    def below(self, n: int) -> int:
+    def randrange(self, n: int) -> int:
+        """A uniform integer in 0 ... n - 1."""
         return int(self._random() * n)
 
-    def between(self, low: int, high: int) -> int:
-        return low + self.below(high - low + 1)
+    def randint(self, low: int, high: int) -> int:
+        """A uniform integer in low ... high, both included."""
+        return low + self.randrange(high - low + 1)
 
-    def pick(self, values: Sequence[T]) -> T:
-        return values[self.below(len(values))]
+    def choice(self, values: Sequence[T]) -> T:
+        """A uniform element of a sequence."""
+        return values[self.randrange(len(values))]
 
-    def chance(self, p: float) -> bool:
+    def bernoulli(self, p: float) -> bool:
+        """True with probability p."""
         return self._random() < p
 
     def shuffled(self, values: Sequence[T]) -> list[T]:
+        """A random permutation, as a new list."""
         rest = list(values)
-        return [rest.pop(self.below(len(rest))) for _ in range(len(rest))]
+        return [rest.pop(self.randrange(len(rest))) for _ in range(len(rest))]
 
 
 def split_of_word(word: str) -> str:
-    """The split of every scene that shows this word: 70 % train, 10 % each of the others."""
+    """The split of all scenes with this word: 70 % of words are in train, 10 % in each other split."""
     bucket = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=4).digest(), "big") % 10
     return SPLITS[max(0, bucket - 6)]
 
 
-def draw_word(dice: Dice, split: str, length: int | None = None) -> str:
-    """Draw a word of a split, of three or four letters where no length is given."""
+def draw_word(rng: SeededRandom, split: str, length: int | None = None) -> str:
+    """Draw a word of a split, of three or four letters if no length is given."""
     while True:
-        n = length or dice.between(3, 4)
-        word = "".join(dice.pick(LETTERS) for _ in range(n))
+        n = length or rng.randint(3, 4)
+        word = "".join(rng.choice(LETTERS) for _ in range(n))
         if split_of_word(word) == split:
             return word
 
 
-def draw_thing(dice: Dice, cell: tuple[int, int], others: Sequence[Thing]) -> Thing:
-    """Draw a thing for a cell (row, column), of no colour and shape that another one has together."""
-    color, shape = dice.pick(COLORS), dice.pick(SHAPES)
+def draw_thing(rng: SeededRandom, cell: tuple[int, int], others: Sequence[Thing]) -> Thing:
+    """Draw a thing for a cell (row, column), with a pair of colour and shape that no other thing has."""
+    color, shape = rng.choice(COLORS), rng.choice(SHAPES)
     while (color, shape) in [(t.color, t.shape) for t in others]:
-        color, shape = dice.pick(COLORS), dice.pick(SHAPES)
-    jitter = [dice.between(-3, 3), dice.between(-3, 3), dice.between(-12, 12)]
-    return Thing(shape, color, dice.pick(SIZES), *cell, *jitter)
+        color, shape = rng.choice(COLORS), rng.choice(SHAPES)
+    jitter = [rng.randint(-3, 3), rng.randint(-3, 3), rng.randint(-12, 12)]
+    return Thing(shape, color, rng.choice(SIZES), *cell, *jitter)
 
 
 def aligned_text_dy(row: int, height: int) -> int:
-    """Brings letters in a row's middle onto the grid of 14-pixel patches (the letters' tops, nearly)."""
+    """Vertical offset in pixels, at most 6, that brings letter tops near the grid of 14-pixel patches."""
     top = round((row + 0.5) * height / 3) - 7
     return min(6, 14 * round(top / 14) - top)
 
 
-def random_size(dice: Dice, sides: Sequence[int]) -> tuple[int, int]:
-    """Draw a width and a height."""
-    return dice.pick(sides), dice.pick(sides)
+def random_image_size(rng: SeededRandom, sides: Sequence[int]) -> tuple[int, int]:
+    """Draw a width and a height in pixels."""
+    return rng.choice(sides), rng.choice(sides)
 
 
-def random_scene(dice: Dice, split: str, size: tuple[int, int] = SIZE) -> Scene:
+def random_scene(rng: SeededRandom, split: str, size: tuple[int, int] = IMAGE_SIZE) -> Scene:
     """Draw one scene of a split; `size` is (width, height), each at least 112 pixels."""
-    text_row = dice.below(3)
+    text_row = rng.randrange(3)
     cells = [(r, c) for r in range(3) if r != text_row for c in range(3)]
     things: list[Thing] = []
-    for cell in dice.shuffled(cells)[: 1 if dice.chance(0.3) else 2]:
-        things.append(draw_thing(dice, cell, things))
-    word = draw_word(dice, split)
-    # Each letter lies in one column of 14-pixel patches, and nearly in one row of them.
-    text_dx = 8 + 14 * dice.below(size[0] // 14 - 1 - len(word)) + dice.between(-2, 2)
-    text_dy = aligned_text_dy(text_row, size[1]) + dice.between(-1, 1)
-    return Scene(tuple(things), word, text_row, text_dx, text_dy, dice.between(104, 124), size)
+    for cell in rng.shuffled(cells)[: 1 if rng.bernoulli(0.3) else 2]:
+        things.append(draw_thing(rng, cell, things))
+    word = draw_word(rng, split)
+    # Each letter lies in one column of 14-pixel patches, and in one row of patches up to the jitter.
+    text_dx = 8 + 14 * rng.randrange(size[0] // 14 - 1 - len(word)) + rng.randint(-2, 2)
+    text_dy = aligned_text_dy(text_row, size[1]) + rng.randint(-1, 1)
+    return Scene(tuple(things), word, text_row, text_dx, text_dy, rng.randint(104, 124), size)
 
 
-def scenes(split: str, seed: int, sides: Sequence[int] = SIZE[:1]) -> Iterator[Scene]:
+def scenes(split: str, seed: int, sides: Sequence[int] = IMAGE_SIZE[:1]) -> Iterator[Scene]:
     """An endless stream of the scenes of one split; scene k depends on (seed, split, k) only.
 
     Args:
-        split, seed: Which scenes.
+        split, seed: Split and seed of the scenes.
         sides: Widths and heights to draw from, in pixels.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of the shapes world; valid: {', '.join(SPLITS)}")
     for k in itertools.count():
-        size = random_size(Dice("size", seed, split, k), sides)
-        yield random_scene(Dice("shapes", seed, split, k), split, size)
+        size = random_image_size(SeededRandom("size", seed, split, k), sides)
+        yield random_scene(SeededRandom("shapes", seed, split, k), split, size)
 
 
 def questions(scene: Scene) -> list[Question]:
-    """Every question of the seven kinds that has exactly one right answer on this scene."""
-    out = [Question("count", "how many shapes are there?", NUMBERS[len(scene.things)])]
-    shown = [t.color for t in scene.things]
+    """All questions of the seven kinds that have exactly one right answer on this scene."""
+    out = [Question("count", "how many shapes are there?", NUMBER_WORDS[len(scene.things)])]
+    colors = [t.color for t in scene.things]
     for color in COLORS:
-        out.append(Question("count", f"how many {color} shapes are there?", NUMBERS[shown.count(color)]))
-    where_text = "is the text at the top, in the center or at the bottom?"
-    out.append(Question("text", where_text, ROWS[scene.text_row]))
+        out.append(
+            Question("count", f"how many {color} shapes are there?", NUMBER_WORDS[colors.count(color)])
+        )
+    row_text = "is the text at the top, in the center or at the bottom?"
+    out.append(Question("text", row_text, ROWS[scene.text_row]))
     for t in scene.things:
-        one = f"{t.color} {t.shape}"
-        place = f"is the {one} on the left, in the middle or on the right?"
-        out.append(Question("size", f"is the {one} small or large?", t.size))
-        out.append(Question("where", place, COLUMNS[t.col]))
-        out.append(Question("name", f"what is the {one} called?", NAMES[t.color, t.shape]))
+        description = f"{t.color} {t.shape}"
+        where_text = f"is the {description} on the left, in the middle or on the right?"
+        out.append(Question("size", f"is the {description} small or large?", t.size))
+        out.append(Question("where", where_text, COLUMNS[t.col]))
+        out.append(Question("name", f"what is the {description} called?", THING_NAMES[t.color, t.shape]))
         if [o.shape for o in scene.things].count(t.shape) == 1:
             out.append(Question("color", f"what color is the {t.shape}?", t.color))
-        if shown.count(t.color) == 1:
+        if colors.count(t.color) == 1:
             out.append(Question("shape", f"what shape is the {t.color} one?", t.shape))
-            out.append(Question("name", f"what is the {t.color} one called?", NAMES[t.color, t.shape]))
+            out.append(Question("name", f"what is the {t.color} one called?", THING_NAMES[t.color, t.shape]))
     return out
 
 
-def ask(dice: Dice, scene: Scene, kind: str) -> Question:
-    """Draw a question of one kind; a colour that is not there is asked for as often as one that is."""
-    fitting = [q for q in questions(scene) if q.kind == kind]
+def random_question(rng: SeededRandom, scene: Scene, kind: str) -> Question:
+    """Draw a question of one kind; for counts, each possible answer is equally probable."""
+    candidates = [q for q in questions(scene) if q.kind == kind]
     if kind == "count":
-        answer = dice.pick(sorted({q.answer for q in fitting}))
-        fitting = [q for q in fitting if q.answer == answer]
-    return dice.pick(fitting)
+        answer = rng.choice(sorted({q.answer for q in candidates}))
+        candidates = [q for q in candidates if q.answer == answer]
+    return rng.choice(candidates)
 
 
-def _variants(thing: Thing, free: Sequence[tuple[int, int]]) -> dict[str, list[Thing]]:
-    """The thing with one attribute changed, in every way, by attribute."""
+def _attribute_variants(thing: Thing, free: Sequence[tuple[int, int]]) -> dict[str, list[Thing]]:
+    """All versions of a thing with one attribute changed, by attribute."""
     return {
         "shape": [thing._replace(shape=s) for s in SHAPES if s != thing.shape],
         "color": [thing._replace(color=c) for c in COLORS if c != thing.color],
@@ -227,66 +237,68 @@ def _variants(thing: Thing, free: Sequence[tuple[int, int]]) -> dict[str, list[T
 
 
 def free_cells(scene: Scene) -> list[tuple[int, int]]:
-    """The cells (row, column) that neither a thing nor the text takes, in raster order."""
-    taken = {(t.row, t.col) for t in scene.things}
+    """The cells (row, column) without a thing and without text, in raster order."""
+    occupied = {(t.row, t.col) for t in scene.things}
     cells = [(r, c) for r in range(3) if r != scene.text_row for c in range(3)]
-    return [cell for cell in cells if cell not in taken]
+    return [cell for cell in cells if cell not in occupied]
 
 
-def changed(scene: Scene, facts: Sequence[str] = ATTRIBUTES) -> list[Scene]:
-    """Every scene that differs from this one in one attribute (of `facts`) of one thing."""
+def counterfactual_scenes(scene: Scene, facts: Sequence[str] = ATTRIBUTES) -> list[Scene]:
+    """All scenes that differ from this one in one attribute (of `facts`) of one thing."""
     free = free_cells(scene)
     out = []
     for i, thing in enumerate(scene.things):
-        ways = _variants(thing, free)
-        for other in (v for fact in facts for v in ways[fact]):
+        variants = _attribute_variants(thing, free)
+        for other in (v for fact in facts for v in variants[fact]):
             things = (*scene.things[:i], other, *scene.things[i + 1 :])
             if len({(t.color, t.shape) for t in things}) == len(things):
                 out.append(replace(scene, things=things))
     return out
 
 
-def hard_negatives(dice: Dice, scene: Scene, count: int) -> list[str]:
+def hard_negatives(rng: SeededRandom, scene: Scene, count: int) -> list[str]:
     """Distinct false captions, each of which changes one or two attributes of the scene."""
-    near = dice.shuffled(changed(scene))
-    two_away = (other for s in itertools.cycle(near) for other in [dice.pick(changed(s))])
-    found: dict[str, None] = {}
-    for other in itertools.chain(near[:20], two_away):
+    single_changes = rng.shuffled(counterfactual_scenes(scene))
+    double_changes = (
+        other for s in itertools.cycle(single_changes) for other in [rng.choice(counterfactual_scenes(s))]
+    )
+    captions: dict[str, None] = {}
+    for other in itertools.chain(single_changes[:20], double_changes):
         if other.captions[0] not in scene.captions:
-            found.setdefault(other.captions[0])
-        if len(found) == count:
+            captions.setdefault(other.captions[0])
+        if len(captions) == count:
             break
-    return list(found)
+    return list(captions)
 
 
-def _vqa(dice: Dice, scene: Scene, asked: dict[str, int]) -> dict[str, Any]:
+def _vqa(rng: SeededRandom, scene: Scene, kind_counts: dict[str, int]) -> dict[str, Any]:
     possible = {q.kind for q in questions(scene)}
-    kind = min((k for k in KINDS if k in possible), key=lambda k: asked[k])
-    asked[kind] += 1
-    question = ask(dice, scene, kind)
+    kind = min((k for k in KINDS if k in possible), key=lambda k: kind_counts[k])
+    kind_counts[kind] += 1
+    question = random_question(rng, scene, kind)
     return {"question": question.text, "answers": (question.answer,), "kind": kind}
 
 
-def _ocr(dice: Dice, scene: Scene, asked: dict[str, int]) -> dict[str, Any]:
+def _ocr(rng: SeededRandom, scene: Scene, kind_counts: dict[str, int]) -> dict[str, Any]:
     return {"text": scene.word, "kind": f"{len(scene.word)} letters"}
 
 
-def _caption(dice: Dice, scene: Scene, asked: dict[str, int]) -> dict[str, Any]:
-    return {"references": scene.captions, "kind": _how_many(scene)}
+def _caption(rng: SeededRandom, scene: Scene, kind_counts: dict[str, int]) -> dict[str, Any]:
+    return {"references": scene.captions, "kind": _count_label(scene)}
 
 
-def _retrieval(dice: Dice, scene: Scene, asked: dict[str, int]) -> dict[str, Any]:
-    negatives = hard_negatives(dice, scene, N_CANDIDATES - 1)
-    place = dice.below(N_CANDIDATES)
-    candidates = (*negatives[:place], scene.captions[0], *negatives[place:])
-    return {"candidates": candidates, "positive": place, "kind": _how_many(scene)}
+def _retrieval(rng: SeededRandom, scene: Scene, kind_counts: dict[str, int]) -> dict[str, Any]:
+    negatives = hard_negatives(rng, scene, N_CANDIDATES - 1)
+    positive = rng.randrange(N_CANDIDATES)
+    candidates = (*negatives[:positive], scene.captions[0], *negatives[positive:])
+    return {"candidates": candidates, "positive": positive, "kind": _count_label(scene)}
 
 
-def _how_many(scene: Scene) -> str:
-    return f"{NUMBERS[len(scene.things)]} shape" + "s" * (len(scene.things) > 1)
+def _count_label(scene: Scene) -> str:
+    return f"{NUMBER_WORDS[len(scene.things)]} shape" + "s" * (len(scene.things) > 1)
 
 
-_FIELDS: dict[str, Callable[[Dice, Scene, dict[str, int]], dict[str, Any]]] = {
+_FIELDS: dict[str, Callable[[SeededRandom, Scene, dict[str, int]], dict[str, Any]]] = {
     "vqa": _vqa,
     "ocr": _ocr,
     "caption": _caption,
@@ -308,15 +320,15 @@ def load(
 
     Args:
         task: `vqa`, `ocr`, `caption` or `retrieval`. The four tasks of one seed see the same scenes.
-        split: `discovery`, `dev` or `test` (or `train`, what the shipped models learned from).
-        limit: How many (default 1,000: the world has no end). A smaller limit gives a prefix.
-        seed: Which scenes. VQA takes the seven kinds of question in turn.
-        data_file, image_dir: Not for this data set, which is drawn and not read.
+        split: `discovery`, `dev` or `test` (or `train`, on which the shipped models were trained).
+        limit: Number of examples (default 1,000). A smaller limit gives a prefix.
+        seed: Seed of the scenes. VQA takes the seven kinds of question in turn.
+        data_file, image_dir: Must be None: this data set is generated, not read.
 
     Raises:
         ValueError: An unknown task or split, a limit below 1, or a file or folder given.
     """
-    return draw_examples("shapes", SIZE[:1], task, split, limit, seed, (data_file, image_dir))
+    return draw_examples("shapes", IMAGE_SIZE[:1], task, split, limit, seed, (data_file, image_dir))
 
 
 def draw_examples(
@@ -328,13 +340,16 @@ def draw_examples(
     seed: int,
     files: Sequence[str | Path | None],
     *,
-    drawn_from: Iterator[Scene] | None = None,
+    scene_stream: Iterator[Scene] | None = None,
 ) -> list[Example]:
-    """The examples of a data set that is drawn from this world; see `load`.
+    """The examples of a data set of generated scenes; see `load`.
 
     Args:
-        drawn_from: A stream of scenes of this split and seed; default: those of `scenes`.
-        name, sides, task, split, limit, seed, files: As in `load`; `sides` as in `scenes`.
+        name: Name of the data set, with which ids of examples begin.
+        sides: As in `scenes`.
+        task, split, limit, seed: As in `load`.
+        files: `data_file` and `image_dir`, which must be None.
+        scene_stream: Scenes of this split and seed; default: those of `scenes`.
     """
     if any(file is not None for file in files):
         raise ValueError("the shapes world is drawn, not read: leave out data_file and image_dir")
@@ -342,10 +357,10 @@ def draw_examples(
         raise ValueError(f"the shapes world has no task {task!r}; valid: {', '.join(_FIELDS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
-    asked: dict[str, int] = dict.fromkeys(KINDS, 0)
+    kind_counts: dict[str, int] = dict.fromkeys(KINDS, 0)
     out = []
-    stream = scenes(split, seed, sides) if drawn_from is None else drawn_from
+    stream = scenes(split, seed, sides) if scene_stream is None else scene_stream
     for scene in itertools.islice(stream, limit or DEFAULT_LIMIT):
-        fields = _FIELDS[task](Dice("example", seed, split, len(out)), scene, asked)
+        fields = _FIELDS[task](SeededRandom("example", seed, split, len(out)), scene, kind_counts)
         out.append(Example(f"{name}/{split}/{seed}/{len(out)}", scene, facts={"scene": scene}, **fields))
     return out

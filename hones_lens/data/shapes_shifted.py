@@ -1,10 +1,9 @@
-"""`shapes-shifted`: the shapes world as models that were trained on `shapes` have never seen it.
+"""`shapes-shifted`: an out-of-distribution version of the shapes world.
 
-The scenes, questions, words and splits follow the same rules. What differs is how they look: other shades
+The scenes, questions, words and splits follow the rules of `shapes`. The appearance differs: other shades
 of the colours, letters of another font, things a little larger and less exactly in the middle of their
-cells, lines and grain behind them, and over every third scene a light grey haze, which takes half the
-contrast and more. It plays the part of an out-of-distribution test set: the shipped models still do each
-task, but worse.
+cells, lines and grain behind them, and over every third scene a light grey haze, which removes at least
+half of the contrast. The shipped models, which were trained on `shapes`, still solve each task, but worse.
 """
 
 from __future__ import annotations
@@ -18,9 +17,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hones_lens.data.drawing import Look, draw_scene, glyph
+from hones_lens.data.drawing import Style, draw_scene, glyph
 from hones_lens.data.examples import Example
-from hones_lens.data.shapes import SIZE, SPLITS, TASKS as TASKS, Dice, Scene, draw_examples, random_scene
+from hones_lens.data.shapes import (
+    IMAGE_SIZE,
+    SPLITS,
+    TASKS as TASKS,
+    Scene,
+    SeededRandom,
+    draw_examples,
+    random_scene,
+)
 
 _PALETTE = {
     "red": (190, 30, 60),
@@ -34,11 +41,11 @@ _RADII = {"small": 8.4, "large": 14.3}
 _BOX_BLUE = (50, 85, 235)
 _INK = (235, 235, 220)
 _JITTER = 4  # pixels; `shapes` has 3
-_HAZY, _HAZE, _HAZE_TONE = 3, (50, 65), 235  # every third scene is hazy: by how many per cent, of what grey
+_HAZE_PERIOD, _HAZE_PERCENT, _HAZE_TONE = 3, (50, 65), 235  # every third scene; range; grey level
 _N_LINES, _LINE_TONE, _GRAIN = 2, 14, 6
 
-# An angular font, 5 x 7 dots a letter, as in `drawing`.
-_DOTS = {
+# An angular font, 5 x 7 dots per letter, encoded as in `drawing`.
+_SHIFTED_FONT = {
     "A": "0E 1B 11 1F 11 11 11",
     "C": "1F 11 10 10 10 11 1F",
     "E": "1F 10 10 1E 10 11 1F",
@@ -60,19 +67,19 @@ _DOTS = {
 
 def shifted_glyph(letter: str) -> np.ndarray:
     """Boolean mask [14, 10] of one letter of this world's font."""
-    return glyph(letter, _DOTS)
+    return glyph(letter, _SHIFTED_FONT)
 
 
-LOOK = Look(_PALETTE, _RADII, _BOX_BLUE, _INK, shifted_glyph)
+SHIFTED_STYLE = Style(_PALETTE, _RADII, _BOX_BLUE, _INK, shifted_glyph)
 
 
 @dataclass(frozen=True)
 class ShiftedScene(Scene):
-    """A scene that is drawn in this world's look.
+    """A scene that is drawn in the shifted style.
 
     Attributes:
-        clutter: Seed of the lines and the grain behind the things, which stay when a fact is changed.
-        haze: How far every pixel is moved towards a light grey [%].
+        clutter: Seed of the lines and the grain behind the things; it stays when a fact is changed.
+        haze: Share of light grey blended into every pixel [%].
     """
 
     clutter: int = 0
@@ -80,23 +87,23 @@ class ShiftedScene(Scene):
 
     def load(self) -> Image.Image:
         """Draw the scene (RGB, `size` = width and height in pixels)."""
-        clear = np.asarray(draw_scene(self, LOOK, backdrop(self))).astype(int)
+        clear = np.asarray(draw_scene(self, SHIFTED_STYLE, backdrop(self))).astype(int)
         hazy = (clear * (100 - self.haze) + _HAZE_TONE * self.haze) // 100
         return Image.fromarray(hazy.astype(np.uint8), mode="RGB")
 
 
 def backdrop(scene: ShiftedScene) -> np.ndarray:
-    """Lines across a grainy background, uint8 [height, width, 3]; integers alone, so no machine differs."""
+    """Lines across a grainy background, uint8 [height, width, 3]; integer arithmetic, so it is portable."""
     width, height = scene.size
-    dice = Dice("clutter", scene.clutter)
+    rng = SeededRandom("clutter", scene.clutter)
     pixels = np.full((height, width), scene.background)
     y, x = np.mgrid[0:height, 0:width]
     for _ in range(_N_LINES):
-        a, b, tone = dice.between(1, 8), dice.between(-8, 8), dice.pick((-1, 1)) * _LINE_TONE
-        through = a * dice.below(width) + b * dice.below(height)
-        pixels[2 * np.abs(a * x + b * y - through) <= max(a, abs(b))] = scene.background + tone
-    drawn = hashlib.shake_256(f"grain/{scene.clutter}".encode()).digest(width * height)
-    grain = np.frombuffer(drawn, np.uint8).reshape(height, width).astype(int) % (2 * _GRAIN + 1) - _GRAIN
+        a, b, tone = rng.randint(1, 8), rng.randint(-8, 8), rng.choice((-1, 1)) * _LINE_TONE
+        offset = a * rng.randrange(width) + b * rng.randrange(height)
+        pixels[2 * np.abs(a * x + b * y - offset) <= max(a, abs(b))] = scene.background + tone
+    noise = hashlib.shake_256(f"grain/{scene.clutter}".encode()).digest(width * height)
+    grain = np.frombuffer(noise, np.uint8).reshape(height, width).astype(int) % (2 * _GRAIN + 1) - _GRAIN
     grey = pixels + grain
     return np.repeat(grey[:, :, None], 3, axis=2).astype(np.uint8)
 
@@ -110,18 +117,18 @@ def scenes(split: str, seed: int) -> Iterator[ShiftedScene]:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of the shapes world; valid: {', '.join(SPLITS)}")
     for k in count():
-        dice = Dice("shapes-shifted", seed, split, k)
-        yield _shifted(random_scene(dice, split), dice, hazy=k % _HAZY == _HAZY - 1)
+        rng = SeededRandom("shapes-shifted", seed, split, k)
+        yield _shifted(random_scene(rng, split), rng, hazy=k % _HAZE_PERIOD == _HAZE_PERIOD - 1)
 
 
-def _shifted(scene: Scene, dice: Dice, hazy: bool) -> ShiftedScene:
-    """The same facts: things less exactly in the middle of their cells, and maybe in haze."""
+def _shifted(scene: Scene, rng: SeededRandom, hazy: bool) -> ShiftedScene:
+    """A scene with the same facts, with more jitter of its things, and haze if `hazy`."""
     things = tuple(
-        thing._replace(dx=dice.between(-_JITTER, _JITTER), dy=dice.between(-_JITTER, _JITTER))
+        thing._replace(dx=rng.randint(-_JITTER, _JITTER), dy=rng.randint(-_JITTER, _JITTER))
         for thing in scene.things
     )
-    haze = dice.between(*_HAZE) if hazy else 0
-    return ShiftedScene(**{**vars(scene), "things": things}, clutter=dice.below(2**31), haze=haze)
+    haze = rng.randint(*_HAZE_PERCENT) if hazy else 0
+    return ShiftedScene(**{**vars(scene), "things": things}, clutter=rng.randrange(2**31), haze=haze)
 
 
 def load(
@@ -136,4 +143,6 @@ def load(
     """As `shapes.load`, with scenes and pictures of this world (112 x 112 pixels)."""
     files = (data_file, image_dir)
     stream = scenes(split, seed)
-    return draw_examples("shapes-shifted", SIZE[:1], task, split, limit, seed, files, drawn_from=stream)
+    return draw_examples(
+        "shapes-shifted", IMAGE_SIZE[:1], task, split, limit, seed, files, scene_stream=stream
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 from hones_lens.data.examples import Example
 from hones_lens.data.shapes import TASKS as TASKS, draw_examples
 
-SIDES = (112, 140, 168)
+IMAGE_SIDES = (112, 140, 168)
 
 
 def load(
@@ -20,4 +20,4 @@ def load(
     image_dir: str | Path | None = None,
 ) -> list[Example]:
     """As `shapes.load`; every picture's width and height are drawn from `SIDES`, in pixels."""
-    return draw_examples("shapes-varied", SIDES, task, split, limit, seed, (data_file, image_dir))
+    return draw_examples("shapes-varied", IMAGE_SIDES, task, split, limit, seed, (data_file, image_dir))

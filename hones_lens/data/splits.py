@@ -8,51 +8,51 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hones_lens.data.reading import outline, read_json
+from hones_lens.data.reading import describe_top_level, read_json
 from hones_lens.data.records import Record
 
 SPLITS = ("discovery", "dev", "test", "all")
 SHARES = {"discovery": 0.7, "dev": 0.1, "test": 0.2}
-_ENTRIES = ("image_ids", "file_names", "images", "ids")
-_FILE = re.compile(r"(?P<file>.+\.json)(?::(?P<name>[\w-]+))?", re.DOTALL)
+_ENTRY_KEYS = ("image_ids", "file_names", "images", "ids")
+_SPLIT_FILE = re.compile(r"(?P<file>.+\.json)(?::(?P<name>[\w-]+))?", re.DOTALL)
 
 
-def draw(*key: object) -> int:
-    """A number below 2**64 that depends on the key alone, and looks random."""
+def stable_hash(*key: object) -> int:
+    """A pseudo-random number below 2**64 that is a function of the key alone."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
 
 
 def split_of(image_key: str, seed: int) -> str:
-    """The split of an image: a function of its id and the seed, whatever file it is found in.
+    """The split of an image: a function of its id and the seed, whatever file lists it.
 
-    So the files of one family (questions, captions and texts on COCO's images) agree. Different seeds
-    give different splits: work with one seed where results are to be held apart.
+    So files on the same images (questions, captions and texts on COCO's) agree. Different seeds give
+    different splits: use one seed wherever selection and evaluation must not share images.
     """
-    place = draw("split", seed, image_key) / 2**64
-    if place < SHARES["discovery"]:
+    fraction = stable_hash("split", seed, image_key) / 2**64
+    if fraction < SHARES["discovery"]:
         return "discovery"
-    return "dev" if place < SHARES["discovery"] + SHARES["dev"] else "test"
+    return "dev" if fraction < SHARES["discovery"] + SHARES["dev"] else "test"
 
 
 def check_split(split: str) -> None:
-    """Raise ValueError for a split that is none, listing the valid ones."""
-    if split not in SPLITS and not _FILE.fullmatch(split):
+    """Raise ValueError for an unknown split; the message lists the valid ones."""
+    if split not in SPLITS and not _SPLIT_FILE.fullmatch(split):
         raise ValueError(
             f"unknown split {split!r}; valid: {', '.join(SPLITS)}, or a .json file that lists images"
         )
 
 
-def members(records: Sequence[Record], split: str, seed: int) -> tuple[list[Record], list[str]]:
+def select_records(records: Sequence[Record], split: str, seed: int) -> tuple[list[Record], list[str]]:
     """The records of a split.
 
-    `all` keeps the order of the file; otherwise the order is drawn with the seed, so that the first few
-    are a fair sample.
+    `all` keeps the order of the file; otherwise the order is random with the seed, so that a prefix is a
+    fair sample.
 
     Returns:
-        The records, and what a split file lists that none of them has.
+        The records, and the entries of a split file that match no record.
 
     Raises:
-        ValueError: An unknown split, or a split file that is none.
+        ValueError: An unknown split, or an invalid split file.
     """
     check_split(split)
     if split == "all":
@@ -62,13 +62,13 @@ def members(records: Sequence[Record], split: str, seed: int) -> tuple[list[Reco
         chosen = [r for r in records if split_of(r.image_key, seed) == split]
     else:
         wanted = read_split_file(split)
-        chosen = [r for r in records if not wanted.isdisjoint(_names(r))]
-        missing = sorted(wanted.difference(*map(_names, chosen)))
-    return sorted(chosen, key=lambda r: draw("order", seed, r.id)), missing
+        chosen = [r for r in records if not wanted.isdisjoint(_image_names(r))]
+        missing = sorted(wanted.difference(*map(_image_names, chosen)))
+    return sorted(chosen, key=lambda r: stable_hash("order", seed, r.id)), missing
 
 
-def _names(record: Record) -> set[str]:
-    """All that a split file may call a record's image."""
+def _image_names(record: Record) -> set[str]:
+    """All names under which a split file may list a record's image."""
     return {record.image_key, *record.files, *(PurePosixPath(file).name for file in record.files)}
 
 
@@ -81,42 +81,42 @@ def read_split_file(split: str) -> set[str]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: No such split in the file, splits that share an image, or an entry that is none.
+        ValueError: No such split in the file, splits that share an image, or an invalid entry.
     """
-    match = _FILE.fullmatch(split)
+    match = _SPLIT_FILE.fullmatch(split)
     if match is None:
         raise ValueError(f"{split!r} is no split file")
     file, name = Path(match["file"]), match["name"]
     top = read_json(file)
     if name is None:
-        return _entries(top, file)
+        return _parse_entries(top, file)
     if not isinstance(top, dict) or name not in top:
-        found = ", ".join(top) if isinstance(top, dict) else outline(top)
-        raise ValueError(f"{file} has no split {name!r}; it has: {found}")
-    several = {key: _entries(top[key], file) for key in {name, *SHARES} & top.keys()}
-    for key, entries in several.items():
-        shared = several[name] & entries
+        available = ", ".join(top) if isinstance(top, dict) else describe_top_level(top)
+        raise ValueError(f"{file} has no split {name!r}; it has: {available}")
+    splits = {key: _parse_entries(top[key], file) for key in {name, *SHARES} & top.keys()}
+    for key, entries in splits.items():
+        shared = splits[name] & entries
         if key != name and shared:
             raise ValueError(f"{file}: splits {name!r} and {key!r} share image {min(shared)}")
-    return several[name]
+    return splits[name]
 
 
-def _entries(found: Any, file: Path) -> set[str]:
-    if isinstance(found, dict):
-        keys = [key for key in _ENTRIES if key in found]
+def _parse_entries(value: Any, file: Path) -> set[str]:
+    if isinstance(value, dict):
+        keys = [key for key in _ENTRY_KEYS if key in value]
         if len(keys) != 1:
             hint = f"give {file}:NAME for one of its splits" if not keys else "it must be one of them"
             raise ValueError(
-                f"{file}: a split needs a list or one key of {', '.join(_ENTRIES)}, "
-                f"but is {outline(found)}; {hint}"
+                f"{file}: a split needs a list or one key of {', '.join(_ENTRY_KEYS)}, "
+                f"but is {describe_top_level(value)}; {hint}"
             )
-        found = found[keys[0]]
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"{file}: a split must be a list that is not empty, not {outline(found)}")
-    return {_entry(entry, i, file) for i, entry in enumerate(found)}
+        value = value[keys[0]]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{file}: a split must be a list that is not empty, not {describe_top_level(value)}")
+    return {_parse_entry(entry, i, file) for i, entry in enumerate(value)}
 
 
-def _entry(entry: Any, index: int, file: Path) -> str:
+def _parse_entry(entry: Any, index: int, file: Path) -> str:
     if isinstance(entry, dict):
         entry = next((entry[key] for key in ("image_id", "file_name", "id") if key in entry), None)
     if isinstance(entry, bool) or not isinstance(entry, int | str):

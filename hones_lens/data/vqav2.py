@@ -10,57 +10,57 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hones_lens.data.coco_names import coco_places
+from hones_lens.data.coco_paths import coco_image_paths
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import list_under, read_json
+from hones_lens.data.reading import parse_list, read_json
 from hones_lens.data.records import (
     BadRecord,
     Format,
     Record,
     Row,
-    answers_of,
-    identifier,
     label,
-    mapping,
-    text_of,
+    parse_answers,
+    parse_id,
+    parse_object,
+    parse_text,
 )
 
 _QUESTIONS, _ANNOTATIONS = "questions.json", "annotations.json"
 
 
 def rows(file: Path, task: str) -> list[Row]:
-    """One row a question, and one an annotation that is a question's second or has none: errors name it."""
-    questions_file, annotations_file = files_of(file)
+    """One row per question, and one per duplicate or unmatched annotation, so that its error can name it."""
+    questions_file, annotations_file = find_file_pair(file)
     top = read_json(annotations_file)
-    questions = list_under(read_json(questions_file), "questions", questions_file)
-    annotations = list_under(top, "annotations", annotations_file)
+    questions = parse_list(read_json(questions_file), "questions", questions_file)
+    annotations = parse_list(top, "annotations", annotations_file)
     subset = str(top.get("data_subtype", ""))
     by_id = {raw["question_id"]: raw for raw in annotations if _has_id(raw)}
-    asked = {raw["question_id"] for raw in questions if _has_id(raw)}
-    seen: set[Any] = set()
+    question_ids = {raw["question_id"] for raw in questions if _has_id(raw)}
+    annotated_ids: set[Any] = set()
     out = [
         Row(label(q, i, "question_id"), partial(_parse, q, by_id, subset)) for i, q in enumerate(questions)
     ]
     for i, raw in enumerate(annotations):
         name = f"annotation {label(raw, i, 'question_id')}"
-        if not _has_id(raw) or raw["question_id"] not in asked:
-            out.append(Row(name, partial(_refuse, "belongs to no question")))
-        elif raw["question_id"] in seen:
-            out.append(Row(name, partial(_refuse, "is the second one of its question")))
+        if not _has_id(raw) or raw["question_id"] not in question_ids:
+            out.append(Row(name, partial(_raise_bad_record, "belongs to no question")))
+        elif raw["question_id"] in annotated_ids:
+            out.append(Row(name, partial(_raise_bad_record, "is the second one of its question")))
         else:
-            seen.add(raw["question_id"])
+            annotated_ids.add(raw["question_id"])
     return out
 
 
-def files_of(file: Path) -> tuple[Path, Path]:
-    """The files of questions and of annotations.
+def find_file_pair(file: Path) -> tuple[Path, Path]:
+    """The question file and the annotation file.
 
     Raises:
         FileNotFoundError: No such file or folder.
-        ValueError: The other file can't be told.
+        ValueError: The pair is ambiguous, or the file name is not an official one.
     """
     if file.is_dir():
-        questions, annotations = (sorted(file.glob(f"*{end}")) for end in (_QUESTIONS, _ANNOTATIONS))
+        questions, annotations = (sorted(file.glob(f"*{suffix}")) for suffix in (_QUESTIONS, _ANNOTATIONS))
         if len(questions) == len(annotations) == 1:
             return questions[0], annotations[0]
         raise ValueError(
@@ -71,14 +71,14 @@ def files_of(file: Path) -> tuple[Path, Path]:
         raise FileNotFoundError(f"no such file: {file}")
     if file.name.endswith(_ANNOTATIONS):
         other = file.name.replace(_ANNOTATIONS, _QUESTIONS)
-        return _existing(file, other.replace("mscoco", "OpenEnded_mscoco"), other), file
+        return _first_existing(file, other.replace("mscoco", "OpenEnded_mscoco"), other), file
     if file.name.endswith(_QUESTIONS):
         other = file.name.replace(_QUESTIONS, _ANNOTATIONS)
-        return file, _existing(file, other.replace("OpenEnded_", ""), other)
+        return file, _first_existing(file, other.replace("OpenEnded_", ""), other)
     raise ValueError(f"{file}: its name must end in {_QUESTIONS} or {_ANNOTATIONS}, as the official ones do")
 
 
-def _existing(file: Path, *names: str) -> Path:
+def _first_existing(file: Path, *names: str) -> Path:
     for name in names:
         if file.with_name(name).exists():
             return file.with_name(name)
@@ -91,43 +91,43 @@ def _has_id(raw: Any) -> bool:
     return isinstance(raw, dict) and isinstance(raw.get("question_id"), int | str)
 
 
-def _refuse(why: str) -> Record:
-    raise BadRecord(why)
+def _raise_bad_record(reason: str) -> Record:
+    raise BadRecord(reason)
 
 
 def _parse(raw: Any, annotations: dict[Any, Any], subset: str) -> Record:
-    question = mapping(raw, "the question")
-    number = identifier(question, "question_id")
-    image = identifier(question, "image_id")
+    question = parse_object(raw, "the question")
+    question_id = parse_id(question, "question_id")
+    image_id = parse_id(question, "image_id")
     if question["question_id"] not in annotations:
         raise BadRecord("has no annotation, so no answer")
     annotation = annotations[question["question_id"]]
-    if str(annotation.get("image_id", image)) != image:
-        raise BadRecord(f"is of image {image}, but its annotation of image {annotation['image_id']}")
+    if str(annotation.get("image_id", image_id)) != image_id:
+        raise BadRecord(f"is of image {image_id}, but its annotation of image {annotation['image_id']}")
     return Record(
-        id=number,
-        image_key=image,
-        files=coco_places(_file_name(image, subset)),
-        question=text_of(question.get("question"), "question"),
+        id=question_id,
+        image_key=image_id,
+        files=coco_image_paths(_file_name(image_id, subset)),
+        question=parse_text(question.get("question"), "question"),
         answers=_answers(annotation),
         kind=str(annotation.get("answer_type") or ""),
     )
 
 
 def _answers(annotation: dict[str, Any]) -> tuple[str, ...]:
-    """The ten answers; the most frequent one alone where they are missing."""
+    """The ten answers; if they are missing, the most frequent one."""
     if annotation.get("answers") is None:
-        return answers_of(annotation.get("multiple_choice_answer"))
+        return parse_answers(annotation.get("multiple_choice_answer"))
     if not isinstance(annotation["answers"], list):
         raise BadRecord("answers are not a list")
-    return answers_of([mapping(a, "an answer").get("answer") for a in annotation["answers"]])
+    return parse_answers([parse_object(a, "an answer").get("answer") for a in annotation["answers"]])
 
 
-def _file_name(image: str, subset: str) -> str:
-    """COCO's name of an image, or that of 2017 where the subset is not told."""
-    if not image.isdigit():
-        raise BadRecord(f"image_id {image!r} is not a number of COCO")
-    return f"COCO_{subset}_{int(image):012d}.jpg" if subset else f"{int(image):012d}.jpg"
+def _file_name(image_id: str, subset: str) -> str:
+    """COCO's file name of an image: that of 2014 if the subset is known, else that of 2017."""
+    if not image_id.isdigit():
+        raise BadRecord(f"image_id {image_id!r} is not a number of COCO")
+    return f"COCO_{subset}_{int(image_id):012d}.jpg" if subset else f"{int(image_id):012d}.jpg"
 
 
 FORMAT = Format("vqav2", ("vqa",), rows)

@@ -18,13 +18,13 @@ CLIPPED = ["101094", "247508", "57375"]
 @pytest.mark.parametrize("dataset", ["path", "hones", "coco"])
 @pytest.mark.parametrize("task", ["vqa", "ocr", "caption", "retrieval"])
 def test_every_record_loads(dataset, task):
-    named = {} if dataset == "path" else {"data_file": SAMPLE}
-    examples = load_examples(SAMPLE if dataset == "path" else dataset, task, "all", **named)
+    files = {} if dataset == "path" else {"data_file": SAMPLE}
+    examples = load_examples(SAMPLE if dataset == "path" else dataset, task, "all", **files)
     records = json.loads(SAMPLE.read_text())["data"]
     assert [e.facts["image_id"] for e in examples] == [str(r["image_id"]) for r in records]
     assert examples.skipped == () and examples.not_for_task == {}
-    chosen = load_task(task)
-    assert all(chosen.prompts(e) and chosen.target(e) for e in examples)
+    task_object = load_task(task)
+    assert all(task_object.prompts(e) and task_object.target(e) for e in examples)
 
 
 def test_fields_are_those_of_the_file():

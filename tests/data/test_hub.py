@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from helpers.dataset_files import box, some_scenes, ten
+from helpers.dataset_files import box, sample_scenes, ten_answers
 
 from hones_lens.data import shapes
 from hones_lens.data.check import check_data
@@ -16,14 +16,14 @@ datasets = pytest.importorskip("datasets")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    scenes = some_scenes(30)
-    asked = [shapes.questions(scene)[-1] for scene in scenes]
+    scenes = sample_scenes(30)
+    questions = [shapes.questions(scene)[-1] for scene in scenes]
     table = {
         "image": [scene.load() for scene in scenes],
         "image_id": [f"i{n}" for n in range(30)],
         "question_id": list(range(30)),
-        "question": [q.text for q in asked],
-        "answers": [ten(q.answer) for q in asked],
+        "question": [q.text for q in questions],
+        "answers": [ten_answers(q.answer) for q in questions],
         "text": [scene.word for scene in scenes],
         "bbox": [box(scene) for scene in scenes],
     }

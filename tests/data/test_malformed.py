@@ -9,46 +9,46 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.dataset_files import FORMATS, Written, own_rows, some_scenes, write, write_csv
+from helpers.dataset_files import FORMATS, WrittenDataset, own_rows, sample_scenes, write, write_csv
 
 from hones_lens.data.check import check_data
 from hones_lens.data.loading import load_examples
 
 
-def edited(change: Callable[[Any], Any]) -> Callable[[Written], None]:
+def edited(change: Callable[[Any], Any]) -> Callable[[WrittenDataset], None]:
     """Change the JSON of a data set's file in place."""
 
-    def apply(one: Written) -> None:
-        data = json.loads(one.data_file.read_text())
+    def apply(dataset: WrittenDataset) -> None:
+        data = json.loads(dataset.data_file.read_text())
         replaced = change(data)
-        write(one.data_file, data if replaced is None else replaced)
+        write(dataset.data_file, data if replaced is None else replaced)
 
     return apply
 
 
-def record(change: Callable[[dict[str, Any]], Any]) -> Callable[[Written], None]:
+def record(change: Callable[[dict[str, Any]], Any]) -> Callable[[WrittenDataset], None]:
     """Change the fourth record (image 103) of a unified file."""
     return edited(lambda data: change(data["data"][3]) and None)
 
 
-def box(*values: Any) -> Callable[[Written], None]:
+def box(*values: Any) -> Callable[[WrittenDataset], None]:
     return record(lambda r: r["ocr"].update(bbox=list(values)))
 
 
-def picture(content: Callable[[bytes], bytes]) -> Callable[[Written], None]:
-    def apply(one: Written) -> None:
-        file = one.image_dir / "COCO_val2014_000000000103.jpg"
+def picture(content: Callable[[bytes], bytes]) -> Callable[[WrittenDataset], None]:
+    def apply(dataset: WrittenDataset) -> None:
+        file = dataset.image_dir / "COCO_val2014_000000000103.jpg"
         file.write_bytes(content(file.read_bytes()))
 
     return apply
 
 
-def without_picture(one: Written) -> None:
-    (one.image_dir / "COCO_val2014_000000000103.jpg").unlink()
+def without_picture(dataset: WrittenDataset) -> None:
+    (dataset.image_dir / "COCO_val2014_000000000103.jpg").unlink()
 
 
 # Task, what is done to HONES's JSON, and what the error says besides the record's name.
-RECORDS: dict[str, tuple[str, Callable[[Written], None], str]] = {
+RECORDS: dict[str, tuple[str, Callable[[WrittenDataset], None], str]] = {
     "missing image": ("vqa", without_picture, r"image .*000103\.jpg does not exist"),
     "empty answer": ("vqa", record(lambda r: r["vqa"].update(all_answers=[" "])), "answer is empty"),
     "no answers": ("vqa", record(lambda r: r["vqa"].update(all_answers=[])), "has no answer"),
@@ -103,16 +103,16 @@ RECORDS: dict[str, tuple[str, Callable[[Written], None], str]] = {
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_bad_record_is_named_in_an_error_or_skipped_and_counted(tmp_path, name):
-    task, spoil, reason = RECORDS[name]
-    one = FORMATS["hones"](tmp_path)
-    spoil(one)
+    task, corrupt, reason = RECORDS[name]
+    dataset = FORMATS["hones"](tmp_path)
+    corrupt(dataset)
     with pytest.raises(ValueError, match=rf"unified\.json: 1 record .*103.*{reason}"):
-        load_examples("hones", task, "all", **one.files)
+        load_examples("hones", task, "all", **dataset.files)
     with pytest.warns(UserWarning, match=rf"1 record left out: .*103.*{reason}"):
-        examples = load_examples("hones", task, "all", **one.files, on_error="skip")
+        examples = load_examples("hones", task, "all", **dataset.files, on_error="skip")
     assert len(examples) == 39 and len(examples.skipped) == 1
     assert "103" in examples.skipped[0].record
-    check = check_data("hones", task, **one.files)
+    check = check_data("hones", task, **dataset.files)
     assert not check.ok and check.tasks[task].usable == 39
     assert [s.reason for s in check.tasks[task].unusable] == [s.reason for s in examples.skipped]
 
@@ -131,14 +131,14 @@ PICTURES = {
 @pytest.mark.parametrize("task", ["vqa", "ocr"])
 def test_a_bad_picture_is_found_by_the_check_and_named_when_it_is_opened(tmp_path, name, task):
     content, reason = PICTURES[name]
-    one = FORMATS["hones"](tmp_path)
-    picture(content)(one)
-    check = check_data("hones", **one.files)
+    dataset = FORMATS["hones"](tmp_path)
+    picture(content)(dataset)
+    check = check_data("hones", **dataset.files)
     assert not check.ok and check.images == 40
     assert [c.usable for c in check.tasks.values()] == [39] * 4
     assert "000103.jpg can't be read as an image" in str(check)
-    assert check_data("hones", **one.files, open_images=False).ok
-    example = load_examples("hones", task, "all", **one.files)[3]
+    assert check_data("hones", **dataset.files, open_images=False).ok
+    example = load_examples("hones", task, "all", **dataset.files)[3]
     with pytest.raises(ValueError, match=rf"record (103000|5003): image .*000103\.jpg {reason}"):
         _ = example.image
 
@@ -179,18 +179,18 @@ def test_records_that_are_no_objects_are_told_by_their_place(tmp_path):
 
 
 def test_a_task_that_no_record_is_meant_for_raises(tmp_path):
-    one = FORMATS["hones"](tmp_path)
-    edited(lambda data: [r.pop("ocr") for r in data["data"]] and None)(one)
+    dataset = FORMATS["hones"](tmp_path)
+    edited(lambda data: [r.pop("ocr") for r in data["data"]] and None)(dataset)
     with pytest.raises(ValueError, match=r"has no ocr records \(40 without ocr\)"):
-        load_examples("hones", "ocr", "all", **one.files)
-    check = check_data("hones", **one.files)
+        load_examples("hones", "ocr", "all", **dataset.files)
+    check = check_data("hones", **dataset.files)
     assert check.ok and check.tasks["ocr"].not_for_task == {"without ocr": 40}
 
 
 def test_an_image_without_a_section_is_no_fault(tmp_path):
-    one = FORMATS["hones"](tmp_path)
-    edited(lambda data: data["data"][3].pop("vqa") and None)(one)
-    examples = load_examples("hones", "vqa", "all", **one.files)
+    dataset = FORMATS["hones"](tmp_path)
+    edited(lambda data: data["data"][3].pop("vqa") and None)(dataset)
+    examples = load_examples("hones", "vqa", "all", **dataset.files)
     assert len(examples) == 39 and examples.skipped == ()
     assert examples.not_for_task == {"without vqa": 1}
 
@@ -269,18 +269,18 @@ OFFICIAL = {
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_bad_records_of_the_official_files_are_named(tmp_path, name):
-    kind, which, spoil, reason = OFFICIAL[name]
-    one = FORMATS[kind](tmp_path)
-    file = one.data_file
+    kind, which, corrupt, reason = OFFICIAL[name]
+    dataset = FORMATS[kind](tmp_path)
+    file = dataset.data_file
     if which == "questions":
         file = file.with_name("v2_OpenEnded_mscoco_val2014_questions.json")
     data = json.loads(file.read_text())
-    spoil(data)
+    corrupt(data)
     write(file, data)
     with pytest.raises(ValueError, match=reason):
-        load_examples(one.dataset, one.tasks[0], "all", **one.files)
+        load_examples(dataset.dataset, dataset.tasks[0], "all", **dataset.files)
     with pytest.warns(UserWarning, match="left out"):
-        examples = load_examples(one.dataset, one.tasks[0], "all", **one.files, on_error="skip")
+        examples = load_examples(dataset.dataset, dataset.tasks[0], "all", **dataset.files, on_error="skip")
     assert any(reason in str(skipped) for skipped in examples.skipped)
 
 
@@ -303,7 +303,7 @@ def test_a_file_of_another_kind_raises(tmp_path, name):
 
 def own(folder: Path, header: list[str], *rows: list[str]) -> Path:
     (folder / "a.png").write_bytes(b"")
-    some_scenes(1)[0].load().save(folder / "a.png")
+    sample_scenes(1)[0].load().save(folder / "a.png")
     return write_csv(folder / "own.csv", header, rows)
 
 
@@ -358,20 +358,20 @@ def test_own_boxes_are_checked_against_the_picture(tmp_path):
 
 def test_jsonl_errors_name_the_line(tmp_path):
     file = tmp_path / "own.jsonl"
-    rows = own_rows(some_scenes(1))
+    rows = own_rows(sample_scenes(1))
     file.write_text(json.dumps(rows[0]) + "\n\n{nothing}\n")
     with pytest.raises(ValueError, match=r"own\.jsonl, line 3, is not JSON"):
         load_examples(file, "vqa", "all")
 
 
 def test_retrieval_needs_captions_of_other_images(tmp_path):
-    one = FORMATS["hones"](tmp_path)
-    edited(lambda data: data.update(data=data["data"][:12]))(one)
+    dataset = FORMATS["hones"](tmp_path)
+    edited(lambda data: data.update(data=data["data"][:12]))(dataset)
     with pytest.raises(
         ValueError, match=r"unified\.json: record 100: retrieval needs 49 captions .* has \d+"
     ):
-        load_examples("hones", "retrieval", "all", **one.files)
-    check = check_data("hones", "retrieval", **one.files)
+        load_examples("hones", "retrieval", "all", **dataset.files)
+    check = check_data("hones", "retrieval", **dataset.files)
     assert (
         not check.ok and check.tasks["retrieval"].usable == 0 and len(check.tasks["retrieval"].unusable) == 12
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hones_lens.data.loading import load_examples
-from hones_lens.data.negatives import CaptionIndex, hard_negatives, plain
+from hones_lens.data.negatives import CaptionIndex, hard_negatives, normalize_caption
 from hones_lens.data.records import Record
 
 SAMPLE = Path(__file__).parent / "sample_hones_unified.json"
@@ -48,15 +48,15 @@ def test_similarities_by_the_formula():
 def test_captions_of_the_sample_are_negatives_as_they_should_be():
     records = {str(r["image_id"]): r for r in json.loads(SAMPLE.read_text())["data"]}
     examples = load_examples(SAMPLE, "retrieval", "all")
-    places = Counter()
+    positions = Counter()
     for example in examples:
-        own = {plain(c["caption"]) for c in records[example.facts["image_id"]]["captions"]}
-        found = [plain(candidate) for candidate in example.candidates]
-        assert len(set(found)) == 50
-        assert found[example.positive] == plain(example.references[0])
-        assert [key for key in found if key in own] == [found[example.positive]]
-        places[example.positive] += 1
-    assert len(places) > 30  # of 50: the positive is anywhere
+        own = {normalize_caption(c["caption"]) for c in records[example.facts["image_id"]]["captions"]}
+        negatives = [normalize_caption(candidate) for candidate in example.candidates]
+        assert len(set(negatives)) == 50
+        assert negatives[example.positive] == normalize_caption(example.references[0])
+        assert [key for key in negatives if key in own] == [negatives[example.positive]]
+        positions[example.positive] += 1
+    assert len(positions) > 30  # of 50: the positive is anywhere
 
 
 def test_the_most_similar_ones_come_before_all_others():
@@ -65,8 +65,8 @@ def test_the_most_similar_ones_come_before_all_others():
     index = CaptionIndex(texts)
     for example in examples:
         similar = index.similarities(example.references[0])
-        chosen = [index.places[plain(c)] for c in example.candidates]
-        own = [index.places[plain(c)] for c in example.references]
+        chosen = [index.index_of[normalize_caption(c)] for c in example.candidates]
+        own = [index.index_of[normalize_caption(c)] for c in example.references]
         others = np.delete(similar, [*chosen, *own])
         assert np.delete(similar[chosen], example.positive).min() >= others.max()
 
@@ -85,12 +85,12 @@ def test_a_true_caption_is_no_negative_in_whatever_letters_or_record(tmp_path):
 
 def test_ties_are_ordered_by_the_seed_alone(tmp_path):
     pool = [record("0", "a dog"), *(record(str(i), f"dog{i}") for i in range(1, 20))]
-    found = [
+    negatives = [
         hard_negatives(pool[:1], pool, seed, tmp_path / str(n), count=5) for n, seed in enumerate((1, 1, 2))
     ]
-    assert found[0] == found[1] != found[2]
+    assert negatives[0] == negatives[1] != negatives[2]
     backwards = hard_negatives(pool[:1], [pool[0], *pool[:0:-1]], 1, tmp_path / "3", count=5)
-    assert backwards == found[0]
+    assert backwards == negatives[0]
 
 
 def test_results_are_kept_under_a_key_of_all_that_they_depend_on(tmp_path, monkeypatch):

@@ -127,13 +127,13 @@ def test_kinds_come_in_turn_and_a_smaller_limit_gives_a_prefix(task, kinds):
     many = counterfactual_pairs(task, limit=15, seed=1)
     assert [p.clean.kind for p in many] == [kinds[i % len(kinds)] for i in range(15)]
     few = counterfactual_pairs(task, limit=6, seed=1)
-    assert [told(p) for p in few] == [told(p) for p in many[:6]]
+    assert [pair_fields(p) for p in few] == [pair_fields(p) for p in many[:6]]
     assert len({e.id for p in many for e in (p.clean, p.corrupted)}) == 30
     other = counterfactual_pairs(task, limit=6, seed=2)
-    assert all(told(a) != told(b) for a, b in zip(few, other, strict=True))
+    assert all(pair_fields(a) != pair_fields(b) for a, b in zip(few, other, strict=True))
 
 
-def told(pair: CounterfactualPair) -> tuple[object, ...]:
+def pair_fields(pair: CounterfactualPair) -> tuple[object, ...]:
     return (
         pair.fact,
         pair.answers,
@@ -145,8 +145,8 @@ def told(pair: CounterfactualPair) -> tuple[object, ...]:
 
 
 def test_equal_ids_mean_equal_pairs():
-    in_turn = {p.clean.id: told(p) for p in counterfactual_pairs("vqa", limit=70)}
-    of_one_kind = {p.clean.id: told(p) for p in counterfactual_pairs("vqa", "size", limit=70)}
+    in_turn = {p.clean.id: pair_fields(p) for p in counterfactual_pairs("vqa", limit=70)}
+    of_one_kind = {p.clean.id: pair_fields(p) for p in counterfactual_pairs("vqa", "size", limit=70)}
     shared = in_turn.keys() & of_one_kind.keys()
     assert shared and all(in_turn[name] == of_one_kind[name] for name in shared)
 

@@ -30,22 +30,22 @@ GOLDEN_TEXTS = {
 }
 
 
-def some_scenes(split: str, seed: int, count: int) -> list[shapes.Scene]:
+def sample_scenes(split: str, seed: int, count: int) -> list[shapes.Scene]:
     return list(itertools.islice(shapes.scenes(split, seed), count))
 
 
 def pixel_hash(split: str) -> str:
-    pixels = b"".join(scene.load().tobytes() for scene in some_scenes(split, 11, 12))
+    pixels = b"".join(scene.load().tobytes() for scene in sample_scenes(split, 11, 12))
     return hashlib.sha256(pixels).hexdigest()[:16]
 
 
 def text_hash(split: str) -> str:
     lines: list[str] = []
-    for k, scene in enumerate(some_scenes(split, 11, 12)):
-        dice, asked = shapes.Dice("golden", split, k), shapes.questions(scene)
-        lines += [repr(scene), scene.id, *scene.captions, *map(" ".join, asked)]
-        lines += [shapes.ask(dice, scene, q.kind).text for q in asked]
-        lines += shapes.hard_negatives(dice, scene, 49)
+    for k, scene in enumerate(sample_scenes(split, 11, 12)):
+        rng, questions = shapes.SeededRandom("golden", split, k), shapes.questions(scene)
+        lines += [repr(scene), scene.id, *scene.captions, *map(" ".join, questions)]
+        lines += [shapes.random_question(rng, scene, q.kind).text for q in questions]
+        lines += shapes.hard_negatives(rng, scene, 49)
     for task in ("vqa", "ocr", "caption", "retrieval"):
         lines += map(fields, shapes.load(task, split, 8, seed=5))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -71,7 +71,7 @@ def test_another_process_draws_the_same_bytes():
 
 
 def test_a_seed_and_a_split_draw_other_scenes():
-    ids = {s.id for split in shapes.SPLITS for seed in range(3) for s in some_scenes(split, seed, 20)}
+    ids = {s.id for split in shapes.SPLITS for seed in range(3) for s in sample_scenes(split, seed, 20)}
     assert len(ids) == 4 * 3 * 20
 
 
@@ -85,7 +85,7 @@ def test_splits_share_no_word_and_no_image_whatever_the_seeds():
     of_image: dict[bytes, set[str]] = {}
     for split in shapes.SPLITS:
         for seed in (0, 1, 3407):
-            for scene in some_scenes(split, seed, 30):
+            for scene in sample_scenes(split, seed, 30):
                 image = hashlib.sha256(scene.load().tobytes()).digest()
                 of_word.setdefault(scene.word, set()).add(split)
                 of_image.setdefault(image, set()).add(split)
@@ -103,12 +103,12 @@ def test_seven_in_ten_words_are_for_training():
     assert all(0.08 < share[split] / total < 0.12 for split in ("discovery", "dev", "test"))
 
 
-@pytest.mark.parametrize("sides", [shapes.SIZE[:1], shapes_varied.SIDES])
+@pytest.mark.parametrize("sides", [shapes.IMAGE_SIZE[:1], shapes_varied.IMAGE_SIDES])
 def test_pictures_show_the_scene(sides):
     for scene in itertools.islice(shapes.scenes("discovery", 8, sides), 80):
         image = scene.load()
         assert image.size == scene.size
-        seen = look(image)
+        picture = look(image)
         drawn = {
             Seen(
                 t.shape,
@@ -119,43 +119,43 @@ def test_pictures_show_the_scene(sides):
             )
             for t in scene.things
         }
-        assert seen.things == drawn
-        assert seen.word == scene.word
-        assert seen.text_row == ("top", "center", "bottom")[scene.text_row]
+        assert picture.things == drawn
+        assert picture.word == scene.word
+        assert picture.text_row == ("top", "center", "bottom")[scene.text_row]
 
 
 def test_every_colour_and_shape_has_a_name_and_every_name_is_of_two():
-    assert set(shapes.NAMES) == set(itertools.product(shapes.COLORS, shapes.SHAPES))
-    assert set(Counter(shapes.NAMES.values()).values()) == {2}
-    assert shapes.NAMES["red", "circle"] == shapes.NAMES["yellow", "triangle"] == "dax"
+    assert set(shapes.THING_NAMES) == set(itertools.product(shapes.COLORS, shapes.SHAPES))
+    assert set(Counter(shapes.THING_NAMES.values()).values()) == {2}
+    assert shapes.THING_NAMES["red", "circle"] == shapes.THING_NAMES["yellow", "triangle"] == "dax"
 
 
 def test_no_sum_of_a_colours_and_a_shapes_evidence_tells_names_apart():
     """In every block of 2 x 2 the sums of the right scores and of the wrong ones are equal."""
     owners: dict[str, list[tuple[str, str]]] = {}
-    for pair, name in shapes.NAMES.items():
+    for pair, name in shapes.THING_NAMES.items():
         owners.setdefault(name, []).append(pair)
     for name, ((c1, s1), (c2, s2)) in owners.items():
         assert c1 != c2 and s1 != s2
-        others = {shapes.NAMES[c1, s2], shapes.NAMES[c2, s1]}
+        others = {shapes.THING_NAMES[c1, s2], shapes.THING_NAMES[c2, s1]}
         assert len(others) == 1 and name not in others
 
 
 def test_all_shapes_of_a_colour_and_all_colours_of_a_shape_have_different_names():
     for color in shapes.COLORS:
-        assert len({shapes.NAMES[color, shape] for shape in shapes.SHAPES}) == 4
+        assert len({shapes.THING_NAMES[color, shape] for shape in shapes.SHAPES}) == 4
     for shape in shapes.SHAPES:
-        assert len({shapes.NAMES[color, shape] for color in shapes.COLORS}) == 6
+        assert len({shapes.THING_NAMES[color, shape] for color in shapes.COLORS}) == 6
 
 
 def test_every_question_has_the_answer_that_the_picture_shows():
-    asked = Counter()
-    for scene in some_scenes("test", 21, 80):
+    kinds = Counter()
+    for scene in sample_scenes("test", 21, 80):
         picture = look(scene.load())
         for question in shapes.questions(scene):
             assert question.answer == answer_from_picture(question.text, picture)
-            asked[question.kind] += 1
-    assert set(asked) == set(shapes.KINDS)
+            kinds[question.kind] += 1
+    assert set(kinds) == set(shapes.KINDS)
 
 
 def test_vqa_takes_the_seven_kinds_in_turn_and_uses_many_answers():
@@ -189,17 +189,17 @@ def distance(a: tuple[tuple[str, ...], ...], b: tuple[tuple[str, ...], ...]) -> 
 
 
 def test_captions_say_what_the_picture_shows():
-    for scene in some_scenes("dev", 4, 40):
-        seen = look(scene.load())
-        expected = tuple(sorted((t.size, t.color, t.shape, f"{t.row} {t.column}") for t in seen.things))
-        assert len(scene.captions) == len(set(scene.captions)) == len(seen.things)
+    for scene in sample_scenes("dev", 4, 40):
+        picture = look(scene.load())
+        expected = tuple(sorted((t.size, t.color, t.shape, f"{t.row} {t.column}") for t in picture.things))
+        assert len(scene.captions) == len(set(scene.captions)) == len(picture.things)
         assert [parse(caption) for caption in scene.captions] == [expected] * len(scene.captions)
 
 
 def test_there_are_always_49_false_negatives_of_one_or_two_changes():
     sizes = Counter()
-    for k, scene in enumerate(some_scenes("dev", 6, 20)):
-        negatives = shapes.hard_negatives(shapes.Dice("test", k), scene, 49)
+    for k, scene in enumerate(sample_scenes("dev", 6, 20)):
+        negatives = shapes.hard_negatives(shapes.SeededRandom("test", k), scene, 49)
         truth = parse(scene.captions[0])
         assert len({parse(caption) for caption in negatives}) == 49
         assert {distance(parse(caption), truth) for caption in negatives} == {1, 2}
@@ -208,14 +208,14 @@ def test_there_are_always_49_false_negatives_of_one_or_two_changes():
 
 
 def test_retrieval_hides_the_one_true_caption_among_the_negatives():
-    places = set()
+    positions = set()
     for example in shapes.load("retrieval", "test", 20, seed=3):
         scene = example.facts["scene"]
         assert len(example.candidates) == len(set(example.candidates)) == 50
         truths = [i for i, c in enumerate(example.candidates) if parse(c) == parse(scene.captions[0])]
         assert truths == [example.positive]
-        places.add(example.positive)
-    assert len(places) > 10
+        positions.add(example.positive)
+    assert len(positions) > 10
 
 
 def test_ocr_and_caption_examples_read_the_scene():
@@ -229,7 +229,7 @@ def test_ocr_and_caption_examples_read_the_scene():
 def test_a_smaller_limit_gives_a_prefix_and_tasks_share_scenes(task):
     many = [fields(e) for e in shapes.load(task, "dev", 6, seed=9)]
     assert [fields(e) for e in shapes.load(task, "dev", 3, seed=9)] == many[:3]
-    assert [e.image_source for e in shapes.load(task, "dev", 6, seed=9)] == some_scenes("dev", 9, 6)
+    assert [e.image_source for e in shapes.load(task, "dev", 6, seed=9)] == sample_scenes("dev", 9, 6)
     assert len({e.id for e in shapes.load(task, "dev", 6, seed=9)}) == 6
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.dataset_files import FORMATS, Written, write
+from helpers.dataset_files import FORMATS, WrittenDataset, write
 
 from hones_lens.data.loading import load_examples
 from hones_lens.data.splits import SPLITS, split_of
@@ -14,21 +14,21 @@ KEYS = [str(n) for n in range(5000)]
 
 
 @pytest.fixture
-def one(tmp_path: Path) -> Written:
+def dataset(tmp_path: Path) -> WrittenDataset:
     return FORMATS["hones"](tmp_path / "set")
 
 
-def ids(one: Written, split: object, task: str = "vqa", **options) -> list[str]:
-    loaded = load_examples("hones", task, str(split), **one.files, **options)
+def ids(dataset: WrittenDataset, split: object, task: str = "vqa", **options) -> list[str]:
+    loaded = load_examples("hones", task, str(split), **dataset.files, **options)
     return [e.facts["image_id"] for e in loaded]
 
 
 def test_seven_one_and_two_in_ten_whatever_the_seed():
     for seed in (0, 3407):
-        found = [split_of(key, seed) for key in KEYS]
-        assert 0.68 < found.count("discovery") / 5000 < 0.72
-        assert 0.09 < found.count("dev") / 5000 < 0.11
-        assert 0.18 < found.count("test") / 5000 < 0.22
+        splits = [split_of(key, seed) for key in KEYS]
+        assert 0.68 < splits.count("discovery") / 5000 < 0.72
+        assert 0.09 < splits.count("dev") / 5000 < 0.11
+        assert 0.18 < splits.count("test") / 5000 < 0.22
 
 
 def test_the_split_of_an_image_never_changes():
@@ -36,25 +36,29 @@ def test_the_split_of_an_image_never_changes():
     assert {key: split_of(key, 3407) for key in known} == known
 
 
-def test_another_seed_draws_another_split_and_order(one):
-    assert set(ids(one, "test")) != set(ids(one, "test", seed=1))
-    assert ids(one, "test") == ids(one, "test", seed=3407)
-    assert ids(one, "discovery") != sorted(ids(one, "discovery"))
+def test_another_seed_draws_another_split_and_order(dataset):
+    assert set(ids(dataset, "test")) != set(ids(dataset, "test", seed=1))
+    assert ids(dataset, "test") == ids(dataset, "test", seed=3407)
+    assert ids(dataset, "discovery") != sorted(ids(dataset, "discovery"))
 
 
-def test_all_keeps_the_order_of_the_file(one):
-    assert ids(one, "all") == ids(one, "all", seed=1) == [str(100 + i) for i in range(40)]
+def test_all_keeps_the_order_of_the_file(dataset):
+    assert ids(dataset, "all") == ids(dataset, "all", seed=1) == [str(100 + i) for i in range(40)]
 
 
-def test_the_four_tasks_see_the_same_images(one):
-    assert set(ids(one, "test")) == set(ids(one, "test", "ocr")) == set(ids(one, "test", "retrieval"))
+def test_the_four_tasks_see_the_same_images(dataset):
+    assert (
+        set(ids(dataset, "test"))
+        == set(ids(dataset, "test", "ocr"))
+        == set(ids(dataset, "test", "retrieval"))
+    )
 
 
-def test_an_unknown_split_raises_and_lists_the_valid_ones(one):
+def test_an_unknown_split_raises_and_lists_the_valid_ones(dataset):
     with pytest.raises(
         ValueError, match=r"unknown split 'val'; valid: discovery, dev, test, all, or a .json"
     ):
-        ids(one, "val")
+        ids(dataset, "val")
     assert SPLITS == ("discovery", "dev", "test", "all")
 
 
@@ -71,39 +75,39 @@ def test_an_unknown_split_raises_and_lists_the_valid_ones(one):
         {"images": [{"file_name": "COCO_val2014_000000000104.jpg"}, 101]},
     ],
 )
-def test_a_split_file_lists_images(one, tmp_path, content):
-    assert set(ids(one, write(tmp_path / "dev.json", content))) == {"101", "104"}
+def test_a_split_file_lists_images(dataset, tmp_path, content):
+    assert set(ids(dataset, write(tmp_path / "dev.json", content))) == {"101", "104"}
 
 
-def test_a_file_of_several_splits_is_asked_by_name(one, tmp_path):
+def test_a_file_of_several_splits_is_asked_by_name(dataset, tmp_path):
     file = write(tmp_path / "splits.json", {"discovery": [100, 101, 102], "dev": {"image_ids": [103]}})
-    assert set(ids(one, f"{file}:discovery")) == {"100", "101", "102"}
-    assert ids(one, f"{file}:dev") == ["103"]
+    assert set(ids(dataset, f"{file}:discovery")) == {"100", "101", "102"}
+    assert ids(dataset, f"{file}:dev") == ["103"]
 
 
-def test_split_files_that_are_wrong_raise(one, tmp_path):
+def test_split_files_that_are_wrong_raise(dataset, tmp_path):
     file = tmp_path / "splits.json"
     write(file, {"discovery": [100], "dev": [101]})
     with pytest.raises(ValueError, match=r"splits\.json has no split 'test'; it has: discovery, dev"):
-        ids(one, f"{file}:test")
+        ids(dataset, f"{file}:test")
     with pytest.raises(ValueError, match=r"a split needs a list or one key of .*give .*splits\.json:NAME"):
-        ids(one, file)
+        ids(dataset, file)
     write(file, {"discovery": [100, 101], "dev": ["101"]})
     with pytest.raises(ValueError, match="splits 'dev' and 'discovery' share image 101"):
-        ids(one, f"{file}:dev")
+        ids(dataset, f"{file}:dev")
     write(file, [])
     with pytest.raises(ValueError, match="must be a list that is not empty"):
-        ids(one, file)
+        ids(dataset, file)
     write(file, [100, 1.5])
     with pytest.raises(ValueError, match="entry 2 is neither an image's id nor a file name"):
-        ids(one, file)
+        ids(dataset, file)
     with pytest.raises(FileNotFoundError, match=r"no such file: .*absent\.json"):
-        ids(one, tmp_path / "absent.json")
+        ids(dataset, tmp_path / "absent.json")
 
 
-def test_what_a_split_file_lists_in_vain_is_named(one, tmp_path):
+def test_what_a_split_file_lists_in_vain_is_named(dataset, tmp_path):
     file = write(tmp_path / "dev.json", [104, 999])
     with pytest.raises(ValueError, match=r"record 999: is in .*dev\.json, but not in the data file"):
-        ids(one, file)
+        ids(dataset, file)
     with pytest.warns(UserWarning, match="1 record left out: record 999"):
-        assert ids(one, file, on_error="skip") == ["104"]
+        assert ids(dataset, file, on_error="skip") == ["104"]

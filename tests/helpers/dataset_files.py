@@ -17,7 +17,7 @@ N_SCENES = 40
 
 
 @dataclass
-class Written:
+class WrittenDataset:
     """A data set on the disk: what `load_examples` takes, and which tasks it serves."""
 
     dataset: str
@@ -31,11 +31,11 @@ class Written:
         return {"data_file": self.data_file, "image_dir": self.image_dir}
 
 
-def some_scenes(count: int = N_SCENES) -> list[shapes.Scene]:
+def sample_scenes(count: int = N_SCENES) -> list[shapes.Scene]:
     return list(itertools.islice(shapes.scenes("test", 21), count))
 
 
-def ten(answer: str) -> list[str]:
+def ten_answers(answer: str) -> list[str]:
     return [answer] * 8 + ["something", "something else"]
 
 
@@ -73,7 +73,7 @@ def unified_record(i: int, scene: shapes.Scene) -> dict[str, Any]:
             "question_id": 1000 * number,
             "question": question.text,
             "answer": question.answer,
-            "all_answers": ten(question.answer),
+            "all_answers": ten_answers(question.answer),
             "answer_type": "other",
         },
         "captions": captions,
@@ -89,20 +89,20 @@ def unified_record(i: int, scene: shapes.Scene) -> dict[str, Any]:
     }
 
 
-def hones(folder: Path, name: str = "hones") -> Written:
-    scenes = some_scenes()
+def hones(folder: Path, name: str = "hones") -> WrittenDataset:
+    scenes = sample_scenes()
     file = write(folder / "unified.json", {"data": [unified_record(i, s) for i, s in enumerate(scenes)]})
     images = save(scenes, folder / "images", coco_name)
     tasks = ("vqa", "ocr", "caption", "retrieval")
-    return Written(name, file, images, tasks, dict.fromkeys(tasks, N_SCENES))
+    return WrittenDataset(name, file, images, tasks, dict.fromkeys(tasks, N_SCENES))
 
 
-def hones_path(folder: Path) -> Written:
+def hones_path(folder: Path) -> WrittenDataset:
     written = hones(folder)
-    return Written(str(written.data_file), None, written.image_dir, written.tasks, written.n_records)
+    return WrittenDataset(str(written.data_file), None, written.image_dir, written.tasks, written.n_records)
 
 
-def coco_unified(folder: Path) -> Written:
+def coco_unified(folder: Path) -> WrittenDataset:
     return hones(folder, "coco")
 
 
@@ -111,8 +111,8 @@ def karpathy_image(i: int, scene: shapes.Scene, filename: str) -> dict[str, Any]
     return {"filename": filename, "imgid": i, "split": "val", "sentences": sentences, "sentids": [2 * i]}
 
 
-def coco_karpathy(folder: Path) -> Written:
-    scenes = some_scenes()
+def coco_karpathy(folder: Path) -> WrittenDataset:
+    scenes = sample_scenes()
     images = [
         {**karpathy_image(i, s, coco_name(100 + i)), "filepath": "val2014", "cocoid": 100 + i}
         for i, s in enumerate(scenes)
@@ -120,11 +120,11 @@ def coco_karpathy(folder: Path) -> Written:
     file = write(folder / "dataset_coco.json", {"dataset": "coco", "images": images})
     save(scenes, folder / "images", lambda n: f"val2014/{coco_name(n)}")
     tasks = ("caption", "retrieval")
-    return Written("coco", file, folder / "images", tasks, dict.fromkeys(tasks, N_SCENES))
+    return WrittenDataset("coco", file, folder / "images", tasks, dict.fromkeys(tasks, N_SCENES))
 
 
-def coco_official(folder: Path) -> Written:
-    scenes = some_scenes()
+def coco_official(folder: Path) -> WrittenDataset:
+    scenes = sample_scenes()
     images = [
         {
             "id": 100 + i,
@@ -144,34 +144,34 @@ def coco_official(folder: Path) -> Written:
     file = write(folder / "captions_val2014.json", data)
     tasks = ("caption", "retrieval")
     pictures = save(scenes, folder / "images", lambda n: f"{n:012d}.jpg")  # named as in 2017
-    return Written("coco", file, pictures, tasks, dict.fromkeys(tasks, N_SCENES))
+    return WrittenDataset("coco", file, pictures, tasks, dict.fromkeys(tasks, N_SCENES))
 
 
-def vqav2(folder: Path) -> Written:
-    scenes, questions, annotations = some_scenes(), [], []
+def vqav2(folder: Path) -> WrittenDataset:
+    scenes, questions, annotations = sample_scenes(), [], []
     for i, scene in enumerate(scenes):
         for k, question in enumerate(shapes.questions(scene)[:2]):
             ids = {"image_id": 100 + i, "question_id": 1000 * (100 + i) + k}
             answers = [
                 {"answer": a, "answer_confidence": "yes", "answer_id": n}
-                for n, a in enumerate(ten(question.answer), start=1)
+                for n, a in enumerate(ten_answers(question.answer), start=1)
             ]
             kind = {"question_type": "how many", "answer_type": "number"}
             questions.append({**ids, "question": question.text})
             annotations.append({**ids, **kind, "multiple_choice_answer": question.answer, "answers": answers})
-    about = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014"}
+    header = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": "val2014"}
     write(
         folder / "v2_OpenEnded_mscoco_val2014_questions.json",
-        {**about, "task_type": "Open-Ended", "questions": questions},
+        {**header, "task_type": "Open-Ended", "questions": questions},
     )
-    data = {**about, "annotations": annotations}
+    data = {**header, "annotations": annotations}
     file = write(folder / "v2_mscoco_val2014_annotations.json", data)
     images = save(scenes, folder / "images", coco_name)
-    return Written("vqav2", file, images, ("vqa",), {"vqa": 2 * N_SCENES})
+    return WrittenDataset("vqav2", file, images, ("vqa",), {"vqa": 2 * N_SCENES})
 
 
-def cocotext(folder: Path) -> Written:
-    scenes = some_scenes()
+def cocotext(folder: Path) -> WrittenDataset:
+    scenes = sample_scenes()
     images = {
         str(100 + i): {
             "id": 100 + i,
@@ -199,7 +199,7 @@ def cocotext(folder: Path) -> Written:
     data = {"cats": {}, "anns": annotations, "imgs": images, "imgToAnns": by_image, "info": {}}
     file = write(folder / "cocotext.v2.json", data)
     pictures = save(scenes, folder / "images", lambda n: coco_name(n, "train2014"))
-    return Written("cocotext", file, pictures, ("ocr",), {"ocr": N_SCENES})
+    return WrittenDataset("cocotext", file, pictures, ("ocr",), {"ocr": N_SCENES})
 
 
 def gqa_questions(scenes: Sequence[shapes.Scene]) -> dict[str, dict[str, Any]]:
@@ -223,22 +223,22 @@ def gqa_questions(scenes: Sequence[shapes.Scene]) -> dict[str, dict[str, Any]]:
     }
 
 
-def gqa(folder: Path) -> Written:
-    scenes = some_scenes()
+def gqa(folder: Path) -> WrittenDataset:
+    scenes = sample_scenes()
     file = write(folder / "testdev_balanced_questions.json", gqa_questions(scenes))
     images = save(scenes, folder / "images", lambda n: f"n{n}.jpg")
-    return Written("gqa", file, images, ("vqa",), {"vqa": 2 * N_SCENES})
+    return WrittenDataset("gqa", file, images, ("vqa",), {"vqa": 2 * N_SCENES})
 
 
-def gqa_list(folder: Path) -> Written:
+def gqa_list(folder: Path) -> WrittenDataset:
     written = gqa(folder)
-    questions = gqa_questions(some_scenes())
+    questions = gqa_questions(sample_scenes())
     write(folder / "list.json", [{"question_id": key, **question} for key, question in questions.items()])
-    return Written("gqa", folder / "list.json", written.image_dir, ("vqa",), written.n_records)
+    return WrittenDataset("gqa", folder / "list.json", written.image_dir, ("vqa",), written.n_records)
 
 
-def textvqa(folder: Path) -> Written:
-    scenes = some_scenes()
+def textvqa(folder: Path) -> WrittenDataset:
+    scenes = sample_scenes()
     data = [
         {
             "question_id": 34602 + i,
@@ -255,14 +255,14 @@ def textvqa(folder: Path) -> Written:
         }
         for i, scene in enumerate(scenes)
     ]
-    about = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
-    file = write(folder / "TextVQA_0.5.1_val.json", {**about, "data": data})
+    header = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
+    file = write(folder / "TextVQA_0.5.1_val.json", {**header, "data": data})
     images = save(scenes, folder / "images", lambda n: f"{n:016x}.jpg")
-    return Written("textvqa", file, images, ("vqa",), {"vqa": N_SCENES})
+    return WrittenDataset("textvqa", file, images, ("vqa",), {"vqa": N_SCENES})
 
 
-def flickr30k_csv(folder: Path) -> Written:
-    scenes = some_scenes()
+def flickr30k_csv(folder: Path) -> WrittenDataset:
+    scenes = sample_scenes()
     rows = [
         [json.dumps(s.captions), json.dumps([2 * i, 2 * i + 1]), "test", f"{100 + i}.jpg", i]
         for i, s in enumerate(scenes)
@@ -272,16 +272,16 @@ def flickr30k_csv(folder: Path) -> Written:
     )
     images = save(scenes, folder / "flickr30k-images", lambda n: f"{n}.jpg")
     tasks = ("caption", "retrieval")
-    return Written("flickr30k", file, images, tasks, dict.fromkeys(tasks, N_SCENES))
+    return WrittenDataset("flickr30k", file, images, tasks, dict.fromkeys(tasks, N_SCENES))
 
 
-def flickr30k_json(folder: Path) -> Written:
-    scenes = some_scenes()
+def flickr30k_json(folder: Path) -> WrittenDataset:
+    scenes = sample_scenes()
     images = [karpathy_image(i, s, f"{100 + i}.jpg") for i, s in enumerate(scenes)]
     file = write(folder / "dataset_flickr30k.json", {"dataset": "flickr30k", "images": images})
     pictures = save(scenes, folder / "flickr30k-images", lambda n: f"{n}.jpg")
     tasks = ("caption", "retrieval")
-    return Written("flickr30k", file, pictures, tasks, dict.fromkeys(tasks, N_SCENES))
+    return WrittenDataset("flickr30k", file, pictures, tasks, dict.fromkeys(tasks, N_SCENES))
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
@@ -309,28 +309,28 @@ def own_rows(scenes: Sequence[shapes.Scene]) -> list[dict[str, Any]]:
     return rows
 
 
-def own_csv(folder: Path) -> Written:
+def own_csv(folder: Path) -> WrittenDataset:
     """A folder that holds everything."""
-    scenes = some_scenes()
+    scenes = sample_scenes()
     rows = own_rows(scenes)
     cells = [[v if isinstance(v, str) else json.dumps(v) for v in row.values()] for row in rows]
     write_csv(folder / "records.csv", list(rows[0]), cells)
     save(scenes, folder, lambda n: f"pictures/{n}.jpg")
     tasks = ("vqa", "ocr", "caption", "retrieval")
-    return Written(str(folder), None, None, tasks, dict.fromkeys(tasks, N_SCENES))
+    return WrittenDataset(str(folder), None, None, tasks, dict.fromkeys(tasks, N_SCENES))
 
 
-def own_jsonl(folder: Path) -> Written:
-    scenes = some_scenes()
+def own_jsonl(folder: Path) -> WrittenDataset:
+    scenes = sample_scenes()
     file = folder / "records.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(map(json.dumps, own_rows(scenes))) + "\n", encoding="utf-8")
     save(scenes, folder / "images", lambda n: f"pictures/{n}.jpg")
     tasks = ("vqa", "ocr", "caption", "retrieval")
-    return Written(str(file), None, folder / "images", tasks, dict.fromkeys(tasks, N_SCENES))
+    return WrittenDataset(str(file), None, folder / "images", tasks, dict.fromkeys(tasks, N_SCENES))
 
 
-FORMATS: dict[str, Callable[[Path], Written]] = {
+FORMATS: dict[str, Callable[[Path], WrittenDataset]] = {
     f.__name__: f
     for f in (
         hones,
@@ -349,7 +349,7 @@ FORMATS: dict[str, Callable[[Path], Written]] = {
         own_jsonl,
     )
 }
-TASKS_OF = {
+TASKS_BY_FORMAT = {
     "hones": ("vqa", "ocr", "caption", "retrieval"),
     "hones_path": ("vqa", "ocr", "caption", "retrieval"),
     "coco_unified": ("vqa", "ocr", "caption", "retrieval"),

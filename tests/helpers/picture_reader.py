@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from hones_lens.data.drawing import LETTERS, glyph
-from hones_lens.data.shapes import NAMES
+from hones_lens.data.shapes import THING_NAMES
 
 ROWS, COLUMNS = ("top", "center", "bottom"), ("left", "middle", "right")
 _BOX, _INK = (30, 60, 255), (245, 245, 245)
@@ -83,7 +83,7 @@ def answer_from_picture(question: str, picture: Picture) -> str:
     match = re.fullmatch(r"what is the (\w+) (\w+) called\?", question)
     assert match, question
     one = _only([t for t in things if t.color == match[1] and match[2] in ("one", t.shape)])
-    return NAMES[one.color, one.shape]
+    return THING_NAMES[one.color, one.shape]
 
 
 def _thing(pixels: np.ndarray, mask: np.ndarray, row: str, column: str) -> Seen:

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from hones_lens.data import (
     ATTRIBUTES,
-    SIZE,
-    Dice,
+    IMAGE_SIZE,
     Example,
     Scene,
-    ask,
-    changed,
+    SeededRandom,
+    counterfactual_scenes,
     questions,
+    random_image_size,
+    random_question,
     random_scene,
-    random_size,
 )
 from hones_lens.model import AttentionContext, HookedVLM, VLMInputs
 from hones_lens.tasks import load_task
@@ -64,7 +64,7 @@ class Turn(NamedTuple):
 
 def conversation(
     scene: Scene,
-    dice: Dice,
+    rng: SeededRandom,
     naming: bool = True,
     ocr_share: float = 0.5,
     dwell: str | None = "column",
@@ -73,7 +73,7 @@ def conversation(
 
     Args:
         scene: What is shown.
-        dice: Draws them.
+        rng: Draws them.
         naming: Not the first part of training: names are among the VQA pairs, and the captions to judge
             are all of the whole scene.
         ocr_share: How probable it is that the word is asked for.
@@ -84,41 +84,41 @@ def conversation(
     kinds = sorted({q.kind for q in questions(scene)} - ({"name"} if not naming else set()))
     turns = []
     asked_first = [k for k in kinds if k == dwell]
-    drawn = dice.shuffled([k for k in kinds if k != dwell])
+    drawn = rng.shuffled([k for k in kinds if k != dwell])
     for kind in (asked_first + drawn)[:_VQA_PAIRS]:
-        asked = ask(dice, scene, kind)
+        asked = random_question(rng, scene, kind)
         prompt = vqa.prompts(Example("", scene, question=asked.text))[0]
         turns.append(Turn(kind, prompt, asked.answer))
-    if dice.chance(ocr_share):
+    if rng.bernoulli(ocr_share):
         turns.append(Turn("ocr", ocr.prompts(Example("", scene))[0], scene.word))
-    if dice.chance(0.5):
+    if rng.bernoulli(0.5):
         turns.append(Turn("caption", caption.prompts(Example("", scene))[0], scene.captions[0]))
-    for candidate, true in _candidates(scene, dice, naming, dwell):
+    for candidate, true in _candidates(scene, rng, naming, dwell):
         prompt = retrieval.prompts(Example("", scene, candidates=(candidate,)))[0]
         turns.append(Turn("retrieval", prompt, "Yes" if true else "No"))
     return turns
 
 
-def _candidates(scene: Scene, dice: Dice, naming: bool, dwell: str | None) -> list[tuple[str, bool]]:
+def _candidates(scene: Scene, rng: SeededRandom, naming: bool, dwell: str | None) -> list[tuple[str, bool]]:
     """Four captions and whether they are true; in the first part two are of one thing alone (easier)."""
-    parts = [replace(scene, things=(dice.pick(scene.things),)) for _ in range(0 if naming else 2)]
+    parts = [replace(scene, things=(rng.choice(scene.things),)) for _ in range(0 if naming else 2)]
     scenes = [*parts, *[scene] * (4 - len(parts))]
     out = []
     for whole in scenes:
-        false = None if dice.chance(0.5) else _false_caption(scene, whole, dice, dwell)
+        false = None if rng.bernoulli(0.5) else _false_caption(scene, whole, rng, dwell)
         out.append((whole.captions[0] if false is None else false, false is None))
     return out
 
 
-def _false_caption(scene: Scene, part: Scene, dice: Dice, dwell: str | None) -> str:
+def _false_caption(scene: Scene, part: Scene, rng: SeededRandom, dwell: str | None) -> str:
     """The caption of `part` with one attribute changed (mostly what is dwelt on), or at times two."""
     while True:
-        if dwell is not None and dice.chance(_DWELL):
-            other = dice.pick(_changed_there(part, dwell))
+        if dwell is not None and rng.bernoulli(_DWELL):
+            other = rng.choice(_changed_there(part, dwell))
         else:
-            other = dice.pick(changed(part, (dice.pick(ATTRIBUTES),)))
-        if dice.chance(0.2):
-            other = dice.pick(changed(other))
+            other = rng.choice(counterfactual_scenes(part, (rng.choice(ATTRIBUTES),)))
+        if rng.bernoulli(0.2):
+            other = rng.choice(counterfactual_scenes(other))
         if other.captions[0] not in (*scene.captions, *(t.phrase for t in scene.things)):
             return other.captions[0]
 
@@ -126,9 +126,9 @@ def _false_caption(scene: Scene, part: Scene, dice: Dice, dwell: str | None) -> 
 def _changed_there(scene: Scene, dwell: str) -> list[Scene]:
     """The scenes with one thing of another shape, or one thing in another column of its row."""
     if dwell != "column":
-        return changed(scene, (dwell,))
+        return counterfactual_scenes(scene, (dwell,))
     rows = [thing.row for thing in scene.things]
-    return [s for s in changed(scene, ("where",)) if [thing.row for thing in s.things] == rows]
+    return [s for s in counterfactual_scenes(scene, ("where",)) if [thing.row for thing in s.things] == rows]
 
 
 def training_scenes(
@@ -136,8 +136,8 @@ def training_scenes(
     step: int,
     count: int,
     split: str = "train",
-    sides: Sequence[int] = SIZE[:1],
-) -> list[tuple[Scene, Dice]]:
+    sides: Sequence[int] = IMAGE_SIZE[:1],
+) -> list[tuple[Scene, SeededRandom]]:
     """The scenes of one step, a function of (seed, step) alone so that a resumed run repeats it.
 
     Args:
@@ -145,24 +145,24 @@ def training_scenes(
         sides: Widths and heights to draw from; half the steps show the first alone. All pictures of
             one step have one size.
     """
-    size = SIZE
-    sizes = Dice("train-tiny", seed, step, "size")
-    if len(sides) > 1 and sizes.chance(0.5):
-        size = random_size(sizes, sides)
-    dice = [Dice("train-tiny", seed, step, i) for i in range(count)]
-    return [(random_scene(d, split, size), d) for d in dice]
+    size = IMAGE_SIZE
+    sizes = SeededRandom("train-tiny", seed, step, "size")
+    if len(sides) > 1 and sizes.bernoulli(0.5):
+        size = random_image_size(sizes, sides)
+    generators = [SeededRandom("train-tiny", seed, step, i) for i in range(count)]
+    return [(random_scene(rng, split, size), rng) for rng in generators]
 
 
 def pack(
     model: HookedVLM,
-    scenes: list[tuple[Scene, Dice]],
+    scenes: list[tuple[Scene, SeededRandom]],
     naming: bool = True,
     ocr_share: float = 0.5,
     dwell: str | None = "column",
 ) -> PackedBatch:
     """Tokenize one step's scenes and pack each one's turns (see `conversation`) behind its image."""
     pixels, counts = model.process_images([scene.load() for scene, _ in scenes])
-    talks = [conversation(scene, dice, naming, ocr_share, dwell) for scene, dice in scenes]
+    talks = [conversation(scene, rng, naming, ocr_share, dwell) for scene, rng in scenes]
     rows = [_tokenize(model, turns, count) for turns, count in zip(talks, counts, strict=True)]
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), model.cfg.pad_token_id)

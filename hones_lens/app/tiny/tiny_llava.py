@@ -13,11 +13,11 @@ from transformers import (
 
 from hones_lens.app.tiny.tiny_tokenizer import build_llava_tokenizer
 from hones_lens.app.tiny.train_tiny import Recipe
-from hones_lens.data import SIZE
+from hones_lens.data import IMAGE_SIZE
 
 RECIPE = Recipe(steps=5000, naming_steps=1500, frozen_steps=1500, neuron_price=4e-3)
 DATASETS = ("shapes",)  # what the card measures it on
-TRAINING_SIDES = SIZE[:1]
+TRAINING_SIDES = IMAGE_SIZE[:1]
 _IMAGE_TOKENS = 64
 _N_CTX = 1024
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

@@ -6,14 +6,14 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from hones_lens.app.tiny.tiny_tokenizer import build_qwen_tokenizer
 from hones_lens.app.tiny.train_tiny import Recipe
-from hones_lens.data import SIDES
+from hones_lens.data import IMAGE_SIDES
 from hones_lens.model import QwenProcessor
 
 RECIPE = Recipe(
     steps=4200, naming_steps=2500, frozen_steps=300, shape_steps=3600, ocr_share=1.0, one_size_steps=2000
 )
 DATASETS = ("shapes", "shapes-varied")  # what the card measures it on
-TRAINING_SIDES = SIDES
+TRAINING_SIDES = IMAGE_SIDES
 _N_CTX = 1024
 _MEAN, _STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import LlamaTokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hones_lens.data import COLORS, NAMES, NUMBERS, SHAPES
+from hones_lens.data import COLORS, NUMBER_WORDS, SHAPES, THING_NAMES
 
 SPACE = "▁"
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
@@ -71,7 +71,7 @@ def _right_to_left(word: str) -> list[tuple[str, str]]:
 
 def _merges() -> list[tuple[str, str]]:
     """Merges in rank order; roles grow from their colon, so they never touch the boxed words."""
-    words = [*_WORDS.split(), *COLORS, *SHAPES, *NUMBERS, *NAMES.values()]
+    words = [*_WORDS.split(), *COLORS, *SHAPES, *NUMBER_WORDS, *THING_NAMES.values()]
     out = [pair for role in ("USER:", "ASSISTANT:") for pair in _right_to_left(role)]
     out += [(SPACE, "USER:"), (SPACE, "ASSISTANT:")]
     out += [pair for word in _LINE_STARTS for pair in _left_to_right(word)]
@@ -120,7 +120,7 @@ def _byte_merges(words: Iterable[str]) -> list[tuple[str, str]]:
 def build_qwen_tokenizer(model_max_length: int) -> Qwen2Tokenizer:
     """Make tiny-qwen2.5-vl's byte-level tokenizer, with the chat template of Qwen2.5-VL."""
     words = [*_LINE_STARTS, *_WORDS.split(), *"system user assistant You are helpful".split()]
-    words += [*COLORS, *SHAPES, *NUMBERS, *NAMES.values()]
+    words += [*COLORS, *SHAPES, *NUMBER_WORDS, *THING_NAMES.values()]
     merges: Any = _byte_merges(words)
     pieces = [*bytes_to_unicode().values(), *(left + right for left, right in merges), *QWEN_SPECIAL]
     tokenizer = Qwen2Tokenizer(

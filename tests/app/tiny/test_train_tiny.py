@@ -59,7 +59,7 @@ def test_another_recipe_is_refused(tmp_path):
 def test_pictures_have_one_size_at_first(tmp_path, monkeypatch):
     drawn, draw = [], tiny_data.training_scenes
 
-    def watched(seed, step, count, split="train", sides=shapes.SIZE[:1]):
+    def watched(seed, step, count, split="train", sides=shapes.IMAGE_SIZE[:1]):
         if split == "train":
             drawn.append(tuple(sides))
         return draw(seed, step, count, split, sides)
@@ -120,17 +120,17 @@ def test_the_second_part_leaves_what_sees_as_it_was_while_it_is_frozen(tmp_path,
 
 def test_the_first_part_asks_for_no_names():
     for step in range(30):
-        for scene, dice in tiny_data.training_scenes(0, step, 4):
-            assert "name" not in {t.kind for t in tiny_data.conversation(scene, dice, naming=False)}
+        for scene, rng in tiny_data.training_scenes(0, step, 4):
+            assert "name" not in {t.kind for t in tiny_data.conversation(scene, rng, naming=False)}
 
 
 @pytest.mark.parametrize("naming", [False, True])
 def test_captions_to_judge_are_true_or_false_as_said(naming):
     verdicts, parts = [], 0
     for step in range(40):
-        for scene, dice in tiny_data.training_scenes(0, step, 4):
+        for scene, rng in tiny_data.training_scenes(0, step, 4):
             true = {*scene.captions, *(thing.phrase for thing in scene.things)}
-            turns = tiny_data.conversation(scene, dice, naming)
+            turns = tiny_data.conversation(scene, rng, naming)
             turns = [t for t in turns if t.kind == "retrieval"]
             assert len(turns) == 4
             for turn in turns:
@@ -146,8 +146,8 @@ def test_most_false_captions_of_the_second_part_move_a_thing_within_its_row():
     """The column is the last word of a phrase: put another there and all else must agree."""
     sideways = total = 0
     for step in range(60):
-        for scene, dice in tiny_data.training_scenes(0, step, 4):
-            for turn in tiny_data.conversation(scene, dice):
+        for scene, rng in tiny_data.training_scenes(0, step, 4):
+            for turn in tiny_data.conversation(scene, rng):
                 if turn.kind == "retrieval" and turn.answer == "No":
                     said = turn.prompt.splitlines()[0].removeprefix("Candidate: ").split(" and ")
                     shown = scene.captions[0].split(" and ")
@@ -161,7 +161,7 @@ def test_the_share_of_pictures_whose_word_is_asked_for():
     for share, wanted in ((0.0, 0), (1.0, 40)):
         scenes = [pair for step in range(10) for pair in tiny_data.training_scenes(0, step, 4)]
         kinds = [
-            [turn.kind for turn in tiny_data.conversation(scene, dice, True, share)] for scene, dice in scenes
+            [turn.kind for turn in tiny_data.conversation(scene, rng, True, share)] for scene, rng in scenes
         ]
         assert sum("ocr" in asked for asked in kinds) == wanted
 
@@ -181,8 +181,8 @@ def test_a_packed_row_gives_the_logits_of_ordinary_prompts(family):
     row = 0
     with torch.no_grad():
         packed = tiny_data.answer_logits(model, tiny_data.pack(model, drawn))
-        for scene, dice in tiny_data.training_scenes(0, steps[0], 2, sides=family.TRAINING_SIDES):
-            for turn in tiny_data.conversation(scene, dice):
+        for scene, rng in tiny_data.training_scenes(0, steps[0], 2, sides=family.TRAINING_SIDES):
+            for turn in tiny_data.conversation(scene, rng):
                 inputs = model.prepare(scene.load(), turn.prompt, answers=turn.answer)
                 said = int(inputs.answer_mask.sum()) + 1  # and the end of the answer
                 logits = hf_model(**inputs.to_hf()).logits[0, -said:]
@@ -194,11 +194,11 @@ def test_a_packed_row_gives_the_logits_of_ordinary_prompts(family):
 def test_the_third_part_dwells_on_shapes():
     asked = possible = other_shape = false = 0
     for step in range(60):
-        for scene, dice in tiny_data.training_scenes(1, step, 4):
+        for scene, rng in tiny_data.training_scenes(1, step, 4):
             possible += any(q.kind == "shape" for q in shapes.questions(scene))
             things = [f"{t.size} {t.color}" for t in sorted(scene.things, key=lambda t: (t.row, t.col))]
             places = [f"{t.row} {t.col}" for t in sorted(scene.things, key=lambda t: (t.row, t.col))]
-            for turn in tiny_data.conversation(scene, dice, dwell="shape"):
+            for turn in tiny_data.conversation(scene, rng, dwell="shape"):
                 asked += turn.kind == "shape"
                 if turn.kind == "retrieval" and turn.answer == "No":
                     said = [

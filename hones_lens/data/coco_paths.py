@@ -1,4 +1,4 @@
-"""Where a picture of COCO may lie: users keep the sets of 2014 and 2017, in one folder or in several."""
+"""Possible paths of a COCO image: users keep the sets of 2014 or 2017, in one folder or in several."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 _NAME = re.compile(r"COCO_(?P<subset>[a-z]+2014|[a-z]+2015)_(?P<number>\d{12}\.jpg)")
 
 
-def coco_places(file_name: str) -> tuple[str, ...]:
-    """Places below the image folder, tried in order.
+def coco_image_paths(file_name: str) -> tuple[str, ...]:
+    """Paths relative to the image folder, to be tried in this order.
 
     `COCO_val2014_000000000042.jpg` is looked for under that name, in the folder `val2014`, and under its
     name of 2017, `000000000042.jpg`. Any other name is taken as it is.
@@ -17,5 +17,5 @@ def coco_places(file_name: str) -> tuple[str, ...]:
     if match is None:
         return (file_name,)
     name = match[0]
-    places = (file_name, name, f"{match['subset']}/{name}", match["number"])
-    return tuple(dict.fromkeys(places))
+    paths = (file_name, name, f"{match['subset']}/{name}", match["number"])
+    return tuple(dict.fromkeys(paths))
