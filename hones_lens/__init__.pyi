@@ -20,7 +20,12 @@ from .data import (
     counterfactual_pairs as counterfactual_pairs,
     load_examples as load_examples,
 )
-from .engine import Evaluation as Evaluation, evaluate as evaluate, logits_under as logits_under
+from .engine import (
+    Evaluation as Evaluation,
+    SweepOptions as SweepOptions,
+    evaluate as evaluate,
+    logits_under as logits_under,
+)
 from .hones import (
     HeadScores as HeadScores,
     MaskingResult as MaskingResult,

@@ -14,9 +14,10 @@ from transformers import (
 )
 
 import hones_lens as hl
+from hones_lens import engine
 from hones_lens.app.runs.folder import weights_hash
 from hones_lens.app.tiny import tiny_llava, tiny_qwen
-from hones_lens.engine import sweep
+from hones_lens.engine import SweepOptions, full_passes
 from hones_lens.hones.masking import masking_curve
 from hones_lens.interventions.hooks import replace_with_other_heads_mean, zero_neurons
 from hones_lens.results.files import ranked
@@ -74,8 +75,8 @@ def test_hugging_face_alone_gives_the_same_answers(model, name, task):
     folder = hl.checkpoint_path(name)
     hf_model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     examples = hl.load_examples("shapes", task, "test", 14)
-    for batch in sweep.prompt_batches(model, load_task(task), examples, 7):
-        ours = sweep.predict(model, load_task(task), batch)
+    for batch in engine.prompt_batches(model, load_task(task), examples, 7):
+        ours = full_passes.predict(model, load_task(task), batch)
         for said, example in zip(ours, batch.examples, strict=True):
             inputs = HF_INPUTS[name](folder, example.image, load_task(task).prompts(example)[0])
             tokens = hf_model.generate(**inputs, do_sample=False, max_new_tokens=24)
@@ -108,7 +109,9 @@ def test_the_effects_of_the_card_are_measured_ones(model, name):
     neurons = torch.tensor(effects["neurons"]["vqa"], dtype=torch.float64)
     picked = [(c.layer, c.index) for c in ranked(neurons, 4)] + [(0, 17), (1, 200), (2, 5), (3, 383)]
     arms = [[], [replace_with_other_heads_mean(1, 3)], *(zero_neurons([neuron]) for neuron in picked)]
-    base, *under = torch.tensor(sweep.measure_log_probs(model, task, examples, arms, progress=False)).double()
+    base, *under = torch.tensor(
+        engine.measure_log_probs(model, task, examples, arms, SweepOptions(progress=False))
+    ).double()
     falls = [float((base - arm).mean()) for arm in under]
     assert falls[0] == pytest.approx(effects["heads"]["vqa"][1][3], abs=2e-4)
     assert falls[1:] == pytest.approx([float(neurons[neuron]) for neuron in picked], abs=2e-4)

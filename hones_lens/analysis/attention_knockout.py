@@ -10,17 +10,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hones_lens.analysis.patching.metrics import Metric, as_metric, log_prob
 from hones_lens.analysis.patching.pairs import PatchPairs, logits_at_end
 from hones_lens.data import Example
-from hones_lens.engine import Sweep, answer_batches, as_task, check_examples, logits_under, prompt_batches
+from hones_lens.engine import (
+    Sweep,
+    SweepKeywords,
+    SweepOptions,
+    answer_batches,
+    as_task,
+    check_examples,
+    logits_under,
+    prompt_batches,
+)
 from hones_lens.interventions import Group, Hook, block_attention, group_name, token_mask
 from hones_lens.model import HookedVLM, VLMInputs
 from hones_lens.results import Labelled, bootstrap_interval, mean_over_pairs, resampled
@@ -101,12 +111,11 @@ def attention_knockout(
     task: str | Task | None = None,
     window: int = 5,
     metric: str | Metric = "probability",
-    batch_size: int = 32,
     draws: int = 2000,
     level: float = 0.95,
     seed: int = 0,
-    progress: bool = True,
-    memory_budget: float | None = None,
+    options: SweepOptions | None = None,
+    **sweep: Unpack[SweepKeywords],
 ) -> Labelled:
     """What is lost when target positions can't see source positions, in a window of layers around each.
 
@@ -126,11 +135,9 @@ def attention_knockout(
             Σ p cut / Σ p clean − 1. A patching metric (`log_prob`, `logit_diff`, `kl`, or a function):
             mean change. `task`: change of the task's own metric on what is generated; new tokens are in the
             groups that the prompt's last token is in.
-        batch_size: Rows at a time.
         draws, level, seed: Of the paired bootstrap over examples; without draws, or with one
             example, there is none.
-        progress: Show a progress bar.
-        memory_budget: GB for activations; default: a share of what is free.
+        options, sweep: How it runs: `batch_size`, `progress`, `memory_budget`, `tally` of `SweepOptions`.
 
     Returns:
         Labelled: layer (centre of the window), edge.
@@ -140,24 +147,11 @@ def attention_knockout(
             data and task that don't fit.
         FloatingPointError: Logits that are not finite.
     """
-    plan = _plan(model, edges, window)
+    options, plan = SweepOptions.of(options, sweep, unused=("journal",)), _plan(model, edges, window)
     if metric == "task":
-        return _of_task(
-            model, _examples(data, task), plan, batch_size, progress, memory_budget, (draws, level, seed)
-        )
+        return _of_task(model, _examples(data, task), plan, options, (draws, level, seed))
     measure = log_prob if metric == "probability" else as_metric(metric)
-    clean, cut = [], []
-    rows = len(data)
-    with tqdm(total=rows * plan.n_arms, desc="knockout", disable=not progress, unit="cell") as bar:
-        for pairs, masks in _batches(model, data, task, plan.edges, batch_size):
-            was, arms = logits_at_end(model, pairs.clean), plan.arms(pairs.clean, masks)
-            found = torch.zeros(plan.n_arms, len(pairs))
-            for i, logits in logits_under(model, pairs.clean, arms, memory_budget=memory_budget):
-                found[i] = measure(logits[:, -1], pairs, was).cpu()
-                bar.update(len(pairs))
-            clean.append(measure(was, pairs, was).cpu())
-            cut.append(found)
-    before, after = torch.cat(clean).double(), torch.cat(cut, dim=1).double().T
+    before, after = _measured(model, data, task, plan, measure, options)
     if metric == "probability":
         what = "relative change of the right answer's probability when the target can't see the source"
         before, after = before.exp(), after.exp()
@@ -167,6 +161,31 @@ def attention_knockout(
         about = mean_over_pairs(after - before[:, None], draws, level, seed)
     base = f"mean {_name(metric)} with nothing cut: {float(before.mean()):.4g}"
     return plan.result(what, about, len(before), (base,))
+
+
+def _measured(
+    model: HookedVLM,
+    data: PatchPairs | VLMInputs | Sequence[Example],
+    task: str | Task | None,
+    plan: _Plan,
+    metric: Metric,
+    options: SweepOptions,
+) -> tuple[Float[Tensor, " row"], Float[Tensor, "row arm"]]:
+    """The metric of every row with nothing cut, and under each arm."""
+    clean: list[Tensor] = []
+    cut: list[Tensor] = []
+    budget = {"memory_budget": options.memory_budget, "tally": options.tally}
+    total = len(data) * plan.n_arms
+    with tqdm(total=total, desc="knockout", disable=not options.progress, unit="cell") as bar:
+        for pairs, masks in _batches(model, data, task, plan.edges, options.batch_size):
+            was, arms = logits_at_end(model, pairs.clean), plan.arms(pairs.clean, masks)
+            found = torch.zeros(plan.n_arms, len(pairs))
+            for i, logits in logits_under(model, pairs.clean, arms, **budget):
+                found[i] = metric(logits[:, -1], pairs, was).cpu()
+                bar.update(len(pairs))
+            clean.append(metric(was, pairs, was).cpu())
+            cut.append(found)
+    return torch.cat(clean).double(), torch.cat(cut, dim=1).double().T
 
 
 def _name(metric: str | Metric) -> str:
@@ -201,8 +220,9 @@ def _examples(data: object, task: str | Task | None) -> tuple[Task, Sequence[Exa
     if task is None or isinstance(data, (PatchPairs, VLMInputs)):
         raise ValueError("give examples with their task=, or pairs or prepared inputs without")
     assert isinstance(data, Sequence)
-    check_examples(as_task(task), data)
-    return as_task(task), data
+    known = as_task(task)
+    check_examples(known, data)
+    return known, data
 
 
 def _batches(
@@ -249,20 +269,18 @@ def _of_task(
     model: HookedVLM,
     asked: tuple[Task, Sequence[Example]],
     plan: _Plan,
-    batch_size: int,
-    progress: bool,
-    memory_budget: float | None,
+    options: SweepOptions,
     draws: tuple[int, float, int],
 ) -> Labelled:
     """Change of a task's metric on what is generated."""
     task, examples = asked
     found: list[list[np.ndarray]] = [[] for _ in range(plan.n_arms + 1)]
     total = len(examples) * (plan.n_arms + 1)
-    with tqdm(total=total, desc=f"knockout · {task.name}", disable=not progress, unit="cell") as bar:
-        for batch in prompt_batches(model, task, examples, batch_size):
+    with tqdm(total=total, desc=f"knockout · {task.name}", disable=not options.progress, unit="cell") as bar:
+        for batch in prompt_batches(model, task, examples, options.batch_size):
             arms = [[], *plan.arms(batch.inputs, _masks(batch.inputs, plan.edges))]
-            engine = Sweep(model, arms, memory_budget, tick=bar.update)
-            for mine, said in zip(found, engine.predictions(task, batch), strict=True):
+            sweep = Sweep(model, arms, options, bar.update)
+            for mine, said in zip(found, sweep.predictions(task, batch), strict=True):
                 mine += [task.statistics(*given) for given in zip(said, batch.examples, strict=True)]
     clean, *cut = (np.array(each) for each in found)
     metric = [float(task.metric(arm.sum(0))) for arm in (clean, *cut)]

@@ -1,20 +1,26 @@
-from .evaluation import Evaluation as Evaluation, evaluate as evaluate
-from .forks import Segment as Segment, Step as Step, stacked as stacked, steps_of as steps_of
-from .memory import Budget as Budget, free_bytes as free_bytes
-from .speculation import Tally as Tally
-from .sweep import (
-    MAX_NEW_TOKENS as MAX_NEW_TOKENS,
+from .arms import stacked as stacked
+from .batches import (
     Batch as Batch,
-    Outcome as Outcome,
-    Prediction as Prediction,
-    Sweep as Sweep,
     answer_batches as answer_batches,
     as_task as as_task,
-    behind_shared_prefix as behind_shared_prefix,
     check_examples as check_examples,
-    logits_under as logits_under,
-    measure as measure,
-    measure_log_probs as measure_log_probs,
-    naming as naming,
     prompt_batches as prompt_batches,
 )
+from .evaluation import Evaluation as Evaluation, evaluate as evaluate
+from .forks import Step as Step, steps_of as steps_of
+from .full_passes import MAX_NEW_TOKENS as MAX_NEW_TOKENS, Prediction as Prediction, naming as naming
+from .measurement import (
+    Outcome as Outcome,
+    measure as measure,
+    measure_log_probs as measure_log_probs,
+)
+from .memory import Budget as Budget, free_bytes as free_bytes
+from .options import (
+    BatchKeywords as BatchKeywords,
+    SweepKeywords as SweepKeywords,
+    SweepOptions as SweepOptions,
+    split_keywords as split_keywords,
+)
+from .segments import Segment as Segment, behind_shared_prefix as behind_shared_prefix
+from .speculation import Tally as Tally
+from .sweep import Sweep as Sweep, logits_under as logits_under

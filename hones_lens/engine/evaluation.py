@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
 
 from hones_lens.data import Example
-from hones_lens.engine import sweep
+from hones_lens.engine.batches import as_task, check_examples
+from hones_lens.engine.measurement import measure
+from hones_lens.engine.options import SweepKeywords, SweepOptions
 from hones_lens.model import HookedVLM
 from hones_lens.results import Interval, Result, metric_interval
 from hones_lens.tasks import Task
@@ -81,20 +83,24 @@ def evaluate(
     task: str | Task,
     examples: Sequence[Example],
     *,
-    batch_size: int = 32,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
+    options: SweepOptions | None = None,
+    **sweep: Unpack[SweepKeywords],
 ) -> Evaluation:
     """Measure a model on a task.
+
+    Args:
+        model: The model.
+        task: A task or its name.
+        examples: What to measure it on.
+        options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Raises:
         ValueError: No examples, or one that lacks what the task reads.
         FloatingPointError: Logits that are not finite; names the examples.
     """
-    task = sweep.as_task(task)
-    sweep.check_examples(task, examples)
-    options = {"batch_size": batch_size, "progress": progress, "journal": journal}
-    arm = sweep.measure(model, task, examples, [[]], label="evaluate", **options)[0]
+    options, task = SweepOptions.of(options, sweep), as_task(task)
+    check_examples(task, examples)
+    (arm,) = measure(model, task, examples, [[]], options, label="evaluate")
     statistics = np.array(arm.statistics)
     kinds = dict.fromkeys(example.kind for example in examples)
     rows = {kind: [i for i, e in enumerate(examples) if e.kind == kind] for kind in kinds}

@@ -6,7 +6,7 @@ lowest hook is there become rows of one batch, which starts from what the clean 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,184 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from hones_lens.engine.arms import Arm, Place, place_of, stacked
+from hones_lens.engine.segments import Segment
 from hones_lens.interventions import HeadEdit, Hook, Scale
 from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, attention_mask, rotate
-
-# From where in a block a fork can start, by the lowest hook that it has there.
-_BLOCK, _Z, _MID, _POST = range(4)
-_START = {"attn.hook_z": _Z, "hook_attn_out": _MID, "hook_resid_mid": _MID, "ln2": _MID, "mlp": _MID}
-_START |= {"mlp.hook_post": _POST, "hook_mlp_out": _POST, "hook_resid_post": _POST}
-_OF_TOKEN_PAIRS = ("attn.hook_attn_scores", "attn.hook_pattern")
-
-
-class Arm:
-    """One intervention: the hooks that make it; none at all is the clean model.
-
-    Attributes:
-        hooks: From the lowest layer upwards.
-        start: Layer and place of the lowest one; None where a hook is not in a decoder block.
-    """
-
-    def __init__(self, hooks: Sequence[Hook] = ()):
-        places = [_place(name) for name, _ in hooks]
-        self._places = sorted(place for place in places if place is not None)
-        self.start, self.hooks = None, tuple(hooks)
-        if hooks and len(self._places) == len(hooks):
-            self.start = self._places[0]
-            self.hooks = tuple(sorted(hooks, key=lambda hook: _place(hook[0]) or (0, 0)))
-
-    @property
-    def sees_tokens_alone(self) -> bool:
-        """Whether no hook is on pairs of tokens, so that the tokens may come in portions."""
-        return not any(name.endswith(_OF_TOKEN_PAIRS) for name, _ in self.hooks)
-
-    @property
-    def shortcut(self) -> HeadEdit | Scale | None:
-        """What the lowest hook changes, where only the difference has to be computed there."""
-        if self.start is None:
-            return None
-        if any(layer == self.start[0] for layer, _ in self._places[1:]):
-            return None
-        name, first = self.hooks[0]
-        if isinstance(first, HeadEdit):
-            return None if first.only is None or first.late else first
-        if isinstance(first, Scale) and name.endswith("mlp.hook_post") and first.axis in (-1, 2):
-            return first
-        return None
-
-    def late(self) -> Arm | None:
-        """For an arm that changes a head from the end of the prompt on: the same at all positions."""
-        if len(self.hooks) != 1:
-            return None
-        name, edit = self.hooks[0]
-        if isinstance(edit, HeadEdit) and edit.late and edit.only is not None:
-            return Arm([(name, replace(edit, late=False))])
-        return None
-
-    @property
-    def group(self) -> tuple:
-        """Arms of one group can be rows of one batch."""
-        edit = self.shortcut
-        return (self.start, type(edit), edit.alone if isinstance(edit, HeadEdit) else None)
-
-    def __str__(self) -> str:
-        return ", ".join(str(fn) if isinstance(fn, (HeadEdit, Scale)) else name for name, fn in self.hooks)
-
-
-def _place(name: object) -> tuple[int, int] | None:
-    if not isinstance(name, str) or not name.startswith("blocks."):
-        return None
-    _, layer, rest = name.split(".", 2)
-    return int(layer), _START.get(rest, _START.get(rest.split(".")[0], _BLOCK))
-
-
-def stacked(parts: Sequence[tuple[int, Sequence[Hook]]]) -> list[Hook]:
-    """Hooks for a batch whose rows belong to several interventions.
-
-    Args:
-        parts: How many rows in turn belong to an intervention, and its hooks.
-    """
-    counts = [count for count, _ in parts]
-    by_name: dict[str, list[list[Callable]]] = {}
-    for i, (_, hooks) in enumerate(parts):
-        for name, fn in hooks:
-            by_name.setdefault(name, [[] for _ in parts])[i].append(fn)
-
-    def dispatch(each: list[list[Callable]]) -> Callable:
-        def to_own_rows(x: Tensor, hook: HookPoint) -> Tensor:
-            out = []
-            for part, fns in zip(x.split(counts), each, strict=True):
-                for fn in fns:
-                    new = fn(part, hook)
-                    part = part if new is None else new
-                out.append(part)
-            return torch.cat(out)
-
-        firsts = [fns[0] for fns in each if len(fns) == 1]
-        edits = [fn for fn in firsts if isinstance(fn, HeadEdit) and fn.only is not None]
-        if len(edits) < len(each) or len({edit.alone for edit in edits}) > 1:
-            return to_own_rows
-        heads = torch.tensor([edit.only for edit in edits])
-        return replace(edits[0], head=heads.repeat_interleave(torch.tensor(counts)))
-
-    return [(name, dispatch(each)) for name, each in by_name.items()]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Tokens that run through the decoder together.
-
-    Attributes:
-        resid: The stream that enters block 0, [row pos d_model].
-        cos, sin: Rotation of their positions, [row pos d_head].
-        mask: True where query may see key, [row or 1, 1, pos, key]; None: causality is all.
-        keep: At how many of the last positions logits are wanted.
-        prefixed: Whether the first segment, which then has one row, is in front of every row of this one.
-        past: Keys and values of other tokens in front of each row, which no arm changes.
-    """
-
-    resid: Float[Tensor, "row pos d_model"]
-    cos: Float[Tensor, "row pos d_head"]
-    sin: Float[Tensor, "row pos d_head"]
-    mask: Tensor | None
-    keep: int
-    prefixed: bool = False
-    past: KVCache | None = None
-
-    @classmethod
-    def of(cls, model: HookedVLM, inputs: VLMInputs, keep: int) -> Segment:
-        """Whole inputs."""
-        with torch.no_grad():
-            cos, sin = model.rotary(model.positions(inputs), model.cfg.dtype)
-            mask = attention_mask(inputs.attention_mask.bool(), inputs.input_ids.shape[1])
-            return cls(model.embed_inputs(inputs), cos, sin, mask, keep)
-
-    def late(self, past: KVCache) -> Segment:
-        """The positions whose logits are wanted alone, behind the keys and values of those before."""
-        n_keys = past.keys[0].shape[1] + self.keep
-        seen = torch.ones(1, n_keys, dtype=torch.bool, device=self.resid.device)
-        parts = (x[:, x.shape[1] - self.keep :] for x in (self.resid, self.cos, self.sin))
-        return Segment(*parts, mask=attention_mask(seen, self.keep), keep=self.keep, past=past)
-
-    def context(self, times: int, prefix: KVCache | None = None, above: int = -1) -> AttentionContext:
-        """For the rows repeated so many times.
-
-        Args:
-            times: How often.
-            prefix: Where prefixed: with one row for each repetition.
-            above: Of `past`, layers above this one are needed.
-        """
-        rows, mask = len(self.resid), self.mask
-        if mask is not None and len(mask) > 1:
-            mask = mask.repeat(times, 1, 1, 1)
-        cos, sin = self.cos.repeat(times, 1, 1), self.sin.repeat(times, 1, 1)
-        cache = KVCache()
-        if self.prefixed:
-            assert prefix is not None
-            cache = _BehindPrefix(prefix=prefix, rows=rows)
-        if self.past is not None:
-            for mine, theirs in ((cache.keys, self.past.keys), (cache.values, self.past.values)):
-                mine |= {n: x.repeat(times, 1, 1, 1) for n, x in theirs.items() if n > above}
-        return AttentionContext(cos, sin, mask, causal=True, kv_cache=cache)
-
-
-@dataclass
-class _BehindPrefix(KVCache):
-    """Keys and values behind those of a prefix that several rows share; only one layer's are held."""
-
-    prefix: KVCache = field(default_factory=KVCache)
-    rows: int = 1  # behind each row of the prefix
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if layer not in self.keys:
-            self.keys = {layer: self._for_each_row(self.prefix.keys[layer])}
-            self.values = {layer: self._for_each_row(self.prefix.values[layer])}
-        return super().extend(layer, k, v)
-
-    def _for_each_row(self, x: Tensor) -> Tensor:
-        if len(x) == 1:
-            return x.expand(self.rows, *x.shape[1:])  # a view: it is copied once, when `extend` appends to it
-        return x.repeat_interleave(self.rows, dim=0)
 
 
 @dataclass(frozen=True)
@@ -344,8 +170,8 @@ def clean(model: HookedVLM, segment: Segment, step: Step) -> Forked:
 
 
 def _above_attention_of(top: int, name: str) -> bool:
-    place = _place(name)
-    return place is not None and (place[0] < top or place[1] != _BLOCK)
+    place = place_of(name)
+    return place is not None and (place[0] < top or place[1] != Place.BLOCK)
 
 
 def _changed(model: HookedVLM, step: Step, arms: Sequence[Arm], context: AttentionContext) -> Tensor:
@@ -358,12 +184,12 @@ def _changed(model: HookedVLM, step: Step, arms: Sequence[Arm], context: Attenti
     block, times = model.blocks[step.layer], len(arms)
     assert arms[0].start is not None
     place = arms[0].start[1]
-    if place == _BLOCK:
+    if place == Place.BLOCK:
         return block(_repeat(step.before, times), context)
-    if place == _POST:
+    if place == Place.POST:
         return block.leave(_repeat(step.mid, times), block.mlp.write(_repeat(step.neurons, times)))
     wrote = step.attn_out
-    wrote = block.attn.write(_repeat(step.z, times)) if place == _Z else _repeat(wrote, times)
+    wrote = block.attn.write(_repeat(step.z, times)) if place == Place.Z else _repeat(wrote, times)
     return block.after_attention(_repeat(step.before, times), wrote)
 
 

@@ -12,7 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hones_lens.engine.forks import Arm, Forked, Segment, Step, stacked
+from hones_lens.engine.arms import Arm, stacked
+from hones_lens.engine.forks import Forked, Step
+from hones_lens.engine.memory import Budget
+from hones_lens.engine.segments import Segment, buckets
 from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, greedy
 
 NEAR_TIE = 1e-4  # nats between the two likeliest tokens, below which rounding could decide
@@ -84,6 +87,16 @@ def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
         if token in ends:
             return tokens[: i + 1]
     return tokens
+
+
+def answer_buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], Draft]]:
+    """Prompts of one length, with their right answers as drafts."""
+    assert inputs.answer_mask is not None
+    said = inputs.answer_mask.sum(-1).tolist()
+    alone = inputs.before_answers()
+    for rows, prompts in buckets(alone, budget):
+        tokens = [inputs.input_ids[row, inputs.input_ids.shape[1] - said[row] :].tolist() for row in rows]
+        yield rows, Draft(prompts, tokens)
 
 
 def check_finite(

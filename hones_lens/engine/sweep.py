@@ -8,171 +8,47 @@ the image's keys and values. The scores equal those of the naive loop, which is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from hones_lens.data import Example
 from hones_lens.engine import forks
-from hones_lens.engine.forks import Arm, Segment, Step
+from hones_lens.engine.arms import Arm
+from hones_lens.engine.batches import Batch
+from hones_lens.engine.forks import Step
+from hones_lens.engine.full_passes import MAX_NEW_TOKENS, Prediction, log_probs, naming, predict, yes_no_ids
 from hones_lens.engine.memory import Budget
-from hones_lens.engine.speculation import Answers, Draft, Expected, Tally, check_finite
+from hones_lens.engine.options import SweepOptions
+from hones_lens.engine.segments import Segment, behind_shared_prefix, buckets
+from hones_lens.engine.speculation import Answers, Draft, Expected, Tally, answer_buckets, check_finite
 from hones_lens.interventions import Hook
-from hones_lens.model import HookedVLM, KVCache, VLMInputs, attention_mask
-from hones_lens.tasks import Task, load_task
-
-MAX_NEW_TOKENS = 24
-Prediction = Any  # a text, or the margins of all candidates
+from hones_lens.model import HookedVLM, KVCache, VLMInputs
+from hones_lens.tasks import Task
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Examples with their inputs, images encoded; `rows[i]` of the inputs belong to example i."""
+class _PromptEnds:
+    """A clean pass as arms need it that change nothing before the last positions of the segments.
 
-    examples: Sequence[Example]
-    inputs: VLMInputs
-    rows: Sequence[int]
-
-    @property
-    def ids(self) -> list[str]:
-        """The examples' names."""
-        return [example.id for example in self.examples]
-
-
-def as_task(task: str | Task) -> Task:
-    """A task, or the task of that name."""
-    return load_task(task) if isinstance(task, str) else task
-
-
-def check_examples(task: Task, examples: Sequence[Example]) -> None:
-    """Raise before any model runs if an example lacks what its task reads, or ids repeat.
-
-    Raises:
-        ValueError: No examples, an example without target or prompt, or an id that repeats.
+    Attributes:
+        segments: What runs.
+        pasts: Keys and values in front of these positions, by segment.
+        steps: Every layer's step of each segment, at these positions.
     """
-    if not examples:
-        raise ValueError("no examples")
-    seen: set[str] = set()
-    for example in examples:
-        if example.id in seen:
-            raise ValueError(f"example id {example.id!r} occurs twice")
-        seen.add(example.id)
-        task.prompts(example)
-        task.target(example)
 
+    def __init__(self, segments: Sequence[Segment]):
+        self.segments, self.steps = segments, list[list[Step]]()
+        self.pasts = [KVCache() for _ in segments]
 
-def prompt_batches(
-    model: HookedVLM, task: Task, examples: Sequence[Example], batch_size: int
-) -> Iterator[Batch]:
-    """Every prompt of the examples, prepared; a ranking task's example is a batch of its own."""
-    size = 1 if task.ranks else batch_size
-    for start in range(0, len(examples), size):
-        some = examples[start : start + size]
-        prompts = [task.prompts(example) for example in some]
-        rows = [len(asked) for asked in prompts]
-        images = [example.image for example, n in zip(some, rows, strict=True) for _ in range(n)]
-        inputs = model.prepare(images, [p for asked in prompts for p in asked])
-        yield Batch(some, _encode(model, inputs, shared=task.ranks), rows)
-
-
-def answer_batches(
-    model: HookedVLM, task: Task, examples: Sequence[Example], batch_size: int, answers: bool = True
-) -> Iterator[Batch]:
-    """The prompt that the target follows, one row an example, with the right answer behind it."""
-    for start in range(0, len(examples), batch_size):
-        some = examples[start : start + batch_size]
-        said = [task.answer(example) for example in some] if answers else None
-        prompts = [task.target_prompt(example) for example in some]
-        inputs = model.prepare([example.image for example in some], prompts, said)
-        yield Batch(some, _encode(model, inputs), [1] * len(some))
-
-
-def _encode(model: HookedVLM, inputs: VLMInputs, shared: bool = False) -> VLMInputs:
-    """Run the vision tower once: for every image, or for the one that all rows share."""
-    if not shared:
-        return model.with_image_embeds(inputs)
-    first = model.with_image_embeds(inputs[0]).image_embeds
-    assert first is not None
-    return replace(inputs, image_embeds=first.repeat(len(inputs), *(1,) * (first.ndim - 1)))
-
-
-def predict(model: HookedVLM, task: Task, batch: Batch, hooks: Sequence[Hook] = ()) -> list[Prediction]:
-    """What the model answers to a batch under hooks: texts, or margins [n_candidates] of Yes over No.
-
-    Raises:
-        FloatingPointError: Logits that are not finite; names the hooks and the examples.
-    """
-    with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)), naming(batch.ids, hooks):
-        if not task.ranks:
-            return list(model.generate(batch.inputs, max_new_tokens=MAX_NEW_TOKENS))
-        return _margins(model, task, batch)
-
-
-def _margins(model: HookedVLM, task: Task, batch: Batch) -> list[list[float]]:
-    yes, no = yes_no_ids(model, task.prompts(batch.examples[0])[0])
-    logits = model(batch.inputs, logits_to_keep=1)[:, -1].float()
-    if not bool(torch.isfinite(logits).all()):
-        raise FloatingPointError("logits are not finite")
-    margins = (logits[:, yes] - logits[:, no]).cpu().split(list(batch.rows))
-    return [part.tolist() for part in margins]
-
-
-def yes_no_ids(model: HookedVLM, prompt: str) -> tuple[int, int]:
-    """The ids that Yes and No begin with where they really follow a prompt.
-
-    Raises:
-        ValueError: They begin with the same token, so that a margin would always be zero.
-    """
-    yes, no = (model.continuation(prompt, word)[0] for word in ("Yes", "No"))
-    if yes == no:
-        piece = model.tokenizer.convert_ids_to_tokens(yes)
-        raise ValueError(
-            f"Yes and No both begin with the token {piece!r} after this prompt; they can't be compared"
-        )
-    return yes, no
-
-
-@contextmanager
-def naming(ids: Sequence[str], hooks: Sequence[Hook] = ()) -> Iterator[None]:
-    """Add hooks and ids of the examples to a FloatingPointError that is raised inside."""
-    try:
-        yield
-    except FloatingPointError as error:
-        where = ", ".join(str(name) for name, _ in hooks) or "no hook"
-        raise FloatingPointError(f"{error} (hooks: {where}; examples: {', '.join(ids)})") from error
-
-
-def log_probs(model: HookedVLM, batch: Batch, hooks: Sequence[Hook] = ()) -> Tensor:
-    """Log-probability of each example's right answer under hooks, [n_examples] on the CPU.
-
-    Raises:
-        FloatingPointError: A value that is not finite; names the example.
-    """
-    with model.hooks(fwd_hooks=list(hooks)):
-        values = model.log_probs(batch.inputs).cpu()
-    if not bool(torch.isfinite(values).all()):
-        worst = batch.examples[int((~torch.isfinite(values)).int().argmax())]
-        raise FloatingPointError(f"the log-probability of example {worst.id!r} is not finite")
-    return values
-
-
-@dataclass
-class Outcome:
-    """What one arm (or the clean model) gave: statistics and score of every example, in order."""
-
-    statistics: list[np.ndarray] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-
-    def metric(self, task: Task, rows: Sequence[int] | None = None) -> float:
-        """The metric over all examples, or over some."""
-        picked = np.array(self.statistics)
-        return float(task.metric((picked if rows is None else picked[list(rows)]).sum(0)))
+    def add(self, steps: Sequence[Step]) -> None:
+        """Keep what is needed of a layer."""
+        for past, step, segment in zip(self.pasts, steps, self.segments, strict=True):
+            early = step.cache.keys[step.layer].shape[1] - segment.keep
+            past.keys[step.layer] = step.cache.keys[step.layer][:, :early]
+            past.values[step.layer] = step.cache.values[step.layer][:, :early]
+        self.steps.append([s.last(max(1, g.keep)) for s, g in zip(steps, self.segments, strict=True)])
 
 
 class Sweep:
@@ -181,8 +57,7 @@ class Sweep:
     Args:
         model: The model. While it has lasting hooks, everything runs as whole passes.
         arms: Hooks of each arm; an empty list is the clean model.
-        memory_budget: GB for activations; default: a share of what is free.
-        tally: Is counted up.
+        options: Of which `memory_budget` and `tally` are read.
         tick: Is told how many cells (arms times examples) were done.
     """
 
@@ -190,12 +65,13 @@ class Sweep:
         self,
         model: HookedVLM,
         arms: Sequence[Sequence[Hook]],
-        memory_budget: float | None = None,
-        tally: Tally | None = None,
+        options: SweepOptions | None = None,
         tick: Callable[[int], object] = lambda cells: None,
     ):
+        options = options or SweepOptions()
         self.model, self.arms, self.tick = model, [Arm(hooks) for hooks in arms], tick
-        self.budget, self.tally = Budget(model, memory_budget), tally or Tally()
+        self.budget = Budget(model, options.memory_budget)
+        self.tally = Tally() if options.tally is None else options.tally
 
     def predictions(self, task: Task, batch: Batch) -> list[list[Prediction]]:
         """What the model answers under each arm, by arm and example: texts, or margins of candidates."""
@@ -311,35 +187,35 @@ class Sweep:
             whole: Hooks need to see every position, of the top block too.
         """
         arms = {i: self.arms[i] for i in numbers}
-        late = {}
+        late: dict[int, Arm] = {}
         if not whole:
             late = {i: changed for i, arm in arms.items() if (changed := arm.late()) is not None}
         groups: dict[Any, list[int]] = {}
         for i, arm in arms.items():
             if arm.hooks and i not in late:
                 groups.setdefault(arm.group, []).append(i)
-        pasts, ends = [KVCache() for _ in segments], []
-        steps: list[Step] = []
+        ends, steps = _PromptEnds(segments), list[Step]()
         for steps in forks.walk(self.model, segments):
             for group in [group for group in groups if group[0][0] == steps[0].layer]:
                 yield from self._batches_of(segments, steps, arms, groups[group], whole)
             if late:
-                ends.append([step.last(max(1, s.keep)) for step, s in zip(steps, segments, strict=True)])
-                for past, step, segment in zip(pasts, steps, segments, strict=True):
-                    early = step.cache.keys[step.layer].shape[1] - segment.keep
-                    past.keys[step.layer] = step.cache.keys[step.layer][:, :early]
-                    past.values[step.layer] = step.cache.values[step.layer][:, :early]
+                ends.add(steps)
         clean = [forks.clean(self.model, *given) for given in zip(segments, steps, strict=True)]
         yield from (([i], steps, clean) for i, arm in arms.items() if not arm.hooks)
         if late:
-            wanted = [i for i, segment in enumerate(segments) if segment.keep]
-            behind = [segments[i].late(pasts[i]) for i in wanted]
-            for here in ends:
-                mine = [i for i, arm in late.items() if arm.start and arm.start[0] == here[0].layer]
-                found = self._batches_of(behind, [here[i] for i in wanted], late, mine)
-                for some, _, forked in found:
-                    none = [forks.Forked(None, KVCache())] * (len(segments) - len(wanted))
-                    yield some, [replace(here[-1], cache=steps[-1].cache)], [*none, *forked]
+            yield from self._late_forks_of(ends, steps[-1].cache, late)
+
+    def _late_forks_of(
+        self, ends: _PromptEnds, cache: KVCache, arms: dict[int, Arm]
+    ) -> Iterator[tuple[list[int], list[Step], list[forks.Forked]]]:
+        """As `forks_of`, of arms that change nothing before the end of the prompt."""
+        wanted = [i for i, segment in enumerate(ends.segments) if segment.keep]
+        behind = [ends.segments[i].late(ends.pasts[i]) for i in wanted]
+        none = [forks.Forked(None, KVCache())] * (len(ends.segments) - len(wanted))
+        for steps in ends.steps:
+            mine = [i for i, arm in arms.items() if arm.start and arm.start[0] == steps[0].layer]
+            for some, _, forked in self._batches_of(behind, [steps[i] for i in wanted], arms, mine):
+                yield some, [replace(steps[-1], cache=cache)], [*none, *forked]
 
     def _batches_of(
         self,
@@ -373,6 +249,7 @@ def logits_under(
     arms: Sequence[Sequence[Hook]],
     keep: int = 1,
     memory_budget: float | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Logits of one batch under each of many interventions, as they come; for patching sweeps.
 
@@ -384,6 +261,7 @@ def logits_under(
         arms: Hooks of each intervention; an empty list is the clean model.
         keep: At how many of the last positions logits are wanted.
         memory_budget: GB for activations; default: a share of what is free.
+        tally: Counts what is done.
 
     Yields:
         The number of an arm, and its logits [row keep d_vocab]. Arms come by layer, not in their order.
@@ -391,205 +269,16 @@ def logits_under(
     Raises:
         FloatingPointError: Logits that are not finite; names the arm and the row.
     """
-    sweep = Sweep(model, arms, memory_budget)
+    sweep = Sweep(model, arms, SweepOptions(memory_budget=memory_budget, tally=tally))
     known = model.with_image_embeds(model.as_inputs(inputs))
     names = [f"row {row}" for row in range(len(known))]
     forked = sweep.forkable(in_portions=False)
     for i in set(range(len(arms))) - set(forked):
         logits = model.run_with_hooks(known, fwd_hooks=list(arms[i]), logits_to_keep=keep)
         check_finite(logits[None], [sweep.arms[i]], names)
+        sweep.tally.full += len(known)
         yield i, logits
     for some, _, (found,) in sweep.forks_of([Segment.of(model, known, keep)], forked, whole=True):
         assert found.logits is not None
         check_finite(found.logits, [sweep.arms[i] for i in some], names)
         yield from zip(some, found.logits, strict=True)
-
-
-def buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], VLMInputs]]:
-    """Rows of one length, without padding, as many at a time as the budget has room for."""
-    lengths = inputs.attention_mask.sum(-1).tolist()
-    for length in sorted(set(lengths)):
-        rows = [row for row, n in enumerate(lengths) if n == length]
-        size = budget.rows(length)
-        for start in range(0, len(rows), size):
-            some = rows[start : start + size]
-            yield some, inputs[some].without_padding()
-
-
-def answer_buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], Draft]]:
-    """Prompts of one length, with their right answers as drafts."""
-    assert inputs.answer_mask is not None
-    said = inputs.answer_mask.sum(-1).tolist()
-    alone = inputs.before_answers()
-    for rows, prompts in buckets(alone, budget):
-        tokens = [inputs.input_ids[row, inputs.input_ids.shape[1] - said[row] :].tolist() for row in rows]
-        yield rows, Draft(prompts, tokens)
-
-
-def behind_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segment], list[list[int]]]:
-    """Rows that begin alike, image included: their common beginning once, then what is behind it.
-
-    Returns:
-        Segments (the prefix first), and which rows each has. Rows of one length share a segment. Where
-        images lie behind the common beginning, nothing is shared.
-    """
-    lengths = inputs.attention_mask.sum(-1).tolist()
-    width = inputs.input_ids.shape[1]
-    ids = [row[width - n :].tolist() for row, n in zip(inputs.input_ids, lengths, strict=True)]
-    shared = _common_beginning(ids)
-    pads = [width - n for n in lengths]
-    if any(bool(mask[pad + shared :].any()) for mask, pad in zip(inputs.image_mask, pads, strict=True)):
-        shared = 0
-    with torch.no_grad():
-        resid = model.embed_inputs(inputs)
-        cos, sin = model.rotary(model.positions(inputs), model.cfg.dtype)
-
-    def cut(rows: list[int], first: int, last: int, keep: int, mask: Tensor | None = None) -> Segment:
-        parts = [x[rows, first:last] for x in (resid, cos, sin)]
-        return Segment(*parts, mask=mask, keep=keep, prefixed=shared > 0 and keep > 0)
-
-    segments, members = [], []
-    if shared:
-        segments.append(cut([0], pads[0], pads[0] + shared, 0))
-        members.append([0])
-    for length in sorted(set(lengths)):
-        rows = [row for row, n in enumerate(lengths) if n == length]
-        seen = torch.ones(1, length, dtype=torch.bool, device=resid.device)
-        mask = attention_mask(seen, length - shared)
-        segments.append(cut(rows, width - length + shared, width, 1, mask))
-        members.append(rows)
-    return segments, members
-
-
-def _common_beginning(rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows begin with; of the shortest, the last is left out."""
-    shortest = min(map(len, rows)) - 1
-    for i in range(shortest):
-        if len({row[i] for row in rows}) > 1:
-            return i
-    return shortest
-
-
-def measure(
-    model: HookedVLM,
-    task: Task,
-    examples: Sequence[Example],
-    arms: Sequence[Sequence[Hook]],
-    *,
-    batch_size: int = 32,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
-    label: str = "sweep",
-    memory_budget: float | None = None,
-    tally: Tally | None = None,
-    leaders: Callable[[list[Outcome]], str] | None = None,
-) -> list[Outcome]:
-    """Run every example under every arm's hooks and score what comes out.
-
-    Args:
-        model, task, examples: What to run.
-        arms: Hooks of each arm; an empty list is the clean model.
-        batch_size: Examples at a time, which a killed sweep loses at most.
-        progress: Show a progress bar.
-        journal: Finished batches, read and written, so that a sweep can be taken up again.
-        label: What the progress bar is called.
-        memory_budget: GB for activations; default: a share of what is free.
-        tally: Is counted up.
-        leaders: What to show beside the bar, from the outcomes so far.
-
-    Returns:
-        An Outcome for each arm.
-
-    Raises:
-        FloatingPointError: Logits that are not finite; names arm and examples.
-    """
-    found = [Outcome() for _ in arms]
-    with _bar(label, task, examples, arms, progress) as bar:
-        sweep = Sweep(model, arms, memory_budget, tally, bar.update)
-
-        def run(some: Sequence[Example]) -> list[list[list[float]]]:
-            said: list[list[Prediction]] = [[] for _ in arms]
-            for batch in prompt_batches(model, task, some, batch_size):
-                for mine, new in zip(said, sweep.predictions(task, batch), strict=True):
-                    mine += new
-            return _scored(task, some, said)
-
-        for saved in _batches(run, examples, batch_size, journal, label, bar):
-            for outcome, rows in zip(found, saved, strict=True):
-                outcome.scores += [row[0] for row in rows]
-                outcome.statistics += [np.array(row[1:]) for row in rows]
-            if leaders is not None:
-                bar.set_postfix_str(leaders(found))
-    return found
-
-
-def _bar(label: str, task: Task, examples: Sequence, arms: Sequence, progress: bool) -> Any:
-    total = len(examples) * len(arms)
-    return tqdm(total=total, desc=f"{label} · {task.name}", disable=not progress, unit="cell")
-
-
-def _batches(
-    run: Callable[[Sequence[Example]], Any],
-    examples: Sequence[Example],
-    batch_size: int,
-    journal: MutableMapping[str, Any] | None,
-    label: str,
-    bar: Any,
-) -> Iterator[list]:
-    """What each batch of examples gave, by arm; from the journal where it has been run."""
-    for number, start in enumerate(range(0, len(examples), batch_size)):
-        some = examples[start : start + batch_size]
-        key = f"{label}/{number}"
-        saved = None if journal is None else journal.get(key)
-        if saved is None:
-            saved = run(some)
-            if journal is not None:
-                journal[key] = saved
-        else:
-            bar.update(len(some) * len(saved))
-        yield saved
-
-
-def _scored(
-    task: Task, examples: Sequence[Example], said: Sequence[Sequence[Prediction]]
-) -> list[list[list[float]]]:
-    """For each arm and example its score, then its statistics; equal answers are scored once."""
-    known: dict[tuple[int, str], list[float]] = {}
-    out = []
-    for answers in said:
-        rows = []
-        for i, (answer, example) in enumerate(zip(answers, examples, strict=True)):
-            key = (i, repr(answer))
-            if key not in known:
-                known[key] = [task.score(answer, example), *task.statistics(answer, example).tolist()]
-            rows.append(known[key])
-        out.append(rows)
-    return out
-
-
-def measure_log_probs(
-    model: HookedVLM,
-    task: Task,
-    examples: Sequence[Example],
-    arms: Sequence[Sequence[Hook]],
-    *,
-    batch_size: int = 32,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
-    label: str = "log-probabilities",
-    memory_budget: float | None = None,
-    tally: Tally | None = None,
-) -> list[list[float]]:
-    """Log-probability of every example's right answer under every arm's hooks; as `measure`."""
-    found: list[list[float]] = [[] for _ in arms]
-    with _bar(label, task, examples, arms, progress) as bar:
-        sweep = Sweep(model, arms, memory_budget, tally, bar.update)
-
-        def run(some: Sequence[Example]) -> list[list[float]]:
-            (batch,) = answer_batches(model, task, some, len(some))
-            return sweep.log_probs(batch)
-
-        for saved in _batches(run, examples, batch_size, journal, label, bar):
-            for values, new in zip(found, saved, strict=True):
-                values += new
-    return found

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
 
 from hones_lens import engine
 from hones_lens.data import Example
+from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.interventions import Hook, check_component, zero_neurons
 from hones_lens.model import HookedVLM
@@ -224,8 +225,8 @@ def evaluate_masking(
     k: int | None = None,
     n_controls: int = 20,
     seed: int = 0,
-    batch_size: int = 32,
-    progress: bool = True,
+    options: SweepOptions | None = None,
+    **sweep: Unpack[SweepKeywords],
 ) -> MaskingResult:
     """Mask neurons at all positions and measure the task, beside matched random sets (HONES eq. H4).
 
@@ -237,12 +238,12 @@ def evaluate_masking(
         k: How many of a ranking; default: its own ratio.
         n_controls: Random sets with the same number of neurons per layer.
         seed: Of the random sets and the bootstrap.
-        batch_size: Examples a batch.
-        progress: Show a progress bar.
+        options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Raises:
         ValueError: No examples, no neurons, or a neuron that the model does not have.
     """
+    options = SweepOptions.of(options, sweep)
     return masking_curve(
         model,
         task,
@@ -251,8 +252,7 @@ def evaluate_masking(
         method=neurons.method if isinstance(neurons, NeuronScores) else "given",
         n_controls=n_controls,
         seed=seed,
-        batch_size=batch_size,
-        progress=progress,
+        options=options,
     )[0]
 
 
@@ -282,9 +282,8 @@ def masking_curve(
     method: str | None = None,
     n_controls: int = 20,
     seed: int = 0,
-    batch_size: int = 32,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
+    options: SweepOptions | None = None,
+    **sweep: Unpack[SweepKeywords],
 ) -> list[MaskingResult]:
     """`evaluate_masking` at several sizes; examples are prepared and the clean arm run once.
 
@@ -292,10 +291,9 @@ def masking_curve(
         neurons: A ranking, cut at `ratios`, or the sets themselves.
         ratios: Shares of all decoder neurons.
         method: Name for the results, where sets are given.
-        journal: Finished batches, read and written (see `runs.Journal`).
-        model, task, examples, n_controls, seed, batch_size, progress: As in `evaluate_masking`.
+        model, task, examples, n_controls, seed, options, sweep: As in `evaluate_masking`.
     """
-    task = engine.as_task(task)
+    options, task = SweepOptions.of(options, sweep), engine.as_task(task)
     engine.check_examples(task, examples)
     if isinstance(neurons, NeuronScores):
         method = neurons.method
@@ -310,11 +308,9 @@ def masking_curve(
             zero_neurons((c[0], c[1]) for c in s)
             for s in matched_random_sets(chosen, *shape, n_controls, seed)
         ]
-    options = {"batch_size": batch_size, "progress": progress, "journal": journal}
-    measured = engine.measure(model, task, examples, arms, label="masking", **options)
-    likely = engine.measure_log_probs(
-        model, task, examples, arms, label="masking log-probabilities", **options
-    )
+    measured = engine.measure(model, task, examples, arms, options, label="masking")
+    label = "masking log-probabilities"
+    likely = engine.measure_log_probs(model, task, examples, arms, options, label=label)
     outcomes = [_Outcome(task, arm, np.array(lp)) for arm, lp in zip(measured, likely, strict=True)]
     base, step = outcomes[0], n_controls + 1
     results = []

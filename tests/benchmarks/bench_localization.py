@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 import hones_lens as hl
 from hones_lens import HookedVLM, localize_heads
-from hones_lens.engine import sweep
+from hones_lens.engine import full_passes
 from hones_lens.engine.speculation import Tally
 from hones_lens.hones.attribution.head_scores import cells_of
 from hones_lens.interventions.hooks import replace_with_other_heads_mean
@@ -49,7 +49,7 @@ def naive_cell(hf_model: Any, model: HookedVLM, task: Any, example: Any, layer: 
     with hf_input_hook(module, other_heads_mean(head, model.cfg.n_heads)):
         if task.ranks:
             margins = []
-            yes, no = sweep.yes_no_ids(model, task.prompts(example)[0])
+            yes, no = full_passes.yes_no_ids(model, task.prompts(example)[0])
             for prompt in task.prompts(example):
                 logits = hf_model(**hf_inputs(model, example.image, prompt), logits_to_keep=1).logits[0, -1]
                 margins.append(float(logits[yes] - logits[no]))
@@ -136,12 +136,12 @@ def test_larger_model_against_the_batched_loop(task_name: str, n: int, bar: str,
     picked = arms[::8]
 
     def engine() -> None:
-        sweep.measure(model, task, examples, [[], *arms], progress=False)
+        engine.measure(model, task, examples, [[], *arms], engine.SweepOptions(progress=False))
 
     def naive() -> None:
         for hooks in picked:
-            for batch in sweep.prompt_batches(model, task, examples, n):
-                sweep.predict(model, task, batch, hooks)
+            for batch in engine.prompt_batches(model, task, examples, n):
+                full_passes.predict(model, task, batch, hooks)
 
     speedups(
         f"a cell of a random d 512 × 8, {task_name}",

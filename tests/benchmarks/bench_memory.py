@@ -10,8 +10,7 @@ from helpers import random_llava
 from transformers import LlavaForConditionalGeneration
 
 import hones_lens as hl
-from hones_lens import HookedVLM
-from hones_lens.engine import sweep
+from hones_lens import HookedVLM, engine
 from hones_lens.tasks.registry import load_task
 
 BATCH = 16
@@ -33,7 +32,7 @@ def peak(what: str) -> float:
     )
     task, examples = load_task("vqa"), hl.load_examples("shapes", "vqa", "discovery", BATCH)
     with torch.no_grad():
-        (batch,) = sweep.prompt_batches(model, task, examples, BATCH)
+        (batch,) = engine.prompt_batches(model, task, examples, BATCH)
         model(batch.inputs[0])  # what any first pass sets up
         before = _megabytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers.hf_task_loops import D_MLP, N_HEADS, N_LAYERS, pair
@@ -11,7 +13,9 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hones_lens import HookedVLM
-from hones_lens.engine.forks import Arm, Segment, fork, stacked, walk
+from hones_lens.engine.arms import Arm, stacked
+from hones_lens.engine.forks import fork, walk
+from hones_lens.engine.segments import Segment
 from hones_lens.engine.sweep import logits_under
 from hones_lens.interventions.hooks import (
     Hook,
@@ -58,31 +62,23 @@ def interventions(draw: st.DrawFn) -> tuple[str, list]:
 def cook(recipe: tuple[str, list], model: HookedVLM, inputs: VLMInputs) -> list[Hook]:
     kind, (layer, seed, head, other) = recipe
     batch, length = inputs.input_ids.shape
-    neuron = seed % D_MLP
-    stream = (batch, length, model.cfg.d_model)
-    if kind == "late":
-        return [replace_with_other_heads_mean(layer, head, positions="last")]
-    if kind == "head":
-        return [replace_with_other_heads_mean(layer, head)]
-    if kind == "zero":
-        return [zero_head(layer, head)]
-    if kind == "neurons":
-        return zero_neurons([(other, neuron), (layer, neuron), (layer, (neuron + 3) % D_MLP)])
-    if kind == "scale":
-        return [scale(f"blocks.{layer}.mlp.hook_post", [neuron, 0, 1], 1.5)]
-    if kind == "patch":
-        name = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out")[seed % 4]
-        where = inputs.image_mask | inputs.token_groups["last"]
-        return [patch(f"blocks.{layer}.{name}", random_like(stream, seed), where)]
-    if kind == "add":
-        return [add(f"blocks.{layer}.hook_mlp_out", random_like(stream[2:], seed))]
-    if kind == "edges":
-        return [block_attention(layer, inputs.token_groups["last"], inputs.attention_mask.bool())]
-    if kind == "q":
-        return [(f"blocks.{layer}.attn.hook_q", lambda x, hook: -x)]
-    if kind == "value":
-        return [(f"blocks.{layer}.attn.hook_v", lambda x, hook: x.mul_(0.5))]  # in place
-    return [replace_with_other_heads_mean(layer, head), *zero_neurons([(other, neuron)])]
+    stream, neuron = (batch, length, model.cfg.d_model), seed % D_MLP
+    stream_hook = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out")[seed % 4]
+    last, image, at = inputs.token_groups["last"], inputs.image_mask, f"blocks.{layer}."
+    made: dict[str, Callable[[], list[Hook]]] = {
+        "late": lambda: [replace_with_other_heads_mean(layer, head, positions="last")],
+        "head": lambda: [replace_with_other_heads_mean(layer, head)],
+        "zero": lambda: [zero_head(layer, head)],
+        "neurons": lambda: zero_neurons([(other, neuron), (layer, neuron), (layer, (neuron + 3) % D_MLP)]),
+        "scale": lambda: [scale(f"{at}mlp.hook_post", [neuron, 0, 1], 1.5)],
+        "patch": lambda: [patch(at + stream_hook, random_like(stream, seed), image | last)],
+        "add": lambda: [add(f"{at}hook_mlp_out", random_like(stream[2:], seed))],
+        "edges": lambda: [block_attention(layer, last, inputs.attention_mask.bool())],
+        "pair": lambda: [replace_with_other_heads_mean(layer, head), *zero_neurons([(other, neuron)])],
+        "q": lambda: [(f"{at}attn.hook_q", lambda x, hook: -x)],
+        "value": lambda: [(f"{at}attn.hook_v", lambda x, hook: x.mul_(0.5))],  # in place
+    }
+    return made[kind]()
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen"])

@@ -11,9 +11,9 @@ from helpers.hf_task_loops import ALL_TASKS, FAMILIES, N_HEADS, N_LAYERS, exampl
 from torch import Tensor
 
 import hones_lens as hl
-from hones_lens import HookedVLM
+from hones_lens import HookedVLM, engine
 from hones_lens.data.examples import Example
-from hones_lens.engine import sweep
+from hones_lens.engine import Sweep, SweepOptions, forks, full_passes, measurement
 from hones_lens.engine.memory import Budget
 from hones_lens.engine.speculation import Tally
 from hones_lens.hones.attribution.head_scores import cells_of
@@ -27,6 +27,7 @@ from hones_lens.interventions.hooks import (
 from hones_lens.tasks.base import Task
 from hones_lens.tasks.registry import TASKS, load_task
 
+QUIET = SweepOptions(progress=False)
 SHIPPED = ("tiny-llava", "tiny-qwen2.5-vl")
 
 
@@ -65,8 +66,8 @@ WHOLE = [
 
 def naive(model: HookedVLM, task: Task, examples: Sequence[Example], hooks: Sequence[Hook]) -> list[float]:
     out = []
-    for batch in sweep.prompt_batches(model, task, examples, 1):
-        (said,) = sweep.predict(model, task, batch, hooks)
+    for batch in engine.prompt_batches(model, task, examples, 1):
+        (said,) = full_passes.predict(model, task, batch, hooks)
         out.append(task.score(said, batch.examples[0]))
     return out
 
@@ -81,17 +82,17 @@ def test_answers_and_scores_equal_the_naive_loop(family: str, name: str) -> None
     _, model = pair(family)
     task, examples, arms = load_task(name), examples_of(name, 3, family), [*HEADS, *OTHERS, *WHOLE, *LATE]
     tally = Tally()
-    engine, found, expected = sweep.Sweep(model, arms, tally=tally), [], []
-    for batch in sweep.prompt_batches(model, task, examples, 3):
-        found.append(engine.predictions(task, batch))
-        expected.append([sweep.predict(model, task, batch, hooks) for hooks in arms])
+    sweep, found, expected = Sweep(model, arms, SweepOptions(tally=tally)), [], []
+    for batch in engine.prompt_batches(model, task, examples, 3):
+        found.append(sweep.predictions(task, batch))
+        expected.append([full_passes.predict(model, task, batch, hooks) for hooks in arms])
     if task.ranks:
         assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=2e-5)
     else:
         pairs = zip(flat(found[0]), flat(expected[0]), strict=True)
         assert sum(a != b for a, b in pairs) <= tally.near_ties <= 3  # of some two thousand choices
         assert len(set(flat(expected[0]))) > 9, "the arms do next to nothing"
-    scores = [outcome.scores for outcome in sweep.measure(model, task, examples, arms, progress=False)]
+    scores = [outcome.scores for outcome in engine.measure(model, task, examples, arms, QUIET)]
     said = [[answer for batch in found for answer in batch[i]] for i in range(len(arms))]
     assert scores == [[task.score(a, e) for a, e in zip(s, examples, strict=True)] for s in said]
     rows = sum(len(task.prompts(example)) for example in examples)
@@ -104,10 +105,10 @@ def test_answers_and_scores_equal_the_naive_loop(family: str, name: str) -> None
 def test_log_probs_equal_the_naive_loop(family: str, name: str) -> None:
     _, model = pair(family)
     task, examples, arms = load_task(name), examples_of(name, 3, family), [*HEADS, *OTHERS, *WHOLE]
-    found = sweep.measure_log_probs(model, task, examples, arms, progress=False)
+    found = engine.measure_log_probs(model, task, examples, arms, QUIET)
     for hooks, values in zip(arms, found, strict=True):
-        for batch, value in zip(sweep.answer_batches(model, task, examples, 1), values, strict=True):
-            expected = float(sweep.log_probs(model, batch, hooks))
+        for batch, value in zip(engine.answer_batches(model, task, examples, 1), values, strict=True):
+            expected = float(full_passes.log_probs(model, batch, hooks))
             assert value == pytest.approx(expected, abs=2e-5, rel=1e-6)
 
 
@@ -115,7 +116,7 @@ def test_heads_and_neurons_need_no_full_pass() -> None:
     _, model = pair()
     tally = Tally()
     arms = [*HEADS, zero_neurons([(0, 1)]), [scale("blocks.2.mlp.hook_post", [3], 2.0)]]
-    sweep.measure(model, load_task("vqa"), examples_of("vqa"), arms, progress=False, tally=tally)
+    engine.measure(model, load_task("vqa"), examples_of("vqa"), arms, replace(QUIET, tally=tally))
     assert tally.full == 0 and ": 0% by a full pass" in str(tally)
 
 
@@ -126,7 +127,7 @@ def test_lasting_hooks_are_kept() -> None:
     plain = [naive(model, task, examples, hooks) for hooks in arms]
     model.add_hook("blocks.1.mlp.hook_post", half)
     tally = Tally()
-    found = [o.scores for o in sweep.measure(model, task, examples, arms, progress=False, tally=tally)]
+    found = [o.scores for o in engine.measure(model, task, examples, arms, replace(QUIET, tally=tally))]
     assert found == [naive(model, task, examples, hooks) for hooks in arms] != plain
     assert tally.forked == 0 and tally.full == 9
 
@@ -139,16 +140,16 @@ def test_how_rows_are_put_together_does_not_matter(name: str) -> None:
     found = []
     for gigabytes, batch_size in ((None, 32), (1e-9, 2), (1e-2, 1)):
         options = {"memory_budget": gigabytes, "batch_size": batch_size, "progress": False}
-        found.append([o.scores for o in sweep.measure(model, task, examples, arms, **options)])
+        found.append([o.scores for o in engine.measure(model, task, examples, arms, SweepOptions(**options))])
     assert found[0] == found[1] == found[2]
 
 
 def test_a_pass_that_runs_out_of_memory_is_run_again_with_half_the_rows(monkeypatch) -> None:
     _, model = pair()
     task, examples = load_task("ocr"), examples_of("ocr")
-    expected = [o.scores for o in sweep.measure(model, task, examples, HEADS, progress=False)]
+    expected = [o.scores for o in engine.measure(model, task, examples, HEADS, QUIET)]
     sizes = []
-    fork = sweep.forks.fork
+    fork = forks.fork
 
     def scarce(model, segments, steps, arms, whole=False):
         sizes.append(len(arms))
@@ -156,16 +157,16 @@ def test_a_pass_that_runs_out_of_memory_is_run_again_with_half_the_rows(monkeypa
             raise torch.OutOfMemoryError("not enough memory: you tried to allocate 1 byte")
         return fork(model, segments, steps, arms, whole)
 
-    monkeypatch.setattr(sweep.forks, "fork", scarce)
-    assert [o.scores for o in sweep.measure(model, task, examples, HEADS, progress=False)] == expected
+    monkeypatch.setattr(forks, "fork", scarce)
+    assert [o.scores for o in engine.measure(model, task, examples, HEADS, QUIET)] == expected
     assert max(sizes) > 1 and sizes[-1] == 1
 
     def none_at_all(*args, **options):
         raise torch.OutOfMemoryError("not enough memory")
 
-    monkeypatch.setattr(sweep.forks, "fork", none_at_all)
+    monkeypatch.setattr(forks, "fork", none_at_all)
     with pytest.raises(torch.OutOfMemoryError):
-        sweep.measure(model, task, examples, HEADS[:1], progress=False)
+        engine.measure(model, task, examples, HEADS[:1], QUIET)
 
 
 def test_the_budget() -> None:
@@ -191,9 +192,9 @@ def test_logits_that_are_not_finite_stop_the_sweep(name: str, value: float) -> N
 
     arms = [HEADS[0], [("blocks.1.hook_mlp_out", spoil)]]
     with pytest.raises(FloatingPointError, match=rf"blocks\.1\.hook_mlp_out.*{examples[0].id}"):
-        sweep.measure(model, load_task(name), examples[:1], arms, progress=False)
+        engine.measure(model, load_task(name), examples[:1], arms, QUIET)
     with pytest.raises(FloatingPointError, match=rf"blocks\.1\.hook_mlp_out.*{examples[0].id}"):
-        sweep.measure_log_probs(model, load_task(name), examples[:1], arms, progress=False)
+        engine.measure_log_probs(model, load_task(name), examples[:1], arms, QUIET)
 
 
 def test_a_head_that_makes_nan_is_named() -> None:
@@ -202,7 +203,7 @@ def test_a_head_that_makes_nan_is_named() -> None:
         model.blocks[2].attn.W_O[1] *= 1e38
         model.blocks[2].attn.W_O[2] *= -1e38
     with pytest.raises(FloatingPointError, match=r"head \d at blocks|no hook"):
-        sweep.measure(model, load_task("vqa"), examples_of("vqa"), HEADS, progress=False)
+        engine.measure(model, load_task("vqa"), examples_of("vqa"), HEADS, QUIET)
 
 
 def test_near_ties_are_counted() -> None:
@@ -212,7 +213,7 @@ def test_near_ties_are_counted() -> None:
             model.unembed.linear.weight[:1].expand_as(model.unembed.linear.weight)
         )
     tally = Tally()
-    sweep.measure(model, load_task("vqa"), examples_of("vqa"), HEADS[:1], progress=False, tally=tally)
+    engine.measure(model, load_task("vqa"), examples_of("vqa"), HEADS[:1], replace(QUIET, tally=tally))
     assert tally.near_ties > 0
 
 
@@ -246,11 +247,11 @@ def assert_equal_drops(name: str, task_name: str, examples: Sequence[Example], w
     found = hl.localize_heads(model, task, examples, progress=False)
     clean = naive(model, task, examples, [])
     assert found.base_scores.tolist() == clean
-    batches = list(sweep.prompt_batches(model, task, examples, n))
+    batches = list(engine.prompt_batches(model, task, examples, n))
     differing = 0
     for layer, head in cells:
         hook = replace_with_other_heads_mean(layer, head)
-        said = [p for batch in batches for p in sweep.predict(model, task, batch, [hook])]
+        said = [p for batch in batches for p in full_passes.predict(model, task, batch, [hook])]
         scores = [task.score(p, example) for p, example in zip(said, examples, strict=True)]
         expected = [a - b for a, b in zip(clean, scores, strict=True)]
         differing += sum(a != b for a, b in zip(found.drops[layer, head].tolist(), expected, strict=True))
@@ -281,13 +282,13 @@ def test_candidates_without_a_common_image_share_nothing() -> None:
     _, model = pair()
     example = examples_of("retrieval")[0]
     inputs = model.prepare([None, None], ["a circle", "a square"])
-    segments, rows = sweep.behind_shared_prefix(model, inputs)
+    segments, rows = engine.behind_shared_prefix(model, inputs)
     assert len(segments) == 2 and segments[0].keep == 0 and rows[1] == [0, 1]
     inputs = model.prepare([example.image] * 2, ["a circle", "a circle and a square"])
     ids = inputs.input_ids.clone()
     first = int(inputs.attention_mask[0].int().argmax())
     ids[0, first] = 5 if int(ids[0, first]) != 5 else 6  # the rows differ before the image
-    segments, rows = sweep.behind_shared_prefix(model, replace(inputs, input_ids=ids))
+    segments, rows = engine.behind_shared_prefix(model, replace(inputs, input_ids=ids))
     assert [s.keep for s in segments] == [1, 1] and not any(s.prefixed for s in segments)
     assert rows == [[0], [1]]
 
@@ -296,11 +297,12 @@ def test_candidates_without_a_common_image_share_nothing() -> None:
 def test_the_bar_counts_every_cell(name: str, monkeypatch) -> None:
     _, model = pair()
     bars = []
-    make = sweep._bar
-    monkeypatch.setattr(sweep, "_bar", lambda *args: bars.append(make(*args[:-1], True)) or bars[-1])
+    make = measurement._bar
+    monkeypatch.setattr(measurement, "_bar", lambda *args: bars.append(make(*args[:-1], True)) or bars[-1])
     arms, examples, journal = [[], HEADS[0], HEADS[5], WHOLE[0]], examples_of(name), {}
     for _ in range(2):
-        sweep.measure(model, load_task(name), examples, arms, batch_size=2, journal=journal)
-        sweep.measure_log_probs(model, load_task(name), examples, arms, batch_size=2)
+        options = SweepOptions(batch_size=2, journal=journal)
+        engine.measure(model, load_task(name), examples, arms, options)
+        engine.measure_log_probs(model, load_task(name), examples, arms, SweepOptions(batch_size=2))
     assert [bar.n for bar in bars] == [bar.total for bar in bars] == [12] * 4
     assert len(journal) == 2

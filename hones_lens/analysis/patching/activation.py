@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
-from hones_lens.analysis.patching.batches import DIRECTIONS
 from hones_lens.analysis.patching.metrics import Metric, as_metric
-from hones_lens.analysis.patching.outcome import _VERBS, share_of_gap
+from hones_lens.analysis.patching.outcome import PatchingKeywords, Summary, SummaryKeywords, metric_name
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.runner import measure_patches
 from hones_lens.analysis.patching.sites import Units, as_patch_site, positions_of, targets_of
-from hones_lens.engine import as_task
+from hones_lens.engine import SweepOptions, as_task, split_keywords
 from hones_lens.interventions import Group
 from hones_lens.model import HookedVLM
-from hones_lens.results import DRAWS, Labelled, mean_over_pairs
+from hones_lens.results import Labelled
 
 
 def patch_activations(
@@ -28,14 +27,8 @@ def patch_activations(
     units: Units | None = None,
     direction: str = "denoise",
     metric: str | Metric = "logit_diff",
-    raw: bool = False,
-    by_pair: bool = False,
-    batch_size: int = 32,
-    draws: int = DRAWS,
-    seed: int = 0,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
-    memory_budget: float | None = None,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[PatchingKeywords],
 ) -> Labelled:
     """Patch each layer, head or neuron with what it is in the other run, and measure what that changes.
 
@@ -57,14 +50,9 @@ def patch_activations(
             clean run.
         metric: `logit_diff`, `log_prob`, `kl`, a function like them, or `task`: the task's own score of the
             generated answer for the clean example, with the prompt patched (counterfactual pairs alone).
-        raw: The change of the metric, patched − base, instead of the share.
-        by_pair: Each pair's change on a first axis `pair`, without intervals.
-        batch_size: Pairs a batch.
-        draws, seed: Of the bootstrap over pairs (paired: a draw takes base, patched and other run of a pair
-            together); 0 draws for no intervals.
-        progress: Show a progress bar.
-        journal: Finished batches, read and written (see `runs.Journal`).
-        memory_budget: GB for activations; default: a share of what is free.
+        options: How it runs, as `SweepOptions`.
+        keywords: How the result is told: `raw`, `by_pair`, `draws`, `seed` of `Summary`; and `batch_size`,
+            `progress`, `journal`, ... of `SweepOptions`.
 
     Returns:
         On the axes `layer`, then `head`, `kv_head` or `neuron`, then `group` or `position`, with 95 %
@@ -75,38 +63,24 @@ def patch_activations(
             image, pairs that don't serve the metric, or whose two runs don't differ by it.
         FloatingPointError: A metric that is not finite; names the pair.
     """
-    site = as_patch_site(what)
-    if metric == "task":
-        pairs = _answerable(pairs)
-    else:
-        as_metric(metric)
+    told, sweep = split_keywords(keywords, SummaryKeywords.__annotations__)
+    summary, options, site = Summary(**told), SweepOptions.of(options, sweep), as_patch_site(what)
+    pairs = _measurable(pairs, metric)
     targets = targets_of(site, model.cfg, layers, units)
     positions = positions_of(model, pairs, site, by, groups)
-    options = {"direction": direction, "metric": metric, "batch_size": batch_size, "progress": progress}
-    options |= {"journal": journal, "memory_budget": memory_budget}
-    found = measure_patches(model, pairs, site, targets, positions, **options)
-    shape, axes, labels = (*targets.shape, len(positions)), (*targets.axes, by), dict(targets.labels)
-    if by == "all":
-        shape, axes = shape[:-1], axes[:-1]
-    else:
-        labels[by] = tuple(positions)
-    told = metric if isinstance(metric, str) else getattr(metric, "__name__", "the metric")
-    change = found.change(direction).view(*shape, -1)
-    notes = found.notes(told)
-    if raw or by_pair:
-        says = f"change of {told}, {what}, {DIRECTIONS[direction]}"
-        if by_pair:
-            labels["pair"] = pairs.ids
-            return Labelled(says, change.movedim(-1, 0), ("pair", *axes), labels, notes=notes)
-        means = mean_over_pairs(change.movedim(-1, 0), draws, seed=seed)
-        return Labelled(says, axes=axes, labels=labels, notes=notes, **means)
-    says = f"share of {told} {_VERBS[direction]}, {what}, {DIRECTIONS[direction]}"
-    shares = share_of_gap(change, found.gap(direction), draws, seed)
-    return Labelled(says, axes=axes, labels=labels, notes=notes, **shares)
+    how: dict[str, Any] = {"direction": direction, "metric": metric}
+    found = measure_patches(model, pairs, site, targets, positions, options, **how)
+    shape, axes, labels = targets.laid_out(by, tuple(positions))
+    change = found.change(direction).T.reshape(-1, *shape)
+    how |= {"axes": axes, "labels": labels, "of": what, "notes": found.notes(metric_name(metric))}
+    return summary.result(change, found.gap(direction), pairs, **how)
 
 
-def _answerable(pairs: PatchPairs) -> PatchPairs:
-    """Pairs whose answers a task can score, without the beginnings of answers."""
+def _measurable(pairs: PatchPairs, metric: str | Metric) -> PatchPairs:
+    """Pairs as a metric takes them: for the task's own score, without the beginnings of answers."""
+    if metric != "task":
+        as_metric(metric)
+        return pairs
     if not pairs.facts:
         raise ValueError("metric 'task' needs pairs made by `counterfactual`, which know their examples")
     task = as_task(pairs.task)

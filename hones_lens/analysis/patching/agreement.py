@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from hones_lens.analysis.patching.gradient import STEPS, attribute_patching
 from hones_lens.analysis.patching.metrics import Metric
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import as_patch_site
+from hones_lens.engine import BatchKeywords, SweepOptions
 from hones_lens.model import HookedVLM
 from hones_lens.results import Interval, Result
 
@@ -108,8 +109,8 @@ def atp_against_measured(
     metric: str | Metric = "logit_diff",
     method: str = "atp*",
     steps: int = STEPS,
-    batch_size: int = 32,
-    progress: bool = True,
+    options: SweepOptions | None = None,
+    **batches: Unpack[BatchKeywords],
 ) -> Agreement:
     """Patch components one at a time, at all positions, and estimate the same by attribution patching.
 
@@ -117,23 +118,21 @@ def atp_against_measured(
         model, pairs, what, direction, metric, method, steps: As `attribute_patching`; of what has heads or
             neurons.
         components: (layer, index) of those to measure; default: all.
-        batch_size: Pairs a batch.
-        progress: Show progress bars.
+        options, batches: How both run: `batch_size` and `progress` of `SweepOptions`.
 
     Raises:
         ValueError: An activation without heads or neurons, or a component that is not there or given twice;
             else as `attribute_patching`.
     """
-    options = {"direction": direction, "metric": metric, "by_pair": True, "progress": progress}
-    estimated = attribute_patching(
-        model, pairs, what, method=method, steps=steps, batch_size=batch_size, **options
-    )
+    options = SweepOptions.of_batches(options, batches)
+    how: dict[str, Any] = {"direction": direction, "metric": metric, "by_pair": True, "options": options}
+    estimated = attribute_patching(model, pairs, what, method=method, steps=steps, **how)
     if estimated.values.ndim != 3:
         raise ValueError(f"{as_patch_site(what).what} has no heads or neurons to compare")
     n_layers, width = estimated.shape[1:]
     chosen = [(layer, i) for layer in range(n_layers) for i in range(width)]
     chosen = chosen if components is None else [(int(layer), int(i)) for layer, i in components]
-    measured = patch_activations(model, pairs, what, "all", units=chosen, batch_size=batch_size, **options)
+    measured = patch_activations(model, pairs, what, "all", units=chosen, **how)
     layers, index = torch.tensor(chosen).T
     says = f"{what} by {method}, {direction}"
     return Agreement(says, tuple(chosen), estimated.values[:, layers, index], measured.values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,12 +16,13 @@ from transformer_lens.hook_points import HookPoint
 
 from hones_lens.analysis.patching.batches import PairBatch, pair_batches, refuse_hooks
 from hones_lens.analysis.patching.metrics import Metric, as_metric
-from hones_lens.analysis.patching.outcome import as_result
+from hones_lens.analysis.patching.outcome import Summary, SummaryKeywords
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, as_patch_site, on_patches, positions_of, targets_of
+from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.interventions import Group
 from hones_lens.model import HookedVLM, VLMInputs, attention_mask
-from hones_lens.results import DRAWS, Labelled
+from hones_lens.results import Labelled
 
 STEPS = 20
 
@@ -54,6 +56,11 @@ class _Job:
         """Of the source run or of the base run; for the vision tower to encode where it is patched."""
         inputs = self.batch.source if source else self.batch.base
         return replace(inputs, image_embeds=None) if self.site.vision else inputs
+
+    def estimates(self, method: str) -> Float[Tensor, "batch layer component sum"]:
+        """By a method of `METHODS`."""
+        self.check()
+        return torch.stack(METHODS[method](self), dim=1)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -105,6 +112,12 @@ class _Job:
         return {name: (x.detach(), g) for (name, x), g in zip(kept.items(), found, strict=True)}
 
 
+class AttributionKeywords(SummaryKeywords, BatchKeywords, total=False):
+    """Keywords of `attribute_patching`: of `Summary` and of `SweepOptions`, and the steps of an integral."""
+
+    steps: int
+
+
 def attribute_patching(
     model: HookedVLM,
     pairs: PatchPairs,
@@ -116,12 +129,8 @@ def attribute_patching(
     direction: str = "denoise",
     metric: str | Metric = "logit_diff",
     method: str = "atp*",
-    steps: int = STEPS,
-    raw: bool = False,
-    by_pair: bool = False,
-    batch_size: int = 16,
-    draws: int = DRAWS,
-    progress: bool = True,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[AttributionKeywords],
 ) -> Labelled:
     """Estimate what `patch_activations` would measure for each component alone.
 
@@ -137,46 +146,38 @@ def attribute_patching(
             elsewhere it is `atp`. `ig` integrates the gradient along the straight line from base to source,
             all of a layer's components and positions together, by the midpoint rule: over a whole layer its
             sum goes to the measured change as steps grow. It costs `steps` passes a layer.
-        steps: Of the integral.
-        raw: The change of the metric, instead of the share of the whole.
-        by_pair: Each pair's change on a first axis `pair`, without intervals.
-        batch_size: Pairs a batch.
-        draws: Resamples of the pairs for the intervals; 0 for none.
-        progress: Show a progress bar.
+        options: How it runs, as `SweepOptions`.
+        keywords: `steps` of the integral (default 20); `raw`, `by_pair`, `draws`, `seed` of `Summary`;
+            `batch_size` (default 16) and `progress` of `SweepOptions`.
 
     Returns:
-        As `patch_activations`: on the axes `layer`, then `head`, `kv_head` or `neuron`, then `group` or
-        `position`, with 95 % intervals.
+        As `patch_activations`, with 95 % intervals.
 
     Raises:
         ValueError: An unknown name, a layer that is not there, a group that is empty, steps below 1, or for
             `atp*` hooks of the model's own on scores or pattern.
         FloatingPointError: A metric that is not finite; names the pair.
     """
-    site, measure = as_patch_site(what), as_metric(metric)
+    own, given = split_keywords(keywords, ("steps", *SummaryKeywords.__annotations__))
+    steps, options = own.pop("steps", STEPS), SweepOptions.of_batches(options, given, batch_size=16)
+    summary, site, measure = Summary(**own), as_patch_site(what), as_metric(metric)
     if method not in METHODS or steps < 1:
         raise ValueError(f"method {method!r} with {steps} steps; valid: {', '.join(METHODS)}, 1 step or more")
     targets = targets_of(site, model.cfg, layers, "each" if site.unit else "together")
     masks = positions_of(model, pairs, site, by, groups)
     order = [targets.layers.index(layer) for layer in targets.labels.get("layer", targets.layers)]
-    found, gaps = [], []
-    with tqdm(total=len(pairs), desc=f"attribution patching · {what}", disable=not progress) as bar:
-        for start, batch in pair_batches(model, pairs, direction, batch_size):
+    found, gaps, desc = [], [], f"attribution patching · {what}"
+    with tqdm(total=len(pairs), desc=desc, disable=not options.progress) as bar:
+        for start, batch in pair_batches(model, pairs, direction, options.batch_size):
             where = {name: batch.cut(mask, start) for name, mask in masks.items()}
             job = _Job(model, batch, site, targets.layers, measure, where, steps)
-            job.check()
-            found.append(torch.stack(METHODS[method](job), dim=1)[:, order].cpu())
+            found.append(job.estimates(method)[:, order].cpu())
             gaps.append(batch.gap(model, measure).cpu())
             bar.update(len(batch.pairs))
-    change, labels = torch.cat(found).view(len(pairs), *targets.shape, len(masks)), dict(targets.labels)
-    axes = targets.axes if by == "all" else (*targets.axes, by)
-    if by == "all":
-        change = change[..., 0]
-    else:
-        labels[by] = tuple(masks)
-    options = {"metric": metric, "direction": direction, "raw": raw, "by_pair": by_pair, "draws": draws}
-    of = f"{what}, estimated by {method}"
-    return as_result(change, torch.cat(gaps), pairs, axes=axes, labels=labels, of=of, **options)
+    shape, axes, labels = targets.laid_out(by, tuple(masks))
+    change, gap = torch.cat(found).view(len(pairs), *shape), torch.cat(gaps)
+    how: dict[str, Any] = {"metric": metric, "direction": direction, "of": f"{what}, estimated by {method}"}
+    return summary.result(change, gap, pairs, axes=axes, labels=labels, **how)
 
 
 def _first_order(job: _Job) -> list[Float[Tensor, "batch component sum"]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -12,60 +14,94 @@ from torch import Tensor
 from hones_lens.analysis.patching.batches import DIRECTIONS
 from hones_lens.analysis.patching.metrics import Metric
 from hones_lens.analysis.patching.pairs import PatchPairs
+from hones_lens.engine import SweepKeywords
 from hones_lens.results import DRAWS, Labelled, mean_over_pairs, resampled
 
 _VERBS = {"denoise": "restored", "noise": "lost"}
-
-
-def as_result(
-    change: Float[Tensor, "pair *cells"],
-    gap: Float[Tensor, " pair"],
-    pairs: PatchPairs,
-    *,
-    axes: tuple[str, ...],
-    labels: dict[str, tuple[Any, ...]],
-    metric: str | Metric,
-    direction: str,
-    of: str,
-    raw: bool,
-    by_pair: bool,
-    draws: int,
-) -> Labelled:
-    """Each pair's changes of the metric as a result.
-
-    Args:
-        change: Of the metric, on the CPU.
-        gap: The metric of the source run minus that of the base run.
-        pairs: Whose.
-        axes, labels: Of the result, without pairs.
-        metric, direction: What was measured, and how.
-        of: Of what, in words.
-        raw: The mean change instead of the share of the whole, a ratio of means.
-        by_pair: Each pair's change on a first axis `pair`.
-        draws: Resamples of the pairs for the intervals; 0 for none.
-
-    Raises:
-        ValueError: A mean gap of 0, of which there is no share, or `draws` below 0.
-    """
-    told = metric if isinstance(metric, str) else getattr(metric, "__name__", "the metric")
-    change, gap = change.double(), gap.double()
-    clean_end = "clean − corrupted" if direction == "denoise" else "corrupted − clean"
-    notes = (f"{told}: {clean_end} is {float(gap.mean()):.4g}",)
-    if by_pair:
-        says = f"change of {told}, {of}, {DIRECTIONS[direction]}"
-        return Labelled(says, change, ("pair", *axes), labels | {"pair": pairs.ids}, notes=notes)
-    means = mean_over_pairs(change, draws)
-    says = f"change of {told}, {of}, {DIRECTIONS[direction]}"
-    if not raw:
-        says = f"share of {told} {_VERBS[direction]}, {of}, {DIRECTIONS[direction]}"
-        means = share_of_gap(change.movedim(0, -1), gap, draws)
-    return Labelled(says, axes=axes, labels=labels, notes=notes, **means)
-
-
 _CHUNK_ELEMENTS = 4_000_000
 
 
-_VERBS = {"denoise": "restored", "noise": "lost"}
+class SummaryKeywords(TypedDict, total=False):
+    """How a result of patching is told, by keyword; see `Summary`."""
+
+    raw: bool
+    by_pair: bool
+    draws: int
+    seed: int
+
+
+class PatchingKeywords(SummaryKeywords, SweepKeywords, total=False):
+    """Keywords of stages of patching: of `Summary` and of `SweepOptions`."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How the changes of a metric, of every pair, are told.
+
+    Attributes:
+        raw: The mean change of the metric, instead of its share of the whole, a ratio of means over pairs.
+        by_pair: Each pair's change on a first axis `pair`, without intervals.
+        draws, seed: Of the bootstrap over pairs (paired: a draw takes all runs of a pair together); 0 draws
+            for no intervals.
+
+    Raises:
+        ValueError: `draws` below 0.
+    """
+
+    raw: bool = False
+    by_pair: bool = False
+    draws: int = DRAWS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.draws < 0:
+            raise ValueError(f"draws must not be negative: {self.draws}")
+
+    def result(
+        self,
+        change: Float[Tensor, "pair *cells"],
+        gap: Float[Tensor, " pair"],
+        pairs: PatchPairs,
+        *,
+        axes: tuple[str, ...],
+        labels: dict[str, tuple[Any, ...]],
+        metric: str | Metric,
+        direction: str,
+        of: str,
+        notes: Sequence[str] = (),
+    ) -> Labelled:
+        """Each pair's changes as a result.
+
+        Args:
+            change: Of the metric, on the CPU.
+            gap: The metric of the source run minus that of the base run.
+            pairs: Whose.
+            axes, labels: Of the result, without pairs.
+            metric, direction: What was measured, and how.
+            of: Of what, in words.
+            notes: Of the result; default: the gap.
+
+        Raises:
+            ValueError: A mean gap of 0, of which there is no share.
+        """
+        told = metric_name(metric)
+        change, gap = change.double(), gap.double()
+        clean_end = "clean − corrupted" if direction == "denoise" else "corrupted − clean"
+        notes = tuple(notes) or (f"{told}: {clean_end} is {float(gap.mean()):.4g}",)
+        says = f"change of {told}, {of}, {DIRECTIONS[direction]}"
+        if self.by_pair:
+            return Labelled(says, change, ("pair", *axes), labels | {"pair": pairs.ids}, notes=notes)
+        if self.raw:
+            values = mean_over_pairs(change, self.draws, seed=self.seed)
+        else:
+            says = f"share of {told} {_VERBS[direction]}, {of}, {DIRECTIONS[direction]}"
+            values = share_of_gap(change.movedim(0, -1), gap, self.draws, self.seed)
+        return Labelled(says, axes=axes, labels=labels, notes=notes, **values)
+
+
+def metric_name(metric: str | Metric) -> str:
+    """What a metric is called."""
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", "the metric")
 
 
 def share_of_gap(

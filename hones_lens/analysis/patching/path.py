@@ -8,7 +8,7 @@ every component as a receiver this is activation patching of the senders.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,12 +19,13 @@ from transformer_lens.hook_points import HookPoint
 from hones_lens import engine
 from hones_lens.analysis.patching.batches import PairBatch, pair_batches, refuse_hooks
 from hones_lens.analysis.patching.metrics import Metric, as_metric
-from hones_lens.analysis.patching.outcome import as_result
+from hones_lens.analysis.patching.outcome import PatchingKeywords, Summary, SummaryKeywords
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.receivers import Head, Receiver, Receivers, check_senders, grouped, hook_of
+from hones_lens.engine import SweepOptions, split_keywords
 from hones_lens.interventions import Group, Hook
 from hones_lens.model import HookedVLM
-from hones_lens.results import DRAWS, Labelled
+from hones_lens.results import Labelled
 
 
 def path_patching(
@@ -37,11 +38,8 @@ def path_patching(
     metric: str | Metric = "logit_diff",
     through_mlps: bool = False,
     positions: Group = "all",
-    raw: bool = False,
-    by_pair: bool = False,
-    batch_size: int = 32,
-    draws: int = DRAWS,
-    progress: bool = True,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[PatchingKeywords],
 ) -> Labelled:
     """Change of the metric when receivers, and they alone, read what the senders write in the source run.
 
@@ -57,11 +55,9 @@ def path_patching(
         through_mlps: MLPs between a sender and a receiver pass on what they make of the change. By default
             paths go through the residual stream alone. Heads between never see the change.
         positions: Where the senders are patched.
-        raw: The change of the metric, instead of its share of what changing the input changes.
-        by_pair: Each pair's change on a first axis `pair`, without intervals.
-        batch_size: Pairs a batch.
-        draws: Resamples of the pairs for the intervals; 0 for none.
-        progress: Show a progress bar.
+        options: How it runs, as `SweepOptions`.
+        keywords: How the result is told: `raw`, `by_pair`, `draws`, `seed` of `Summary`; and `batch_size`,
+            `progress`, `memory_budget`, `tally` of `SweepOptions`.
 
     Returns:
         A ratio of means over pairs on the axis `receiver`, with 95 % intervals.
@@ -70,12 +66,12 @@ def path_patching(
         ValueError: No senders or receivers, one that the model does not have, or hooks of the model's own on
             activations that receivers are given.
     """
+    summary, options = _told(keywords, options)
     paths = _Paths(model, [senders], receivers, through_mlps)
-    change, gap = paths.measured(pairs, direction, as_metric(metric), positions, batch_size, progress)
+    change, gap = paths.measured(pairs, direction, as_metric(metric), positions, options)
     sent, labels = ", ".join(f"{layer}.{head}" for layer, head in senders), {"receiver": tuple(paths.groups)}
-    options = {"metric": metric, "direction": direction, "raw": raw, "by_pair": by_pair, "draws": draws}
-    of = f"along paths from {sent}"
-    return as_result(change[:, 0], gap, pairs, axes=("receiver",), labels=labels, of=of, **options)
+    how: dict[str, Any] = {"metric": metric, "direction": direction, "of": f"along paths from {sent}"}
+    return summary.result(change[:, 0], gap, pairs, axes=("receiver",), labels=labels, **how)
 
 
 def path_patching_matrix(
@@ -88,17 +84,15 @@ def path_patching_matrix(
     metric: str | Metric = "logit_diff",
     through_mlps: bool = False,
     positions: Group = "all",
-    raw: bool = False,
-    batch_size: int = 32,
-    draws: int = DRAWS,
-    progress: bool = True,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[PatchingKeywords],
 ) -> Labelled:
     """`path_patching` from each sender alone to each receiver.
 
     Args:
         model, pairs, receivers: As there.
         senders: Heads, each on its own; default: all.
-        direction, metric, through_mlps, positions, raw, batch_size, draws, progress: As there.
+        direction, metric, through_mlps, positions, options, keywords: As there.
 
     Returns:
         On the axes `sender`, `receiver`; `layer`, `head`, `receiver` for all heads.
@@ -106,18 +100,23 @@ def path_patching_matrix(
     Raises:
         ValueError: As `path_patching`.
     """
+    summary, options = _told(keywords, options)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     each = [(n, h) for n in range(n_layers) for h in range(n_heads)] if senders is None else list(senders)
     paths = _Paths(model, [[sender] for sender in each], receivers, through_mlps)
-    change, gap = paths.measured(pairs, direction, as_metric(metric), positions, batch_size, progress)
+    change, gap = paths.measured(pairs, direction, as_metric(metric), positions, options)
     axes, labels = ("sender", "receiver"), {"receiver": tuple(paths.groups)}
     if senders is None:
         change, axes = change.unflatten(1, (n_layers, n_heads)), ("layer", "head", "receiver")
     else:
         labels["sender"] = tuple(f"{layer}.{head}" for layer, head in each)
-    options = {"metric": metric, "direction": direction, "raw": raw, "by_pair": False, "draws": draws}
-    of = "along paths from each sender"
-    return as_result(change, gap, pairs, axes=axes, labels=labels, of=of, **options)
+    how: dict[str, Any] = {"metric": metric, "direction": direction, "of": "along paths from each sender"}
+    return summary.result(change, gap, pairs, axes=axes, labels=labels, **how)
+
+
+def _told(keywords: Mapping[str, Any], options: SweepOptions | None) -> tuple[Summary, SweepOptions]:
+    own, sweep = split_keywords(keywords, SummaryKeywords.__annotations__)
+    return Summary(**own), SweepOptions.of(options, sweep, unused=("journal",))
 
 
 class _Paths:
@@ -154,17 +153,17 @@ class _Paths:
         direction: str,
         metric: Metric,
         positions: Group,
-        batch_size: int,
-        progress: bool,
+        options: SweepOptions,
     ) -> tuple[Float[Tensor, "pair senders receiver"], Float[Tensor, " pair"]]:
         """Change of the metric, of each pair, and source minus base."""
         shape, mask = (len(self.senders), len(self.groups)), pairs.mask(positions)
         found, gaps, total = [], [], len(pairs) * shape[0] * shape[1]
-        with tqdm(total=total, desc="path patching", unit="cell", disable=not progress) as bar:
-            for start, batch in pair_batches(self.model, pairs, direction, batch_size):
+        budget = {"memory_budget": options.memory_budget, "tally": options.tally}
+        with tqdm(total=total, desc="path patching", unit="cell", disable=not options.progress) as bar:
+            for start, batch in pair_batches(self.model, pairs, direction, options.batch_size):
                 arms = [[], *self._arms(batch, batch.cut(mask, start))]
                 values: dict[int, Tensor] = {}
-                for i, logits in engine.logits_under(self.model, batch.base, arms):
+                for i, logits in engine.logits_under(self.model, batch.base, arms, **budget):
                     values[i] = batch.value(metric, logits[:, -1]).cpu()
                     bar.update(len(batch.pairs) if i else 0)
                 change = [values[i] - values[0] for i in range(1, len(arms))]

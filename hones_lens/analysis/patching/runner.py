@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from hones_lens.analysis.patching.batches import PairBatch, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, Target, Targets, on_patches
-from hones_lens.engine import Budget, stacked
+from hones_lens.engine import Budget, SweepOptions, stacked
 from hones_lens.interventions import HeadEdit, Hook
 from hones_lens.model import HookedVLM, VLMInputs
 
@@ -108,27 +108,25 @@ def measure_patches(
     site: PatchSite,
     targets: Targets,
     positions: Mapping[str, Bool[Tensor, "pair pos"]],
+    options: SweepOptions,
     *,
     direction: str,
     metric: str | Metric,
-    batch_size: int = 32,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
-    memory_budget: float | None = None,
 ) -> Measured:
     """Every target patched at every group of positions, targets first: `patch_activations` before means.
 
     Raises:
         ValueError, FloatingPointError: As `patch_activations`.
     """
-    n_patches, parts = len(targets.cells) * len(positions), []
-    with tqdm(total=n_patches * len(pairs), desc=f"patching · {site.what}", disable=not progress) as bar:
-        for start, batch in pair_batches(model, pairs, direction, batch_size):
+    n_patches, parts, journal = len(targets.cells) * len(positions), [], options.journal
+    total, desc = n_patches * len(pairs), f"patching · {site.what}"
+    with tqdm(total=total, desc=desc, disable=not options.progress) as bar:
+        for start, batch in pair_batches(model, pairs, direction, options.batch_size):
             key = f"patch/{start}"
             saved = None if journal is None else journal.get(key)
             if saved is None:
                 here = {name: batch.cut(mask, start) for name, mask in positions.items()}
-                job = _Job(model, batch, site, targets, here, metric, memory_budget)
+                job = _Job(model, batch, site, targets, here, metric, options)
                 saved = job.run(direction, bar.update)
                 if journal is not None:
                     journal[key] = saved
@@ -154,7 +152,7 @@ class _Job:
     targets: Targets
     positions: Mapping[str, Bool[Tensor, "row pos"]]
     metric: str | Metric
-    memory_budget: float | None
+    options: SweepOptions
 
     def run(self, direction: str, tick: Callable[[int], object]) -> dict[str, Any]:
         """The metric's values as lists: of the two runs [row], and under each patch [patch row]."""
@@ -243,15 +241,16 @@ class _Job:
     def _values(self, base: VLMInputs, arms: list[list[Hook]]) -> Iterator[tuple[int, Tensor]]:
         """Of each patch, its number and the metric [row]."""
         if not self.site.vision and self.metric != "task":
-            for number, logits in engine.logits_under(
-                self.model, base, arms, memory_budget=self.memory_budget
-            ):
+            budget = {"memory_budget": self.options.memory_budget, "tally": self.options.tally}
+            for number, logits in engine.logits_under(self.model, base, arms, **budget):
                 yield number, self._metric(logits[:, -1])
             return
         rows, tokens = len(base), base.attention_mask.numel()
-        at_once = Budget(self.model, self.memory_budget).rows(tokens, rows)
+        at_once = Budget(self.model, self.options.memory_budget).rows(tokens, rows)
         for start in range(0, len(arms), at_once):
             some = arms[start : start + at_once]
+            if self.options.tally is not None:
+                self.options.tally.full += len(some) * rows
             found = self._scores(base, some) if self.metric == "task" else self._full_passes(base, some)
             yield from zip(range(start, start + len(some)), found, strict=True)
 

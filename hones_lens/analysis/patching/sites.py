@@ -118,6 +118,14 @@ class Targets:
         """Every layer that is patched, once."""
         return sorted({layer for cell in self.cells for layer, _ in cell})
 
+    def laid_out(
+        self, by: str, positions: Sequence[str]
+    ) -> tuple[tuple[int, ...], tuple[str, ...], dict[str, tuple[Any, ...]]]:
+        """Shape, axes and labels of results by target and, unless `by` is `all`, by position."""
+        if by == "all":
+            return self.shape, self.axes, dict(self.labels)
+        return (*self.shape, len(positions)), (*self.axes, by), self.labels | {by: tuple(positions)}
+
 
 def targets_of(
     site: PatchSite, cfg: VLMConfig, layers: Sequence[int] | None = None, units: Units | None = None

@@ -258,8 +258,9 @@ def plan_patching(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) 
     else:  # whole layers
         chosen = {"layers": sorted({layer for cell in some for layer, _ in cell})}
     batch = pairs[: options.get("batch_size", 32)]
+    timed: dict[str, Any] = {**options, **chosen, "progress": False, "draws": 0, "raw": True}
     started = time.perf_counter()
-    patch_activations(model, batch, **{**options, **chosen, "progress": False, "draws": 0, "raw": True})
+    patch_activations(model, batch, **timed)
     each = (time.perf_counter() - started) / (len(some) * n_groups * len(batch))
     patches = len(targets.cells) * n_groups
     rows, tokens = patches * len(pairs), pairs.clean.input_ids.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hones_lens import engine
 from hones_lens.data import Example
+from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.attribution.head_scores import cells_of
 from hones_lens.interventions import Hook, replace_with_other_heads_mean, zero_head, zero_neurons
 from hones_lens.model import HookedVLM
@@ -27,9 +28,9 @@ def exact_ablation(
     task: str | Task,
     examples: Sequence[Example],
     *,
-    batch_size: int = 32,
-    progress: bool = True,
     measure: str = "log_prob",
+    options: SweepOptions | None = None,
+    **sweep: Unpack[SweepKeywords],
 ) -> Float[Tensor, "layer d_mlp"]:
     """Brute force: what is lost with each single neuron zeroed at all positions (METHOD, rankings).
 
@@ -38,11 +39,10 @@ def exact_ablation(
 
     Args:
         model, task, examples: What to measure.
-        batch_size: Examples at a time.
-        progress: Show a progress bar.
         measure: `log_prob`, the fall of the right answer's log-probability in nats, mean over
             examples; or `metric`, the fall of the task's metric. The metric costs more: a neuron
             that changes a greedy choice has its answer generated, and retrieval runs each candidate.
+        options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Returns:
         Clean minus ablated, float64 on the CPU.
@@ -51,15 +51,15 @@ def exact_ablation(
         ValueError: An unknown measure, no examples, or one that lacks what the task reads.
         FloatingPointError: Logits that are not finite; names neuron and example.
     """
-    task, cfg = engine.as_task(task), model.cfg
+    options, task, cfg = SweepOptions.of(options, sweep), engine.as_task(task), model.cfg
     engine.check_examples(task, examples)
     neurons = [(layer, i) for layer in range(cfg.n_layers) for i in range(cfg.d_mlp)]
     arms = [[], *(zero_neurons([neuron]) for neuron in neurons)]
-    options = {"batch_size": batch_size, "progress": progress, "label": "neuron ablation"}
+    label = "neuron ablation"
     if measure == "log_prob":
-        falls = _falls_of_log_prob(model, task, examples, arms, **options)
+        falls = _falls_of_log_prob(model, task, examples, arms, options, label)
     elif measure == "metric":
-        base, *under = engine.measure(model, task, examples, arms, **options)
+        base, *under = engine.measure(model, task, examples, arms, options, label=label)
         clean = base.metric(task)
         falls = torch.tensor([clean - outcome.metric(task) for outcome in under], dtype=torch.float64)
     else:
@@ -72,17 +72,16 @@ def exact_head_ablation(
     task: str | Task,
     examples: Sequence[Example],
     *,
-    batch_size: int = 32,
-    progress: bool = True,
     ablation: str = "other_heads_mean",
+    options: SweepOptions | None = None,
+    **sweep: Unpack[SweepKeywords],
 ) -> Float[Tensor, "layer head"]:
     """Fall of the right answer's log-probability when each single head is ablated.
 
     Args:
         model, task, examples: What to measure.
-        batch_size: Examples at a time.
-        progress: Show a progress bar.
         ablation: `other_heads_mean` (the intervention of HONES eq. H1) or `zero`, at all positions.
+        options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Returns:
         Clean minus ablated in nats, mean over examples, float64 on the CPU.
@@ -93,11 +92,10 @@ def exact_head_ablation(
     """
     if ablation not in _HEAD_HOOKS:
         raise ValueError(f"unknown ablation {ablation!r}; valid: {', '.join(_HEAD_HOOKS)}")
-    task = engine.as_task(task)
+    options, task = SweepOptions.of(options, sweep), engine.as_task(task)
     engine.check_examples(task, examples)
     arms = [[], *([_HEAD_HOOKS[ablation](*cell)] for cell in cells_of(model))]
-    options = {"batch_size": batch_size, "progress": progress, "label": "head ablation"}
-    falls = _falls_of_log_prob(model, task, examples, arms, **options)
+    falls = _falls_of_log_prob(model, task, examples, arms, options, "head ablation")
     return falls.view(model.cfg.n_layers, model.cfg.n_heads)
 
 
@@ -106,8 +104,9 @@ def _falls_of_log_prob(
     task: Task,
     examples: Sequence[Example],
     arms: Sequence[Sequence[Hook]],
-    **options: Any,
+    options: SweepOptions,
+    label: str,
 ) -> Float[Tensor, " arm"]:
-    found = engine.measure_log_probs(model, task, examples, arms, **options)
+    found = engine.measure_log_probs(model, task, examples, arms, options, label=label)
     base, *under = torch.tensor(found, dtype=torch.float64)
     return torch.stack([(base - arm).mean() for arm in under])

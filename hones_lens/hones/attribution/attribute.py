@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hones_lens import engine
 from hones_lens.data import Example
+from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.attribution.neurons import default_ratio, head_conditioned
@@ -53,9 +54,8 @@ def attribute_neurons(
     ratio: float | None = None,
     *,
     method: str | Ranking = "hones",
-    batch_size: int = 16,
-    progress: bool = True,
-    **options: Any,
+    options: SweepOptions | None = None,
+    **keywords: Any,
 ) -> NeuronScores:
     """Rank all decoder neurons for a task.
 
@@ -67,12 +67,11 @@ def attribute_neurons(
         ratio: Share of all neurons that are task neurons; default from `model_configs/`.
         method: `hones` (eq. H3); the name of another ranking, one of `RANKINGS` or of an installed
             distribution; or a function of your own. It is called as `method(model, task, examples,
-            batch_size=..., progress=..., **options)` with a Task and a list of Examples, and returns a score
+            batch_size=..., progress=..., **keywords)` with a Task and a list of Examples, and returns a score
             for every decoder neuron, [layer d_mlp]: higher is more important.
-        batch_size: Examples a batch.
-        progress: Show a progress bar.
-        options: For `hones`: `normalize`, `apply_ln`, `foils` of `target_directions`; for others
-            see their functions.
+        options: How it runs, as `SweepOptions`.
+        keywords: `batch_size` (default 16) and `progress` of `SweepOptions`; and the method's own, for
+            `hones` `normalize`, `apply_ln`, `foils` of `target_directions`, for others see their functions.
 
     Returns:
         NeuronScores, on the CPU.
@@ -83,21 +82,18 @@ def attribute_neurons(
     """
     task = engine.as_task(task)
     engine.check_examples(task, examples)
-    common, errors = {"batch_size": batch_size, "progress": progress}, None
+    given, own = split_keywords(keywords, BatchKeywords.__annotations__)
+    options = SweepOptions.of_batches(options, given, batch_size=16)
+    common, errors = options.of_a_batch, None
     if method == "hones":
         if heads is None:
             raise ValueError("method 'hones' needs heads: pass what localize_heads returned")
-        scores, errors = head_conditioned(model, task, examples, heads.top(), **common, **options)
+        scores, errors = head_conditioned(model, task, examples, heads.top(), **common, **own)
     else:
         rank = load_ranking(method) if isinstance(method, str) else method
-        scores = rank(model, task, examples, **common, **options)
+        scores = rank(model, task, examples, **common, **own)
     name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-    shape = (model.cfg.n_layers, model.cfg.d_mlp)
-    if scores.shape != shape or bool(scores.isnan().any()):
-        raise ValueError(
-            f"ranking {name!r} must give a number for each of {list(shape)} neurons; it gave "
-            f"{list(scores.shape)}, of which {int(scores.isnan().sum())} NaN"
-        )
+    _check_scores(model, name, scores)
     return NeuronScores(
         task=task.name,
         method=name,
@@ -107,3 +103,12 @@ def attribute_neurons(
         n_examples=len(examples),
         errors=errors,
     )
+
+
+def _check_scores(model: HookedVLM, ranking: str, scores: Tensor) -> None:
+    shape = (model.cfg.n_layers, model.cfg.d_mlp)
+    if scores.shape != shape or bool(scores.isnan().any()):
+        raise ValueError(
+            f"ranking {ranking!r} must give a number for each of {list(shape)} neurons; it gave "
+            f"{list(scores.shape)}, of which {int(scores.isnan().sum())} NaN"
+        )

@@ -17,6 +17,7 @@ from torch import Tensor
 from hones_lens import engine
 from hones_lens.analysis import promoted_tokens
 from hones_lens.data import Example
+from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.attribution.neurons import default_ratio, falls_by_head
@@ -111,9 +112,8 @@ def head_neuron_flow(
     *,
     ratio: float | None = None,
     tokens: int = 5,
-    batch_size: int = 16,
-    progress: bool = True,
-    **options: Any,
+    options: SweepOptions | None = None,
+    **keywords: Any,
 ) -> HeadNeuronFlow:
     """From which critical heads the task neurons have their importance (HONES eq. H3), and what they write.
 
@@ -125,9 +125,9 @@ def head_neuron_flow(
         neurons: A ranking whose task neurons are looked at; default: the ranking by eq. H3 itself.
         ratio: Share of all neurons that are task neurons; default: the ranking's, or from `model_configs/`.
         tokens: How many promoted tokens of each neuron to keep.
-        batch_size: Examples a batch.
-        progress: Show a progress bar.
-        options: `normalize`, `apply_ln`, `foils` of `target_directions`.
+        options: How it runs, as `SweepOptions`.
+        keywords: `batch_size` (default 16) and `progress` of `SweepOptions`; `normalize`, `apply_ln`, `foils`
+            of `target_directions`.
 
     Raises:
         ValueError: No examples, no critical head with w > 0, a ranking of another model's shape, or a number
@@ -140,9 +140,10 @@ def head_neuron_flow(
     shape = (model.cfg.n_layers, model.cfg.d_mlp)
     if neurons is not None and tuple(neurons.scores.shape) != shape:
         raise ValueError(f"neuron scores {tuple(neurons.scores.shape)} for a model of {shape} neurons")
-    common = {"batch_size": batch_size, "progress": progress}
+    given, own = split_keywords(keywords, BatchKeywords.__annotations__)
+    options = SweepOptions.of_batches(options, given, batch_size=16)
     critical = [head for head in heads.top() if head.score > 0]
-    weights, falls = falls_by_head(model, task, examples, critical, **common, **options)
+    weights, falls = falls_by_head(model, task, examples, critical, **options.of_a_batch, **own)
     by_head = weights[:, None, None] * falls / weights.sum()
     scores = by_head.sum(0)
     if neurons is None:
@@ -150,7 +151,7 @@ def head_neuron_flow(
         neurons = NeuronScores(task.name, "hones", model.cfg.model_name, scores, share, len(examples))
     chosen = ranked(neurons.scores, neurons.count(ratio))
     where = tuple(torch.tensor([[c.layer, c.index] for c in chosen]).T)
-    activations = mean_activation(model, task, examples, signed=True, **common)[where]
+    activations = mean_activation(model, task, examples, signed=True, **options.of_a_batch)[where]
     return HeadNeuronFlow(
         task=task.name,
         model_name=model.cfg.model_name,

@@ -136,11 +136,7 @@ def qrnca(
         ValueError: Fewer than two queries, no positive attribution in any, steps below 1, or unknown
             positions.
     """
-    queries: dict[tuple[str, str], list[Example]] = {}
-    for example in examples:
-        queries.setdefault((task.target_prompt(example), task.target(example)), []).append(example)
-    if len(queries) < 2:
-        raise ValueError("qrnca compares queries: examples need at least two different prompts or targets")
+    queries = _by_query(task, examples)
     options = {"steps": steps, "positions": positions, "batch_size": batch_size}
     shape = (model.cfg.n_layers, model.cfg.d_mlp)
     total, held = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
@@ -160,6 +156,20 @@ def qrnca(
     if not bool(held.any()):
         raise ValueError("qrnca found no neuron with a positive attribution in any query")
     return total / len(queries) * (len(queries) / (held + 1)).log()
+
+
+def _by_query(task: Task, examples: Sequence[Example]) -> dict[tuple[str, str], list[Example]]:
+    """Examples by prompt and target.
+
+    Raises:
+        ValueError: They are all the same.
+    """
+    queries: dict[tuple[str, str], list[Example]] = {}
+    for example in examples:
+        queries.setdefault((task.target_prompt(example), task.target(example)), []).append(example)
+    if len(queries) < 2:
+        raise ValueError("qrnca compares queries: examples need at least two different prompts or targets")
+    return queries
 
 
 def integrated_gradients(

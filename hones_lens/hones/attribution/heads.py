@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch
 from hones_lens import engine
 from hones_lens.analysis import SITES, PatchPairs, counterfactual, measure_patches, positions_of, targets_of
 from hones_lens.data import CounterfactualPair, Example
-from hones_lens.engine import Tally
+from hones_lens.engine import SweepKeywords, SweepOptions, Tally
 from hones_lens.hones.attribution.gradients import first_order_falls
 from hones_lens.hones.attribution.head_scores import INTERVENTIONS, LEVEL, HeadScores, cells_of
 from hones_lens.interventions import Hook, replace_with_other_heads_mean
@@ -47,14 +47,11 @@ def localize_heads(
     *,
     intervention: str = "mean",
     pairs: Sequence[CounterfactualPair] | PatchPairs | None = None,
-    batch_size: int = 32,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
-    memory_budget: float | None = None,
     positions: str = "all",
     prefilter: int | None = None,
     racing: Racing | None = None,
-    tally: Tally | None = None,
+    options: SweepOptions | None = None,
+    **sweep: Unpack[SweepKeywords],
 ) -> HeadScores:
     """Score every decoder head by the fall of the task's metric when it is replaced (HONES eq. H1).
 
@@ -70,19 +67,15 @@ def localize_heads(
         task: A task or its name.
         examples: The discovery examples; every one counts in both arms. With pairs: none, or the pairs'
             clean ones.
+        top_k: Critical heads to keep; default from `model_configs/`.
         intervention: `mean` or `patch`.
         pairs: Counterfactual pairs of the task, for `patch`.
-        top_k: Critical heads to keep; default from `model_configs/`.
-        batch_size: Examples at a time.
-        progress: Show a progress bar, with the leading heads.
-        journal: Finished batches, read and written (see `runs.Journal`).
-        memory_budget: GB for activations; default: a share of what is free.
         positions: `last` replaces heads only from the end of the prompt on, which costs little but is
             another intervention: what heads do at the image's tokens stays.
         prefilter: Measure only so many heads, those with the largest fall of the right answer's
             log-probability to first order (attribution patching). The others get no score.
         racing: Find the top_k heads without measuring all of them on all examples (see `racing`).
-        tally: Is counted up.
+        options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Returns:
         HeadScores, base minus intervened, on the CPU.
@@ -93,39 +86,45 @@ def localize_heads(
             `patch`, no pairs, other examples than theirs, a prefilter or a race.
         FloatingPointError: Logits that are not finite; names head and examples.
     """
-    task = engine.as_task(task)
+    options, task = SweepOptions.of(options, sweep), engine.as_task(task)
     if intervention not in INTERVENTIONS:
         raise ValueError(f"unknown intervention {intervention!r}; valid: {', '.join(INTERVENTIONS)}")
+    k = default_top_k(model) if top_k is None else top_k
     if intervention == "patch":
-        if prefilter is not None or racing is not None:
-            raise ValueError(
-                "prefilter and racing are for intervention='mean': a prefilter estimates another fall, and "
-                "races need scores within bounds, which differences of logits have not"
-            )
-        made = _pairs_of(model, task, pairs, examples)
-        k = default_top_k(model) if top_k is None else top_k
-        options = {"batch_size": batch_size, "progress": progress, "journal": journal}
-        return _patched(model, task, made, k, positions, {**options, "memory_budget": memory_budget})
+        _refuse_shortcuts(prefilter, racing)
+        return _patched(model, task, _pairs_of(model, task, pairs, examples), k, positions, options)
     if pairs is not None:
         raise ValueError("pairs are for intervention='patch'")
+    return _replaced(model, task, examples, k, positions, prefilter, racing, options)
+
+
+def _refuse_shortcuts(prefilter: int | None, racing: Racing | None) -> None:
+    if prefilter is not None or racing is not None:
+        raise ValueError(
+            "prefilter and racing are for intervention='mean': a prefilter estimates another fall, and "
+            "races need scores within bounds, which differences of logits have not"
+        )
+
+
+def _replaced(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    k: int,
+    positions: str,
+    prefilter: int | None,
+    racing: Racing | None,
+    options: SweepOptions,
+) -> HeadScores:
+    """Every head replaced by the mean of its layer's others."""
     if model.cfg.n_heads == 1:
         raise ValueError("a model with one head a layer has no other heads to take the mean of")
     engine.check_examples(task, examples)
-    k = default_top_k(model) if top_k is None else top_k
-    cells, traded = cells_of(model), []
+    tally = Tally() if options.tally is None else options.tally
+    options = replace(options, tally=tally)
+    cells, traded = _cells_to_measure(model, task, examples, k, prefilter, options)
     if positions != "all":
-        traded.append("heads replaced only from the end of the prompt on")
-    if prefilter is not None:
-        if not k <= prefilter:
-            raise ValueError(f"prefilter keeps {prefilter} heads, fewer than the {k} asked for")
-        falls = first_order_falls(model, task, examples, batch_size=batch_size, progress=progress)
-        traded.append(
-            f"the best {prefilter} of {len(cells)} heads by attribution patching, others unmeasured"
-        )
-        cells = sorted((c.layer, c.index) for c in ranked(falls, prefilter))
-    tally = Tally() if tally is None else tally
-    options = {"batch_size": batch_size, "progress": progress, "journal": journal, "tally": tally}
-    options["memory_budget"] = memory_budget
+        traded.insert(0, "heads replaced only from the end of the prompt on")
     arms = [[replace_with_other_heads_mean(*cell, positions)] for cell in cells]
     race = None
     if racing is None:
@@ -136,13 +135,9 @@ def localize_heads(
             f"heads raced (right up to {racing.epsilon:g} with probability {1 - racing.delta:g}; "
             f"{np.mean(~np.isnan(drops)):.0%} of the cells measured)"
         )
-    where = tuple(zip(*cells, strict=True))
-    shape = (model.cfg.n_layers, model.cfg.n_heads)
-    all_drops = torch.full((*shape, len(examples)), torch.nan, dtype=torch.float64)
-    all_scores = torch.full((*shape, 3), torch.nan, dtype=torch.float64)
-    all_drops[where], all_scores[where] = torch.from_numpy(drops), torch.from_numpy(found)
-    if race is not None:
-        race = replace(race, winners=tuple(cells[i][0] * shape[1] + cells[i][1] for i in race.winners))
+        numbers = tuple(cells[i][0] * model.cfg.n_heads + cells[i][1] for i in race.winners)
+        race = replace(race, winners=numbers)
+    all_drops, all_scores = (_laid_out(model, cells, values) for values in (drops, found))
     return HeadScores(
         task=task.name,
         metric_name=task.metric_name,
@@ -164,6 +159,33 @@ def localize_heads(
     )
 
 
+def _cells_to_measure(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    k: int,
+    prefilter: int | None,
+    options: SweepOptions,
+) -> tuple[list[tuple[int, int]], list[str]]:
+    """(layer, head) of all heads or of those that the prefilter keeps, and what was traded for speed."""
+    cells = cells_of(model)
+    if prefilter is None:
+        return cells, []
+    if not k <= prefilter:
+        raise ValueError(f"prefilter keeps {prefilter} heads, fewer than the {k} asked for")
+    falls = first_order_falls(model, task, examples, **options.of_a_batch)
+    kept = sorted((c.layer, c.index) for c in ranked(falls, prefilter))
+    return kept, [f"the best {prefilter} of {len(cells)} heads by attribution patching, others unmeasured"]
+
+
+def _laid_out(model: HookedVLM, cells: Sequence[tuple[int, int]], values: np.ndarray) -> torch.Tensor:
+    """Values by cell, [cell n], as [layer head n], NaN for heads without."""
+    shape = (model.cfg.n_layers, model.cfg.n_heads, values.shape[1])
+    out = torch.full(shape, torch.nan, dtype=torch.float64)
+    out[tuple(zip(*cells, strict=True))] = torch.from_numpy(values)
+    return out
+
+
 def _pairs_of(
     model: HookedVLM,
     task: Task,
@@ -183,15 +205,15 @@ def _pairs_of(
 
 
 def _patched(
-    model: HookedVLM, task: Task, pairs: PatchPairs, k: int, positions: str, options: dict[str, Any]
+    model: HookedVLM, task: Task, pairs: PatchPairs, k: int, positions: str, options: SweepOptions
 ) -> HeadScores:
     """Every head's output on the corrupted input put into the clean run."""
     if positions not in ("all", "last"):
         raise ValueError(f"unknown positions {positions!r}; valid: all, last")
     site = SITES["z"]
     where = positions_of(model, pairs, site, "group", [positions])
-    options |= {"direction": "noise", "metric": "logit_diff"}
-    found = measure_patches(model, pairs, site, targets_of(site, model.cfg), where, **options)
+    how = {"direction": "noise", "metric": "logit_diff"}
+    found = measure_patches(model, pairs, site, targets_of(site, model.cfg), where, options, **how)
     drops = (found.clean - found.values).view(model.cfg.n_layers, model.cfg.n_heads, -1)
     several = len(pairs) > 1
     ends = torch.from_numpy(_means(drops.flatten(0, 1).numpy()))[:, 1:].reshape(*drops.shape[:2], 2)
@@ -220,7 +242,7 @@ def _measure_all(
     examples: Sequence[Example],
     cells: Sequence[tuple[int, int]],
     arms: Sequence[Sequence[Hook]],
-    options: dict[str, Any],
+    options: SweepOptions,
 ) -> tuple[engine.Outcome, np.ndarray, np.ndarray]:
     """The clean outcome, every head's drops [head example], and its score with its ends [head 3]."""
 
@@ -229,9 +251,8 @@ def _measure_all(
         best = np.argsort(-np.array(so_far), kind="stable")[:3]
         return "leading: " + ", ".join(f"L{cells[i][0]}H{cells[i][1]} {so_far[i]:.3f}" for i in best)
 
-    base, *under = engine.measure(
-        model, task, examples, [[], *arms], label="heads", leaders=leaders, **options
-    )
+    every = [[], *arms]
+    base, *under = engine.measure(model, task, examples, every, options, label="heads", leaders=leaders)
     drops = np.array(base.scores) - np.array([outcome.scores for outcome in under])
     scores = np.full((len(under), 3), np.nan)
     scores[:, 0] = [base.metric(task) - outcome.metric(task) for outcome in under]
@@ -262,7 +283,7 @@ def _race(
     arms: Sequence[Sequence[Hook]],
     k: int,
     racing: Racing,
-    options: dict[str, Any],
+    options: SweepOptions,
 ) -> tuple[engine.Outcome, np.ndarray, np.ndarray, RaceResult]:
     """As `_measure_all`, with NaN where a head had left the race; the clean model sees every example."""
     if not task.is_mean:
@@ -275,9 +296,8 @@ def _race(
         here = places[start : start + racing.round_size].tolist()
         running = np.flatnonzero(race.running).tolist()
         some, still = [examples[i] for i in here], [[], *(arms[i] for i in running)]
-        clean, *under = engine.measure(
-            model, task, some, still, label=f"heads, round {number + 1}", **options
-        )
+        label = f"heads, round {number + 1}"
+        clean, *under = engine.measure(model, task, some, still, options, label=label)
         for place, score, statistics in zip(here, clean.scores, clean.statistics, strict=True):
             base.scores[place], base.statistics[place] = score, statistics
         if race.done:

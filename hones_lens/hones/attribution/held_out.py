@@ -6,19 +6,21 @@ of a selected head is therefore its drop on a held-out split, beside heads that 
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
 
 from hones_lens import engine
 from hones_lens.data import Example
+from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.attribution.head_scores import INTERVENTIONS, HeadScores, significant_heads
 from hones_lens.interventions import replace_with_other_heads_mean
 from hones_lens.model import HookedVLM
 from hones_lens.results import (
+    Component,
     Interval,
     Result,
     benjamini_hochberg,
@@ -125,9 +127,8 @@ def remeasure_heads(
     draws: int = 5,
     q: float = 0.05,
     seed: int = 0,
-    batch_size: int = 32,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
+    options: SweepOptions | None = None,
+    **sweep: Unpack[SweepKeywords],
 ) -> HeldOutHeads:
     """Measure the selected heads on examples that did not select them, beside random other heads.
 
@@ -143,14 +144,14 @@ def remeasure_heads(
         draws: Random sets of heads that are not among the selected.
         q: False discovery rate.
         seed: Of the random sets, the bootstrap and the permutations.
-        batch_size, progress, journal: As in `localize_heads`.
+        options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Raises:
         ValueError: No selected heads, heads of another model, task or intervention, or an example that
             selected them.
         FloatingPointError: Logits that are not finite; names head and examples.
     """
-    task = engine.as_task(task)
+    options, task = SweepOptions.of(options, sweep), engine.as_task(task)
     engine.check_examples(task, examples)
     _check(model, task, examples, heads)
     top = heads.top(k)
@@ -160,41 +161,52 @@ def remeasure_heads(
     random = random_head_sets(selected, model.cfg.n_layers, model.cfg.n_heads, draws, seed)
     cells = [*selected, *sorted({head for heads in random for head in heads})]
     arms = [[], *([replace_with_other_heads_mean(*cell, heads.positions)] for cell in cells)]
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "journal": journal}
-    base, *found = engine.measure(model, task, examples, arms, label="held-out heads", **options)
+    base, *found = engine.measure(model, task, examples, arms, options, label="held-out heads")
     clean = np.array(base.statistics)
-    under = {cell: np.array(outcome.statistics) for cell, outcome in zip(cells, found, strict=True)}
-    drops = {cell: bootstrap_interval(task, clean, under[cell], seed=seed) for cell in selected}
-    p = [permutation_p(task, clean, under[cell], seed=seed) for cell in selected]
-    stand = benjamini_hochberg(p, q)[1]
-    before = None
-    if heads.discoveries is not None:
-        before = {(c.layer, c.index) for c in significant_heads(heads, q, seed=seed)}
-    falls = {
-        cell: base.metric(task) - outcome.metric(task) for cell, outcome in zip(cells, found, strict=True)
-    }
+    under = [np.array(outcome.statistics) for outcome in found[: len(selected)]]
+    falls = dict(zip(cells, (base.metric(task) - outcome.metric(task) for outcome in found), strict=True))
     return HeldOutHeads(
         task=task.name,
         metric_name=task.metric_name,
         model_name=model.cfg.model_name,
         n_selected_on=len(heads.example_ids),
         baseline=metric_interval(task, clean, seed=seed),
-        heads=tuple(
-            HeldOutHead(
-                *cell,
-                score=c.score,
-                selected_on=heads.interval(*cell),
-                significant=None if before is None else cell in before,
-                drop=drops[cell],
-                p=value,
-                holds=bool(ok) and drops[cell].value > 0,
-            )
-            for c, cell, value, ok in zip(top, selected, p, stand, strict=True)
-        ),
-        mean_drop=mean_difference_interval(task, clean, [under[cell] for cell in selected], seed=seed),
+        heads=_again(task, heads, top, clean, under, q, seed),
+        mean_drop=mean_difference_interval(task, clean, under, seed=seed),
         random=tuple(float(np.mean([falls[cell] for cell in some])) for some in random),
         q=q,
         example_ids=tuple(example.id for example in examples),
+    )
+
+
+def _again(
+    task: Task,
+    heads: HeadScores,
+    top: Sequence[Component],
+    clean: np.ndarray,
+    under: Sequence[np.ndarray],
+    q: float,
+    seed: int,
+) -> tuple[HeldOutHead, ...]:
+    """What each selected head does on the held-out examples, from the statistics without and with it."""
+    drops = [bootstrap_interval(task, clean, statistics, seed=seed) for statistics in under]
+    p = [permutation_p(task, clean, statistics, seed=seed) for statistics in under]
+    stand = benjamini_hochberg(p, q)[1]
+    before = None
+    if heads.discoveries is not None:
+        before = {(c.layer, c.index) for c in significant_heads(heads, q, seed=seed)}
+    return tuple(
+        HeldOutHead(
+            c.layer,
+            c.index,
+            score=c.score,
+            selected_on=heads.interval(c.layer, c.index),
+            significant=None if before is None else (c.layer, c.index) in before,
+            drop=drop,
+            p=value,
+            holds=bool(ok) and drop.value > 0,
+        )
+        for c, drop, value, ok in zip(top, drops, p, stand, strict=True)
     )
 
 

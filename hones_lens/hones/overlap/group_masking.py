@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
 
 from hones_lens.data import Example
+from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.masking import MaskingResult, masking_curve
 from hones_lens.hones.overlap.groups import Neuron, Overlap
 from hones_lens.model import HookedVLM
@@ -82,9 +83,9 @@ def mask_groups(
     size: int | None = None,
     n_controls: int = 5,
     seed: int = 0,
-    batch_size: int = 32,
-    progress: bool = True,
     journals: Mapping[str, MutableMapping[str, Any]] | None = None,
+    options: SweepOptions | None = None,
+    **sweep: Unpack[SweepKeywords],
 ) -> GroupMasking:
     """Mask each group of an overlap at one size, and measure every task (HONES eqs. H4, H6).
 
@@ -100,14 +101,14 @@ def mask_groups(
         size: Neurons to mask of each; default: as many as the smallest of these groups has.
         n_controls: Random sets for each group, at least one.
         seed: Of the parts, the random sets and the bootstrap.
-        batch_size: Examples a batch.
-        progress: Show progress bars.
         journals: By task, finished batches, read and written (see `runs.Journal`).
+        options, sweep: How it runs: `batch_size`, `progress`, ... of `SweepOptions`, but for `journal`.
 
     Raises:
         ValueError: No examples, another model's overlap, an unknown or empty group, a size below 1
             or above that of a group, or no random sets.
     """
+    options = SweepOptions.of(options, sweep, unused=("journal",))
     if not examples:
         raise ValueError("no examples")
     if (overlap.n_layers, overlap.d_mlp) != (model.cfg.n_layers, model.cfg.d_mlp):
@@ -118,11 +119,10 @@ def mask_groups(
     if n_controls < 1:
         raise ValueError(f"n_controls must be at least 1, not {n_controls}")
     parts = masked_parts(overlap, groups, size, seed)
-    options = {"n_controls": n_controls, "seed": seed, "batch_size": batch_size, "progress": progress}
-    found = []
+    sets, found = list(parts.values()), []
     for task, some in examples.items():
-        journal = None if journals is None else journals[task]
-        curve = masking_curve(model, task, some, list(parts.values()), journal=journal, **options)
+        mine = options if journals is None else replace(options, journal=journals[task])
+        curve = masking_curve(model, task, some, sets, n_controls=n_controls, seed=seed, options=mine)
         found += [replace(result, method=name) for name, result in zip(parts, curve, strict=True)]
     return GroupMasking(tuple(found))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import pandas as pd
 import torch
@@ -24,6 +24,7 @@ from hones_lens.analysis import (
     with_ends,
 )
 from hones_lens.data import Example
+from hones_lens.engine import BatchKeywords, SweepOptions
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons
 from hones_lens.hones.overlap.groups import check_neurons
@@ -89,8 +90,8 @@ def lens_delta(
     neurons: NeuronScores | Neurons,
     *,
     k: int = 10,
-    batch_size: int = 32,
-    progress: bool = True,
+    options: SweepOptions | None = None,
+    **batches: Unpack[BatchKeywords],
 ) -> LensDelta:
     """Logit-lens tables of baseline minus masked (HONES eq. H6).
 
@@ -103,8 +104,7 @@ def lens_delta(
         examples: Whose prompts.
         neurons: A ranking, whose share `ratio` is masked, or a list of (layer, index).
         k: Tokens a layer and direction.
-        batch_size: Examples a batch.
-        progress: Show a progress bar.
+        options, batches: How it runs: `batch_size` and `progress` of `SweepOptions`.
 
     Raises:
         ValueError: No examples, no neurons, one twice or one that the model does not have, k below 1.
@@ -112,13 +112,13 @@ def lens_delta(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    task = engine.as_task(task)
+    options, task = SweepOptions.of_batches(options, batches), engine.as_task(task)
     engine.check_examples(task, examples)
     given = neurons.top() if isinstance(neurons, NeuronScores) else neurons
     chosen = check_neurons(given, model.cfg.n_layers, model.cfg.d_mlp, "the list of neurons to mask")
     parts: list[tuple[Tensor, Tensor]] = []  # of every batch, clean and masked
-    with tqdm(total=len(examples), desc=f"logit lens · {task.name}", disable=not progress) as bar:
-        for batch in engine.answer_batches(model, task, examples, batch_size, answers=False):
+    with tqdm(total=len(examples), desc=f"logit lens · {task.name}", disable=not options.progress) as bar:
+        for batch in engine.answer_batches(model, task, examples, options.batch_size, answers=False):
             parts.append((last_streams(model, batch), last_streams(model, batch, zero_neurons(chosen))))
             bar.update(len(batch.examples))
     clean, masked = (torch.cat(arm, dim=1) for arm in zip(*parts, strict=True))

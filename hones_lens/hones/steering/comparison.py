@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import MutableMapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from hones_lens import engine
 from hones_lens.data import Example
+from hones_lens.engine import SweepKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons, matched_random_sets
 from hones_lens.hones.steering.batches import Lessons
@@ -30,9 +31,67 @@ LEARNING_RATES = (5e-4, 5e-3, 5e-2)
 EPOCHS = (2, 8)
 
 
-@dataclass
+class TuningKeywords(TypedDict, total=False):
+    """What scales are tuned over, by keyword; see `Tuning`."""
+
+    learning_rates: Sequence[float]
+    epochs: Sequence[int]
+    factors: Sequence[float]
+    draws: int
+    learn_share: float
+    patience: int | None
+    rows: int
+
+
+class ComparisonKeywords(TuningKeywords, SweepKeywords, total=False):
+    """Keywords of `compare_steering`: of `Tuning` and of `SweepOptions`."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What scales are tuned over, and how.
+
+    Attributes:
+        learning_rates, epochs: Among which to choose.
+        factors: Among which Grid-Search chooses.
+        draws: Random sets with as many neurons in each layer.
+        learn_share: The part of dev to learn on.
+        patience: Measure the part of dev that chooses after every epoch, stop after so many epochs that did
+            not better the best, and keep that one (a = 0 included). Default: all epochs, and the last.
+        rows: Rows in one pass of learning.
+
+    Raises:
+        ValueError: Nothing to choose among, or patience below 1.
+    """
+
+    learning_rates: Sequence[float] = LEARNING_RATES
+    epochs: Sequence[int] = EPOCHS
+    factors: Sequence[float] = FACTORS
+    draws: int = 5
+    learn_share: float = 0.7
+    patience: int | None = None
+    rows: int = 4
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rates and self.epochs and self.factors and self.draws >= 1):
+            raise ValueError("learning_rates, epochs and factors must not be empty, and draws at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, not {self.patience}")
+
+    def settings(self, config: SteeringConfig) -> list[SteeringConfig]:
+        """A configuration for every learning rate and number of epochs."""
+        each = itertools.product(self.learning_rates, self.epochs)
+        return [replace(config, lr=lr, epochs=epochs) for lr, epochs in each]
+
+
+@dataclass(frozen=True)
 class _Data:
-    """The model, the task and its examples, and how they are run."""
+    """The model, the task and its examples, and how they are run.
+
+    Attributes:
+        learn, choose, test: Examples to learn on, to choose settings on, and to report on.
+        options: Of sweeps.
+    """
 
     model: HookedVLM
     task: Task
@@ -40,17 +99,18 @@ class _Data:
     choose: Sequence[Example]
     test: Sequence[Example]
     config: SteeringConfig
-    options: dict[str, Any]  # of a sweep
-    patience: int | None = None
+    options: SweepOptions
+    tuning: Tuning = field(default_factory=Tuning)
 
     def measured(
         self, examples: Sequence[Example], arms: Arms, label: str
     ) -> tuple[list[engine.Outcome], np.ndarray]:
         """What each arm scores, and the log-probabilities of the right answers, [arm example]."""
-        found = engine.measure(self.model, self.task, examples, arms, label=label, **self.options)
-        how = {"negatives": self.config.negatives, "seed": self.config.seed, **self.options}
+        sweeps = replace(self.options, memory_budget=None)  # it is for learning
+        found = engine.measure(self.model, self.task, examples, arms, sweeps, label=label)
+        how = {"negatives": self.config.negatives, "seed": self.config.seed}
         label = f"{label} log-probabilities"
-        return found, answer_log_probs(self.model, self.task, examples, arms, label=label, **how)
+        return found, answer_log_probs(self.model, self.task, examples, arms, sweeps, label=label, **how)
 
 
 def compare_steering(
@@ -64,17 +124,8 @@ def compare_steering(
     learn: Sequence[Example] | None = None,
     methods: Sequence[str] = METHODS,
     config: SteeringConfig | None = None,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    epochs: Sequence[int] = EPOCHS,
-    factors: Sequence[float] = FACTORS,
-    draws: int = 5,
-    learn_share: float = 0.7,
-    patience: int | None = None,
-    batch_size: int = 32,
-    rows: int = 4,
-    memory_budget: float | None = None,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[ComparisonKeywords],
 ) -> SteeringTable:
     """Steer by every method of HONES eq. H5, fitted on dev, and report what test gains over the base.
 
@@ -92,53 +143,49 @@ def compare_steering(
         learn: Learn on these, and choose on the whole of dev.
         methods: Which of `METHODS`; Base is always there.
         config: All other settings of learning.
-        learning_rates, epochs: Among which to choose.
-        factors: Among which Grid-Search chooses.
-        draws: Random sets with as many neurons in each layer.
-        learn_share: The part of dev to learn on.
-        patience: Measure the part of dev that chooses after every epoch, stop after so many epochs that did
-            not better the best, and keep that one (a = 0 included). Default: all epochs, and the last.
-        batch_size: Examples at a time in sweeps.
-        rows: Rows in one pass of learning.
-        memory_budget: GB, as in `learn_scales`.
-        progress: Show progress bars.
-        journal: What has been learned and measured, read and written (see `runs.Journal`).
+        options: How sweeps run; of its journal, what has been learned is read and written too.
+        keywords: What is tuned, and how: `learning_rates`, `epochs`, `factors`, `draws`, `learn_share`,
+            `patience`, `rows` of `Tuning`; and `batch_size`, `progress`, `journal`, ... of `SweepOptions`,
+            where `memory_budget` is GB of main memory for learning, as in `learn_scales`.
 
     Raises:
         ValueError: An unknown method (lists the valid ones), no examples or neurons, nothing to choose
             among, patience below 1, or examples of different sets that share a picture.
         FloatingPointError: A loss or logits that are not finite; names the examples.
     """
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; valid: {', '.join(METHODS)}")
-    if not (learning_rates and epochs and factors and draws >= 1):
-        raise ValueError("learning_rates, epochs and factors must not be empty, and draws at least 1")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience must be at least 1, not {patience}")
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise ValueError(f"unknown method {unknown[0]!r}; valid: {', '.join(METHODS)}")
+    tuned, sweep = split_keywords(keywords, TuningKeywords.__annotations__)
+    tuning, options = Tuning(**tuned), SweepOptions.of(options, sweep)
     task, config = engine.as_task(task), config or SteeringConfig()
     for some in (dev, test, *([] if learn is None else [learn])):
         engine.check_examples(task, some)
     chosen = to_steer(model, neurons, k)
-    parts = split_by_picture(dev, learn_share, config.seed) if learn is None else (list(learn), list(dev))
+    parts = list(learn or ()), list(dev)
+    if learn is None:
+        parts = split_by_picture(dev, tuning.learn_share, config.seed)
     check_apart({"learning": parts[0], "dev": parts[1], "test": test})
-    options = {"batch_size": batch_size, "progress": progress, "journal": journal}
-    data = _Data(model, task, *parts, test, config, options, patience)
-    settings = [replace(config, lr=lr, epochs=n) for lr, n in itertools.product(learning_rates, epochs)]
-    fitted = _uniform(data, chosen, methods, factors)
-    fitted += _learned(data, chosen, methods, settings, draws, rows, memory_budget)
+    data = _Data(model, task, *parts, test, config, options, tuning)
+    fitted = [*_uniform(data, chosen, methods), *_learned(data, chosen, methods)]
+    rows = _rows(data, sorted(fitted, key=lambda one: METHODS.index(one.method)))
+    return _table(data, neurons, len(chosen), rows)
+
+
+def _table(
+    data: _Data, neurons: NeuronScores | Neurons, n_neurons: int, rows: tuple[SteeringRow, ...]
+) -> SteeringTable:
     return SteeringTable(
-        task=task.name,
-        metric_name=task.metric_name,
-        model_name=model.cfg.model_name,
+        task=data.task.name,
+        metric_name=data.task.metric_name,
+        model_name=data.model.cfg.model_name,
         neuron_method=neurons.method if isinstance(neurons, NeuronScores) else "given",
-        n_neurons=len(chosen),
+        n_neurons=n_neurons,
         n_learned=len(data.learn),
         n_chosen=len(data.choose),
-        example_ids=tuple(example.id for example in test),
-        seed=config.seed,
-        negatives=config.negatives,
-        rows=_rows(data, sorted(fitted, key=lambda one: METHODS.index(one.method))),
+        example_ids=tuple(example.id for example in data.test),
+        seed=data.config.seed,
+        negatives=data.config.negatives,
+        rows=rows,
     )
 
 
@@ -152,10 +199,9 @@ class _Fitted:
     scales: NeuronScales | None
 
 
-def _uniform(
-    data: _Data, neurons: Neurons, methods: Sequence[str], factors: Sequence[float]
-) -> list[_Fitted]:
+def _uniform(data: _Data, neurons: Neurons, methods: Sequence[str]) -> list[_Fitted]:
     """The methods with one factor for all neurons."""
+    factors = data.tuning.factors
     about = {"task": data.task.name, "model_name": data.model.cfg.model_name}
     out = [_Fitted("Base", 0, {}, None)]
     if "Fixed-Amp" in methods:
@@ -179,24 +225,20 @@ def _learned(
     data: _Data,
     neurons: Neurons,
     methods: Sequence[str],
-    settings: Sequence[SteeringConfig],
-    draws: int,
-    rows: int,
-    memory_budget: float | None,
 ) -> list[_Fitted]:
     """The methods that learn a factor for each neuron, tuned on the part of dev that chooses."""
     shape = (data.model.cfg.n_layers, data.model.cfg.d_mlp)
     wanted: list[tuple[str, int, Neurons]] = []
     if "RandNeuron" in methods:
-        sets = matched_random_sets(neurons, *shape, draws, data.config.seed)
+        sets = matched_random_sets(neurons, *shape, data.tuning.draws, data.config.seed)
         wanted += [("RandNeuron", i, [(c.layer, c.index) for c in s]) for i, s in enumerate(sets)]
     wanted += [(m, 0, neurons) for m in ("HONES without KL", "HONES") if m in methods]
     if not wanted:
         return []
     first = min(layer for layer, *_ in neurons)
-    options: dict[str, Any] = {"batch_size": rows, "memory_budget": memory_budget}
-    lessons = Lessons(data.model, data.task, data.learn, first, data.config, **options)
-    all_scales = []
+    limits: dict[str, Any] = {"batch_size": data.tuning.rows, "memory_budget": data.options.memory_budget}
+    lessons = Lessons(data.model, data.task, data.learn, first, data.config, **limits)
+    settings, all_scales = data.tuning.settings(data.config), []
     for method, draw, some in wanted:
         for i, config in enumerate(settings):
             config = replace(config, kl_weight=0.0) if method == "HONES without KL" else config
@@ -207,25 +249,17 @@ def _learned(
 def _learn(
     data: _Data, lessons: Lessons, neurons: Neurons, config: SteeringConfig, method: str, key: str
 ) -> NeuronScales:
-    journal, key = data.options["journal"], f"steering/{key}"
+    journal, key = data.options.journal, f"steering/{key}"
     if journal is not None and key in journal:
         return NeuronScales.from_dict(journal[key])
     watch: dict[str, Any] = {}
-    if data.patience is not None:
+    if data.tuning.patience is not None:
         on_dev = measuring(data.model, data.task, data.choose, neurons, config)
-        watch = {"on_dev": on_dev, "patience": data.patience}
+        watch = {"on_dev": on_dev, "patience": data.tuning.patience}
     learner = Learner(data.model, lessons, neurons, config, **watch)
     label = f"{key} · {data.task.name}, lr {config.lr:g}, {config.epochs} epochs"
-    scales = NeuronScales(
-        neurons=tuple((n[0], n[1]) for n in neurons),
-        offsets=learner.run(label, data.options["progress"]),
-        task=data.task.name,
-        method=method,
-        model_name=data.model.cfg.model_name,
-        settings=asdict(config),
-        n_examples=len(data.learn),
-        history=tuple(learner.progress.history),
-    )
+    learner.run(label, data.options.progress)
+    scales = learner.scales(data.task, method, len(data.learn))
     if journal is not None:
         journal[key] = scales.to_dict()
     return scales
@@ -255,9 +289,8 @@ def transfer_steering(
     examples: Sequence[Example],
     *,
     task: Task | None = None,
-    batch_size: int = 32,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
+    options: SweepOptions | None = None,
+    **sweep: Unpack[SweepKeywords],
 ) -> SteeringTable:
     """Report a table's methods on other examples, say out-of-distribution ones, with no further fitting.
 
@@ -266,12 +299,13 @@ def transfer_steering(
         table: From `compare_steering`.
         examples: Of the same task; that they share no picture with dev is the caller's to see to.
         task: The table's task, where `load_task` does not know its name.
-        batch_size, progress, journal: As in `engine.measure`.
+        options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Raises:
         ValueError: No examples, or another model or task than the table's.
         FloatingPointError: Logits that are not finite; names the examples.
     """
+    options = SweepOptions.of(options, sweep)
     if model.cfg.model_name != table.model_name:
         raise ValueError(f"the table is about {table.model_name}, the model is {model.cfg.model_name}")
     task = task or engine.as_task(table.task)
@@ -279,7 +313,6 @@ def transfer_steering(
         raise ValueError(f"the table is about {table.task}, the task is {task.name}")
     engine.check_examples(task, examples)
     config = SteeringConfig(seed=table.seed, negatives=table.negatives)
-    options = {"batch_size": batch_size, "progress": progress, "journal": journal}
     fitted = [_Fitted(row.method, row.draw, row.chosen, row.scales) for row in table.rows]
     rows = _rows(_Data(model, task, (), (), examples, config, options), fitted)
     return replace(table, rows=rows, example_ids=tuple(example.id for example in examples))

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from tqdm.auto import tqdm
 
 from hones_lens import engine
 from hones_lens.data import Example
+from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons
 from hones_lens.hones.steering.batches import Lessons, frozen, gradient_of_step
@@ -114,6 +115,19 @@ class Learner:
                 bar.update(1)
         return self.offsets
 
+    def scales(self, task: Task, method: str, n_examples: int) -> NeuronScales:
+        """What was learned, with its settings and history."""
+        return NeuronScales(
+            neurons=tuple((neuron[0], neuron[1]) for neuron in self.neurons),
+            offsets=self.offsets,
+            task=task.name,
+            method=method,
+            model_name=self.model.cfg.model_name,
+            settings=asdict(self.config),
+            n_examples=n_examples,
+            history=tuple(self.progress.history),
+        )
+
     def _step(self) -> float:
         now = self.progress
         epoch, place = divmod(now.done, len(self.lessons))
@@ -186,6 +200,13 @@ def _brief(value: Any) -> str:
     return said if len(said) <= _BRIEF else f"{said[:_BRIEF]}…"
 
 
+class LearningKeywords(BatchKeywords, total=False):
+    """Keywords of `learn_scales`: of `SweepOptions`, and how often a checkpoint is written."""
+
+    memory_budget: float | None
+    save_every: int
+
+
 def learn_scales(
     model: HookedVLM,
     task: str | Task,
@@ -197,10 +218,8 @@ def learn_scales(
     dev: Sequence[Example] | None = None,
     patience: int | None = None,
     checkpoint: str | Path | None = None,
-    save_every: int = _SAVE_EVERY,
-    batch_size: int = 4,
-    memory_budget: float | None = None,
-    progress: bool = True,
+    options: SweepOptions | None = None,
+    **keywords: Unpack[LearningKeywords],
 ) -> NeuronScales:
     """Learn one factor for each of some neurons, all else frozen (HONES eq. H5).
 
@@ -222,62 +241,63 @@ def learn_scales(
         patience: With dev: stop after so many epochs that did not better the best.
         checkpoint: A JSON file to keep progress in and to take it up from: a resumed learning gives the
             same scales as an unbroken one, to the bit where the device itself is deterministic.
-        save_every: Steps between checkpoints, which are also written after every epoch.
-        batch_size: Rows in one pass.
-        memory_budget: GB of main memory for what the clean model gave; default: half of what is free.
-        progress: Show a progress bar.
+        options: How it runs, as `SweepOptions`.
+        keywords: `batch_size` (rows in one pass, default 4), `progress` and `memory_budget` (here GB of main
+            memory for what the clean model gave, default half of what is free) of `SweepOptions`;
+            `save_every`: steps between checkpoints, which are also written after every epoch (default 50).
 
     Raises:
         ValueError: No examples, no neurons, a neuron that the model does not have, examples and dev that
             share a picture, patience without dev, or a checkpoint of other settings.
         FloatingPointError: A loss that is not finite; names the examples.
     """
+    own, given = split_keywords(keywords, ("save_every",))
+    options = SweepOptions.of(options, given, unused=("journal", "tally"), batch_size=4)
     task, config = engine.as_task(task), config or SteeringConfig()
     engine.check_examples(task, examples)
     chosen = to_steer(model, neurons, k)
+    watch = _watched(model, task, examples, dev, patience, chosen, config)
+    limits: dict[str, Any] = {"batch_size": options.batch_size, "memory_budget": options.memory_budget}
+    lessons = Lessons(model, task, examples, min(layer for layer, _ in chosen), config, **limits)
+    about = {"model": model.cfg.model_name, "task": task.name, "neurons": [list(n) for n in chosen]}
+    about |= {"examples": lessons.fingerprint, "dev": None if dev is None else [e.id for e in dev]}
+    settings = {**asdict(config), **about, "patience": patience, "batch_size": options.batch_size}
+    own |= {"checkpoint": checkpoint, "settings": settings}
+    learner = Learner(model, lessons, chosen, config, **watch, **own)
+    learner.run(f"steering · {task.name}", options.progress)
+    method = neurons.method if isinstance(neurons, NeuronScores) else "given"
+    return learner.scales(task, method, len(examples))
+
+
+def _watched(
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    dev: Sequence[Example] | None,
+    patience: int | None,
+    neurons: Neurons,
+    config: SteeringConfig,
+) -> dict[str, Any]:
+    """`on_dev` and `patience` of a `Learner`, checked."""
     if patience is not None and (dev is None or patience < 1):
         raise ValueError("patience needs dev examples and must be at least 1")
-    on_dev = None
-    if dev is not None:
-        engine.check_examples(task, dev)
-        check_apart({"learning": examples, "dev": dev})
-        on_dev = measuring(model, task, dev, chosen, config)
-    options: dict[str, Any] = {"batch_size": batch_size, "memory_budget": memory_budget}
-    lessons = Lessons(model, task, examples, min(layer for layer, _ in chosen), config, **options)
-    settings = {
-        **asdict(config),
-        "model": model.cfg.model_name,
-        "task": task.name,
-        "neurons": [list(neuron) for neuron in chosen],
-        "examples": lessons.fingerprint,
-        "dev": None if dev is None else [example.id for example in dev],
-        "patience": patience,
-        "batch_size": batch_size,
-    }
-    keeping: dict[str, Any] = {"checkpoint": checkpoint, "save_every": save_every, "settings": settings}
-    learner = Learner(model, lessons, chosen, config, on_dev=on_dev, patience=patience, **keeping)
-    offsets = learner.run(f"steering · {task.name}", progress)
-    return NeuronScales(
-        neurons=tuple(chosen),
-        offsets=offsets,
-        task=task.name,
-        method=neurons.method if isinstance(neurons, NeuronScores) else "given",
-        model_name=model.cfg.model_name,
-        settings=asdict(config),
-        n_examples=len(examples),
-        history=tuple(learner.progress.history),
-    )
+    if dev is None:
+        return {}
+    engine.check_examples(task, dev)
+    check_apart({"learning": examples, "dev": dev})
+    return {"on_dev": measuring(model, task, dev, neurons, config), "patience": patience}
 
 
 def measuring(
     model: HookedVLM, task: Task, dev: Sequence[Example], neurons: Neurons, config: SteeringConfig
 ) -> Callable[[Sequence[float]], tuple[float, float]]:
     """A function from offsets to the metric and the log-probability on dev."""
+    quiet = SweepOptions(progress=False)
 
     def measure(offsets: Sequence[float]) -> tuple[float, float]:
         arms = [scaling(neurons, 1 + torch.tensor(offsets))]
-        (outcome,) = engine.measure(model, task, dev, arms, progress=False)
-        how: dict[str, Any] = {"negatives": config.negatives, "seed": config.seed, "progress": False}
-        return outcome.metric(task), float(answer_log_probs(model, task, dev, arms, **how).mean())
+        (outcome,) = engine.measure(model, task, dev, arms, quiet)
+        likely = answer_log_probs(model, task, dev, arms, quiet, negatives=config.negatives, seed=config.seed)
+        return outcome.metric(task), float(likely.mean())
 
     return measure

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from hones_lens import engine
 from hones_lens.data import Example
+from hones_lens.engine import SweepOptions
 from hones_lens.interventions import Hook
 from hones_lens.model import HookedVLM
 from hones_lens.tasks import Task
@@ -72,12 +73,10 @@ def answer_log_probs(
     task: Task,
     examples: Sequence[Example],
     arms: Arms,
+    options: SweepOptions,
     *,
     negatives: int = NEGATIVES,
     seed: int = 0,
-    batch_size: int = 32,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
     label: str = "log-probabilities",
 ) -> np.ndarray:
     """Log-probability of the right answers under each arm's hooks, in nats, [arm example].
@@ -85,14 +84,13 @@ def answer_log_probs(
     Of a ranking task it is the weighted mean over its `queries`, Yes and No alike.
     """
     if not task.ranks:
-        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "journal": journal}
-        return np.array(engine.measure_log_probs(model, task, examples, arms, label=label, **options))
+        return np.array(engine.measure_log_probs(model, task, examples, arms, options, label=label))
+    journal = options.journal
     found = np.zeros((len(arms), len(examples)))
-    size = max(1, batch_size // (1 + negatives))
-    with tqdm(
-        total=len(examples) * len(arms), desc=f"{label} · {task.name}", disable=not progress, unit="cell"
-    ) as bar:
-        runner = engine.Sweep(model, arms)
+    size = max(1, options.batch_size // (1 + negatives))
+    total, desc = len(examples) * len(arms), f"{label} · {task.name}"
+    with tqdm(total=total, desc=desc, disable=not options.progress, unit="cell") as bar:
+        runner = engine.Sweep(model, arms, options)
         for number, start in enumerate(range(0, len(examples), size)):
             some = examples[start : start + size]
             key = f"{label}/{number}"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
 
 from hones_lens import engine
 from hones_lens.data import Example
+from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.steering.questions import NEGATIVES, answer_log_probs
 from hones_lens.hones.steering.scales import NeuronScales
 from hones_lens.model import HookedVLM
@@ -95,9 +96,8 @@ def side_effects(
     *,
     negatives: int = NEGATIVES,
     seed: int = 0,
-    batch_size: int = 32,
-    progress: bool = True,
-    journal: MutableMapping[str, Any] | None = None,
+    options: SweepOptions | None = None,
+    **sweep: Unpack[SweepKeywords],
 ) -> SideEffects:
     """Measure every task under every task's scales; all scales of a task in one sweep.
 
@@ -107,24 +107,24 @@ def side_effects(
         scales_by_task: Scales by the name of the task that they were learned for.
         negatives: Of a ranking task's log-probability (see `queries`).
         seed: Of the bootstrap and the negatives.
-        batch_size, progress, journal: As in `engine.measure`.
+        options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Raises:
         ValueError: No scales, no tasks, an unknown one, or one without examples.
         FloatingPointError: Logits that are not finite; names the examples.
     """
+    options = SweepOptions.of(options, sweep)
     if not scales_by_task or not examples_by_task:
         raise ValueError("side effects need scales and examples of at least one task")
     arms = [[], *(scales.hooks() for scales in scales_by_task.values())]
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "journal": journal}
     cells = []
     for name, examples in examples_by_task.items():
         task = engine.as_task(name)
         engine.check_examples(task, examples)
         label = f"side effects on {name}"
-        base, *found = engine.measure(model, task, examples, arms, label=label, **options)
-        how = {"negatives": negatives, "seed": seed, "label": f"{label} log-probabilities", **options}
-        likely = answer_log_probs(model, task, examples, arms, **how)
+        base, *found = engine.measure(model, task, examples, arms, options, label=label)
+        how = {"negatives": negatives, "seed": seed, "label": f"{label} log-probabilities"}
+        likely = answer_log_probs(model, task, examples, arms, options, **how)
         for scales_of, outcome, log_probs in zip(scales_by_task, found, likely[1:], strict=True):
             statistics = np.array(outcome.statistics), np.array(base.statistics)
             cell = SideEffect(

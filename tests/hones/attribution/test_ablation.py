@@ -24,8 +24,9 @@ from helpers.hf_task_loops import (
 from helpers.ranking_scores import score
 from torch import Tensor
 
+from hones_lens import engine
 from hones_lens.data.examples import Example
-from hones_lens.engine import sweep
+from hones_lens.engine import full_passes
 from hones_lens.hones.attribution.ablation import exact_ablation, exact_head_ablation
 from hones_lens.interventions.hooks import Hook, zero_neurons
 from hones_lens.tasks.base import Task
@@ -34,8 +35,8 @@ from hones_lens.tasks.registry import load_task
 
 def log_prob(task: Task, examples: Sequence[Example], hooks: Sequence[Hook] = ()) -> float:
     _, model = pair()
-    (batch,) = sweep.answer_batches(model, task, examples, len(examples))
-    return float(sweep.log_probs(model, batch, hooks).double().mean())
+    (batch,) = engine.answer_batches(model, task, examples, len(examples))
+    return float(full_passes.log_probs(model, batch, hooks).double().mean())
 
 
 @pytest.mark.parametrize("name", ALL_TASKS)
@@ -79,10 +80,10 @@ def test_exact_ablation_of_the_metric_equals_one_run_for_each_neuron(name: str) 
     _, model = pair()
     task, examples = load_task(name), examples_of(name, 2)
     found = score("exact_ablation", name, examples, batch_size=8, measure="metric")
-    batches = list(sweep.prompt_batches(model, task, examples, 2))
+    batches = list(engine.prompt_batches(model, task, examples, 2))
 
     def metric(hooks: list[Hook]) -> float:
-        said = [p for batch in batches for p in sweep.predict(model, task, batch, hooks)]
+        said = [p for batch in batches for p in full_passes.predict(model, task, batch, hooks)]
         return task.aggregate(said, examples)
 
     clean, differing = metric([]), 0

@@ -21,9 +21,10 @@ from helpers.hf_task_loops import (
 from helpers.ranking_scores import SHAPE, looks, score
 from torch import Tensor
 
+from hones_lens import engine
 from hones_lens.data.examples import Example
 from hones_lens.data.pairs import counterfactual_pairs
-from hones_lens.engine import sweep
+from hones_lens.engine import full_passes
 from hones_lens.engine.forks import steps_of
 from hones_lens.hones.attribution.gradients import CLUSTER_SHARE, integrated_gradients
 from hones_lens.model.answers import Answer
@@ -87,8 +88,8 @@ def test_attribution_patching_needs_pairs() -> None:
         score("attribution_patching", "vqa", examples_of("vqa", 2))
 
 
-def one_batch(example: Example, task: Task) -> sweep.Batch:
-    (batch,) = sweep.answer_batches(pair()[1], task, [example], 1)
+def one_batch(example: Example, task: Task) -> engine.Batch:
+    (batch,) = engine.answer_batches(pair()[1], task, [example], 1)
     return batch
 
 
@@ -121,7 +122,7 @@ def test_integrated_gradients_are_complete(positions: str) -> None:
     _, model = pair()
     task = load_task("retrieval")
     batch = one_batch(examples_of("retrieval")[0], task)
-    clean = float(sweep.log_probs(model, batch).double().exp())
+    clean = float(full_passes.log_probs(model, batch).double().exp())
     for step in steps_of(model, batch.inputs):
 
         def silence(m: Tensor, hook: object) -> Tensor:
@@ -132,7 +133,7 @@ def test_integrated_gradients_are_complete(positions: str) -> None:
             return out
 
         hook = (f"blocks.{step.layer}.mlp.hook_post", silence)
-        fall = clean - float(sweep.log_probs(model, batch, [hook]).double().exp())
+        fall = clean - float(full_passes.log_probs(model, batch, [hook]).double().exp())
         options = {"positions": positions, "batch_size": 50}
         sums = [
             float(integrated_gradients(model, batch.inputs, step, steps=n, **options).sum())

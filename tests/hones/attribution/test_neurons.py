@@ -25,8 +25,8 @@ from helpers.hf_task_loops import (
     pair,
 )
 
+from hones_lens import engine
 from hones_lens.data.examples import Example
-from hones_lens.engine import sweep
 from hones_lens.hones.attribution import neurons
 from hones_lens.hones.attribution.attribute import attribute_neurons
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
@@ -196,7 +196,7 @@ def test_all_components_add_up_to_the_logit() -> None:
     example = replace(examples_of("vqa")[-1], answers=("circle",))
     task = load_task("vqa")
     token = model.to_single_token("circle")
-    (batch,) = sweep.answer_batches(model, task, [example], 1, answers=False)
+    (batch,) = engine.answer_batches(model, task, [example], 1, answers=False)
     (u,) = directions = target_directions(model, task, [example], normalize=False, apply_ln=True)
     neurons = write_in(model, batch, directions, apply_ln=True)
 

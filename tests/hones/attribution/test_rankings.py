@@ -22,9 +22,9 @@ from helpers.hf_task_loops import (
 from helpers.ranking_scores import SHAPE, looks, score
 from torch import Tensor
 
+from hones_lens import engine
 from hones_lens.data.examples import Example
 from hones_lens.data.pairs import counterfactual_pairs
-from hones_lens.engine import sweep
 from hones_lens.hones.attribution.attribute import RANKINGS, attribute_neurons
 from hones_lens.tasks.base import Task
 from hones_lens.tasks.registry import load_task
@@ -223,7 +223,7 @@ def test_a_planted_neuron_comes_first() -> None:
     layer, neuron = 1, 13
     task = load_task("vqa")
     examples = [replace(example, answers=("red",)) for example in examples_of("vqa", 3)]
-    (batch,) = sweep.answer_batches(model, task, examples, 3, answers=False)
+    (batch,) = engine.answer_batches(model, task, examples, 3, answers=False)
     name = f"blocks.{layer}.ln2.hook_normalized"
     _, cache = model.run_with_cache(batch.inputs, names_filter=name)
     seen = (cache[name][:, -1] * model.blocks[layer].ln2.weight).mean(0).detach()

@@ -22,9 +22,10 @@ from helpers.hf_task_loops import (
     pair,
 )
 
+from hones_lens import engine
 from hones_lens.data.examples import Example
 from hones_lens.data.loading import load_examples
-from hones_lens.engine import sweep
+from hones_lens.engine import SweepOptions
 from hones_lens.hones.steering import learning as learning_module
 from hones_lens.hones.steering.comparison import METHODS, compare_steering, transfer_steering
 from hones_lens.hones.steering.config import SteeringConfig
@@ -117,14 +118,14 @@ def test_settings_are_those_that_do_best_on_dev() -> None:
     for lr in SMALL["learning_rates"]:
         config = SteeringConfig(lr=lr, epochs=1)
         scales = learn_scales(model, task, learn, CHOSEN, config, **QUIET)
-        (outcome,) = sweep.measure(model, task, choose, [scales.hooks()], **QUIET)
-        likely = sweep.measure_log_probs(model, task, choose, [scales.hooks()], **QUIET)[0]
+        (outcome,) = engine.measure(model, task, choose, [scales.hooks()], SweepOptions(**QUIET))
+        likely = engine.measure_log_probs(model, task, choose, [scales.hooks()], SweepOptions(**QUIET))[0]
         made.append(((outcome.metric(task), float(np.mean(likely))), scales))
     assert found.scales().offsets == max(made, key=lambda pair: pair[0])[1].offsets
     factors = SMALL["factors"]
     arms = [NeuronScales.uniform(CHOSEN, factor).hooks() for factor in factors]
-    outcomes = sweep.measure(model, task, dev, arms, **QUIET)
-    likely = sweep.measure_log_probs(model, task, dev, arms, **QUIET)
+    outcomes = engine.measure(model, task, dev, arms, SweepOptions(**QUIET))
+    likely = engine.measure_log_probs(model, task, dev, arms, SweepOptions(**QUIET))
     values = [(o.metric(task), float(np.mean(lp))) for o, lp in zip(outcomes, likely, strict=True)]
     assert found.row("Grid-Search").chosen == {"factor": factors[values.index(max(values))]}
 

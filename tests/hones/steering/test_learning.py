@@ -24,8 +24,9 @@ from helpers.hf_task_loops import (
 )
 from torch import Tensor
 
+from hones_lens import engine
 from hones_lens.data.loading import load_examples
-from hones_lens.engine import sweep
+from hones_lens.engine import SweepOptions
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.steering import learning as learning_module
 from hones_lens.hones.steering.batches import Lessons, frozen, gradient_of_step
@@ -143,7 +144,8 @@ def test_a_planted_neuron_is_turned_up_to_where_the_loss_is_least() -> None:
     scales = learn_scales(model, "vqa", examples, [neuron], config, **QUIET)
     tried = np.linspace(-1.5, 1.5, 61)
     arms = [NeuronScales.uniform([neuron], 1 + a).hooks() for a in tried]
-    likely = answer_log_probs(model, task, examples, [*arms, scales.hooks(), []], **QUIET).mean(-1)
+    arms += [scales.hooks(), []]
+    likely = answer_log_probs(model, task, examples, arms, SweepOptions(**QUIET)).mean(-1)
     best = tried[likely[:-2].argmax()]
     assert scales.offsets[0] > 0.2 and abs(scales.offsets[0] - best) < 0.06
     assert likely[-2] > likely[-1] + 0.01 and likely[-2] > likely[:-2].max() - 1e-3
@@ -152,7 +154,7 @@ def test_a_planted_neuron_is_turned_up_to_where_the_loss_is_least() -> None:
     (slope,), _ = gradient_of_step(model, lessons, 0, [neuron], torch.zeros(1, requires_grad=True), config)
     ends = [NeuronScales.uniform([neuron], 1 + a).hooks() for a in (-step, step)]
     n_tokens = len(model.continuation(task.prompts(examples[0])[0], "red"))
-    low, high = answer_log_probs(model, task, examples, ends, **QUIET).mean(-1) / n_tokens
+    low, high = answer_log_probs(model, task, examples, ends, SweepOptions(**QUIET)).mean(-1) / n_tokens
     assert abs(-float(slope) - (high - low) / (2 * step)) < 2e-3 * max(1, abs(float(slope)))
 
 
@@ -272,8 +274,8 @@ def test_dev_is_measured_as_the_sweep_does() -> None:
     examples, dev = list(examples_of("vqa", 4))[:2], list(examples_of("vqa", 4))[2:]
     found = learn_scales(model, "vqa", examples, CHOSEN, replace(FAST, epochs=1), dev=dev, **QUIET)
     last = found.history[0]
-    base = [o.metric(task) for o in sweep.measure(model, task, dev, [[]], **QUIET)]
-    likely = sweep.measure_log_probs(model, task, dev, [[]], **QUIET)
+    base = [o.metric(task) for o in engine.measure(model, task, dev, [[]], SweepOptions(**QUIET))]
+    likely = engine.measure_log_probs(model, task, dev, [[]], SweepOptions(**QUIET))
     kept = (last["dev_metric"], last["dev_log_prob"]) > (base[0], np.mean(likely[0]))
     assert found.max_abs == (last["max_abs"] if kept else 0.0)
 
@@ -353,7 +355,8 @@ def test_log_probability_of_right_answers(name: str) -> None:
     task, examples = load_task(name), list(plain_examples(name))
     arms = [[], NeuronScales.uniform(CHOSEN, 2.0).hooks()]
     journal: dict[str, Any] = {}
-    found = answer_log_probs(model, task, examples, arms, batch_size=8, journal=journal, **QUIET)
+    options = SweepOptions(batch_size=8, journal=journal, **QUIET)
+    found = answer_log_probs(model, task, examples, arms, options)
     for i, example in enumerate(examples):
         for arm, hooks in enumerate(arms):
             expected = 0.0
@@ -363,9 +366,7 @@ def test_log_probability_of_right_answers(name: str) -> None:
                     expected += query.weight * float(model.log_probs(inputs))
             assert abs(found[arm, i] - expected) < 1e-4
     assert journal
-    assert (
-        answer_log_probs(model, task, examples, arms, batch_size=8, journal=journal, **QUIET) == found
-    ).all()
+    assert (answer_log_probs(model, task, examples, arms, options) == found).all()
 
 
 def test_dev_is_cut_by_picture() -> None:

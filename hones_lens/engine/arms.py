@@ -1,0 +1,130 @@
+"""Arms: interventions that a sweep runs side by side, each as the hooks that make it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from hones_lens.interventions import HeadEdit, Hook, Scale
+
+
+class Place(IntEnum):
+    """From where in a block a fork can start."""
+
+    BLOCK = 0
+    Z = 1
+    MID = 2
+    POST = 3
+
+
+# By the lowest hook that a fork has there; elsewhere it starts from the block.
+_START = {
+    "attn.hook_z": Place.Z,
+    "hook_attn_out": Place.MID,
+    "hook_resid_mid": Place.MID,
+    "ln2": Place.MID,
+    "mlp": Place.MID,
+    "mlp.hook_post": Place.POST,
+    "hook_mlp_out": Place.POST,
+    "hook_resid_post": Place.POST,
+}
+_OF_TOKEN_PAIRS = ("attn.hook_attn_scores", "attn.hook_pattern")
+
+
+class Arm:
+    """One intervention: the hooks that make it; none at all is the clean model.
+
+    Attributes:
+        hooks: From the lowest layer upwards.
+        start: Layer and place of the lowest one; None where a hook is not in a decoder block.
+    """
+
+    def __init__(self, hooks: Sequence[Hook] = ()):
+        places = [place_of(name) for name, _ in hooks]
+        self._places = sorted(place for place in places if place is not None)
+        self.start, self.hooks = None, tuple(hooks)
+        if hooks and len(self._places) == len(hooks):
+            self.start = self._places[0]
+            self.hooks = tuple(sorted(hooks, key=lambda hook: place_of(hook[0]) or (0, Place.BLOCK)))
+
+    @property
+    def sees_tokens_alone(self) -> bool:
+        """Whether no hook is on pairs of tokens, so that the tokens may come in portions."""
+        return not any(name.endswith(_OF_TOKEN_PAIRS) for name, _ in self.hooks)
+
+    @property
+    def shortcut(self) -> HeadEdit | Scale | None:
+        """What the lowest hook changes, where only the difference has to be computed there."""
+        if self.start is None:
+            return None
+        if any(layer == self.start[0] for layer, _ in self._places[1:]):
+            return None
+        name, first = self.hooks[0]
+        if isinstance(first, HeadEdit):
+            return None if first.only is None or first.late else first
+        if isinstance(first, Scale) and name.endswith("mlp.hook_post") and first.axis in (-1, 2):
+            return first
+        return None
+
+    def late(self) -> Arm | None:
+        """For an arm that changes a head from the end of the prompt on: the same at all positions."""
+        if len(self.hooks) != 1:
+            return None
+        name, edit = self.hooks[0]
+        if isinstance(edit, HeadEdit) and edit.late and edit.only is not None:
+            return Arm([(name, replace(edit, late=False))])
+        return None
+
+    @property
+    def group(self) -> tuple:
+        """Arms of one group can be rows of one batch."""
+        edit = self.shortcut
+        return (self.start, type(edit), edit.alone if isinstance(edit, HeadEdit) else None)
+
+    def __str__(self) -> str:
+        return ", ".join(str(fn) if isinstance(fn, (HeadEdit, Scale)) else name for name, fn in self.hooks)
+
+
+def place_of(name: object) -> tuple[int, Place] | None:
+    """Layer and place of a hook; None where it is not in a decoder block."""
+    if not isinstance(name, str) or not name.startswith("blocks."):
+        return None
+    _, layer, rest = name.split(".", 2)
+    return int(layer), _START.get(rest, _START.get(rest.split(".")[0], Place.BLOCK))
+
+
+def stacked(parts: Sequence[tuple[int, Sequence[Hook]]]) -> list[Hook]:
+    """Hooks for a batch whose rows belong to several interventions.
+
+    Args:
+        parts: How many rows in turn belong to an intervention, and its hooks.
+    """
+    counts = [count for count, _ in parts]
+    by_name: dict[str, list[list[Callable]]] = {}
+    for i, (_, hooks) in enumerate(parts):
+        for name, fn in hooks:
+            by_name.setdefault(name, [[] for _ in parts])[i].append(fn)
+
+    def dispatch(each: list[list[Callable]]) -> Callable:
+        def to_own_rows(x: Tensor, hook: HookPoint) -> Tensor:
+            out = []
+            for part, fns in zip(x.split(counts), each, strict=True):
+                for fn in fns:
+                    new = fn(part, hook)
+                    part = part if new is None else new
+                out.append(part)
+            return torch.cat(out)
+
+        firsts = [fns[0] for fns in each if len(fns) == 1]
+        edits = [fn for fn in firsts if isinstance(fn, HeadEdit) and fn.only is not None]
+        if len(edits) < len(each) or len({edit.alone for edit in edits}) > 1:
+            return to_own_rows
+        heads = torch.tensor([edit.only for edit in edits])
+        return replace(edits[0], head=heads.repeat_interleave(torch.tensor(counts)))
+
+    return [(name, dispatch(each)) for name, each in by_name.items()]

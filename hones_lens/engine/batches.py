@@ -1,0 +1,81 @@
+"""Batches of prompts, prepared, with their images encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hones_lens.data import Example
+from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.tasks import Task, load_task
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples with their inputs, images encoded; `rows[i]` of the inputs belong to example i."""
+
+    examples: Sequence[Example]
+    inputs: VLMInputs
+    rows: Sequence[int]
+
+    @property
+    def ids(self) -> list[str]:
+        """The examples' names."""
+        return [example.id for example in self.examples]
+
+
+def as_task(task: str | Task) -> Task:
+    """A task, or the task of that name."""
+    return load_task(task) if isinstance(task, str) else task
+
+
+def check_examples(task: Task, examples: Sequence[Example]) -> None:
+    """Raise before any model runs if an example lacks what its task reads, or ids repeat.
+
+    Raises:
+        ValueError: No examples, an example without target or prompt, or an id that repeats.
+    """
+    if not examples:
+        raise ValueError("no examples")
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise ValueError(f"example id {example.id!r} occurs twice")
+        seen.add(example.id)
+        task.prompts(example)
+        task.target(example)
+
+
+def prompt_batches(
+    model: HookedVLM, task: Task, examples: Sequence[Example], batch_size: int
+) -> Iterator[Batch]:
+    """Every prompt of the examples, prepared; a ranking task's example is a batch of its own."""
+    size = 1 if task.ranks else batch_size
+    for start in range(0, len(examples), size):
+        some = examples[start : start + size]
+        prompts = [task.prompts(example) for example in some]
+        rows = [len(asked) for asked in prompts]
+        images = [example.image for example, n in zip(some, rows, strict=True) for _ in range(n)]
+        inputs = model.prepare(images, [p for asked in prompts for p in asked])
+        yield Batch(some, _encode(model, inputs, shared=task.ranks), rows)
+
+
+def answer_batches(
+    model: HookedVLM, task: Task, examples: Sequence[Example], batch_size: int, answers: bool = True
+) -> Iterator[Batch]:
+    """The prompt that the target follows, one row an example, with the right answer behind it."""
+    for start in range(0, len(examples), batch_size):
+        some = examples[start : start + batch_size]
+        said = [task.answer(example) for example in some] if answers else None
+        prompts = [task.target_prompt(example) for example in some]
+        inputs = model.prepare([example.image for example in some], prompts, said)
+        yield Batch(some, _encode(model, inputs), [1] * len(some))
+
+
+def _encode(model: HookedVLM, inputs: VLMInputs, shared: bool = False) -> VLMInputs:
+    """Run the vision tower once: for every image, or for the one that all rows share."""
+    if not shared:
+        return model.with_image_embeds(inputs)
+    first = model.with_image_embeds(inputs[0]).image_embeds
+    assert first is not None
+    return replace(inputs, image_embeds=first.repeat(len(inputs), *(1,) * (first.ndim - 1)))

@@ -1,0 +1,145 @@
+"""Segments: tokens that run through the decoder together, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hones_lens.engine.memory import Budget
+from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, attention_mask
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that run through the decoder together.
+
+    Attributes:
+        resid: The stream that enters block 0, [row pos d_model].
+        cos, sin: Rotation of their positions, [row pos d_head].
+        mask: True where query may see key, [row or 1, 1, pos, key]; None: causality is all.
+        keep: At how many of the last positions logits are wanted.
+        prefixed: Whether the first segment, which then has one row, is in front of every row of this one.
+        past: Keys and values of other tokens in front of each row, which no arm changes.
+    """
+
+    resid: Float[Tensor, "row pos d_model"]
+    cos: Float[Tensor, "row pos d_head"]
+    sin: Float[Tensor, "row pos d_head"]
+    mask: Tensor | None
+    keep: int
+    prefixed: bool = False
+    past: KVCache | None = None
+
+    @classmethod
+    def of(cls, model: HookedVLM, inputs: VLMInputs, keep: int) -> Segment:
+        """Whole inputs."""
+        with torch.no_grad():
+            cos, sin = model.rotary(model.positions(inputs), model.cfg.dtype)
+            mask = attention_mask(inputs.attention_mask.bool(), inputs.input_ids.shape[1])
+            return cls(model.embed_inputs(inputs), cos, sin, mask, keep)
+
+    def late(self, past: KVCache) -> Segment:
+        """The positions whose logits are wanted alone, behind the keys and values of those before."""
+        n_keys = past.keys[0].shape[1] + self.keep
+        seen = torch.ones(1, n_keys, dtype=torch.bool, device=self.resid.device)
+        parts = (x[:, x.shape[1] - self.keep :] for x in (self.resid, self.cos, self.sin))
+        return Segment(*parts, mask=attention_mask(seen, self.keep), keep=self.keep, past=past)
+
+    def context(self, times: int, prefix: KVCache | None = None, above: int = -1) -> AttentionContext:
+        """For the rows repeated so many times.
+
+        Args:
+            times: How often.
+            prefix: Where prefixed: with one row for each repetition.
+            above: Of `past`, layers above this one are needed.
+        """
+        rows, mask = len(self.resid), self.mask
+        if mask is not None and len(mask) > 1:
+            mask = mask.repeat(times, 1, 1, 1)
+        cos, sin = self.cos.repeat(times, 1, 1), self.sin.repeat(times, 1, 1)
+        cache = KVCache()
+        if self.prefixed:
+            assert prefix is not None
+            cache = _BehindPrefix(prefix=prefix, rows=rows)
+        if self.past is not None:
+            for mine, theirs in ((cache.keys, self.past.keys), (cache.values, self.past.values)):
+                mine |= {n: x.repeat(times, 1, 1, 1) for n, x in theirs.items() if n > above}
+        return AttentionContext(cos, sin, mask, causal=True, kv_cache=cache)
+
+
+@dataclass
+class _BehindPrefix(KVCache):
+    """Keys and values behind those of a prefix that several rows share; only one layer's are held."""
+
+    prefix: KVCache = field(default_factory=KVCache)
+    rows: int = 1  # behind each row of the prefix
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self.keys:
+            self.keys = {layer: self._for_each_row(self.prefix.keys[layer])}
+            self.values = {layer: self._for_each_row(self.prefix.values[layer])}
+        return super().extend(layer, k, v)
+
+    def _for_each_row(self, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            return x.expand(self.rows, *x.shape[1:])  # a view: it is copied once, when `extend` appends to it
+        return x.repeat_interleave(self.rows, dim=0)
+
+
+def buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], VLMInputs]]:
+    """Rows of one length, without padding, as many at a time as the budget has room for."""
+    lengths = inputs.attention_mask.sum(-1).tolist()
+    for length in sorted(set(lengths)):
+        rows = [row for row, n in enumerate(lengths) if n == length]
+        size = budget.rows(length)
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            yield some, inputs[some].without_padding()
+
+
+def behind_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segment], list[list[int]]]:
+    """Rows that begin alike, image included: their common beginning once, then what is behind it.
+
+    Returns:
+        Segments (the prefix first), and which rows each has. Rows of one length share a segment. Where
+        images lie behind the common beginning, nothing is shared.
+    """
+    lengths = inputs.attention_mask.sum(-1).tolist()
+    width = inputs.input_ids.shape[1]
+    ids = [row[width - n :].tolist() for row, n in zip(inputs.input_ids, lengths, strict=True)]
+    shared = _common_beginning(ids)
+    pads = [width - n for n in lengths]
+    if any(bool(mask[pad + shared :].any()) for mask, pad in zip(inputs.image_mask, pads, strict=True)):
+        shared = 0
+    with torch.no_grad():
+        resid = model.embed_inputs(inputs)
+        cos, sin = model.rotary(model.positions(inputs), model.cfg.dtype)
+
+    def cut(rows: list[int], first: int, last: int, keep: int, mask: Tensor | None = None) -> Segment:
+        parts = [x[rows, first:last] for x in (resid, cos, sin)]
+        return Segment(*parts, mask=mask, keep=keep, prefixed=shared > 0 and keep > 0)
+
+    segments, members = [], []
+    if shared:
+        segments.append(cut([0], pads[0], pads[0] + shared, 0))
+        members.append([0])
+    for length in sorted(set(lengths)):
+        rows = [row for row, n in enumerate(lengths) if n == length]
+        seen = torch.ones(1, length, dtype=torch.bool, device=resid.device)
+        mask = attention_mask(seen, length - shared)
+        segments.append(cut(rows, width - length + shared, width, 1, mask))
+        members.append(rows)
+    return segments, members
+
+
+def _common_beginning(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with; of the shortest, the last is left out."""
+    shortest = min(map(len, rows)) - 1
+    for i in range(shortest):
+        if len({row[i] for row in rows}) > 1:
+            return i
+    return shortest
