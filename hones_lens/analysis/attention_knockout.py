@@ -148,10 +148,11 @@ def attention_knockout(
         FloatingPointError: Logits that are not finite.
     """
     options, plan = SweepOptions.of(options, sweep, unused=("journal",)), _plan(model, edges, window)
+    known = None if task is None else as_task(task)
     if metric == "task":
-        return _of_task(model, _examples(data, task), plan, options, (draws, level, seed))
+        return _of_task(model, _examples(data, known), plan, options, (draws, level, seed))
     measure = log_prob if metric == "probability" else as_metric(metric)
-    before, after = _measured(model, data, task, plan, measure, options)
+    before, after = _measured(model, data, known, plan, measure, options)
     if metric == "probability":
         what = "relative change of the right answer's probability when the target can't see the source"
         before, after = before.exp(), after.exp()
@@ -166,7 +167,7 @@ def attention_knockout(
 def _measured(
     model: HookedVLM,
     data: PatchPairs | VLMInputs | Sequence[Example],
-    task: str | Task | None,
+    task: Task | None,
     plan: _Plan,
     metric: Metric,
     options: SweepOptions,
@@ -211,7 +212,7 @@ def _masks(inputs: VLMInputs, edges: Mapping[str, Edge]) -> dict[str, _Masks]:
     return {name: (token_mask(inputs, s), token_mask(inputs, t)) for name, (s, t) in edges.items()}
 
 
-def _examples(data: object, task: str | Task | None) -> tuple[Task, Sequence[Example]]:
+def _examples(data: object, task: Task | None) -> tuple[Task, Sequence[Example]]:
     """Examples with their task, checked.
 
     Raises:
@@ -220,15 +221,14 @@ def _examples(data: object, task: str | Task | None) -> tuple[Task, Sequence[Exa
     if task is None or isinstance(data, (PatchPairs, VLMInputs)):
         raise ValueError("give examples with their task=, or pairs or prepared inputs without")
     assert isinstance(data, Sequence)
-    known = as_task(task)
-    check_examples(known, data)
-    return known, data
+    check_examples(task, data)
+    return task, data
 
 
 def _batches(
     model: HookedVLM,
     data: PatchPairs | VLMInputs | Sequence[Example],
-    task: str | Task | None,
+    task: Task | None,
     edges: Mapping[str, Edge],
     batch_size: int,
 ) -> Iterator[tuple[PatchPairs, dict[str, _Masks]]]:
