@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.hf_task_loops import ALL_TASKS, FAMILIES, N_HEADS, N_LAYERS, examples_of, fresh_pair, pair
+from helpers.hf_task_loops import (
+    ALL_TASKS,
+    FAMILIES,
+    N_HEADS,
+    N_LAYERS,
+    TASK_OF_FAMILY,
+    examples_of,
+    fresh_pair,
+    pair,
+)
 from torch import Tensor
 
 import hones_lens as hl
@@ -76,8 +85,7 @@ def flat(lists: list[list]) -> list:
     return [item for items in lists for item in items]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ALL_TASKS)
+@TASK_OF_FAMILY
 def test_answers_and_scores_equal_the_naive_loop(family: str, name: str) -> None:
     _, model = pair(family)
     task, examples, arms = load_task(name), examples_of(name, 3, family), [*HEADS, *OTHERS, *WHOLE, *LATE]

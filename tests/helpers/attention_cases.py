@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from helpers import random_llava, random_qwen
@@ -31,3 +32,8 @@ def patches(both: Twin, inputs: VLMInputs, row: int, image: int) -> Tensor:
     places = (inputs.input_ids[row] == both.model.cfg.image_token_id).nonzero()[:, 0]
     sizes = [rows * columns for rows, columns in inputs.grids[row]]
     return places.split(sizes)[image].view(inputs.grids[row][image])
+
+
+def pictures_of(family: ModuleType) -> list[Image.Image]:
+    """Those of row 1 of `mixed_batch`."""
+    return random_llava.make_images(3)[1:] if family is random_llava else random_qwen.make_images()[1:]

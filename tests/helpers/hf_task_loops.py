@@ -5,12 +5,14 @@ The examples' answers are what the clean model says, so that interventions have 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,6 +29,16 @@ TEXT_TASKS = ("vqa", "ocr", "caption")
 ALL_TASKS = (*TEXT_TASKS, "retrieval")
 FAMILIES = {"llava": random_llava, "qwen": random_qwen}
 NEW_TOKENS = 24
+# For loops that take seconds a case. What is generated takes one path whatever the task: one task of a family
+# always runs, and so does retrieval, which ranks; all others in `make test-all`.
+_ALWAYS = {("vqa", "llava"), ("caption", "qwen"), ("retrieval", "llava"), ("retrieval", "qwen")}
+TASK_OF_FAMILY = pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        pytest.param(*case, id="-".join(case), marks=() if case in _ALWAYS else pytest.mark.exhaustive)
+        for case in itertools.product(ALL_TASKS, FAMILIES)
+    ],
+)
 # w of heads (layer, head), as if localized.
 WEIGHTS = {(0, 1): 0.5, (1, 3): 0.2, (2, 0): 0.1, (1, 0): -0.3, (0, 2): 0.0}
 

@@ -8,17 +8,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import example_results as made, random_llava, random_qwen
-from helpers.attention_cases import FAMILIES, HEADS, ROW, patches, twin
+from helpers.attention_cases import FAMILIES, HEADS, ROW, patches, pictures_of, twin
 from helpers.figures import check_drawing, drawn, groups, maps_of
 from PIL import Image
 
 from hones_lens.analysis.attention import HeadAttention, head_attention
 from hones_lens.viz import attention_plots, theme
-
-
-def pictures_of(family: ModuleType) -> list[Image.Image]:
-    """Those of row 1 of `mixed_batch`."""
-    return random_llava.make_images(3)[1:] if family is random_llava else random_qwen.make_images()[1:]
 
 
 def looked(family: ModuleType, heads=tuple(HEADS), **options) -> HeadAttention:

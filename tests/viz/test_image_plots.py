@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_llava
-from helpers.attention_cases import FAMILIES, ROW, patches, twin
+from helpers.attention_cases import FAMILIES, ROW, patches, pictures_of, twin
 from helpers.figures import check_drawing, drawn, groups, maps_of
-from viz.test_attention_plots import pictures_of
 
 from hones_lens import VLMInputs
 from hones_lens.results.labelled import Labelled

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_llava
-from helpers.attention_cases import FAMILIES, HEADS, ROW, patches, twin
+from helpers.attention_cases import FAMILIES, HEADS, ROW, patches, pictures_of, twin
 from PIL import Image
-from viz.test_attention_plots import pictures_of
 
 from hones_lens.analysis.token_cells import FoldedAttention, fold_tokens, folded_attention
 from hones_lens.viz import token_views

@@ -9,8 +9,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from app.report.test_report import written
 from helpers import example_results as made
+from helpers.example_pairs import pair
+from helpers.report_page import written
 from PIL import Image
 
 from hones_lens.app.report.cards import attention_uri, example_card, pair_card
@@ -99,8 +100,6 @@ def test_one_head_is_no_choice_and_none_is_a_picture(tmp_path) -> None:
 
 
 def test_a_pair_shows_both_pictures_where_there_are_two() -> None:
-    from app.report.test_patch_sections import pair
-
     card = pair_card(pair())
     assert [label for label, _ in card.pictures] == ["clean", "corrupted"]
     assert [(fact.name, fact.text) for fact in card.facts[2:]] == [

@@ -9,37 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from app.report.test_report import value, written
 from helpers import example_results as made
+from helpers.example_pairs import N_TEXT, pair
 from helpers.figures import maps_of
+from helpers.report_page import value, written
 
 from hones_lens.app.report import patch_sections
-from hones_lens.app.report.run_view import PairView, PatchView, RunView
-from hones_lens.model.inputs import VLMInputs
+from hones_lens.app.report.run_view import PatchView, RunView
 from hones_lens.results.labelled import Labelled
 
 GROUPS = ("image", "question", "last")
-N_TEXT = 5
-
-
-def inputs() -> VLMInputs:
-    """Two tokens of text, a picture of 4 × 4 patches, three tokens of text."""
-    mask = torch.zeros(1, 16 + N_TEXT, dtype=torch.bool)
-    mask[0, 2:18] = True
-    return VLMInputs(
-        input_ids=torch.zeros_like(mask, dtype=torch.long),
-        attention_mask=torch.ones_like(mask, dtype=torch.long),
-        image_mask_or_none=mask,
-        grids=(((4, 4),),),
-        regions=(((0.0, 0.0, 112.0, 112.0),),),
-    )
-
-
-def pair(**changes: Any) -> PairView:
-    texts = {"id": "p0", "prompt": "what color?", "answer": "red", "foil": "<s>"}
-    return PairView(
-        **{**texts, "clean": made.image(), "corrupted": made.image(), "inputs": inputs(), **changes}
-    )
 
 
 def result(axes: tuple[str, ...], shape: tuple[int, ...], seed: int = 0, **changes: Any) -> Labelled:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from app.report.test_report import Page, written
 from helpers import example_comparisons, example_results as made
+from helpers.report_page import Page, written
 from PIL import Image
 
 from hones_lens.analysis.lens.table import LogitLens, Place

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from app.report.test_report import Page, value, written
 from helpers import example_comparisons as made, example_results
+from helpers.report_page import Page, value, written
 
 from hones_lens.analysis.lens.difference import LensToken
 from hones_lens.app.report.run_view import RunView

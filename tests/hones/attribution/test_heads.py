@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.hf_task_loops import (
-    ALL_TASKS,
-    FAMILIES,
     N_HEADS,
     N_LAYERS,
+    TASK_OF_FAMILY,
     examples_of,
     hf_input_hook,
     hf_layers,
@@ -49,8 +48,7 @@ def _scores(heads: torch.Tensor, k: int = 3) -> HeadScores:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ALL_TASKS)
+@TASK_OF_FAMILY
 def test_equals_a_naive_loop_on_hf(name: str, family: str) -> None:
     hf_model, model = pair(family)
     task, examples = load_task(name), list(examples_of(name, family=family))
