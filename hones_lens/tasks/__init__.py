@@ -1,4 +1,4 @@
-"""Tasks: prompt, target and metric. `load_task` resolves a name; one more task is one more file.
+"""Tasks: prompt, target and metric. `load_task` resolves a name; a new task is a new module.
 
 Others import these names from here, never from the modules inside; they are listed in `__init__.pyi`.
 """

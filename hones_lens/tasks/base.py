@@ -1,4 +1,4 @@
-"""What every task provides, and what they share."""
+"""The `Task` protocol, and functions that all tasks share."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from hones_lens.data import Example
 
 
 class Task(Protocol):
-    """A task: how to ask, what is right, and how right an answer is.
+    """A task: its prompts, its targets and its metric.
 
-    A subclass needs `name`, `metric_name`, `prompt`, `target` and `score`; the rest has defaults, which are
-    those of a task that writes text and whose metric is the mean of the examples' scores. Objects of other
-    classes with the same attributes are tasks too. Every method raises ValueError with the id of an example
-    that lacks a field it reads.
+    A subclass needs `name`, `metric_name`, `prompt`, `target` and `score`; the defaults of the other members
+    are those of a task that generates text and whose metric is the mean of the examples' scores. Objects of
+    other classes with the same attributes are tasks too. Every method raises ValueError with the
+    id of an example that lacks a field it reads.
 
     Attributes:
         name: The name that `load_task` takes.
-        metric_name: What `aggregate` returns, for tables and axes.
+        metric_name: Name of the metric that `aggregate` returns, for tables and axes.
         is_mean: Whether the metric is the mean of the examples' scores (corpus BLEU is not).
-        ranks: True where the model ranks candidates by its Yes-No margin instead of writing text.
-        idf: True where attribution weights the target's tokens by inverse document frequency
+        ranks: True if the model ranks candidates by its Yes-No margin instead of generating text.
+        idf: True if attribution weights the target's tokens by inverse document frequency
             (HONES eq. H2).
-        examples_of: The name under which data sets have its examples, where that is another task's.
+        examples_of: The task whose examples it uses, if data sets have none under its own name.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Task(Protocol):
     examples_of: str = ""
 
     def prompt(self, example: Example) -> str:
-        """What the model is asked; where it ranks candidates, the prompt of the right one."""
+        """The prompt; for a task that ranks candidates, the prompt of the positive one."""
         ...
 
     def prompts(self, example: Example) -> list[str]:
-        """Every prompt of the example: one, or one for each candidate to rank."""
+        """All prompts of the example: one, or one per candidate to rank."""
         return [self.prompt(example)]
 
     def target_prompt(self, example: Example) -> str:
@@ -48,15 +48,15 @@ class Task(Protocol):
         return self.prompt(example)
 
     def target(self, example: Example) -> str:
-        """The text whose tokens attribution aims at, without special tokens (y of HONES eq. H2)."""
+        """The target text of attribution, encoded without special tokens (y of HONES eq. H2)."""
         ...
 
     def answer(self, example: Example) -> str:
-        """The one right answer to `target_prompt`, whose log-probability is measured."""
+        """The right answer to `target_prompt`, whose log-probability is measured."""
         return self.target(example)
 
     def score(self, prediction: Any, example: Example) -> float:
-        """Utility of one prediction in 0-1; a text, or the margins of all candidates."""
+        """Score in 0-1 of one prediction: a text, or the margins of all candidates."""
         ...
 
     def statistics(self, prediction: Any, example: Example) -> np.ndarray:
@@ -72,23 +72,23 @@ class Task(Protocol):
         return summed_metric(self, predictions, examples)
 
 
-def lacking(example: Example, what: str) -> ValueError:
-    """The error for an example that a task can't use: it names the example and what is missing."""
-    return ValueError(f"example {example.id!r} has {what}")
+def example_error(example: Example, problem: str) -> ValueError:
+    """The error for an example that a task can't use; its message names the example and the problem."""
+    return ValueError(f"example {example.id!r} has {problem}")
 
 
 def summed_metric(task: Task, predictions: Sequence[Any], examples: Sequence[Example]) -> float:
     """The metric of the statistics summed over examples: `aggregate` of every task.
 
     Raises:
-        ValueError: No examples, or another number of predictions than of examples.
+        ValueError: No examples, or numbers of predictions and examples that differ.
     """
     if len(predictions) != len(examples):
         raise ValueError(f"{len(predictions)} predictions for {len(examples)} examples")
     if not examples:
         raise ValueError(f"no examples to compute {task.metric_name} over")
-    each = [task.statistics(p, e) for p, e in zip(predictions, examples, strict=True)]
-    return float(task.metric(np.sum(each, axis=0)))
+    statistics = [task.statistics(p, e) for p, e in zip(predictions, examples, strict=True)]
+    return float(task.metric(np.sum(statistics, axis=0)))
 
 
 def mean_statistics(score: float) -> np.ndarray:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from hones_lens.data import Example
-from hones_lens.tasks.base import Task, lacking
+from hones_lens.tasks.base import Task, example_error
 from hones_lens.tasks.metrics import bleu_statistics, corpus_bleu, sentence_bleu
 
-_TARGET_REFERENCES = 5
+_N_TARGET_REFERENCES = 5
 
 
 class Caption(Task):
@@ -24,7 +24,7 @@ class Caption(Task):
 
     def target(self, example: Example) -> str:
         """Up to five references, joined by a space (HONES eq. H2)."""
-        return " ".join(_references(example)[:_TARGET_REFERENCES])
+        return " ".join(_references(example)[:_N_TARGET_REFERENCES])
 
     def answer(self, example: Example) -> str:
         """The first reference."""
@@ -44,7 +44,7 @@ class Caption(Task):
 def _references(example: Example) -> list[str]:
     references = [reference.strip() for reference in example.references]
     if not references or not all(references):
-        raise lacking(example, "no references" if not references else "an empty reference")
+        raise example_error(example, "no references" if not references else "an empty reference")
     return references
 
 

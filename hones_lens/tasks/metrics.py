@@ -10,13 +10,13 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from sacrebleu.metrics.bleu import BLEU
 
-_NUMBERS = "zero one two three four five six seven eight nine ten"
-_DIGITS = {"none": "0"} | {word: str(i) for i, word in enumerate(_NUMBERS.split())}
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+_DIGITS = {"none": "0"} | {word: str(i) for i, word in enumerate(_NUMBER_WORDS.split())}
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
 _GROUPED_DIGITS = re.compile(r"\d,\d")
-_CONTRACTED = (
+_CONTRACTION_LIST = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't "
     "he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've "
     "mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't "
@@ -27,26 +27,29 @@ _CONTRACTED = (
     "wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
 )
 # The official table maps each of these with one apostrophe left out, and has one entry the wrong way.
-_CONTRACTIONS = {w[:i] + w[i + 1 :]: w for w in _CONTRACTED.split() for i in range(len(w)) if w[i] == "'"}
+_CONTRACTIONS = {
+    w[:i] + w[i + 1 :]: w for w in _CONTRACTION_LIST.split() for i in range(len(w)) if w[i] == "'"
+}
 _CONTRACTIONS["somebody'd"] = "somebodyd"
 
 _BLEU = BLEU(effective_order=True)
-_ORDERS = 4
+_MAX_ORDER = 4
 
 
 def normalize_answer(text: str) -> str:
     """The answer normalisation of the official VQA evaluation (Antol et al. 2015, `vqaEval.py`).
 
-    Punctuation goes, or becomes a space where it stands between two letters or digits without a space
-    (if the text has a digit group such as 1,000 it always goes); periods go except before a digit;
-    lower case; number words become digits; articles go; contractions get their apostrophe.
+    Punctuation is removed, or replaced by a space if it is nowhere next to a space in the text (in texts
+    with a digit group such as 1,000 it is always removed). Periods are removed except before a digit. Then
+    the text is lower-cased, number words become digits, articles are removed, and contractions get their
+    apostrophe.
     """
     text = re.sub(r"[\n\t]", " ", text).strip()
     grouped = _GROUPED_DIGITS.search(text) is not None
     out = text
-    for mark in _PUNCTUATION:
-        loose = f"{mark} " in text or f" {mark}" in text
-        out = out.replace(mark, "" if loose or grouped else " ")
+    for symbol in _PUNCTUATION:
+        next_to_space = f"{symbol} " in text or f" {symbol}" in text
+        out = out.replace(symbol, "" if next_to_space or grouped else " ")
     out = _PERIOD.sub("", out, count=32)  # official: its re.UNICODE lands in `count`, where it means 32
     words = (_DIGITS.get(word, word) for word in out.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
@@ -55,11 +58,11 @@ def normalize_answer(text: str) -> str:
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VQA accuracy of one prediction, in 0-1.
 
-    With ten answers or more, the official one: the mean over annotators of min(matches / 3, 1), where
-    the matches are counted among the other annotators. With fewer, 1 if the prediction equals one of
-    them. Both compare normalised texts as a whole, never substrings. (The official script leaves texts
-    as they are where all annotators agree to the letter; here they are normalised always. Where
-    nothing is left of a single answer, such as the letter "a", the texts are compared as they are.)
+    With ten answers or more, the official accuracy: the mean over annotators of min(matches / 3, 1), where
+    matches are counted among the other annotators. With fewer, 1 if the prediction equals one of them.
+    Both compare whole normalised texts, never substrings. (The official script does not normalise texts if
+    all annotators agree exactly; here they are always normalised. With fewer than ten answers, texts of
+    which normalisation leaves nothing, such as the letter "a", are compared without it, ignoring case.)
 
     Raises:
         ValueError: No answers.
@@ -68,22 +71,24 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
         raise ValueError("VQA accuracy needs at least one answer")
     if len(answers) < 10:
         return float(any(_same_answer(prediction, answer) for answer in answers if answer.strip()))
-    said = normalize_answer(prediction)
-    matches = [normalize_answer(answer) == said for answer in answers]
-    return sum(min((sum(matches) - own) / 3, 1.0) for own in matches) / len(matches)
+    normalized = normalize_answer(prediction)
+    matches = [normalize_answer(answer) == normalized for answer in answers]
+    return sum(min((sum(matches) - match) / 3, 1.0) for match in matches) / len(matches)
 
 
 def _same_answer(a: str, b: str) -> bool:
-    first, second = normalize_answer(a), normalize_answer(b)
-    return first == second if first or second else a.strip().lower() == b.strip().lower()
+    normalized = normalize_answer(a), normalize_answer(b)
+    if any(normalized):
+        return normalized[0] == normalized[1]
+    return a.strip().lower() == b.strip().lower()
 
 
 def anls(prediction: str, truth: str, threshold: float = 0.5) -> float:
-    """Normalised Levenshtein similarity of two texts in 0-1, and 0 where it is below the threshold.
+    """Normalised Levenshtein similarity of two texts in 0-1, or 0 if it is below the threshold.
 
-    Upper and lower case are the same; white space at the ends goes and counts once elsewhere. The mean
-    over examples is ANLS (Biten et al. 2019). Their formula gives 0 at the threshold itself, their
-    evaluation script and published scores the similarity, as here.
+    Case and white space at the ends are ignored, and runs of white space count as one space. The mean over
+    examples is ANLS (Biten et al. 2019). At the threshold itself their formula gives 0; their evaluation
+    script and published scores give the similarity, as here.
     """
     a, b = (" ".join(text.lower().split()) for text in (prediction, truth))
     similarity = Levenshtein.normalized_similarity(a, b)
@@ -91,7 +96,7 @@ def anls(prediction: str, truth: str, threshold: float = 0.5) -> float:
 
 
 def bleu_statistics(prediction: str, references: Sequence[str]) -> np.ndarray:
-    """What corpus BLEU-4 needs of one sentence; it adds up over sentences.
+    """Sufficient statistics of one sentence for corpus BLEU-4; they are summed over sentences.
 
     Returns:
         float64 [10]: matching n-grams for n = 1-4, all n-grams for n = 1-4, length of the prediction,
@@ -110,14 +115,14 @@ def corpus_bleu(statistics: np.ndarray) -> np.ndarray:
     Returns:
         float64 [...].
     """
-    matches, totals = statistics[..., :_ORDERS], statistics[..., _ORDERS : 2 * _ORDERS]
-    length, closest = statistics[..., -2], statistics[..., -1]
-    missed = (matches == 0) & (totals > 0)
-    smoothed = np.where(missed, 0.5 ** missed.cumsum(axis=-1), matches)
+    matches, totals = statistics[..., :_MAX_ORDER], statistics[..., _MAX_ORDER : 2 * _MAX_ORDER]
+    length, reference_length = statistics[..., -2], statistics[..., -1]
+    unmatched = (matches == 0) & (totals > 0)
+    smoothed = np.where(unmatched, 0.5 ** unmatched.cumsum(axis=-1), matches)
     with np.errstate(divide="ignore"):
-        logs = np.log(smoothed / np.maximum(totals, 1))
-    brevity = np.exp(np.minimum(0.0, 1 - closest / np.maximum(length, 1)))
-    bleu = np.minimum(brevity * np.exp(logs.mean(axis=-1)), 1.0)
+        log_precisions = np.log(smoothed / np.maximum(totals, 1))
+    brevity = np.exp(np.minimum(0.0, 1 - reference_length / np.maximum(length, 1)))
+    bleu = np.minimum(brevity * np.exp(log_precisions.mean(axis=-1)), 1.0)
     return np.where(matches.any(axis=-1), bleu, 0.0)
 
 
@@ -125,7 +130,7 @@ def sentence_bleu(prediction: str, references: Sequence[str]) -> float:
     """Smoothed sentence BLEU-4 in 0-1 (sacreBLEU's `sentence_bleu` / 100).
 
     Exponential smoothing (method 3 of Chen and Cherry 2014) and effective order: a sentence of fewer
-    than four tokens is judged by the n-grams it has.
+    than four tokens is scored by its n-grams up to its own length.
     """
     return min(_BLEU.sentence_score(prediction, list(references)).score / 100, 1.0)
 
@@ -135,8 +140,8 @@ def ndcg(margins: np.ndarray, relevant: int, k: int = 5) -> float:
 
     Args:
         margins: The score of each candidate, [n_candidates], higher is better, none of them NaN.
-        relevant: Index of the relevant one; it ranks below all that score the same.
-        k: How many places count.
+        relevant: Index of the relevant candidate; it ranks below all others of equal score.
+        k: Rank cutoff.
     """
     rank = int((margins >= margins[relevant]).sum())
     return 1 / math.log2(rank + 1) if rank <= k else 0.0

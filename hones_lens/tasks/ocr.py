@@ -1,14 +1,14 @@
-"""Reading text: transcribe what the blue box holds, ANLS."""
+"""OCR: transcribe the text inside the blue box, ANLS."""
 
 from __future__ import annotations
 
 from hones_lens.data import Example
-from hones_lens.tasks.base import Task, lacking
+from hones_lens.tasks.base import Task, example_error
 from hones_lens.tasks.metrics import anls
 
 
 class OCR(Task):
-    """Reads `text`; the box is drawn on the image already."""
+    """Reads `text`; the image of the example already shows the box."""
 
     name = "ocr"
     metric_name = "ANLS"
@@ -18,11 +18,11 @@ class OCR(Task):
 
     def target(self, example: Example) -> str:
         if not example.text.strip():
-            raise lacking(example, "an empty text")
+            raise example_error(example, "an empty text")
         return example.text
 
     def score(self, prediction: str, example: Example) -> float:
-        """Similarity of one transcription in 0-1, and 0 below one half."""
+        """ANLS of one transcription: its similarity in 0-1, or 0 if below one half."""
         return anls(prediction, self.target(example))
 
 

@@ -1,4 +1,4 @@
-"""The tasks by name. One more task is one more file."""
+"""The tasks by name. A new task is a new module in `TASKS`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hones_lens.tasks.base import Task
 
-# Name: module and object.
+# Module and object by task name.
 TASKS = {
     "vqa": "hones_lens.tasks.vqa:TASK",
     "ocr": "hones_lens.tasks.ocr:TASK",
@@ -21,7 +21,7 @@ TASKS = {
 
 @cache
 def _registered() -> dict[str, str]:
-    """All tasks: those above, then the entry points `hones_lens.tasks` of installed distributions."""
+    """The tasks above, then the entry points `hones_lens.tasks` of installed distributions."""
     return TASKS | {entry.name: entry.value for entry in entry_points(group="hones_lens.tasks")} | TASKS
 
 

@@ -7,25 +7,25 @@ from collections.abc import Sequence
 import numpy as np
 
 from hones_lens.data import Example
-from hones_lens.tasks.base import Task, lacking
+from hones_lens.tasks.base import Task, example_error
 from hones_lens.tasks.metrics import ndcg
 
 
 class Retrieval(Task):
-    """Reads `candidates` and `positive`, the index of the one that is true."""
+    """Reads `candidates` and `positive`, the index of the true caption."""
 
     name = "retrieval"
     metric_name = "NDCG@5"
     ranks = True
 
     def prompts(self, example: Example) -> list[str]:
-        """One prompt for each candidate, in their order; `positive` is not read."""
+        """One prompt per candidate, in order; `positive` is not read."""
         if not example.candidates:
-            raise lacking(example, "no candidates")
+            raise example_error(example, "no candidates")
         if not all(candidate.strip() for candidate in example.candidates):
-            raise lacking(example, "an empty candidate")
-        ask = "Does the candidate correctly describe the image?\nAnswer exactly Yes or No."
-        return [f"Candidate: {candidate}\n{ask}" for candidate in example.candidates]
+            raise example_error(example, "an empty candidate")
+        instruction = "Does the candidate correctly describe the image?\nAnswer exactly Yes or No."
+        return [f"Candidate: {candidate}\n{instruction}" for candidate in example.candidates]
 
     def prompt(self, example: Example) -> str:
         """The prompt of the positive candidate."""
@@ -41,25 +41,30 @@ class Retrieval(Task):
 
         Args:
             prediction: logit(Yes) - logit(No) of every candidate, [n_candidates].
-            example: What was ranked.
+            example: The example whose candidates were ranked.
 
         Raises:
-            ValueError: Another number of margins than of candidates, a NaN, or no valid positive.
+            ValueError: The number of margins is not that of candidates, a margin is NaN, or `positive` is
+                not valid.
         """
         margins = np.asarray(prediction, dtype=np.float64)
         if margins.shape != (len(example.candidates),):
             shape = list(margins.shape)
-            raise lacking(example, f"{len(example.candidates)} candidates, but margins of shape {shape}")
+            raise example_error(
+                example, f"{len(example.candidates)} candidates, but margins of shape {shape}"
+            )
         if np.isnan(margins).any():
-            raise lacking(example, f"a margin that is NaN (candidate {int(np.isnan(margins).argmax())})")
+            raise example_error(
+                example, f"a margin that is NaN (candidate {int(np.isnan(margins).argmax())})"
+            )
         return ndcg(margins, _positive(example))
 
 
 def _positive(example: Example) -> int:
     if not example.candidates:
-        raise lacking(example, "no candidates")
+        raise example_error(example, "no candidates")
     if not 0 <= example.positive < len(example.candidates):
-        raise lacking(example, f"no candidate at its positive index {example.positive}")
+        raise example_error(example, f"no candidate at its positive index {example.positive}")
     return example.positive
 
 

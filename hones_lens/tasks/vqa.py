@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from hones_lens.data import Example
-from hones_lens.tasks.base import Task, lacking
+from hones_lens.tasks.base import Task, example_error
 from hones_lens.tasks.metrics import vqa_accuracy
 
 
@@ -17,11 +17,11 @@ class VQA(Task):
 
     def prompt(self, example: Example) -> str:
         if not example.question.strip():
-            raise lacking(example, "an empty question")
+            raise example_error(example, "an empty question")
         return f"Question: {example.question}\nAnswer the question with a short phrase."
 
     def target(self, example: Example) -> str:
-        """The most frequent answer; the first of those that are equally frequent."""
+        """The most frequent answer; of equally frequent ones the first."""
         return Counter(_answers(example)).most_common(1)[0][0]
 
     def score(self, prediction: str, example: Example) -> float:
@@ -33,7 +33,7 @@ class VQA(Task):
 def _answers(example: Example) -> list[str]:
     answers = [answer.strip() for answer in example.answers if answer.strip()]
     if not answers:
-        raise lacking(example, "no answers")
+        raise example_error(example, "no answers")
     return answers
 
 
