@@ -12,7 +12,7 @@ from PIL import Image
 
 from docs import screenshots
 from hones_lens.app.runs.folder import Run
-from hones_lens.hones.masking import save_masking
+from hones_lens.hones.masking_result import save_masking
 
 
 @pytest.fixture

@@ -10,14 +10,12 @@ from .attribution.held_out import (
     remeasure_heads as remeasure_heads,
 )
 from .attribution.neuron_scores import NeuronScores as NeuronScores
-from .masking import (
+from .masking import RATIOS as RATIOS, evaluate_masking as evaluate_masking, masking_curve as masking_curve
+from .masking_result import (
     MEASURES as MEASURES,
-    RATIOS as RATIOS,
     MaskingResult as MaskingResult,
     Measured as Measured,
-    evaluate_masking as evaluate_masking,
     load_masking as load_masking,
-    masking_curve as masking_curve,
     measured as measured,
     save_masking as save_masking,
 )

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from hones_lens.app.report.run_view import ExampleView, NeuronTokens, RunView
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
-from hones_lens.hones.masking import Control, KindDrop, MaskingResult
+from hones_lens.hones.masking_result import Control, KindDrop, MaskingResult
 from hones_lens.results.racing import RaceResult, Racing
 from hones_lens.results.statistics import Interval
 

@@ -11,7 +11,7 @@ from hones_lens.hones.attribution.flow import HeadNeuronFlow, Promoted
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.held_out import HeldOutHead, HeldOutHeads
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
-from hones_lens.hones.masking import Control, KindDrop, MaskingResult
+from hones_lens.hones.masking_result import Control, KindDrop, MaskingResult
 from hones_lens.hones.overlap.group_masking import GroupMasking
 from hones_lens.hones.overlap.groups import Overlap, Shared
 from hones_lens.hones.overlap.lens_delta import LensDelta

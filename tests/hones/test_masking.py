@@ -24,14 +24,8 @@ from helpers.hf_task_loops import (
 from hypothesis import given, strategies as st
 
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
-from hones_lens.hones.masking import (
-    MaskingResult,
-    evaluate_masking,
-    load_masking,
-    masking_curve,
-    matched_random_sets,
-    save_masking,
-)
+from hones_lens.hones.masking import evaluate_masking, masking_curve, matched_random_sets
+from hones_lens.hones.masking_result import MaskingResult, load_masking, save_masking
 from hones_lens.tasks.registry import load_task
 
 CHOSEN = [(0, 3), (1, 5), (1, 7), (2, 0), (2, 11), (2, 19)]

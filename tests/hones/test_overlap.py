@@ -10,7 +10,8 @@ import torch
 from helpers.hf_task_loops import D_MLP, FAMILIES, N_LAYERS, examples_of, pair
 
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
-from hones_lens.hones.masking import evaluate_masking, load_masking, matched_random_sets
+from hones_lens.hones.masking import evaluate_masking, matched_random_sets
+from hones_lens.hones.masking_result import load_masking
 from hones_lens.hones.overlap.group_masking import GroupMasking, mask_groups, masked_parts
 from hones_lens.hones.overlap.groups import Overlap, find_overlap
 from hones_lens.hones.overlap.lens_delta import LensDelta, lens_delta

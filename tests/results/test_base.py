@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int
 from torch import Tensor
 
 import hones_lens
-from hones_lens.hones.masking import MaskingResult, load_masking, save_masking
+from hones_lens.hones.masking_result import MaskingResult, load_masking, save_masking
 from hones_lens.results.base import Plottable, Result
 from hones_lens.results.codec import from_json, to_json
 from hones_lens.viz.registry import draw

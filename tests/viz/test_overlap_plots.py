@@ -10,7 +10,8 @@ import pytest
 from helpers import example_comparisons as made
 from matplotlib.axes import Axes
 
-from hones_lens.hones.masking import MaskingResult, matched_random_sets
+from hones_lens.hones.masking import matched_random_sets
+from hones_lens.hones.masking_result import MaskingResult
 from hones_lens.hones.overlap.group_masking import GroupMasking
 from hones_lens.hones.overlap.groups import chance_sizes, find_overlap
 from hones_lens.viz import theme

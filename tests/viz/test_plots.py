@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from hones_lens.hones.attribution.head_scores import significant_heads
-from hones_lens.hones.masking import KindDrop
+from hones_lens.hones.masking_result import KindDrop
 from hones_lens.results.statistics import Interval
 from hones_lens.viz import plots, theme
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import example_results as made
 
-from hones_lens.hones.masking import measured
+from hones_lens.hones.masking_result import measured
 from hones_lens.viz import text as words
 from hones_lens.viz.text import number, percent
 

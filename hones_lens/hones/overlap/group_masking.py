@@ -11,7 +11,8 @@ import pandas as pd
 
 from hones_lens.data import Example
 from hones_lens.engine import SweepKeywords, SweepOptions
-from hones_lens.hones.masking import MaskingResult, masking_curve
+from hones_lens.hones.masking import masking_curve
+from hones_lens.hones.masking_result import MaskingResult
 from hones_lens.hones.overlap.groups import Neuron, Overlap
 from hones_lens.model import HookedVLM
 from hones_lens.results import Result

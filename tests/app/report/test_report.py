@@ -14,7 +14,7 @@ from PIL import Image
 
 from hones_lens.app.report.report import story, write_report
 from hones_lens.app.report.run_view import NeuronTokens, RunView
-from hones_lens.hones.masking import measured
+from hones_lens.hones.masking_result import measured
 from hones_lens.viz.text import number, percent
 
 

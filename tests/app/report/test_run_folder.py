@@ -10,7 +10,7 @@ from helpers import example_comparisons as made, example_results
 from hones_lens.app.report.run_folder import read_view
 from hones_lens.app.report.run_view import NeuronTokens
 from hones_lens.app.runs.folder import Run
-from hones_lens.hones.masking import save_masking
+from hones_lens.hones.masking_result import save_masking
 from hones_lens.results.files import write_json
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from hones_lens.app.report.run_view import RunView
 from hones_lens.app.report.terminal import print_summary
 from hones_lens.app.report.verdict import verdict
-from hones_lens.hones.masking import measured
+from hones_lens.hones.masking_result import measured
 from hones_lens.viz.text import number, percent, span
 
 

@@ -18,7 +18,8 @@ from hones_lens.app.report.reproduction import Reproduction
 from hones_lens.app.runs.data_choice import DataChoice
 from hones_lens.app.runs.reproduce import RANKINGS, reproduce
 from hones_lens.hones.attribution.held_out import remeasure_heads
-from hones_lens.hones.masking import evaluate_masking, load_masking
+from hones_lens.hones.masking import evaluate_masking
+from hones_lens.hones.masking_result import load_masking
 from hones_lens.hones.overlap.group_masking import GroupMasking
 from hones_lens.hones.overlap.lens_delta import lens_delta
 from hones_lens.hones.steering.side_effects import SideEffects, side_effects
