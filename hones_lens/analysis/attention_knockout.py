@@ -33,7 +33,7 @@ from hones_lens.engine import (
 )
 from hones_lens.interventions import Group, Hook, block_attention, group_name, token_mask
 from hones_lens.model import HookedVLM, VLMInputs
-from hones_lens.results import Labelled, bootstrap_interval, mean_over_pairs, resampled
+from hones_lens.results import Labelled, bootstrap_ends, bootstrap_interval, mean_over_pairs
 from hones_lens.tasks import Task
 
 Edge = tuple[Group, Group]  # source (keys), target (queries)
@@ -301,7 +301,9 @@ def _relative(
     """Ratio of means minus 1, and its bootstrap interval, of values [n] and [n arm]."""
     about = {"values": after.mean(0) / before.mean() - 1}
     if draws and len(before) > 1:
-        counts = resampled(len(before), draws, seed)
-        ratios = counts @ after / (counts @ before)[:, None] - 1
-        about["low"], about["high"] = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+        def ratios(counts: np.ndarray, part: np.ndarray) -> np.ndarray:
+            return counts @ part / (counts @ before)[:, None] - 1
+
+        about["low"], about["high"] = bootstrap_ends(ratios, after, draws, level, seed)
     return about

@@ -1,6 +1,6 @@
 from .attribution.ablation import exact_ablation as exact_ablation, exact_head_ablation as exact_head_ablation
 from .attribution.attribute import attribute_neurons as attribute_neurons
-from .attribution.compare import compare_rankings as compare_rankings, spearman as spearman
+from .attribution.compare import compare_rankings as compare_rankings
 from .attribution.flow import HeadNeuronFlow as HeadNeuronFlow, head_neuron_flow as head_neuron_flow
 from .attribution.head_scores import HeadScores as HeadScores, cells_of as cells_of
 from .attribution.heads import default_top_k as default_top_k, localize_heads as localize_heads

@@ -1,5 +1,6 @@
 from .base import Plottable as Plottable, Result as Result
 from .codec import to_json as to_json
+from .correlation import pearson as pearson, spearman as spearman
 from .files import (
     Component as Component,
     ranked as ranked,
@@ -13,6 +14,7 @@ from .statistics import (
     DRAWS as DRAWS,
     Interval as Interval,
     benjamini_hochberg as benjamini_hochberg,
+    bootstrap_ends as bootstrap_ends,
     bootstrap_interval as bootstrap_interval,
     bootstrap_intervals as bootstrap_intervals,
     mean_difference_interval as mean_difference_interval,
@@ -21,7 +23,6 @@ from .statistics import (
     metric_interval as metric_interval,
     permutation_p as permutation_p,
     relative_interval as relative_interval,
-    resampled as resampled,
     sign_flip_p as sign_flip_p,
     two_sided_p as two_sided_p,
 )

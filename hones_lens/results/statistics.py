@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+DRAWS = 2000  # resamples of a bootstrap
 _CHUNK_ELEMENTS = 4_000_000
 _ROUNDING = 1e-12
 
@@ -56,7 +57,7 @@ def bootstrap_interval(
     statistics_base: np.ndarray,
     statistics_other: np.ndarray,
     *,
-    draws: int = 2000,
+    draws: int = DRAWS,
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
@@ -83,7 +84,7 @@ def bootstrap_intervals(
     statistics_base: np.ndarray,
     statistics_others: Sequence[np.ndarray],
     *,
-    draws: int = 2000,
+    draws: int = DRAWS,
     level: float = 0.95,
     seed: int = 0,
 ) -> list[Interval]:
@@ -105,7 +106,7 @@ def mean_difference_interval(
     statistics_base: np.ndarray,
     statistics_others: Sequence[np.ndarray],
     *,
-    draws: int = 2000,
+    draws: int = DRAWS,
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
@@ -131,7 +132,7 @@ def relative_interval(
     statistics_base: np.ndarray,
     statistics_other: np.ndarray,
     *,
-    draws: int = 2000,
+    draws: int = DRAWS,
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
@@ -151,7 +152,7 @@ def relative_interval(
 
 
 def metric_interval(
-    task: SummedMetric, statistics: np.ndarray, *, draws: int = 2000, level: float = 0.95, seed: int = 0
+    task: SummedMetric, statistics: np.ndarray, *, draws: int = DRAWS, level: float = 0.95, seed: int = 0
 ) -> Interval:
     """Bootstrap over examples of one arm's metric; arguments as in `bootstrap_interval`."""
     arm = _checked(statistics, 2)
@@ -159,7 +160,7 @@ def metric_interval(
 
 
 def mean_interval(
-    values: Sequence[float] | np.ndarray, *, draws: int = 2000, level: float = 0.95, seed: int = 0
+    values: Sequence[float] | np.ndarray, *, draws: int = DRAWS, level: float = 0.95, seed: int = 0
 ) -> Interval:
     """Bootstrap of the mean of one number per example, [n_examples], e.g. a log-probability.
 
@@ -171,7 +172,7 @@ def mean_interval(
 
 
 def permutation_p(
-    task: SummedMetric, a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0
+    task: SummedMetric, a: np.ndarray, b: np.ndarray, draws: int = DRAWS, seed: int = 0
 ) -> float:
     """Two-sided p-value of a paired permutation test of metric(a) = metric(b).
 
@@ -242,7 +243,7 @@ def sign_flip_p(
     return (1 + as_large) / (1 + draws)
 
 
-def two_sided_p(differences: Sequence[float] | np.ndarray, *, draws: int = 2000, seed: int = 0) -> float:
+def two_sided_p(differences: Sequence[float] | np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> float:
     """`sign_flip_p` of one arm's paired differences, [n_examples], two-sided."""
     rows = np.asarray(differences, dtype=np.float64)[None]
     return float(sign_flip_p(rows, alternative="two-sided", draws=draws, seed=seed)[0])
@@ -298,15 +299,22 @@ def _bootstraps(
     _check_draws(draws)
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, not {level}")
-    rng = np.random.default_rng(seed)
-    even = np.full(n, 1 / n)
-    parts = [statistic(rng.multinomial(n, even, size).astype(np.float64)) for size in _chunks(draws, n)]
-    ends = np.quantile(np.concatenate(parts, axis=-1), [(1 - level) / 2, (1 + level) / 2], axis=-1)
+    ends = _ends(statistic, n, draws, level, seed)
     values = statistic(np.ones((1, n)))[:, 0]
     return [
         Interval(float(value), float(low), float(high), level, n)
         for value, low, high in zip(values, *ends, strict=True)
     ]
+
+
+def _ends(
+    statistic: Callable[[np.ndarray], np.ndarray], n: int, draws: int, level: float, seed: int
+) -> Float[np.ndarray, "2 value"]:
+    """Ends of the percentile intervals alone."""
+    rng = np.random.default_rng(seed)
+    even = np.full(n, 1 / n)
+    parts = [statistic(rng.multinomial(n, even, size).astype(np.float64)) for size in _chunks(draws, n)]
+    return np.quantile(np.concatenate(parts, axis=-1), [(1 - level) / 2, (1 + level) / 2], axis=-1)
 
 
 def _chunks(draws: int, n: int) -> Iterator[int]:
@@ -339,12 +347,6 @@ def _checked(values: Sequence[float] | np.ndarray, ndim: int) -> np.ndarray:
     return array
 
 
-DRAWS = 2000
-
-
-_CHUNK_ELEMENTS = 4_000_000
-
-
 def mean_over_pairs(
     values: Float[Tensor, "pair *rest"], draws: int = DRAWS, level: float = 0.95, seed: int = 0
 ) -> dict[str, Any]:
@@ -363,17 +365,32 @@ def mean_over_pairs(
     if n < 2 or not draws:
         return found
     flat = values.detach().cpu().double().reshape(n, -1).numpy()
-    shares = resampled(n, draws, seed) / n
-    width = max(1, _CHUNK_ELEMENTS // draws)
-    cuts = ((1 - level) / 2, (1 + level) / 2)
-    parts = [
-        np.quantile(shares @ flat[:, i : i + width], cuts, axis=0) for i in range(0, flat.shape[1], width)
-    ]
-    low, high = np.concatenate(parts, axis=1)
+    low, high = bootstrap_ends(lambda counts, part: counts / n @ part, flat, draws, level, seed)
     found["low"], found["high"] = (torch.from_numpy(end).reshape(rest) for end in (low, high))
     return found
 
 
-def resampled(n: int, draws: int, seed: int = 0) -> np.ndarray:
-    """How often each of n pairs is drawn, [draws n]."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws).astype(np.float64)
+def bootstrap_ends(
+    statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    values: Float[np.ndarray, "n column"],
+    draws: int = DRAWS,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Float[np.ndarray, "2 column"]:
+    """Ends of the percentile intervals of a statistic of many columns, on the same resamples.
+
+    Args:
+        statistic: From counts [draws, n], how often each row is drawn, and some of the columns [n, some] to
+            the statistic of each draw, [draws, some]; draws on which it is not defined may be left out.
+        values: One row an example.
+        draws, level, seed: As in `bootstrap_interval`.
+    """
+    width = max(1, _CHUNK_ELEMENTS // draws)
+    parts = [values[:, start : start + width] for start in range(0, values.shape[1], width)]
+    return np.concatenate(
+        [
+            _ends(lambda counts, p=part: statistic(counts, p).T, len(values), draws, level, seed)
+            for part in parts
+        ],
+        axis=1,
+    )

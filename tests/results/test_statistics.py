@@ -14,6 +14,7 @@ from hones_lens.results import statistics
 from hones_lens.results.statistics import (
     Interval,
     benjamini_hochberg,
+    bootstrap_ends,
     bootstrap_interval,
     bootstrap_intervals,
     mean_difference_interval,
@@ -117,6 +118,21 @@ def captions(seed: int) -> tuple[list[str], list[str]]:
     words = "a red blue circle square at the top left".split()
     truths = [" ".join(rng.choices(words, k=8)) for _ in range(7)]
     return [" ".join(w if rng.random() < 0.8 else "cat" for w in t.split()) for t in truths], truths
+
+
+def test_columns_share_the_resamples_of_a_single_interval(monkeypatch):
+    values = np.random.default_rng(8).normal(size=(12, 7))
+
+    def root(counts: np.ndarray, part: np.ndarray) -> np.ndarray:
+        return np.sqrt(counts @ part**2 / 12)
+
+    found = bootstrap_ends(root, values, 500, 0.9, seed=3)
+    rng = np.random.default_rng(3)
+    rows = [np.repeat(np.arange(12), rng.multinomial(12, np.full(12, 1 / 12))) for _ in range(500)]
+    drawn = np.array([[math.sqrt((values[chosen, i] ** 2).mean()) for i in range(7)] for chosen in rows])
+    np.testing.assert_allclose(found, np.quantile(drawn, (0.05, 0.95), axis=0))
+    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 1000)  # two columns, 83 draws at once
+    np.testing.assert_allclose(bootstrap_ends(root, values, 500, 0.9, seed=3), found)
 
 
 def test_corpus_bleu_is_resampled_as_a_corpus():

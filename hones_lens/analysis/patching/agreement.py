@@ -20,7 +20,7 @@ from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import as_patch_site
 from hones_lens.engine import BatchKeywords, SweepOptions
 from hones_lens.model import HookedVLM
-from hones_lens.results import Interval, Result
+from hones_lens.results import Interval, Result, pearson, spearman
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,23 +50,23 @@ class Agreement(Result):
         Raises:
             ValueError: Fewer than two pairs or three components, or changes that are all equal.
         """
-        return self._correlation(_ranked, level)
+        return self._correlation(spearman, level)
 
     def pearson(self, level: float = 0.95) -> Interval:
         """Correlation of the mean changes themselves; as `spearman`."""
-        return self._correlation(np.asarray, level)
+        return self._correlation(pearson, level)
 
-    def _correlation(self, scale: Callable[[np.ndarray], np.ndarray], level: float) -> Interval:
+    def _correlation(
+        self, correlate: Callable[[np.ndarray, np.ndarray], np.ndarray], level: float
+    ) -> Interval:
         n, k = self.measured.shape
         if n < 2 or k < 3:
             raise ValueError(f"{n} pairs and {k} components: a correlation needs two pairs, three components")
         shares = np.concatenate((np.ones((1, n)) / n, (1 - np.eye(n)) / (n - 1)))
-        sides = [scale(shares @ side.numpy()) for side in (self.estimated, self.measured)]
-        a, b = (side - side.mean(1, keepdims=True) for side in sides)
-        spread = np.sqrt((a * a).sum(1) * (b * b).sum(1))
-        if not spread.all():
+        found = correlate(*(shares @ side.numpy() for side in (self.estimated, self.measured)))
+        if np.isnan(found).any():
             raise ValueError(f"{self.what}: the changes of all components are equal, they have no order")
-        value, *others = (a * b).sum(1) / spread
+        value, *others = found
         error = np.sqrt((n - 1) * np.var(others))
         reach = NormalDist().inv_cdf((1 + level) / 2) * error
         return Interval(
@@ -93,10 +93,6 @@ class Agreement(Result):
 
     def __str__(self) -> str:
         return f"{self.what}, {len(self.components)} components: Spearman {self.spearman()}"
-
-
-def _ranked(rows: np.ndarray) -> np.ndarray:
-    return pd.DataFrame(rows).rank(axis=1).to_numpy()
 
 
 def atp_against_measured(

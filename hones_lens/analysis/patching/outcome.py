@@ -15,10 +15,9 @@ from hones_lens.analysis.patching.batches import DIRECTIONS
 from hones_lens.analysis.patching.metrics import Metric
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.engine import SweepKeywords
-from hones_lens.results import DRAWS, Labelled, mean_over_pairs, resampled
+from hones_lens.results import DRAWS, Labelled, bootstrap_ends, mean_over_pairs
 
 _VERBS = {"denoise": "restored", "noise": "lost"}
-_CHUNK_ELEMENTS = 4_000_000
 
 
 class SummaryKeywords(TypedDict, total=False):
@@ -120,13 +119,13 @@ def share_of_gap(
     out: dict[str, Any] = {"values": change.mean(-1) / gap.mean(), "n": n}
     if n < 2 or not draws:
         return out
-    counts, flat = resampled(n, draws, seed), change.reshape(-1, n).numpy()
-    whole = counts @ gap.numpy()
-    counts, whole = counts[whole != 0], whole[whole != 0, None]
-    width, ends = max(1, _CHUNK_ELEMENTS // draws), []
-    for start in range(0, len(flat), width):
-        ratios = counts @ flat[start : start + width].T / whole
-        ends.append(np.quantile(ratios, (0.025, 0.975), axis=0) + 0.0)  # no negative zeros
-    low, high = np.concatenate(ends, axis=1)
-    out["low"], out["high"] = (torch.from_numpy(end).view(change.shape[:-1]) for end in (low, high))
+    gaps = gap.numpy()
+
+    def shares(counts: np.ndarray, part: np.ndarray) -> np.ndarray:
+        whole = counts @ gaps
+        return counts[whole != 0] @ part / whole[whole != 0, None]
+
+    ends = bootstrap_ends(shares, change.reshape(-1, n).numpy().T, draws, seed=seed)
+    ends += 0.0  # no negative zeros
+    out["low"], out["high"] = (torch.from_numpy(end).view(change.shape[:-1]) for end in ends)
     return out

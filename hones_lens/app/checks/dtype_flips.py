@@ -11,10 +11,10 @@ import torch
 from hones_lens import engine
 from hones_lens.data import Example
 from hones_lens.engine import Prediction
-from hones_lens.hones import cells_of, default_top_k, spearman
+from hones_lens.hones import cells_of, default_top_k
 from hones_lens.interventions import replace_with_other_heads_mean
 from hones_lens.model import HookedVLM
-from hones_lens.results import ranked
+from hones_lens.results import ranked, spearman
 from hones_lens.tasks import Task
 
 
@@ -99,7 +99,7 @@ def dtype_flips(
         drops=int((np.abs(drops[0] - drops[1]) > 1e-9).sum()),
         clean=int(differs[0].sum()),
         n=len(examples),
-        rank_correlation=spearman(*(mean.flatten().numpy() for mean in means)),
+        rank_correlation=float(spearman(*(mean.flatten().numpy() for mean in means))),
         top_k=len(critical[0]),
         shared=len(critical[0] & critical[1]),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hones_lens.hones.attribution.head_scores import HeadScores
-from hones_lens.results import Labelled, Result, ranked
+from hones_lens.results import Labelled, Result, ranked, spearman
 
 Ranking = HeadScores | Labelled | Tensor
 _AXES = (("layer", "head"), ("layer", "kv_head"), ("layer", "neuron"))
@@ -111,7 +111,7 @@ def compare_rankings(
     return RankingComparison(
         names=names or _names(a, b),
         scores=scores,
-        spearman=spearman(x, y),
+        spearman=float(spearman(x, y)),
         low=float(low),
         high=float(high),
         n=n,
@@ -120,19 +120,6 @@ def compare_rankings(
         expected=k * k / n,
         p=sum(ways) / math.comb(n, k),
     )
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation of two arrays [n]: that of their ranks, ties at their mean; NaN if all are tied."""
-    a, b = (_ranks(values) for values in (x, y))
-    a, b = a - a.mean(), b - b.mean()
-    size = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / size if size else math.nan
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[which]
 
 
 def _scores(ranking: Ranking) -> Tensor:
