@@ -2,6 +2,13 @@ from .check import check_data as check_data
 from .examples import Example as Example
 from .loading import load_examples as load_examples, tasks_of as tasks_of
 from .pairs import CounterfactualPair as CounterfactualPair, counterfactual_pairs as counterfactual_pairs
+from .records import (
+    BadRecord as BadRecord,
+    Format as Format,
+    NotForTask as NotForTask,
+    Record as Record,
+    Row as Row,
+)
 from .shapes import (
     ATTRIBUTES as ATTRIBUTES,
     COLORS as COLORS,
