@@ -18,7 +18,7 @@ from PIL import ImageColor
 from torch import Tensor
 
 from hones_lens.interventions.token_groups import Box, token_mask
-from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.model import HookedVLM, VLMInputs, to_list
 
 Corruption = Callable[[HookedVLM, VLMInputs], VLMInputs]
 Color = str | tuple[int, int, int]
@@ -57,7 +57,7 @@ def gaussian_noise(sigma: float = 3.0, seed: int = 0) -> Corruption:
 
     def change(model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
         pictures, encoded = _pictures(model, inputs), model.with_image_embeds(inputs)
-        noisy = []
+        noisy: list[Tensor] = []
         for (_, place), picture, embed in zip(_places(inputs), pictures, _embeds(encoded), strict=True):
             noise = torch.randn(embed.shape, generator=_dice(seed, place, picture))
             noisy.append((embed + sigma * embed.float().std() * noise.to(embed.device)).to(embed.dtype))
@@ -122,7 +122,7 @@ def blur(radius: float = 4.0) -> Corruption:
     kernel = kernel / kernel.sum()
 
     def smear(model: HookedVLM, pictures: Sequence[Tensor]) -> list[Tensor]:
-        out = []
+        out: list[Tensor] = []
         for picture in pictures:
             weight, side = kernel.to(picture.device).view(1, 1, -1), len(kernel) // 2
             x = picture.float()
@@ -147,7 +147,7 @@ def patch_shuffle(seed: int = 0) -> Corruption:
     """
 
     def change(model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
-        shuffled = []
+        shuffled: list[Tensor] = []
         grids = [grid for row in inputs.grids for grid in row]
         for (_, place), picture, grid in zip(_places(inputs), _pictures(model, inputs), grids, strict=True):
             if grid[0] * grid[1] == 1:
@@ -168,7 +168,7 @@ def _shuffled(picture: Tensor, grid: tuple[int, int], dice: torch.Generator) -> 
     cut = picture[:, : rows * tall, : columns * wide].reshape(-1, rows, tall, columns, wide)
     cells = cut.permute(1, 3, 0, 2, 4).flatten(0, 1)[order.to(picture.device)]
     out = picture.clone()
-    laid = cells.unflatten(0, grid).permute(2, 0, 3, 1, 4)
+    laid = cells.view(*grid, *cells.shape[1:]).permute(2, 0, 3, 1, 4)
     out[:, : rows * tall, : columns * wide] = laid.reshape(-1, rows * tall, columns * wide)
     return out
 
@@ -228,8 +228,10 @@ def token_swap(old: str | Mapping[str, str], new: str | None = None) -> Corrupti
     def change(model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
         forms = [form for a, b in table.items() for form in _forms(model, a, b)]
         asked = inputs.token_groups.get("question", inputs.token_groups["text"])
-        rows = []
-        for row, (ids, allowed) in enumerate(zip(inputs.input_ids.tolist(), asked.tolist(), strict=True)):
+        all_ids: list[list[int]] = to_list(inputs.input_ids)
+        all_allowed: list[list[bool]] = to_list(asked)
+        rows: list[list[int]] = []
+        for row, (ids, allowed) in enumerate(zip(all_ids, all_allowed, strict=True)):
             swapped = _swapped(model, ids, allowed, forms)
             if swapped == ids:
                 raise ValueError(f"row {row} has none of the words {', '.join(map(repr, table))}")
@@ -242,7 +244,7 @@ def token_swap(old: str | Mapping[str, str], new: str | None = None) -> Corrupti
 
 def _forms(model: HookedVLM, old: str, new: str) -> Iterator[tuple[bool, list[int], list[int]]]:
     """The ids of both words, in each way that they are written: whether behind a space, old, new."""
-    seen = []
+    seen: list[list[int]] = []
     for context in _CONTEXTS:
         a, b = (_behind(model, context, word) for word in (old, new))
         if a is not None and b is not None and a not in seen:
@@ -350,7 +352,7 @@ def _embeds(encoded: VLMInputs) -> list[Float[Tensor, "token d_model"]]:
     """The embeddings of each image of inputs that are encoded."""
     assert encoded.image_embeds is not None
     sizes = [rows * columns + encoded.leading_tokens for row in encoded.grids for rows, columns in row]
-    return list(encoded.image_embeds.flatten(0, -2).split(sizes))
+    return list(torch.split(encoded.image_embeds.flatten(0, -2), sizes))
 
 
 def _with_embeds(encoded: VLMInputs, embeds: Sequence[Tensor]) -> VLMInputs:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from hones_lens.interventions.positions import PromptMask
 from hones_lens.interventions.token_groups import Group
-from hones_lens.model import VLMInputs
+from hones_lens.model import VLMInputs, to_list
 
-Hook = tuple[str, Callable]
+Hook = tuple[str, Callable[..., Any]]
 _STREAMS = ("pre", "mid", "post")
 
 
@@ -63,7 +64,7 @@ class HeadEdit:
         if n_heads == 1 and self.alone is _mean_of_others:
             raise ValueError(f"{self.name}: with one head there are no other heads to take the mean of")
         if int(heads.min()) < 0 or int(heads.max()) >= n_heads:
-            raise ValueError(f"{self.name}: heads {heads.tolist()} are not all in 0 … {n_heads - 1}")
+            raise ValueError(f"{self.name}: heads {to_list(heads)} are not all in 0 … {n_heads - 1}")
 
     def __str__(self) -> str:
         return f"{self.what} of head {self.head} at {self.name}"
@@ -153,7 +154,7 @@ class Scale:
     def __str__(self) -> str:
         n, first = len(self.index), int(self.index[0])
         which = f"entry {first}" if n == 1 else f"{n} entries, the first {first},"
-        return f"{which} times {self.factor.tolist() if n == 1 else 'a factor'} at {self.name}"
+        return f"{which} times {to_list(self.factor) if n == 1 else 'a factor'} at {self.name}"
 
 
 def scale(name: str, index: Sequence[int] | Tensor, factor: float | Tensor, axis: int = -1) -> Hook:
@@ -364,7 +365,7 @@ def scale_heads(heads: Iterable[tuple[int, int]], factor: float | Tensor | Seque
     if factors.ndim and factors.shape != (len(chosen),):
         raise ValueError(f"{factors.numel()} factors for {len(chosen)} heads")
     each = dict(zip(chosen, factors.expand(len(chosen)), strict=True))
-    hooks = []
+    hooks: list[Hook] = []
     for layer, index in by_layer(chosen).items():
         mine = torch.stack([each[layer, head] for head in index])
         hooks.append(scale(f"blocks.{layer}.attn.hook_z", index, mine, axis=2))

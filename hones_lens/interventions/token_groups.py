@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hones_lens.model import VLMInputs
+from hones_lens.model import VLMInputs, to_list
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def token_mask(inputs: VLMInputs, group: Group) -> Bool[Tensor, "batch pos"]:
                 f"{tuple(inputs.input_ids.shape)}; give booleans [batch pos]"
             )
         mask = mask.to(inputs.input_ids.device)
-    empty = (~mask.any(-1)).nonzero()[:, 0].tolist()
+    empty: list[int] = to_list((~mask.any(-1)).nonzero()[:, 0])
     if empty:
         raise ValueError(f"token group {group_name(group)!r} is empty in row {empty[0]}")
     return mask
@@ -100,7 +100,7 @@ def _box_mask(inputs: VLMInputs, row: int, box: Box) -> Tensor:
     mask = torch.zeros_like(inputs.image_mask[row])
     places = inputs.image_mask[row].nonzero()[:, 0]
     sizes = [r * c + inputs.leading_tokens for r, c in inputs.grids[row]]
-    mine = places.split(sizes)[box.image][inputs.leading_tokens :]
+    mine = torch.split(places, sizes)[box.image][inputs.leading_tokens :]
     mask[mine] = touched.to(mask.device)
     return mask
 

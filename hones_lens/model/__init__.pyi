@@ -7,8 +7,8 @@ from .config import (
 )
 from .families.qwen2_5_vl import QwenProcessor as QwenProcessor
 from .generation import greedy as greedy
-from .hooked_vlm import HookedVLM as HookedVLM, ModelInput as ModelInput
-from .inputs import Region as Region, VLMInputs as VLMInputs
+from .hooked_vlm import HookedVLM as HookedVLM
+from .inputs import ModelInput as ModelInput, Region as Region, VLMInputs as VLMInputs
 from .loading import hook_hf_model as hook_hf_model, load_hf_model as load_hf_model, load_model as load_model
 from .nn.attention import (
     AttentionContext as AttentionContext,
@@ -18,3 +18,4 @@ from .nn.attention import (
 from .nn.rotary import rotate as rotate
 from .prompting import Picture as Picture, open_image as open_image
 from .tokens import token_names as token_names
+from .typed import to_list as to_list

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -74,3 +75,27 @@ def answer_loss(logits: Float[Tensor, "batch pos d_vocab"], inputs: VLMInputs) -
         asked = inputs.token_groups["text"] & (inputs.attention_mask.cumsum(-1) > 1)
     asked = asked[:, 1:].to(logits.device)
     return F.cross_entropy(logits[:, :-1][asked], inputs.input_ids[:, 1:][asked])
+
+
+class RunsForward(Protocol):
+    """A model, as far as one forward pass goes."""
+
+    def as_inputs(self, model_input: VLMInputs) -> VLMInputs:
+        """The inputs on the model's device, images located."""
+        ...
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Logits."""
+        ...
+
+
+@torch.no_grad()
+def log_probs(model: RunsForward, inputs: VLMInputs) -> Float[Tensor, " batch"]:
+    """Log-probability of each row's answer (inputs prepared with `answers`), summed over tokens.
+
+    Raises:
+        ValueError: The inputs mark no answer.
+    """
+    known = model.as_inputs(inputs)
+    answer = Answer.of(known)
+    return answer.log_probs(model(known, logits_to_keep=answer.positions))

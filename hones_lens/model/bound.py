@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 from transformer_lens import ActivationCache
@@ -121,7 +121,7 @@ class BoundModel:
                 bound inputs; names the row.
         """
         if isinstance(tokens, (str, list, tuple)):
-            tokens = self.to_tokens(tokens)
+            tokens = self.to_tokens(cast("str | Sequence[str]", tokens))
         if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim not in (1, 2):
             raise TypeError(
                 "a bound model takes tokens [batch pos]; inputs with pictures of their own are for the "
@@ -202,7 +202,7 @@ class BoundModel:
         )
 
     @contextmanager
-    def hooks(self, *args: Any, **options: Any) -> Iterator[BoundModel]:
+    def hooks(self, *args: Any, **options: Any) -> Generator[BoundModel]:
         """As `HookedVLM.hooks`; the `with` block gets the bound model."""
         with self.model.hooks(*args, **options):
             yield self

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
+
+from hones_lens.model.hook_names import HookFunction
 
 _BY_HEAD_PAIR = ("hook_attn_scores", "hook_pattern")
 
@@ -18,7 +19,7 @@ def keeping_hooks(
     device: torch.device | str | None,
     pos_slice: Any,
     remove_batch_dim: bool,
-) -> tuple[Callable, Callable]:
+) -> tuple[HookFunction, HookFunction]:
     """A forward hook that stores detached activations by name, and a backward one for `*_grad`.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -90,7 +90,7 @@ class VLMConfig:
         return self.n_layers * self.d_mlp
 
 
-def require(where: str, config: Any, handled: Mapping[str, tuple]) -> None:
+def require(where: str, config: Any, handled: Mapping[str, Sequence[object]]) -> None:
     """Refuse config values that the code would silently ignore.
 
     Args:
@@ -109,10 +109,16 @@ def require(where: str, config: Any, handled: Mapping[str, tuple]) -> None:
             )
 
 
+def token_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
+    """No id, one or several, as Hugging Face's configs have them, as a tuple."""
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
 def special_ids(text_config: Any) -> tuple[tuple[int, ...], int]:
     """End-of-sequence ids, and the padding id (else the first of them), of a Hugging Face text config."""
-    eos = () if text_config.eos_token_id is None else text_config.eos_token_id
-    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    eos = token_ids(text_config.eos_token_id)
     pad = text_config.pad_token_id
     return eos, (eos[0] if eos else 0) if pad is None else pad
 
@@ -163,7 +169,7 @@ def read_settings(file: Path) -> ModelSettings:
     Raises:
         ValueError: An unknown or missing key; names the file, the key and the nearest valid one.
     """
-    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    data: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     known = [f.name for f in fields(ModelSettings)]
     for key in data:
         if key not in known:
@@ -175,7 +181,8 @@ def read_settings(file: Path) -> ModelSettings:
             raise ValueError(f"{file}: key {key!r} is missing")
     if (data.get("hub_id") is None) == (data.get("checkpoint") is None):
         raise ValueError(f"{file}: exactly one of 'hub_id' and 'checkpoint' must be given")
-    return ModelSettings(**{**data, "aliases": tuple(data.get("aliases", ()))})
+    data["aliases"] = tuple(data.get("aliases", ()))
+    return ModelSettings(**data)
 
 
 @cache

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from hones_lens.model.config import VLMConfig
-from hones_lens.model.inputs import VLMInputs
+from hones_lens.model.inputs import ModelInput, VLMInputs
 from hones_lens.model.nn.attention import KVCache
+from hones_lens.model.tokens import tokenizer_of
 
 
 class PredictsTokens(Protocol):
@@ -57,3 +58,38 @@ def greedy(
         done = done | torch.isin(token, eos)
         if len(out) == max_new_tokens or bool(done.all()):
             return torch.stack(out, dim=1)
+
+
+class Generates(PredictsTokens, Protocol):
+    """A model that takes any kind of input and gives text."""
+
+    processor: Any
+
+    def as_inputs(self, model_input: ModelInput) -> VLMInputs:
+        """Any kind of model input as VLMInputs."""
+        ...
+
+
+def generate(
+    model: Generates,
+    inputs: ModelInput,
+    max_new_tokens: int = 24,
+    return_type: Literal["text", "tokens"] = "text",
+    use_kv_cache: bool = True,
+) -> list[str] | Tensor:
+    """Continue every row greedily; hooks are active at every step (`HookedVLM.generate`).
+
+    Args:
+        model: The model.
+        inputs: Prompts with their images.
+        max_new_tokens: Stop a row after this many, or after an end-of-sequence token.
+        return_type: `tokens` gives the new tokens [batch new], EOS kept, then padding.
+        use_kv_cache: False computes everything anew at every step (same tokens, slower).
+
+    Returns:
+        Stripped strings without special tokens, or token ids.
+    """
+    tokens = greedy(model, model.as_inputs(inputs), max_new_tokens, use_kv_cache)
+    if return_type == "tokens":
+        return tokens
+    return [text.strip() for text in tokenizer_of(model).batch_decode(tokens, skip_special_tokens=True)]

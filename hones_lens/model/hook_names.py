@@ -1,10 +1,13 @@
-"""Which hooks a name, several names or a predicate stands for; never none in silence."""
+"""Hooks, and which of them a name, several names or a predicate stands for; never none in silence."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
+HookFunction = Callable[..., Any]  # of a tensor and `hook=`, the HookPoint; what it returns goes on
+Hook = tuple[str | Callable[[str], bool], HookFunction]
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 _COSTLY = ("attn.hook_result", "attn.hook_q_input", "attn.hook_k_input", "attn.hook_v_input")
 

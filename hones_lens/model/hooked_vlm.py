@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,21 +14,16 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from hones_lens.model import bound, generation, prompting, tl_weights, tokens
-from hones_lens.model.answers import Answer, answer_loss
+from hones_lens.model import answers, bound, generation, prompting, tl_weights, tokens
 from hones_lens.model.caching import keeping_hooks
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.family import Family
-from hones_lens.model.hook_names import NamesFilter, check_hook_name, matching_hooks
-from hones_lens.model.inputs import VLMInputs
+from hones_lens.model.hook_names import Hook, HookFunction, NamesFilter, check_hook_name, matching_hooks
+from hones_lens.model.inputs import ModelInput, VLMInputs
 from hones_lens.model.nn.attention import AttentionContext, KVCache, attention_mask
 from hones_lens.model.nn.decoder import Decoder, layer_index
 from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.unembed import Unembedding
-
-ModelInput = VLMInputs | Mapping[str, Tensor] | Tensor | str | Sequence[str]
-HookFunction = Callable[..., Any]  # of a tensor and `hook=`, the HookPoint; what it returns goes on
-Hook = tuple[str | Callable[[str], bool], HookFunction]
 
 
 class HookedVLM(HookedRootModule, Family):
@@ -200,7 +195,7 @@ class HookedVLM(HookedRootModule, Family):
         if stop_at_layer is not None:
             return resid
         if return_type == "loss":
-            return answer_loss(self._logits(resid, 0), known)
+            return answers.answer_loss(self._logits(resid, 0), known)
         return self._logits(resid, logits_to_keep)
 
     def embed_inputs(self, inputs: VLMInputs) -> Float[Tensor, "batch pos d_model"]:
@@ -262,39 +257,8 @@ class HookedVLM(HookedRootModule, Family):
             resid = resid[:, -keep:]
         return self.unembed(self.ln_final(resid))
 
-    def generate(
-        self,
-        inputs: ModelInput,
-        max_new_tokens: int = 24,
-        return_type: Literal["text", "tokens"] = "text",
-        use_kv_cache: bool = True,
-    ) -> list[str] | Tensor:
-        """Continue every row greedily; hooks are active at every step.
-
-        Args:
-            inputs: Prompts with their images.
-            max_new_tokens: Stop a row after this many, or after an end-of-sequence token.
-            return_type: `tokens` gives the new tokens [batch new], EOS kept, then padding.
-            use_kv_cache: False computes everything anew at every step (same tokens, slower).
-
-        Returns:
-            Stripped strings without special tokens, or token ids.
-        """
-        tokens = generation.greedy(self, self.as_inputs(inputs), max_new_tokens, use_kv_cache)
-        if return_type == "tokens":
-            return tokens
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-    @torch.no_grad()
-    def log_probs(self, inputs: VLMInputs) -> Float[Tensor, " batch"]:
-        """Log-probability of each row's answer (inputs prepared with `answers`), summed over tokens.
-
-        Raises:
-            ValueError: The inputs mark no answer.
-        """
-        known = self.as_inputs(inputs)
-        answer = Answer.of(known)
-        return answer.log_probs(self(known, logits_to_keep=answer.positions))
+    generate = generation.generate
+    log_probs = answers.log_probs
 
     # -- hooks -----------------------------------------------------------------------------------
 
@@ -312,7 +276,7 @@ class HookedVLM(HookedRootModule, Family):
         bwd_hooks: Sequence[Hook] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Iterator[HookedVLM]:
+    ) -> Generator[HookedVLM]:
         """Hooks for the runs inside the `with` block, as in TransformerLens, but never silent.
 
         Raises:
@@ -330,20 +294,32 @@ class HookedVLM(HookedRootModule, Family):
 
         marks: list[Hook] = [(name, mark) for name in named]
         before = self._forwards
-        with super().hooks([*marks, *fwd_hooks], list(bwd_hooks), reset_hooks_end, clear_contexts):
+        with self._unchecked_hooks([*marks, *fwd_hooks], list(bwd_hooks), reset_hooks_end, clear_contexts):
             yield self
         if self._forwards > before and named - ran:
             raise RuntimeError(f"the model ran, but these hooks never did: {', '.join(sorted(named - ran))}")
 
-    def add_hook(self, name: str | Callable[[str], bool], hook: HookFunction, **options: Any) -> None:
+    @property
+    def _unchecked_hooks(self) -> Callable[..., AbstractContextManager[Any]]:
+        parent: Any = super()  # TransformerLens leaves it untyped
+        return parent.hooks
+
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: HookFunction,
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
         """Add a lasting hook (see `reset_hooks`); an unknown name raises."""
         self._matching(name)
-        super().add_hook(name, hook, **options)
+        super().add_hook(name, hook, dir, is_permanent, level, prepend)
 
     def run_with_cache(
         self,
-        model_input: ModelInput | Tensor,
-        *,
+        *model_args: ModelInput | Tensor,
         names_filter: NamesFilter = None,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
@@ -352,11 +328,11 @@ class HookedVLM(HookedRootModule, Family):
         clear_contexts: bool = False,
         pos_slice: Any = None,
         **forward_options: Any,
-    ) -> tuple[Tensor, ActivationCache]:
+    ) -> tuple[Tensor, Any]:
         """Run the model and keep activations.
 
         Args:
-            model_input: As for `forward`.
+            model_args: The model input, as for `forward`.
             names_filter: A hook name, several, or a predicate. Default: every hook that runs, but
                 `attn.hook_result` and the split inputs, which cost n_heads residual streams each.
             device: Where to keep the activations; default: where they are.
@@ -367,7 +343,8 @@ class HookedVLM(HookedRootModule, Family):
             forward_options: Passed to `forward`.
 
         Returns:
-            What `forward` returns, and the cache; tensors are detached.
+            What `forward` returns, and the ActivationCache (typed Any: the method that this one overrides
+            is typed to give a dict); tensors are detached.
 
         Raises:
             ValueError: An unknown name, a filter that matches nothing, or a batch to drop that is
@@ -379,9 +356,9 @@ class HookedVLM(HookedRootModule, Family):
         asked = names_filter is not None and not callable(names_filter)
         fwd: list[Hook] = [(name, forward_hook) for name in names]
         bwd: list[Hook] = [(name, backward_hook) for name in names] if incl_bwd else []
-        hooks = self.hooks if asked else super().hooks
+        hooks = self.hooks if asked else self._unchecked_hooks
         with hooks(fwd, bwd, reset_hooks_end, clear_contexts):
-            out = self(model_input, **forward_options)
+            out = self(*model_args, **forward_options)
             if incl_bwd:
                 out.backward()
         return out, ActivationCache(store, self, has_batch_dim=not remove_batch_dim)
@@ -395,7 +372,8 @@ class HookedVLM(HookedRootModule, Family):
     # -- device ----------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedVLM:
-        moved = super()._apply(fn, recurse)
+        parent: Any = super()  # PyTorch leaves it untyped
+        moved = parent._apply(fn, recurse)
         where = self.embed.weight
         self.cfg = replace(self.cfg, device=where.device, dtype=where.dtype)
         return moved

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hones_lens.model.typed import to_list
 
 _FROM_HF = (
     "input_ids",
@@ -67,7 +70,7 @@ class VLMInputs:
     image_embeds: Tensor | None = field(default=None, repr=False)
 
     @classmethod
-    def from_hf(cls, mapping: Mapping[str, Tensor]) -> VLMInputs:
+    def from_hf(cls, mapping: Mapping[str, Tensor | None]) -> VLMInputs:
         """Take over what a Hugging Face processor returns.
 
         Where the mapping itself does not mark the image tokens, `image_mask`, `grids` and
@@ -81,9 +84,9 @@ class VLMInputs:
                 raise ValueError(f"inputs key {key!r}: video is not handled; give still images")
             if key not in (*_FROM_HF, *_IGNORED_FROM_HF) and value is not None:
                 raise ValueError(f"inputs key {key!r} is not handled; handled: {', '.join(_FROM_HF)}")
-        if mapping.get("input_ids") is None:
+        if (ids := mapping.get("input_ids")) is None:
             raise ValueError("inputs have no 'input_ids'")
-        ids = torch.as_tensor(mapping["input_ids"])
+        ids = torch.as_tensor(ids)
         mask = mapping.get("attention_mask")
         types = mapping.get("mm_token_type_ids")
         known = types == 1 if types is not None else None
@@ -141,7 +144,7 @@ class VLMInputs:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VLMInputs:
         """Move every tensor; `dtype` is for the pixels alone."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 moved[name] = value.to(device=device, dtype=dtype if name == "pixel_values" else None)
@@ -160,7 +163,8 @@ class VLMInputs:
             chosen = index[torch.as_tensor(rows).cpu()] if not isinstance(rows, slice) else index[rows]
         if len(chosen) == 0:
             raise IndexError(f"rows {rows!r} select nothing from {self.batch_size} rows")
-        picked = {}
+        picked: dict[str, Any] = {}
+        numbers: list[int] = to_list(chosen)
         for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_mask_or_none"):
             picked[name] = _take(getattr(self, name), chosen)
         for name in ("question_mask", "answer_mask"):
@@ -168,11 +172,11 @@ class VLMInputs:
         if self.position_ids is not None:
             picked["position_ids"] = self.position_ids[..., chosen.to(self.position_ids.device), :]
         if self.pixel_values is not None:
-            picked.update(self._take_images(chosen.tolist()))
+            picked.update(self._take_images(numbers))
         elif len(self.grids) == self.batch_size:
-            picked["grids"] = tuple(self.grids[row] for row in chosen.tolist())
+            picked["grids"] = tuple(self.grids[row] for row in numbers)
         if len(self.regions) == self.batch_size:
-            picked["regions"] = tuple(self.regions[row] for row in chosen.tolist())
+            picked["regions"] = tuple(self.regions[row] for row in numbers)
         return replace(self, **picked)
 
     def _take_images(self, rows: list[int]) -> dict[str, object]:
@@ -184,8 +188,8 @@ class VLMInputs:
         images = [i for row in rows for i in range(starts[row], starts[row + 1])]
         pixels, grid_thw = self.pixel_values, self.image_grid_thw
         assert pixels is not None
-        sizes = [1] * len(pixels) if grid_thw is None else grid_thw.prod(-1).tolist()
-        parts = pixels.split(sizes)
+        sizes: list[int] = [1] * len(pixels) if grid_thw is None else to_list(grid_thw.prod(-1))
+        parts = torch.split(pixels, sizes)
         return {
             "pixel_values": torch.cat([parts[i] for i in images]) if images else None,
             "image_embeds": self._take_embeds(images),
@@ -199,7 +203,7 @@ class VLMInputs:
         if self.image_embeds.ndim == 3:
             return self.image_embeds[images]
         sizes = [rows * columns + self.leading_tokens for row in self.grids for rows, columns in row]
-        parts = self.image_embeds.split(sizes)
+        parts = torch.split(self.image_embeds, sizes)
         return torch.cat([parts[i] for i in images])
 
     def extended(self, tokens: Tensor) -> VLMInputs:
@@ -248,7 +252,7 @@ class VLMInputs:
 
     def _columns(self, columns: slice | Tensor) -> VLMInputs:
         """Some columns of every row, or as many of each row's own, [batch pos]."""
-        picked = {}
+        picked: dict[str, Any] = {}
         for name in _BY_POSITION:
             if (value := getattr(self, name)) is None:
                 continue
@@ -261,7 +265,7 @@ class VLMInputs:
         """As `grids`, of the vision tower's patches: larger where a tower merges patches into tokens."""
         if self.image_grid_thw is None:
             return self.grids
-        sizes = iter(self.image_grid_thw[:, 1:].tolist())
+        sizes: Iterator[list[int]] = iter(to_list(self.image_grid_thw[:, 1:]))
         return tuple(tuple((r, c) for r, c in (next(sizes) for _ in row)) for row in self.grids)
 
     def heatmap(
@@ -292,7 +296,7 @@ class VLMInputs:
             raise IndexError(f"row {row} has {shown} images; there is no image {image}")
         sizes = [rows * columns + self.leading_tokens for rows, columns in self.grids[row]]
         if values.shape == self.input_ids.shape[1:]:
-            values = values[self.image_mask[row].to(values.device)].split(sizes)[image]
+            values = torch.split(values[self.image_mask[row].to(values.device)], sizes)[image]
         grid, patches = self.grids[row][image], self.patch_grids[row][image]
         n_patches = patches[0] * patches[1]
         longest = max(r * c for row_grids in self.patch_grids for r, c in row_grids)
@@ -305,7 +309,7 @@ class VLMInputs:
                 f"{tuple(values.shape)} values fit neither the {self.input_ids.shape[1]} positions "
                 f"nor the {sizes[image]} tokens of image {image}"
             )
-        laid = values.detach().unflatten(0, grid)
+        laid = values.detach().reshape(grid)
         if pixels is None:
             return laid
         return F.interpolate(laid[None, None].float(), size=pixels, mode="bilinear")[0, 0]
@@ -313,3 +317,7 @@ class VLMInputs:
 
 def _take(value: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if value is None else value[rows.to(value.device)]
+
+
+ModelInput = VLMInputs | Mapping[str, Tensor] | Tensor | str | Sequence[str]
+"""What a model takes: inputs, what a Hugging Face processor returns, ids [batch pos] or [pos], or text."""

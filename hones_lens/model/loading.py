@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging as hf_logging
 
-from hones_lens.model.config import all_settings, checkpoint_path, find_settings
+from hones_lens.model.config import all_settings, checkpoint_path, find_settings, token_ids
 from hones_lens.model.families import load_family
 from hones_lens.model.hooked_vlm import HookedVLM
 
@@ -55,16 +55,17 @@ def load_hf_model(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.float32 if where.type == "cpu" else "auto"
-    family = load_family(AutoConfig.from_pretrained(folder, revision=revision).model_type)
+    auto_config: Any = AutoConfig
+    auto_model: Any = AutoModelForImageTextToText
+    family = load_family(auto_config.from_pretrained(folder, revision=revision).model_type)
     for option in processor_options:
         if option not in family.processor_options:
             valid = ", ".join(family.processor_options) or "none"
             raise ValueError(f"unknown processor option {option!r} for {name!r}; valid: {valid}")
     with _without_progress_bars():
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        model, report = auto_model.from_pretrained(
             folder, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             listed = ", ".join(map(str, sorted(report[kind], key=str)[:5]))
@@ -74,7 +75,7 @@ def load_hf_model(
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def _without_progress_bars() -> Generator[None]:
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -143,8 +144,7 @@ def _special_tokens(hooked: HookedVLM, hf_model: Any) -> dict[str, Any]:
     settings = getattr(hf_model, "generation_config", None)
     if settings is None:
         return {}
-    eos = () if settings.eos_token_id is None else settings.eos_token_id
-    eos = tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+    eos = token_ids(settings.eos_token_id)
     pad = settings.pad_token_id
     if pad is None and eos:
         pad = eos[0]

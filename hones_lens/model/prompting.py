@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from PIL import Image
 from torch import Tensor
@@ -84,8 +84,7 @@ def rows_of(
         ValueError: Lengths that differ, no prompt, or an empty prompt.
     """
     if isinstance(prompts, str):
-        prompts = [prompts]
-        images = [images]  # type: ignore[list-item]
+        prompts, images = [prompts], [cast("Pictures", images)]
     if images is None:
         images = [None] * len(prompts)
     if isinstance(images, (str, Path, Image.Image)) and len(prompts) == 1:
@@ -95,7 +94,7 @@ def rows_of(
         raise ValueError(f"{given} entries of images for {len(prompts)} prompts; give one entry a prompt")
     if not prompts:
         raise ValueError("no prompts")
-    rows = []
+    rows: list[tuple[list[Image.Image], str]] = []
     for i, (entry, prompt) in enumerate(zip(images, prompts, strict=True)):
         if not prompt.strip():
             raise ValueError(f"prompt {i} is empty")
@@ -128,7 +127,8 @@ def prepare(
     if said is not None and len(said) != len(rows):
         raise ValueError(f"{len(said)} answers for {len(rows)} prompts")
     pixels, counts = model.process_images([image for pictures, _ in rows for image in pictures])
-    texts, taken = [], 0
+    texts: list[tuple[str, str]] = []
+    taken = 0
     for pictures, prompt in rows:
         here = counts[taken : taken + len(pictures)]
         taken += len(pictures)
@@ -224,7 +224,9 @@ def tokenize_rows(
     Raises:
         ValueError: A row longer than the context, or a template that changes the user's words.
     """
-    ids, questions, answers = [], [], []
+    ids: list[list[int]] = []
+    questions: list[list[bool]] = []
+    answers: list[list[bool]] = []
     for i, (text, prompt) in enumerate(rows):
         encoded = tokenizer(text, return_offsets_mapping=True)
         start = text.rfind(prompt.strip(), 0, len(text) - len(tail))

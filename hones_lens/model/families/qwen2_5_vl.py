@@ -64,8 +64,10 @@ class QwenProcessor:
     @classmethod
     def from_pretrained(cls, folder: str, revision: str | None = None, **sizes: Any) -> QwenProcessor:
         """Read both parts; `min_pixels` and `max_pixels` overrule the checkpoint's bounds on image size."""
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
-        images = Qwen2VLImageProcessorPil.from_pretrained(folder, revision=revision or "main", **sizes)
+        text: Any = AutoTokenizer
+        pictures: Any = Qwen2VLImageProcessorPil
+        tokenizer = text.from_pretrained(folder, revision=revision)
+        images = pictures.from_pretrained(folder, revision=revision or "main", **sizes)
         return cls(images, tokenizer, tokenizer.chat_template)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -164,7 +164,7 @@ class Attention(nn.Module):
     def _project_split(self, resid: Tensor, norm: Norm, p: nn.Linear, hook: HookPoint) -> Tensor:
         heads = p.out_features // self.d_head
         forked = hook(resid[:, :, None].expand(-1, -1, heads, -1).clone())
-        weight = p.weight.unflatten(0, (heads, self.d_head))
+        weight = p.weight.view(heads, self.d_head, -1)
         x = torch.einsum("bphm,hdm->bphd", norm(forked), weight)
         return x if bias_or_none(p) is None else x + p.bias.view(heads, self.d_head)
 
@@ -194,22 +194,22 @@ class Attention(nn.Module):
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
         """Query weights by head (a view)."""
-        return self.q.weight.unflatten(0, (-1, self.d_head)).transpose(1, 2)
+        return self.q.weight.view(-1, self.d_head, self.q.in_features).transpose(1, 2)
 
     @property
     def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Key weights by key-value head (a view)."""
-        return self.k.weight.unflatten(0, (-1, self.d_head)).transpose(1, 2)
+        return self.k.weight.view(-1, self.d_head, self.k.in_features).transpose(1, 2)
 
     @property
     def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
         """Value weights by key-value head (a view)."""
-        return self.v.weight.unflatten(0, (-1, self.d_head)).transpose(1, 2)
+        return self.v.weight.view(-1, self.d_head, self.v.in_features).transpose(1, 2)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """Output weights by head (a view)."""
-        return self.o.weight.unflatten(1, (-1, self.d_head)).permute(1, 2, 0)
+        return self.o.weight.view(self.o.out_features, -1, self.d_head).permute(1, 2, 0)
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:

@@ -59,7 +59,8 @@ class PatchLayout:
         flat, real = number.flatten(), self.real.flatten()
         patches = real.nonzero()[:, 0]
         patches = patches[flat[patches].sort(stable=True).indices]
-        sizes: list[int] = to_list(torch.unique_consecutive(flat[patches], return_counts=True)[1])
+        counts = torch.bincount(flat[patches])
+        sizes: list[int] = to_list(counts[counts > 0])
         parts = list(torch.split(patches, sizes))
         members = nn.utils.rnn.pad_sequence(parts, batch_first=True)
         filled = nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], batch_first=True)

@@ -41,7 +41,8 @@ class Rotary(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         # Frequencies stay float32 when the model is cast: rounded ones would blur far positions.
         exact = self.inv_freq
-        moved = super()._apply(fn, recurse)
+        parent: Any = super()  # PyTorch leaves it untyped
+        moved = parent._apply(fn, recurse)
         self.inv_freq = exact.to(self.inv_freq.device)
         return moved
 
