@@ -1,5 +1,5 @@
 from .attention import TIMES as TIMES, HeadAttention as HeadAttention, head_attention as head_attention
-from .attention_knockout import attention_knockout as attention_knockout
+from .knockout import attention_knockout as attention_knockout
 from .lens.difference import (
     LensToken as LensToken,
     delta_frame as delta_frame,

@@ -140,18 +140,18 @@ def on_image(
         place.set_axis_off()
     for place, layer in zip(places.flat, layers, strict=False):
         _draw(place, picture, region, layer, colours)
+    _add_bar(figure, list(places.flat), colours, result.what if title and result.what != "values" else "")
+    return figure
+
+
+def _add_bar(figure: Plot, axes: list[Axes], colours: _Scale, label: str) -> None:
+    """A colour bar beside the axes."""
     bar = figure.colorbar(
-        on_grey(*colours),
-        ax=list(places.flat),
-        fraction=0.045,
-        pad=0.02,
-        aspect=18,
-        ticks=MaxNLocator(5),
+        on_grey(*colours), ax=axes, fraction=0.045, pad=0.02, aspect=18, ticks=MaxNLocator(5)
     )
     bar.outline.set(edgecolor=GRID)
-    if title and result.what != "values":
-        bar.set_label(textwrap.fill(result.what, 40))
-    return figure
+    if label:
+        bar.set_label(textwrap.fill(label, 40))
 
 
 def _unnamed(values: Tensor, inputs: VLMInputs) -> Labelled:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from hones_lens import HookedVLM, VLMInputs, checkpoint_path, load_examples, load_task
-from hones_lens.analysis.attention_knockout import EDGES, attention_knockout
+from hones_lens.analysis.knockout import EDGES, attention_knockout
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.interventions.token_groups import Box, token_mask
 
