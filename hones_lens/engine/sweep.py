@@ -25,7 +25,7 @@ from hones_lens.engine.options import SweepOptions
 from hones_lens.engine.segments import Segment, behind_shared_prefix, buckets
 from hones_lens.engine.speculation import Answers, Draft, Expected, Tally, answer_buckets, check_finite
 from hones_lens.interventions import Hook
-from hones_lens.model import HookedVLM, KVCache, VLMInputs
+from hones_lens.model import HookedVLM, KVCache, VLMInputs, summed_log_probs
 from hones_lens.tasks import Task
 
 
@@ -166,8 +166,8 @@ class Sweep:
                 assert forked.logits is not None
                 check_finite(forked.logits, [self.arms[i] for i in some], names)
                 likely = forked.logits.float().log_softmax(-1)
-                likely = likely.gather(-1, wanted.expand(len(some), -1, -1)[..., None])[..., 0]
-                values = (likely * counted).sum(-1).cpu()
+                shape = (len(some), -1, -1)
+                values = summed_log_probs(likely, wanted.expand(shape), counted.expand(shape)).cpu()
                 for i, mine in zip(some, values, strict=True):
                     found[i, rows] = mine
                 self.tick(len(some) * len(rows))

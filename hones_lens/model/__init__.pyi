@@ -1,4 +1,8 @@
-from .answers import Answer as Answer, at_positions as at_positions
+from .answers import (
+    Answer as Answer,
+    at_positions as at_positions,
+    summed_log_probs as summed_log_probs,
+)
 from .config import (
     VLMConfig as VLMConfig,
     all_settings as all_settings,

@@ -49,8 +49,22 @@ class Answer:
         """
         times = len(logits) // len(self.ids)
         ids, mask = self.ids.repeat(times, 1), self.mask.repeat(times, 1)
-        chosen = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-        return (chosen * mask).sum(-1)
+        return summed_log_probs(logits.float().log_softmax(-1), ids, mask)
+
+
+def summed_log_probs(
+    log_probs: Float[Tensor, "*rows kept d_vocab"],
+    ids: Int[Tensor, "*rows kept"],
+    mask: Bool[Tensor, "*rows kept"],
+) -> Float[Tensor, "*rows"]:
+    """Log-probability of an answer, `Σ_k ln P(y_k | prompt, y_<k)` over its tokens y_k, in nats.
+
+    Args:
+        log_probs: Of every token where the answer's tokens are predicted.
+        ids: The token that follows each of these positions.
+        mask: Whether that token belongs to the answer; others do not count.
+    """
+    return (log_probs.gather(-1, ids[..., None])[..., 0] * mask).sum(-1)
 
 
 def at_positions(inputs: VLMInputs, positions: str) -> Bool[Tensor, "row pos"]:

@@ -21,7 +21,7 @@ from hones_lens.hones.masking import Neurons
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.questions import Query, prepared, queries
 from hones_lens.hones.steering.scales import scaling
-from hones_lens.model import Answer, HookedVLM
+from hones_lens.model import Answer, HookedVLM, summed_log_probs
 from hones_lens.tasks import Task
 
 _SHARE = 0.5  # of free memory, for what the clean model gave
@@ -148,11 +148,10 @@ def losses(
     clean: Clean, log_probs: Float[Tensor, "row kept d_vocab"]
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
     """Cross-entropy and KL(original ‖ steered), in nats, each row's mean over its answer's tokens."""
-    answer, mask = clean.answer, clean.answer.mask
-    chosen = log_probs.gather(-1, answer.ids[..., None])[..., 0]
+    mask = clean.answer.mask
     kl = F.kl_div(log_probs, clean.log_probs, reduction="none", log_target=True).sum(-1)
     counts = mask.sum(-1)
-    return -(chosen * mask).sum(-1) / counts, (kl * mask).sum(-1) / counts
+    return -summed_log_probs(log_probs, clean.answer.ids, mask) / counts, (kl * mask).sum(-1) / counts
 
 
 @contextmanager
