@@ -20,7 +20,14 @@ from typing import Any
 
 from PIL import Image
 
-from hones_lens.app import Views, listen, prepare, read_view, subject, write_report
+from hones_lens.app import (
+    ExplorerViews,
+    build_server,
+    open_listener,
+    picture_and_prompt,
+    read_view,
+    write_report,
+)
 from hones_lens.model import HookedVLM, load_model
 
 MOST_BYTES = 300_000
@@ -98,8 +105,8 @@ def shoot_explorer(model: HookedVLM, folder: Path) -> list[Path]:
         RuntimeError: The page's console says an error.
     """
     pictures = {}
-    with listen() as listener, _chromium() as browser:
-        server, address = prepare(Views(model, *subject(None, None)), listener)
+    with open_listener() as listener, _chromium() as browser:
+        server, address = build_server(ExplorerViews(model, *picture_and_prompt(None, None)), listener)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

@@ -1,7 +1,11 @@
 from .cli import main as main
 from .explorer.explore import explore as explore
-from .explorer.serve import listen as listen, prepare as prepare, subject as subject
-from .explorer.views import Views as Views
+from .explorer.serve import (
+    build_server as build_server,
+    open_listener as open_listener,
+    picture_and_prompt as picture_and_prompt,
+)
+from .explorer.views import ExplorerViews as ExplorerViews
 from .report.report import write_report as write_report
 from .report.run_folder import read_view as read_view
 from .runs.data_choice import DataChoice as DataChoice

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from hones_lens import HookedVLM, load_examples, load_task
-from hones_lens.app.explorer.views import Views
+from hones_lens.app.explorer.views import ExplorerViews
 from hones_lens.data.examples import Example
 
 
@@ -24,5 +24,5 @@ def prompt() -> str:
     return load_task("vqa").prompt(example())  # type: ignore[attr-defined]
 
 
-def views(name: str = "tiny-llava", **options) -> Views:
-    return Views(shipped(name), example().image, prompt(), **options)
+def views(name: str = "tiny-llava", **options) -> ExplorerViews:
+    return ExplorerViews(shipped(name), example().image, prompt(), **options)

@@ -11,7 +11,7 @@ from hones_lens.app.commands.arguments import model_from
 from hones_lens.app.commands.options import add_command, model_options
 
 if TYPE_CHECKING:
-    from hones_lens.app.explorer.views import Views
+    from hones_lens.app.explorer.views import ExplorerViews
 
 
 def add(commands: Any) -> None:
@@ -38,16 +38,16 @@ def execute(args: argparse.Namespace) -> int:
         views = _views(args)
         print(f"Page: {write_page(views, views.start(), args.out).resolve()}")
         return 0
-    with serve.listen(args.port) as listener:
+    with serve.open_listener(args.port) as listener:
         serve.run(_views(args), listener, browser=not args.no_browser)
     return 0
 
 
-def _views(args: argparse.Namespace) -> Views:
-    from hones_lens.app.explorer.serve import subject
-    from hones_lens.app.explorer.views import Views
+def _views(args: argparse.Namespace) -> ExplorerViews:
+    from hones_lens.app.explorer.serve import picture_and_prompt
+    from hones_lens.app.explorer.views import ExplorerViews
     from hones_lens.hones import HeadScores
 
-    picture, prompt = subject(args.image, args.prompt)
+    picture, prompt = picture_and_prompt(args.image, args.prompt)
     heads = HeadScores.load(Path(args.run_folder) / "heads.json") if args.run_folder else None
-    return Views(model_from(args), picture, prompt, heads)
+    return ExplorerViews(model_from(args), picture, prompt, heads)

@@ -11,9 +11,9 @@ app = marimo.App(width="full", app_title="Explorer")
 
 @app.cell
 def _():
-    from hones_lens.app.explorer.serve import tab
+    from hones_lens.app.explorer.serve import explorer_of_new_tab
 
-    tab()
+    explorer_of_new_tab()
     return
 
 

@@ -1,12 +1,12 @@
-"""The numbers behind an explorer: one pass of the model under the edits, and what follows from it.
+"""The quantities that the explorer shows, computed from one forward pass of the model under the edits.
 
-Everything is of the model *as edited*. Two conventions hold throughout:
+All quantities are those of the model *as edited*. Two conventions hold throughout:
 
 - A vector in the residual stream is read as tokens by `vocabulary_logits`. Divided by the final norm's scale
   at the position, what the heads, neurons and the embedding write adds up to the centred logits.
 - What a head *feeds* a neuron is direct: `m_i(x) − m_i(x − γ₂ ∘ w / s)`, where x enters the neuron's FFN, w
   is what the head writes at that position, and γ₂, s are weight and scale of the norm before the FFN, the
-  scale held. Paths through other heads and neurons are left out, and so is an edit of the neuron itself.
+  scale held. Paths through other heads and neurons are not counted, nor is an edit of the neuron itself.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from hones_lens.app.explorer.state import Edit, Place
+from hones_lens.app.explorer.state import Edit, LayerIndex
 from hones_lens.interventions import Hook
 from hones_lens.model import HookedVLM, VLMInputs
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
-    """A prompt with the model's own answer to it, when nothing is changed.
+class AnsweredPrompt:
+    """A prompt and the answer that the unedited model generates to it.
 
     Attributes:
-        prompt: Of one row.
-        answer: New tokens [n_answer], the end of the sequence included if it was reached.
-        sequence: The prompt, and the answer but its last token: every position predicts what comes next.
+        prompt: The prompt, a batch of one row.
+        answer: Generated token ids [n_answer], with the end-of-sequence token if it was reached.
+        sequence: The prompt followed by the answer without its last token, so that every position from the
+            last one of the prompt on predicts a token of the answer.
     """
 
     prompt: VLMInputs
@@ -40,31 +41,31 @@ class Said:
 
     @property
     def n_tokens(self) -> int:
-        """Of the sequence."""
+        """Number of tokens in `sequence`."""
         return self.sequence.input_ids.shape[1]
 
     @property
-    def first(self) -> int:
+    def last_prompt_position(self) -> int:
         """The last position of the prompt, which predicts the first token of the answer."""
         return self.n_tokens - len(self.answer)
 
-    def step(self, token: int) -> int:
-        """Which token of the answer is looked at from a position: the one predicted there, or the first."""
-        return max(0, token - self.first)
+    def answer_index(self, token: int) -> int:
+        """Index of the answer token that a position predicts; 0 before the end of the prompt."""
+        return max(0, token - self.last_prompt_position)
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
-    """Activations of one run over the sequence.
+class Activations:
+    """Activations of one forward pass over the sequence.
 
     Attributes:
-        log_probs: Of the answer's tokens, after the prompt and those before them, [n_answer d_vocab].
-        pattern: Attention of every head from one position, [layer head key].
+        log_probs: Next-token log-probabilities at the positions that predict the answer, [n_answer d_vocab].
+        pattern: Attention of every head from one query position, [layer head key].
         gate, linear: `mlp.hook_pre` and `mlp.hook_pre_linear` at that position, [layer d_mlp].
-        z: Of the heads, [layer pos head d_head].
-        post: The neurons, [layer pos d_mlp].
-        resid: The stream that enters block 0, and that leaves each block, [layer + 1 pos d_model].
-        scale: Of the norm before the FFN, [layer pos].
+        z: Outputs of the heads before W_O, [layer pos head d_head].
+        post: Activations of the neurons, [layer pos d_mlp].
+        resid: The residual stream that enters block 0, and that leaves each block, [layer + 1 pos d_model].
+        scale: What the norm before the FFN divides by, [layer pos].
     """
 
     log_probs: Tensor
@@ -78,154 +79,178 @@ class Pass:
 
 
 @torch.no_grad()
-def say(model: HookedVLM, prompt: VLMInputs, max_new_tokens: int) -> Said:
-    """Let the model answer.
+def answer_prompt(model: HookedVLM, prompt: VLMInputs, max_new_tokens: int) -> AnsweredPrompt:
+    """Generate the model's answer to one prompt.
 
     Raises:
-        ValueError: Not one row.
+        ValueError: The prompt is not exactly one row.
     """
     prompt = model.with_image_embeds(model.as_inputs(prompt))
     if len(prompt) != 1:
         raise ValueError(f"an explorer shows one prompt, not {len(prompt)}")
     answer = model.generate(prompt, max_new_tokens, return_type="tokens")
     assert isinstance(answer, Tensor)
-    return Said(prompt, answer[0], prompt.extended(answer[:, :-1]))
+    return AnsweredPrompt(prompt, answer[0], prompt.extended(answer[:, :-1]))
 
 
 @torch.no_grad()
-def run(model: HookedVLM, said: Said, edits: tuple[Edit, ...], token: int) -> Pass:
-    """Run the sequence with edits, looking from one position."""
-    kept: dict[str, list[Tensor]] = {}
+def run_with_edits(
+    model: HookedVLM, answered: AnsweredPrompt, edits: tuple[Edit, ...], token: int
+) -> Activations:
+    """Run the sequence under the edits; `token` is the query position of `pattern`."""
+    recorded: dict[str, list[Tensor]] = {}
 
-    def keep(name: str, part: Any = slice(None)) -> Any:
-        def read(x: Tensor, hook: HookPoint) -> None:
-            kept.setdefault(name, []).append(x.detach()[0][part].clone())
+    def recorder(name: str, index: Any = slice(None)) -> Any:
+        def record(x: Tensor, hook: HookPoint) -> None:
+            recorded.setdefault(name, []).append(x.detach()[0][index].clone())
 
-        return read
+        return record
 
-    readers: list[Hook] = [("blocks.0.hook_resid_pre", keep("resid"))]
+    recorders: list[Hook] = [("blocks.0.hook_resid_pre", recorder("resid"))]
     for layer in range(model.cfg.n_layers):
         block = f"blocks.{layer}"
-        readers += [
-            (f"{block}.attn.hook_pattern", keep("pattern", (slice(None), token))),
-            (f"{block}.attn.hook_z", keep("z")),
-            (f"{block}.ln2.hook_scale", keep("scale", (slice(None), 0))),
-            (f"{block}.mlp.hook_pre", keep("gate", token)),
-            (f"{block}.mlp.hook_pre_linear", keep("linear", token)),
-            (f"{block}.mlp.hook_post", keep("post")),
-            (f"{block}.hook_resid_post", keep("resid")),
+        recorders += [
+            (f"{block}.attn.hook_pattern", recorder("pattern", (slice(None), token))),
+            (f"{block}.attn.hook_z", recorder("z")),
+            (f"{block}.ln2.hook_scale", recorder("scale", (slice(None), 0))),
+            (f"{block}.mlp.hook_pre", recorder("gate", token)),
+            (f"{block}.mlp.hook_pre_linear", recorder("linear", token)),
+            (f"{block}.mlp.hook_post", recorder("post")),
+            (f"{block}.hook_resid_post", recorder("resid")),
         ]
-    hooks: Any = [*(edit.hook for edit in edits), *readers]  # the readers see what the edits leave
-    logits = model.run_with_hooks(said.sequence, fwd_hooks=hooks, logits_to_keep=len(said.answer))
-    stacked = {name: torch.stack(parts) for name, parts in kept.items()}
-    return Pass(log_probs=logits[0].float().log_softmax(-1), **stacked)
+    hooks: Any = [
+        *(edit.hook for edit in edits),
+        *recorders,
+    ]  # recorders come last, so they see edited values
+    logits = model.run_with_hooks(answered.sequence, fwd_hooks=hooks, logits_to_keep=len(answered.answer))
+    stacked = {name: torch.stack(tensors) for name, tensors in recorded.items()}
+    return Activations(log_probs=logits[0].float().log_softmax(-1), **stacked)
 
 
 # -- reading vectors as tokens ---------------------------------------------------------------------
 
 
 def final_scale(model: HookedVLM, resid: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead"]:
-    """What the final norm divides by, for a stream that leaves the last block."""
+    """The divisor of the final norm, for a residual stream that leaves the last block."""
     return (resid.float().pow(2).mean(-1) + model.ln_final.eps).sqrt()
 
 
-def direction_of(model: HookedVLM, token_id: int) -> Float[Tensor, " d_model"]:
+def logit_direction(model: HookedVLM, token_id: int) -> Float[Tensor, " d_model"]:
     """The direction whose dot product with a vector is the token's entry of `vocabulary_logits`."""
     mean = model.W_U.detach().mean(1, dtype=torch.float32) * model.ln_final.weight.detach().float()
     return model.tokens_to_residual_directions(token_id).detach().float() - mean
 
 
-def head_writes(model: HookedVLM, ran: Pass, place: Place, token: int) -> Float[Tensor, " d_model"]:
+def head_writes(
+    model: HookedVLM, activations: Activations, component: LayerIndex, token: int
+) -> Float[Tensor, " d_model"]:
     """What a head adds to the residual stream at a position: `z W_O`."""
-    layer, head = place
-    return (ran.z[layer, token, head] @ model.blocks[layer].attn.W_O[head].detach()).float()
+    layer, head = component
+    return (activations.z[layer, token, head] @ model.blocks[layer].attn.W_O[head].detach()).float()
 
 
 def direct_heads(
-    model: HookedVLM, ran: Pass, direction: Float[Tensor, " d_model"], token: int
+    model: HookedVLM, activations: Activations, direction: Float[Tensor, " d_model"], token: int
 ) -> Float[Tensor, "layer head"]:
-    """What each head adds to a token's centred logit at a position: `⟨z W_O, direction⟩ / scale`."""
-    found = [
-        (ran.z[layer, token].float() * (block.attn.W_O.detach().float() @ direction)).sum(-1)
+    """Direct contribution of each head to a token's centred logit: `⟨z W_O, direction⟩ / scale`."""
+    contributions = [
+        (activations.z[layer, token].float() * (block.attn.W_O.detach().float() @ direction)).sum(-1)
         for layer, block in enumerate(model.blocks)
     ]
-    return torch.stack(found) / final_scale(model, ran.resid[-1, token])
+    return torch.stack(contributions) / final_scale(model, activations.resid[-1, token])
 
 
 def direct_neurons(
-    model: HookedVLM, ran: Pass, direction: Float[Tensor, " d_model"], token: int
+    model: HookedVLM, activations: Activations, direction: Float[Tensor, " d_model"], token: int
 ) -> Float[Tensor, "layer d_mlp"]:
-    """What each neuron adds to a token's centred logit at a position: `m_i ⟨W_out[i], direction⟩ / scale`."""
-    found = [
-        ran.post[layer, token].float() * (block.mlp.W_out.detach() @ direction.to(model.cfg.dtype)).float()
+    """Direct contribution of each neuron to a token's centred logit: `m_i ⟨W_out[i], direction⟩ / scale`."""
+    contributions = [
+        activations.post[layer, token].float()
+        * (block.mlp.W_out.detach() @ direction.to(model.cfg.dtype)).float()
         for layer, block in enumerate(model.blocks)
     ]
-    return torch.stack(found) / final_scale(model, ran.resid[-1, token])
+    return torch.stack(contributions) / final_scale(model, activations.resid[-1, token])
 
 
-def lens(model: HookedVLM, ran: Pass, position: int) -> Float[Tensor, "layer d_vocab"]:
-    """Probabilities of a position's stream, read through the final norm at block 0's entry and each exit."""
+def lens(model: HookedVLM, activations: Activations, position: int) -> Float[Tensor, "layer d_vocab"]:
+    """Logit lens of a position: probabilities at the input of block 0 and at the output of every block."""
     with torch.no_grad():
-        return model.unembed(model.ln_final(ran.resid[:, position])).float().softmax(-1)
+        return model.unembed(model.ln_final(activations.resid[:, position])).float().softmax(-1)
 
 
 def ov_directions(
-    model: HookedVLM, place: Place, count: int
+    model: HookedVLM, component: LayerIndex, count: int
 ) -> tuple[Float[Tensor, " count"], Float[Tensor, "count d_model"]]:
-    """Largest singular values of `diag(γ₁) W_V W_O`, and the directions that they write in.
+    """The `count` largest singular values of `diag(γ₁) W_V W_O`, and their output directions.
 
     γ₁ is the weight of the norm before the attention. The product has rank d_head, so only small matrices
     are decomposed.
     """
-    layer, head = place
+    layer, head = component
     attn, norm = model.blocks[layer].attn, model.blocks[layer].ln1
     group = head // (attn.n_heads // attn.n_key_value_heads)
-    reads = norm.weight.detach().float()[:, None] * attn.W_V[group].detach().float()
-    rows, mixed = torch.linalg.qr(attn.W_O[head].detach().float().T)
-    _, sizes, right = torch.linalg.svd(torch.linalg.qr(reads)[1] @ mixed.T)
-    return sizes[:count], right[:count] @ rows.T
+    value_weights = norm.weight.detach().float()[:, None] * attn.W_V[group].detach().float()
+    basis, mixing = torch.linalg.qr(attn.W_O[head].detach().float().T)
+    _, sizes, right_vectors = torch.linalg.svd(torch.linalg.qr(value_weights)[1] @ mixing.T)
+    return sizes[:count], right_vectors[:count] @ basis.T
 
 
-# -- who feeds whom --------------------------------------------------------------------------------
+# -- which heads feed which neurons ----------------------------------------------------------------
 
 
-def fed_neurons(model: HookedVLM, ran: Pass, head: Place, token: int) -> Float[Tensor, "layer d_mlp"]:
-    """What a head feeds every neuron at a position, in the neuron's own activation; 0 below the head."""
-    writes = head_writes(model, ran, head, token)
-    found = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, device=writes.device)
+def fed_neurons(
+    model: HookedVLM, activations: Activations, head: LayerIndex, token: int
+) -> Float[Tensor, "layer d_mlp"]:
+    """How much of every neuron's activation at a position is due to a head; 0 in layers below the head."""
+    writes = head_writes(model, activations, head, token)
+    changes = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, device=writes.device)
     for layer in range(head[0], model.cfg.n_layers):
         mlp = model.blocks[layer].mlp
-        x = _into_ffn(model, ran, layer, token, writes)
-        found[layer] = _lost(mlp, ran, layer, x @ mlp.W_gate.detach(), x @ mlp.W_in.detach())
-    return found
+        ffn_input = _ffn_input(model, activations, layer, token, writes)
+        changes[layer] = _activation_change(
+            mlp, activations, layer, ffn_input @ mlp.W_gate.detach(), ffn_input @ mlp.W_in.detach()
+        )
+    return changes
 
 
-def feeding_heads(model: HookedVLM, ran: Pass, neuron: Place, token: int) -> Float[Tensor, "layer head"]:
-    """What every head feeds a neuron at a position, in the neuron's activation; 0 above the neuron."""
+def feeding_heads(
+    model: HookedVLM, activations: Activations, neuron: LayerIndex, token: int
+) -> Float[Tensor, "layer head"]:
+    """How much of a neuron's activation at a position is due to every head; 0 in layers above the neuron."""
     layer, index = neuron
     mlp = model.blocks[layer].mlp
-    found = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, device=ran.post.device)
-    for below in range(layer + 1):
-        writes = torch.einsum("hd,hdm->hm", ran.z[below, token], model.blocks[below].attn.W_O.detach())
-        x = _into_ffn(model, ran, layer, token, writes.float())
-        into = (x @ mlp.W_gate.detach()[:, index, None], x @ mlp.W_in.detach()[:, index, None])
-        found[below] = _lost(mlp, ran, layer, *into, index)[:, 0]
-    return found
+    changes = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, device=activations.post.device)
+    for lower_layer in range(layer + 1):
+        writes = torch.einsum(
+            "hd,hdm->hm", activations.z[lower_layer, token], model.blocks[lower_layer].attn.W_O.detach()
+        )
+        ffn_input = _ffn_input(model, activations, layer, token, writes.float())
+        contributions = (
+            ffn_input @ mlp.W_gate.detach()[:, index, None],
+            ffn_input @ mlp.W_in.detach()[:, index, None],
+        )
+        changes[lower_layer] = _activation_change(mlp, activations, layer, *contributions, index)[:, 0]
+    return changes
 
 
-def _into_ffn(model: HookedVLM, ran: Pass, layer: int, token: int, writes: Tensor) -> Tensor:
-    """`γ₂ ∘ w / s`: a part of the stream as the FFN of a layer reads it."""
+def _ffn_input(model: HookedVLM, activations: Activations, layer: int, token: int, writes: Tensor) -> Tensor:
+    """`γ₂ ∘ w / s`: a summand of the residual stream as the FFN of a layer reads it."""
     weight = model.blocks[layer].ln2.weight.detach().float()
-    return (writes * weight / ran.scale[layer, token].float()).to(model.cfg.dtype)
+    return (writes * weight / activations.scale[layer, token].float()).to(model.cfg.dtype)
 
 
-def _lost(mlp: Any, ran: Pass, layer: int, gate: Tensor, linear: Tensor, index: int | None = None) -> Tensor:
-    """By how much neurons fall when these parts of their inputs are taken away."""
-    of = slice(None) if index is None else slice(index, index + 1)
-    g, u = ran.gate[layer, of].float(), ran.linear[layer, of].float()
-    return mlp.act(g) * u - mlp.act(g - gate.float()) * (u - linear.float())
+def _activation_change(
+    mlp: Any, activations: Activations, layer: int, gate: Tensor, linear: Tensor, index: int | None = None
+) -> Tensor:
+    """Activations of neurons minus those with `gate` and `linear` subtracted from their inputs."""
+    neurons = slice(None) if index is None else slice(index, index + 1)
+    old_gate, old_linear = (
+        activations.gate[layer, neurons].float(),
+        activations.linear[layer, neurons].float(),
+    )
+    return mlp.act(old_gate) * old_linear - mlp.act(old_gate - gate.float()) * (old_linear - linear.float())
 
 
-def row_norms(model: HookedVLM) -> Float[Tensor, "layer d_mlp"]:
-    """Lengths of the neurons' output rows: what a unit of activation writes."""
+def neuron_output_norms(model: HookedVLM) -> Float[Tensor, "layer d_mlp"]:
+    """L2 norms of the neurons' output rows, ‖W_out[i]‖."""
     return torch.stack([block.mlp.W_out.detach().float().norm(dim=1) for block in model.blocks])

@@ -24,7 +24,7 @@ def explore(
     Args:
         model: The model.
         image: The prompt's picture, several, or None.
-        prompt: What the user says; see a task's `prompt(example)`.
+        prompt: The user's text; see a task's `prompt(example)`.
         heads: Scores for the map of heads, such as those of `localize_heads`; default: what each head adds
             directly to the logit of the answer.
         max_new_tokens: Longest answer.
@@ -45,6 +45,6 @@ def explore(
         raise ImportError(
             "the explorer needs the extra `notebook`: pip install hones-lens[notebook]"
         ) from error
-    from hones_lens.app.explorer.views import Views
+    from hones_lens.app.explorer.views import ExplorerViews
 
-    return Explorer(Views(model, image, prompt, heads, max_new_tokens))
+    return Explorer(ExplorerViews(model, image, prompt, heads, max_new_tokens))

@@ -1,4 +1,4 @@
-"""The explorer outside of a notebook: its script and style, a page that keeps its numbers, a still."""
+"""The explorer as HTML: its script and style, a self-contained page, and a static summary for notebooks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 from jinja2 import Template
 from PIL import Image
 
-from hones_lens.app.explorer.state import Edit, Place, State
-from hones_lens.app.explorer.views import NEURONS, SECTIONS, Views
+from hones_lens.app.explorer.state import Edit, LayerIndex, State
+from hones_lens.app.explorer.views import NEURONS, SECTIONS, ExplorerViews
 from hones_lens.viz import BRIGHT, PALETTE, attention_over_image, image_uri, plot_image
 
-MOST_BYTES = 950_000  # of a page that is written
-_WELL = ("#f1f4f7", "#262c33")  # behind bars and switches
+MOST_BYTES = 950_000  # size limit of a written page
+_WELL = ("#f1f4f7", "#262c33")  # background of bars and switches, light and dark
 _PAGE = Template(
     """<!DOCTYPE html>
 <html lang="en">
@@ -52,12 +52,12 @@ mount(document.getElementById("explorer"), {{ backend }});
 
 
 def script() -> str:
-    """The JavaScript, as one module."""
+    """The JavaScript of the explorer, as one module."""
     return _static("explorer.js")
 
 
 def stylesheet() -> str:
-    """The style, with the palette's colours for light and dark."""
+    """The style sheet, with the palette's colours for light and dark schemes."""
     light, dark = (_variables(i) for i in (0, 1))
     rules = [
         f".hones-explorer {{ {light} }}",
@@ -84,52 +84,52 @@ def _variables(scheme: int) -> str:
 
 
 def html(title: str, data: Any, backend: str) -> str:
-    """A page with everything in it.
+    """A page that needs no other file.
 
     Args:
-        title: Of the window.
-        data: What the script reads as `data`.
-        backend: JavaScript that makes a backend of it.
+        title: Title of the window.
+        data: JSON values, which the script reads as `data`.
+        backend: JavaScript expression for the backend, made from `data`.
     """
-    parts = {"style": stylesheet(), "script": script(), "data": _packed(data), "backend": backend}
-    return _PAGE.render(title=title, **parts)
+    fields = {"style": stylesheet(), "script": script(), "data": _script_json(data), "backend": backend}
+    return _PAGE.render(title=title, **fields)
 
 
-def _packed(data: Any) -> str:
-    """JSON in ASCII that can stand in a script."""
+def _script_json(data: Any) -> str:
+    """JSON in ASCII that is safe inside a script element."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-# -- a page that keeps its numbers -----------------------------------------------------------------
+# -- a self-contained page -------------------------------------------------------------------------
 
 
-def write_page(views: Views, state: State, file: str | Path, most_bytes: int | None = None) -> Path:
-    """Write one HTML file that is clicked through without Python or network.
+def write_page(views: ExplorerViews, state: State, file: str | Path, most_bytes: int | None = None) -> Path:
+    """Write one HTML file that works without Python or network.
 
-    What is kept, in this order, until the size is reached: what the state shows; details of every head and of
-    the neurons that are listed first; the answer with each head ablated; the lens of every position; the
-    answer with each of those neurons ablated; the neurons that other heads feed; other tokens to look from.
+    Sections are stored in this order until the size limit is reached: what the state shows; details of every
+    head and of the neurons that the first view lists; the answer with each head ablated; the lens of every
+    position; the answer with each of those neurons ablated; the neurons that other heads feed; other tokens.
     Details that no longer fit say so when they are clicked.
 
     Args:
-        views: What is shown.
-        state: How it opens; without its edits.
-        file: Where to; its folder is made if need be.
-        most_bytes: Its size at most; default: MOST_BYTES.
+        views: Computes the sections.
+        state: The state in which the page opens; its edits are dropped.
+        file: The file to write; its folder is created if it does not exist.
+        most_bytes: Size limit in bytes; default: MOST_BYTES.
 
     Raises:
-        ValueError: The first view alone is larger.
+        ValueError: The first view alone exceeds the limit.
     """
     most_bytes = MOST_BYTES if most_bytes is None else most_bytes
     state = replace(state, edits=())
     scene = views.scene()
     kept: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     size = len(html("", {"scene": scene, "state": state.to_json(), "kept": kept}, "").encode()) + 100
-    for name, key, wanted in _worth_keeping(views, state):
+    for name, key, section_state in _sections_to_keep(views, state):
         if key in kept[name]:
             continue
-        section = views.section(name, wanted)
-        size += len(_packed({key: section}))
+        section = views.section(name, section_state)
+        size += len(_script_json({key: section}))
         if size > most_bytes:
             break
         kept[name][key] = section
@@ -142,40 +142,44 @@ def write_page(views: Views, state: State, file: str | Path, most_bytes: int | N
     return file
 
 
-def _worth_keeping(views: Views, state: State) -> Iterator[tuple[str, str, State]]:
+def _sections_to_keep(views: ExplorerViews, state: State) -> Iterator[tuple[str, str, State]]:
     """(section, key, state), the most useful first; keys as the script's `ofPage` makes them."""
-    cfg, said = views.model.cfg, views.said
+    cfg, answered = views.model.cfg, views.answered
     heads = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
     neurons = _listed_neurons(views, state, heads)
-    first = list(dict.fromkeys(islice(neurons, 2 * NEURONS)))
-    yield from _keys(views, state, SECTIONS)
+    listed = list(dict.fromkeys(islice(neurons, 2 * NEURONS)))
+    yield from _section_keys(views, state, SECTIONS)
     for head in heads:
-        yield from _keys(views, replace(state, head=head), ("head",))
-    for neuron in first:
-        yield from _keys(views, replace(state, neuron=neuron), ("neuron",))
+        yield from _section_keys(views, replace(state, head=head), ("head",))
+    for neuron in listed:
+        yield from _section_keys(views, replace(state, neuron=neuron), ("neuron",))
     for head in heads:
-        yield from _keys(views, replace(state, edits=(Edit("head", *head),)), ("answer",))
-    for position in range(said.n_tokens):
-        yield from _keys(views, replace(state, lens=position), ("lens",))
-    for neuron in first:
-        yield from _keys(views, replace(state, edits=(Edit("neuron", *neuron),)), ("answer",))
+        yield from _section_keys(views, replace(state, edits=(Edit("head", *head),)), ("answer",))
+    for position in range(answered.n_tokens):
+        yield from _section_keys(views, replace(state, lens=position), ("lens",))
+    for neuron in listed:
+        yield from _section_keys(views, replace(state, edits=(Edit("neuron", *neuron),)), ("answer",))
     for neuron in neurons:
-        yield from _keys(views, replace(state, neuron=neuron), ("neuron",))
-    texts = (~said.sequence.image_mask[0]).nonzero()[:, 0].flip(0).tolist()
-    for token in texts:
-        yield from _keys(views, replace(state, token=token), ("answer", "map", "attention", "head", "neuron"))
+        yield from _section_keys(views, replace(state, neuron=neuron), ("neuron",))
+    text_positions = (~answered.sequence.image_mask[0]).nonzero()[:, 0].flip(0).tolist()
+    for token in text_positions:
+        yield from _section_keys(
+            views, replace(state, token=token), ("answer", "map", "attention", "head", "neuron")
+        )
 
 
-def _listed_neurons(views: Views, state: State, heads: list[Place]) -> Iterator[Place]:
-    """Those that the first view lists, then those that each head feeds most."""
-    for rows in (views.section("map", state)["neurons"], views.fed(state)):
+def _listed_neurons(views: ExplorerViews, state: State, heads: list[LayerIndex]) -> Iterator[LayerIndex]:
+    """The neurons that the first view lists, then those that each head feeds most."""
+    for rows in (views.section("map", state)["neurons"], views.fed_neurons(state)):
         yield from ((layer, index) for layer, index, *_ in rows)
     for head in heads:
-        yield from ((layer, index) for layer, index, *_ in views.fed(replace(state, head=head)))
+        yield from ((layer, index) for layer, index, *_ in views.fed_neurons(replace(state, head=head)))
 
 
-def _keys(views: Views, state: State, names: tuple[str, ...]) -> Iterator[tuple[str, str, State]]:
-    token, step = state.token, views.said.step(state.token)
+def _section_keys(
+    views: ExplorerViews, state: State, names: tuple[str, ...]
+) -> Iterator[tuple[str, str, State]]:
+    token, step = state.token, views.answered.answer_index(state.token)
     edits = "+".join(f"L{e.layer}{e.kind[0].upper()}{e.index}" for e in state.edits)
     keys = {
         "answer": f"{edits}@{step}",
@@ -189,38 +193,38 @@ def _keys(views: Views, state: State, names: tuple[str, ...]) -> Iterator[tuple[
         yield name, keys[name], state
 
 
-# -- a still, for saved notebooks ------------------------------------------------------------------
+# -- a summary for saved notebooks -----------------------------------------------------------------
 
 
-def still(views: Views, state: State) -> str:
-    """Picture with the head's attention, prompt and answer, as HTML without script."""
+def static_html(views: ExplorerViews, state: State) -> str:
+    """The pictures under the head's attention, the prompt and the answer, as HTML without script."""
     layer, head = state.head
     answer = views.section("answer", state)
-    pattern = views.ran(state.edits, state.token).pattern[layer, head]
+    pattern = views.activations(state.edits, state.token).pattern[layer, head]
     name = f"L{layer}H{head}"
-    pictures = [image_uri(_lit(views, i, pattern), 320) for i in range(len(views.pictures))]
-    shown = "".join(
+    pictures = [image_uri(_attention_overlay(views, i, pattern), 320) for i in range(len(views.pictures))]
+    images = "".join(
         f'<img src="{uri}" alt="attention of {name} over the picture" width="240">' for uri in pictures
     )
-    prompt = views.said.prompt
-    first = views.readable(int(views.said.answer[0]))
-    was = f", {100 * answer['was'][0]:.2f} % without the edits" if state.edits else ""
+    prompt = views.answered.prompt
+    first_token = views.readable(int(views.answered.answer[0]))
+    unedited = f", {100 * answer['was'][0]:.2f} % without the edits" if state.edits else ""
     rows = {
         "model": views.model.cfg.model_name,
         "prompt": views.model.tokenizer.decode(prompt.input_ids[prompt.token_groups["question"]]),
         "answer": answer["text"],
-        f"probability of “{first}”": f"{100 * answer['p'][0]:.2f} %{was}",
+        f"probability of “{first_token}”": f"{100 * answer['p'][0]:.2f} %{unedited}",
         "edits": ", ".join(map(str, state.edits)) or "none",
         "picture": f"lit where {name} looks from {views.position_name(state.token)}",
     }
     table = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows.items())
     note = "Run the notebook to click through it: explore(model, image, prompt)."
-    return f"<div>{shown}<table>{table}</table><p><small>{note}</small></p></div>"
+    return f"<div>{images}<table>{table}</table><p><small>{note}</small></p></div>"
 
 
-def _lit(views: Views, image: int, pattern: Any) -> Image.Image:
-    """A picture with a head's attention over the part that the model sees."""
-    grid = views.said.sequence.heatmap(pattern.cpu(), 0, image)
+def _attention_overlay(views: ExplorerViews, image: int, pattern: Any) -> Image.Image:
+    """The part of a picture that the model sees, with a head's attention over it."""
+    grid = views.answered.sequence.heatmap(pattern.cpu(), 0, image)
     picture = views.pictures[image]
-    left, top, right, bottom = (round(side) for side in views.said.prompt.regions[0][image])
+    left, top, right, bottom = (round(side) for side in views.answered.prompt.regions[0][image])
     return plot_image(attention_over_image(picture.crop((left, top, right, bottom)), grid, bare=True))

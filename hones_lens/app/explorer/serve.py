@@ -1,4 +1,4 @@
-"""The explorer as a page in the browser: an app of marimo, which this computer alone can reach."""
+"""The explorer as a page in the browser: a marimo app, served on the loopback address only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hones_lens.app.explorer.views import Views
+from hones_lens.app.explorer.views import ExplorerViews
 from hones_lens.data import load_examples
 from hones_lens.model import Picture
 from hones_lens.tasks import load_task
@@ -26,13 +26,14 @@ _HEAD = """<style>
 [data-testid="notebook-actions-dropdown"] { display: none !important; }
 #App > div { padding: 4px 0 !important; }
 </style>"""
-_served: list[Views] = []  # the one that tabs show; marimo runs them as threads of this process
+_served: list[ExplorerViews] = []  # the one that tabs show; marimo runs them as threads of this process
 
 
-def subject(image: str | None, prompt: str | None) -> tuple[Picture, str]:
-    """The picture and the prompt to explore; what is not given is of the shapes world.
+def picture_and_prompt(image: str | None, prompt: str | None) -> tuple[Picture, str]:
+    """The picture and the prompt to explore; either one that is not given comes from the shapes world.
 
-    A picture alone is to be described. A prompt alone is asked of the picture of the shapes world.
+    The default prompt for a given picture asks for a description. The default for a prompt alone is a picture
+    of the shapes world.
     """
     name = "vqa" if image is None else "caption"
     task = load_task(name)
@@ -40,11 +41,11 @@ def subject(image: str | None, prompt: str | None) -> tuple[Picture, str]:
     return image or example.image, prompt or task.target_prompt(example)
 
 
-def listen(port: int = 0) -> socket.socket:
-    """A socket of this computer alone; a browser that comes early waits.
+def open_listener(port: int = 0) -> socket.socket:
+    """A listening socket on the loopback address; connections wait in it until the server runs.
 
     Args:
-        port: Which; 0 for one that is free.
+        port: The port; 0 for any free one.
 
     Raises:
         OSError: The port is taken.
@@ -55,12 +56,15 @@ def listen(port: int = 0) -> socket.socket:
     return socket.create_server((LOOPBACK, port))
 
 
-def prepare(views: Views, listener: socket.socket) -> tuple[uvicorn.Server, str]:
-    """A server of the page, and the page's address, which holds the token that the page asks for.
+def build_server(views: ExplorerViews, listener: socket.socket) -> tuple[uvicorn.Server, str]:
+    """Build the server of the page.
 
     Args:
         views: What every tab shows.
-        listener: Where, from `listen`; `server.run([listener])` closes it in the end.
+        listener: The socket, from `open_listener`; `server.run([listener])` closes it in the end.
+
+    Returns:
+        The server, and the address of the page with its access token.
     """
     import marimo
     import uvicorn
@@ -76,15 +80,15 @@ def prepare(views: Views, listener: socket.socket) -> tuple[uvicorn.Server, str]
     return uvicorn.Server(config), f"http://{LOOPBACK}:{port}{path}/?access_token={token}"
 
 
-def run(views: Views, listener: socket.socket, *, browser: bool = True) -> None:
+def run(views: ExplorerViews, listener: socket.socket, *, browser: bool = True) -> None:
     """Serve until Ctrl-C.
 
     Args:
         views: What every tab shows.
-        listener: Where, from `listen`.
-        browser: Open the page.
+        listener: The socket, from `open_listener`.
+        browser: Whether to open the page in the browser.
     """
-    server, address = prepare(views, listener)
+    server, address = build_server(views, listener)
     print(f"Explorer: {address} (Ctrl-C ends it)", flush=True)
     if browser:
         webbrowser.open(address)
@@ -93,11 +97,11 @@ def run(views: Views, listener: socket.socket, *, browser: bool = True) -> None:
     print()
 
 
-def tab() -> Explorer:
-    """The explorer of a tab that was opened: its state is its own, the model is everybody's.
+def explorer_of_new_tab() -> Explorer:
+    """A new explorer for one browser tab: each tab has its own state, and all share the model.
 
     Raises:
-        RuntimeError: Nothing is served.
+        RuntimeError: No server is running in this process.
     """
     from hones_lens.app.explorer.widget import Explorer
 

@@ -1,4 +1,4 @@
-"""What an explorer shows and what it changes in the model: plain values, and the hooks that follow."""
+"""State of an explorer: the selected components and positions, and the edits of the model as hooks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hones_lens.interventions import (
 )
 from hones_lens.model import VLMConfig
 
-Place = tuple[int, int]  # layer and index
-SHOWN = ("head", "neuron", "picture")
+LayerIndex = tuple[int, int]  # layer and index
+OVERLAYS = ("head", "neuron", "picture")
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One head or one neuron that is changed, at every position, prompt and generated alike.
+    """An edit of one head or one neuron, at every position of the prompt and of the generated tokens.
 
     Attributes:
         kind: `head` or `neuron`.
-        layer, index: Which one.
-        factor: What its output is multiplied by. None ablates it: a head becomes the mean of its layer's
+        layer, index: Its layer, and its index in the layer.
+        factor: The factor on its output. None ablates it: a head becomes the mean of its layer's
             other heads (HONES eq. H1), a neuron becomes zero (HONES eq. H4).
     """
 
@@ -38,7 +38,7 @@ class Edit:
 
     @property
     def hook(self) -> Hook:
-        """As `(name, fn)` for `run_with_hooks`."""
+        """The edit as `(name, fn)`, for `run_with_hooks`."""
         if self.kind == "neuron":
             name = neuron_hook(self.layer)
             return zero(name, [self.index]) if self.factor is None else scale(name, [self.index], self.factor)
@@ -53,22 +53,21 @@ class Edit:
 
 @dataclass(frozen=True)
 class State:
-    """What is looked at, and what is changed.
+    """What an explorer shows, and the edits that are applied to the model.
 
     Attributes:
-        token: The position that is looked from: attention is that of its query, and heads and neurons are
-            read where they write at it.
-        lens: The position that the logit lens is of.
-        head, neuron: (layer, index) of those whose details are shown.
-        show: What lies over the picture: the `head`'s attention, the `neuron`'s activation, or nothing
+        token: The selected position: the query of the attention shown, and where heads and neurons are read.
+        lens: The position of the logit lens.
+        head, neuron: (layer, index) of the head and the neuron whose details are shown.
+        show: The overlay of the picture: the `head`'s attention, the `neuron`'s activation, or nothing
             (`picture`).
         edits: In the order in which they act within a layer; at most one of each head or neuron.
     """
 
     token: int
     lens: int
-    head: Place
-    neuron: Place
+    head: LayerIndex
+    neuron: LayerIndex
     show: str = "head"
     edits: tuple[Edit, ...] = ()
 
@@ -77,31 +76,31 @@ class State:
         """The edits as hooks, for `run_with_hooks(inputs, fwd_hooks=...)` or `model.hooks(...)`."""
         return [edit.hook for edit in self.edits]
 
-    def edited(self, kind: str, place: Place, factor: float | None) -> State:
-        """The same with one component ablated (None) or scaled, whatever was done to it before."""
-        edit = Edit(kind, int(place[0]), int(place[1]), factor)
-        return replace(self, edits=(*self.restored(kind, place).edits, edit))
+    def edited(self, kind: str, component: LayerIndex, factor: float | None) -> State:
+        """This state with one component ablated (None) or scaled; replaces an earlier edit of it."""
+        edit = Edit(kind, int(component[0]), int(component[1]), factor)
+        return replace(self, edits=(*self.restored(kind, component).edits, edit))
 
-    def restored(self, kind: str, place: Place) -> State:
-        """The same without what was done to one component."""
-        left = tuple(e for e in self.edits if (e.kind, e.layer, e.index) != (kind, *place))
-        return replace(self, edits=left)
+    def restored(self, kind: str, component: LayerIndex) -> State:
+        """This state without the edit of one component."""
+        remaining = tuple(e for e in self.edits if (e.kind, e.layer, e.index) != (kind, *component))
+        return replace(self, edits=remaining)
 
     def check(self, cfg: VLMConfig, n_tokens: int) -> None:
-        """Refuse what this model and prompt do not have.
+        """Check the state against the model's shape and the length of the sequence.
 
         Raises:
             ValueError: A position, layer, head, neuron, factor or view that does not exist; names it.
         """
-        for what, position in (("token", self.token), ("lens", self.lens)):
+        for name, position in (("token", self.token), ("lens", self.lens)):
             if not 0 <= position < n_tokens:
-                raise ValueError(f"{what}: position {position} is not in 0 … {n_tokens - 1}")
-        if self.show not in SHOWN:
-            raise ValueError(f"show: {self.show!r}; valid: {', '.join(SHOWN)}")
-        places = [("head", self.head), ("neuron", self.neuron)]
-        places += [(edit.kind, (edit.layer, edit.index)) for edit in self.edits]
+                raise ValueError(f"{name}: position {position} is not in 0 … {n_tokens - 1}")
+        if self.show not in OVERLAYS:
+            raise ValueError(f"show: {self.show!r}; valid: {', '.join(OVERLAYS)}")
+        components = [("head", self.head), ("neuron", self.neuron)]
+        components += [(edit.kind, (edit.layer, edit.index)) for edit in self.edits]
         widths = {"head": cfg.n_heads, "neuron": cfg.d_mlp}
-        for kind, (layer, index) in places:
+        for kind, (layer, index) in components:
             if kind not in widths:
                 raise ValueError(f"an edit of a {kind!r}; valid: head, neuron")
             check_component(kind, layer, index, cfg.n_layers, widths[kind])
@@ -112,7 +111,7 @@ class State:
                 raise ValueError(f"{edit}: a factor of at most 10000, please")
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The state as JSON values."""
         return {
             **asdict(self),
             "head": list(self.head),

@@ -1,4 +1,4 @@
-"""What an explorer's page draws, as JSON: a scene that stays, and sections that follow from the state."""
+"""The data that an explorer's page draws, as JSON: a fixed scene, and sections that depend on the state."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hones_lens.analysis import promoted_tokens, vocabulary_logits
 from hones_lens.app.explorer import compute
-from hones_lens.app.explorer.compute import Pass
-from hones_lens.app.explorer.state import Edit, Place, State
+from hones_lens.app.explorer.compute import Activations
+from hones_lens.app.explorer.state import Edit, LayerIndex, State
 from hones_lens.hones import HeadScores
 from hones_lens.model import HookedVLM, Picture, open_image
 from hones_lens.results import round_floats
@@ -26,18 +26,20 @@ TOKENS, NEURONS, HEADS, CANDIDATES, DIRECTIONS = 6, 10, 6, 5, 3  # how many of e
 _DIGITS = 6
 
 
-class Views:
-    """The sections of an explorer of one prompt. Threads may share it: the model runs for one at a time.
+class ExplorerViews:
+    """The scene and the sections of an explorer of one prompt.
+
+    Several threads may share an instance: a lock lets one of them run the model at a time.
 
     Args:
         model: The model.
-        pictures: Those of the prompt: one, a list, or None.
-        prompt: What the user says.
+        pictures: The prompt's picture, a list of pictures, or None.
+        prompt: The user's text.
         heads: Scores for the map of heads; default: each head's direct effect on the answer's logit.
         max_new_tokens: Longest answer.
 
     Raises:
-        FileNotFoundError, ValueError: As `HookedVLM.prepare`; or scores of another model's shape.
+        FileNotFoundError, ValueError: As `HookedVLM.prepare`; ValueError also for scores of another shape.
     """
 
     def __init__(
@@ -51,64 +53,66 @@ class Views:
         shape = (model.cfg.n_layers, model.cfg.n_heads)
         if heads is not None and tuple(heads.scores.shape) != shape:
             raise ValueError(f"head scores {tuple(heads.scores.shape)} for a model of {shape} heads")
-        one = isinstance(pictures, (Image.Image, str)) or not isinstance(pictures, Sequence)
-        given = [] if pictures is None else [pictures] if one else list(pictures)  # type: ignore[arg-type]
+        is_single = isinstance(pictures, (Image.Image, str)) or not isinstance(pictures, Sequence)
+        given = [] if pictures is None else [pictures] if is_single else list(pictures)  # type: ignore[arg-type]
         self.pictures = [open_image(picture) for picture in given]  # type: ignore[arg-type]
         self.model, self.heads, self.max_new_tokens = model, heads, max_new_tokens
         inputs = model.prepare([self.pictures] if self.pictures else [None], [prompt])
-        self.said = compute.say(model, inputs, max_new_tokens)
-        self._passes: dict[tuple[Any, ...], Pass] = {}
+        self.answered = compute.answer_prompt(model, inputs, max_new_tokens)
+        self._passes: dict[tuple[Any, ...], Activations] = {}
         self._texts: dict[tuple[Edit, ...], str] = {}
-        self._norms = compute.row_norms(model)
-        self._alone = threading.Lock()  # hooks are the model's
-        self.base = self.ran((), self.said.first).log_probs
+        self._norms = compute.neuron_output_norms(model)
+        self._lock = threading.Lock()  # hooks are set on the shared model
+        self.base = self.activations((), self.answered.last_prompt_position).log_probs
 
-    # -- what is computed once, or kept ------------------------------------------------------------
+    # -- cached computations ----------------------------------------------------------------------
 
-    def ran(self, edits: tuple[Edit, ...], token: int) -> Pass:
-        """The pass under edits, looking from a token; the last one is kept."""
+    def activations(self, edits: tuple[Edit, ...], token: int) -> Activations:
+        """Activations under the edits, with attention from a token; the latest result is cached."""
         key = (edits, token)
-        with self._alone:
+        with self._lock:
             if key not in self._passes:
-                self._passes = {key: compute.run(self.model, self.said, edits, token)}
+                self._passes = {key: compute.run_with_edits(self.model, self.answered, edits, token)}
             return self._passes[key]
 
     def text(self, edits: tuple[Edit, ...]) -> str:
-        """What the model says under edits."""
-        with self._alone:
+        """The model's answer under the edits."""
+        with self._lock:
             if edits not in self._texts:
                 with self.model.hooks([edit.hook for edit in edits]):
-                    said = self.model.generate(self.said.prompt, self.max_new_tokens)
-                (self._texts[edits],) = map(str, said)
+                    answers = self.model.generate(self.answered.prompt, self.max_new_tokens)
+                (self._texts[edits],) = map(str, answers)
             return self._texts[edits]
 
     def start(self) -> State:
-        """The head that matters most, the neuron that it feeds most, looked at from the prompt's end."""
-        token = self.said.first
+        """The initial state: the head of highest score and the neuron it feeds most, at the prompt's end."""
+        token = self.answered.last_prompt_position
         scores = torch.tensor(self._map_values(State(token, token, (0, 0), (0, 0))), dtype=torch.float64)
         best = int(scores.nan_to_num(-torch.inf).argmax())
         head = (best // scores.shape[1], best % scores.shape[1])
         state = State(token, token, head, (0, 0))
-        layer, index = self.fed(state)[0][:2]
+        layer, index = self.fed_neurons(state)[0][:2]
         return State(token, token, head, (layer, index))
 
-    def fed(self, state: State) -> list[list[Any]]:
-        """Neurons that the state's head feeds: (layer, index, change of activation, of what is written).
+    def fed_neurons(self, state: State) -> list[list[Any]]:
+        """Neurons that the state's head feeds most, as (layer, index, Δm_i, Δm_i ‖W_out[i]‖).
 
-        Ordered by the length of what they write because of the head: `|Δm_i| ‖W_out[i]‖`.
+        Δm_i is the part of the activation that is due to the head. Ordered by `|Δm_i| ‖W_out[i]‖`.
         """
-        change = compute.fed_neurons(self.model, self.ran(state.edits, state.token), state.head, state.token)
+        change = compute.fed_neurons(
+            self.model, self.activations(state.edits, state.token), state.head, state.token
+        )
         written = change * self._norms
         order = written.abs().flatten().argsort(descending=True, stable=True)[:NEURONS].tolist()
         width = change.shape[1]
-        places = [(i // width, i % width) for i in order]
-        return [[*place, change[place].item(), written[place].item()] for place in places]
+        neurons = [(i // width, i % width) for i in order]
+        return [[*neuron, change[neuron].item(), written[neuron].item()] for neuron in neurons]
 
     # -- the scene ---------------------------------------------------------------------------------
 
     def scene(self) -> dict[str, Any]:
-        """Picture, grid, tokens and sizes: what no click changes."""
-        cfg, said, inputs = self.model.cfg, self.said, self.said.sequence
+        """Pictures, grids, tokens and sizes of the model, which do not depend on the state."""
+        cfg, answered, inputs = self.model.cfg, self.answered, self.answered.sequence
         ids = inputs.input_ids[0].tolist()
         image = inputs.image_mask[0].tolist()
         return {
@@ -117,22 +121,25 @@ class Views:
             "heads": cfg.n_heads,
             "neurons": cfg.d_mlp,
             "images": self._images(),
-            "tokens": [self._cell(t, is_image) for t, is_image in zip(ids, image, strict=True)],
-            "first": said.first,
-            "answer": [self._cell(t, False) for t in said.answer.tolist()],
+            "tokens": [self._token_cell(t, is_image) for t, is_image in zip(ids, image, strict=True)],
+            "first": answered.last_prompt_position,
+            "answer": [self._token_cell(t, False) for t in answered.answer.tolist()],
             "text": self.text(()),
             "scores": None if self.heads is None else f"{self.heads.task}: drop of {self.heads.metric_name}",
         }
 
     def _images(self) -> list[dict[str, Any]]:
-        inputs, found = self.said.prompt, []
-        places = inputs.image_mask[0].nonzero()[:, 0].tolist()
+        inputs, images = self.answered.prompt, []
+        positions = inputs.image_mask[0].nonzero()[:, 0].tolist()
         for i, picture in enumerate(self.pictures):
             rows, columns = inputs.grids[0][i]
-            mine, places = places[: (n := rows * columns + inputs.leading_tokens)], places[n:]
+            image_positions, positions = (
+                positions[: (n := rows * columns + inputs.leading_tokens)],
+                positions[n:],
+            )
             left, top, right, bottom = inputs.regions[0][i]
             width, height = picture.size
-            found.append(
+            images.append(
                 {
                     "src": image_uri(picture, 448),
                     "width": width,
@@ -140,100 +147,114 @@ class Views:
                     "region": [left / width, top / height, right / width, bottom / height],
                     "rows": rows,
                     "columns": columns,
-                    "first": mine[inputs.leading_tokens],
+                    "first": image_positions[inputs.leading_tokens],
                     "leading": inputs.leading_tokens,
                 }
             )
-        return found
+        return images
 
-    def _cell(self, token_id: int, is_image: bool) -> dict[str, Any]:
+    def _token_cell(self, token_id: int, is_image: bool) -> dict[str, Any]:
         if is_image:
             return {"image": True}
-        return {"text": self.readable(token_id), "raw": self.raw(token_id), "id": token_id}
+        return {"text": self.readable(token_id), "raw": self.vocabulary_entry(token_id), "id": token_id}
 
-    def raw(self, token_id: int) -> str:
-        """A token as the vocabulary has it, for tooltips."""
+    def vocabulary_entry(self, token_id: int) -> str:
+        """A token's string in the vocabulary, for tooltips."""
         return self.model.tokenizer.convert_ids_to_tokens(token_id) or f"#{token_id}"
 
     def readable(self, token_id: int) -> str:
-        """A token as text; white space by its signs, half a letter as the vocabulary has it."""
+        """A token as text; white space as visible signs, incomplete UTF-8 as the string in the vocabulary."""
         text = self.model.tokenizer.decode([token_id])
         if "\ufffd" in text:
-            return self.raw(token_id)
+            return self.vocabulary_entry(token_id)
         return text.strip() or text.replace("\n", "↵").replace(" ", "␣").replace("\t", "⇥") or "␣"
 
     def position_name(self, position: int) -> str:
-        """A position in words: its token, or which patch it is."""
-        inputs = self.said.sequence
+        """Description of a position: its token, or the row and column of its patch."""
+        inputs = self.answered.sequence
         if not bool(inputs.image_mask[0, position]):
             return f"“{self.readable(int(inputs.input_ids[0, position]))}”"
         for image in self._images():
-            at = position - image["first"]
-            if 0 <= at < image["rows"] * image["columns"]:
-                return f"patch ({at // image['columns']}, {at % image['columns']})"
+            patch = position - image["first"]
+            if 0 <= patch < image["rows"] * image["columns"]:
+                return f"patch ({patch // image['columns']}, {patch % image['columns']})"
         return "an image token outside of the grid"
 
     # -- the sections ------------------------------------------------------------------------------
 
     def section(self, name: str, state: State) -> dict[str, Any]:
-        """One of SECTIONS, of the model as the state edits it.
+        """Data of one of SECTIONS, for the model under the state's edits.
 
         Raises:
-            ValueError: A state that does not fit.
+            ValueError: The state does not fit the model or the prompt.
         """
-        state.check(self.model.cfg, self.said.n_tokens)
+        state.check(self.model.cfg, self.answered.n_tokens)
         with torch.no_grad():
             return getattr(self, f"_{name}")(state)
 
     def _answer(self, state: State) -> dict[str, Any]:
-        """The answer under the edits, probabilities of the unedited answer's tokens, and the likeliest."""
-        now, step = self.ran(state.edits, state.token).log_probs, self.said.step(state.token)
-        ids = self.said.answer
-        chosen = [log_probs.gather(1, ids[:, None])[:, 0].exp().tolist() for log_probs in (now, self.base)]
-        likely = now[step].topk(min(CANDIDATES, now.shape[1])).indices.tolist()
-        most = int(self.base[step].argmax())
-        likely = likely if most in likely else [*likely[:-1], most]
+        """The answer under the edits, the unedited answer's probabilities, and the top candidates."""
+        log_probs, step = (
+            self.activations(state.edits, state.token).log_probs,
+            self.answered.answer_index(state.token),
+        )
+        ids = self.answered.answer
+        answer_probs = [
+            values.gather(1, ids[:, None])[:, 0].exp().tolist() for values in (log_probs, self.base)
+        ]
+        candidates = log_probs[step].topk(min(CANDIDATES, log_probs.shape[1])).indices.tolist()
+        clean_best = int(self.base[step].argmax())
+        candidates = candidates if clean_best in candidates else [*candidates[:-1], clean_best]
         return {
             "text": self.text(state.edits),
             "step": step,
-            "p": chosen[0],
-            "was": chosen[1],
+            "p": answer_probs[0],
+            "was": answer_probs[1],
             "likely": [
-                [self.readable(t), now[step, t].exp().item(), self.base[step, t].exp().item(), self.raw(t)]
-                for t in likely
+                [
+                    self.readable(t),
+                    log_probs[step, t].exp().item(),
+                    self.base[step, t].exp().item(),
+                    self.vocabulary_entry(t),
+                ]
+                for t in candidates
             ],
         }
 
     def _map(self, state: State) -> dict[str, Any]:
-        """Scores of all heads, and the neurons that add most to the answer's logit."""
-        token, direction = self._aim(state)
-        direct = compute.direct_neurons(self.model, self.ran(state.edits, state.token), direction, token)
+        """Scores of all heads, and the neurons with the largest direct effect on the answer's logit."""
+        token, direction = self._target(state)
+        direct = compute.direct_neurons(
+            self.model, self.activations(state.edits, state.token), direction, token
+        )
         order = direct.flatten().argsort(descending=True, stable=True)[:NEURONS].tolist()
         width = direct.shape[1]
         rows = [[i // width, i % width, direct[i // width, i % width].item()] for i in order]
         return {
             "scores": _rounded(self._map_values(state)),
             "neurons": _rounded(rows),
-            "step": self.said.step(state.token),
+            "step": self.answered.answer_index(state.token),
         }
 
-    def _aim(self, state: State) -> tuple[int, Tensor]:
+    def _target(self, state: State) -> tuple[int, Tensor]:
         """The position that predicts the answer's token, and that token's direction."""
-        step = self.said.step(state.token)
-        return self.said.first + step, compute.direction_of(self.model, int(self.said.answer[step]))
+        step = self.answered.answer_index(state.token)
+        return self.answered.last_prompt_position + step, compute.logit_direction(
+            self.model, int(self.answered.answer[step])
+        )
 
     def _map_values(self, state: State) -> list[list[float | None]]:
         if self.heads is not None:
             values = self.heads.scores.tolist()
             return [[None if v != v else v for v in row] for row in values]
-        token, direction = self._aim(state)
-        ran = self.ran(state.edits, state.token)
+        token, direction = self._target(state)
+        activations = self.activations(state.edits, state.token)
         with torch.no_grad():
-            return compute.direct_heads(self.model, ran, direction, token).tolist()
+            return compute.direct_heads(self.model, activations, direction, token).tolist()
 
     def _attention(self, state: State) -> dict[str, Any]:
-        """Attention of all heads from the token: bytes, 255 for each head's largest weight."""
-        pattern = self.ran(state.edits, state.token).pattern.float().cpu()
+        """Attention of all heads from the token, as bytes: 255 is each head's largest weight."""
+        pattern = self.activations(state.edits, state.token).pattern.float().cpu()
         largest = pattern.amax(-1)
         packed = (pattern / largest.clamp(min=1e-12)[..., None] * 255).round().to(torch.uint8)
         return {
@@ -243,75 +264,84 @@ class Views:
         }
 
     def _head(self, state: State) -> dict[str, Any]:
-        """What a head looks at, writes and feeds, at the token."""
-        ran, (layer, head) = self.ran(state.edits, state.token), state.head
-        writes = compute.head_writes(self.model, ran, state.head, state.token)
-        effect = vocabulary_logits(self.model, writes) / compute.final_scale(
-            self.model, ran.resid[-1, state.token]
+        """A head at the token: its attention, the tokens it raises and lowers, and the neurons it feeds."""
+        activations, (layer, head) = self.activations(state.edits, state.token), state.head
+        writes = compute.head_writes(self.model, activations, state.head, state.token)
+        logit_effects = vocabulary_logits(self.model, writes) / compute.final_scale(
+            self.model, activations.resid[-1, state.token]
         )
         sizes, directions = compute.ov_directions(self.model, state.head, DIRECTIONS)
-        along = directions @ writes
-        directions = directions * torch.where(along < 0, -1.0, 1.0)[:, None]
-        read = vocabulary_logits(self.model, directions)
+        projections = directions @ writes
+        directions = directions * torch.where(projections < 0, -1.0, 1.0)[:, None]
+        direction_logits = vocabulary_logits(self.model, directions)
         return {
             "place": list(state.head),
-            "attention": _rounded(ran.pattern[layer, head].float().tolist()),
+            "attention": _rounded(activations.pattern[layer, head].float().tolist()),
             "norm": _rounded(writes.norm().item()),
-            "up": self._listed(effect),
-            "down": self._listed(effect, largest=False),
+            "up": self._extreme_tokens(logit_effects),
+            "down": self._extreme_tokens(logit_effects, largest=False),
             "directions": [
-                {"size": _rounded(size), "along": _rounded(abs(a)), "up": self._listed(row)}
-                for size, a, row in zip(sizes.tolist(), along.tolist(), read, strict=True)
+                {
+                    "size": _rounded(size),
+                    "along": _rounded(abs(projection)),
+                    "up": self._extreme_tokens(logits),
+                }
+                for size, projection, logits in zip(
+                    sizes.tolist(), projections.tolist(), direction_logits, strict=True
+                )
             ],
-            "feeds": _rounded(self.fed(state)),
+            "feeds": _rounded(self.fed_neurons(state)),
         }
 
     def _neuron(self, state: State) -> dict[str, Any]:
-        """Where a neuron is active, what it writes as active at the token, and which heads feed it there."""
-        ran, (layer, index) = self.ran(state.edits, state.token), state.neuron
-        row = self.model.blocks[layer].mlp.W_out[index].detach()
-        feeding = compute.feeding_heads(self.model, ran, state.neuron, state.token)
+        """A neuron: its activations, and at the token what it raises and lowers and which heads feed it."""
+        activations, (layer, index) = self.activations(state.edits, state.token), state.neuron
+        output_row = self.model.blocks[layer].mlp.W_out[index].detach()
+        feeding = compute.feeding_heads(self.model, activations, state.neuron, state.token)
         order = feeding.abs().flatten().argsort(descending=True, stable=True)[:HEADS].tolist()
-        places: list[Place] = [(i // feeding.shape[1], i % feeding.shape[1]) for i in order]
-        aim, direction = self._aim(state)
-        direct = ran.post[layer, aim, index].float() * (row.float() @ direction)
-        here, k = ran.post[layer, state.token, index, None], self._listed_tokens
+        heads: list[LayerIndex] = [(i // feeding.shape[1], i % feeding.shape[1]) for i in order]
+        target_position, direction = self._target(state)
+        direct = activations.post[layer, target_position, index].float() * (output_row.float() @ direction)
+        activation, k = activations.post[layer, state.token, index, None], self._n_tokens
         up, down = (
-            promoted_tokens(self.model, [state.neuron], here, k, largest=largest) for largest in (True, False)
+            promoted_tokens(self.model, [state.neuron], activation, k, largest=largest)
+            for largest in (True, False)
         )
         return {
             "place": list(state.neuron),
-            "activation": _rounded(ran.post[layer, :, index].float().tolist()),
-            "direct": _rounded((direct / compute.final_scale(self.model, ran.resid[-1, aim])).item()),
+            "activation": _rounded(activations.post[layer, :, index].float().tolist()),
+            "direct": _rounded(
+                (direct / compute.final_scale(self.model, activations.resid[-1, target_position])).item()
+            ),
             "sign": _rounded(up.signs[0].item()),
-            "up": self._named(up.logits[0], up.ids[0]),
-            "down": self._named(down.logits[0], down.ids[0]),
-            "fed": _rounded([[*place, feeding[place].item()] for place in places if place[0] <= layer]),
+            "up": self._token_values(up.logits[0], up.ids[0]),
+            "down": self._token_values(down.logits[0], down.ids[0]),
+            "fed": _rounded([[*head, feeding[head].item()] for head in heads if head[0] <= layer]),
         }
 
     def _lens(self, state: State) -> dict[str, Any]:
-        """The likeliest tokens of a position at the entry of block 0 and after every block."""
-        probabilities = compute.lens(self.model, self.ran(state.edits, state.token), state.lens)
+        """Top tokens of the logit lens of a position, at the input of block 0 and after every block."""
+        probabilities = compute.lens(self.model, self.activations(state.edits, state.token), state.lens)
         values, ids = probabilities.topk(3)
         rows = [
-            [[self.readable(t), _rounded(p), self.raw(t)] for p, t in zip(*row, strict=True)]
+            [[self.readable(t), _rounded(p), self.vocabulary_entry(t)] for p, t in zip(*row, strict=True)]
             for row in zip(values.tolist(), ids.tolist(), strict=True)
         ]
         return {"position": state.lens, "rows": rows}
 
     @property
-    def _listed_tokens(self) -> int:
+    def _n_tokens(self) -> int:
         return min(TOKENS, self.model.cfg.d_vocab)
 
-    def _listed(self, values: Tensor, largest: bool = True) -> list[list[Any]]:
-        """The tokens of the largest or smallest values: text, value, as the vocabulary has it."""
-        top = values.topk(self._listed_tokens, largest=largest)
-        return self._named(top.values, top.indices)
+    def _extreme_tokens(self, values: Tensor, largest: bool = True) -> list[list[Any]]:
+        """The tokens of the largest or smallest values, as in `_token_values`."""
+        top = values.topk(self._n_tokens, largest=largest)
+        return self._token_values(top.values, top.indices)
 
-    def _named(self, values: Tensor, ids: Tensor) -> list[list[Any]]:
-        """Tokens with a value each: text, value, as the vocabulary has it."""
+    def _token_values(self, values: Tensor, ids: Tensor) -> list[list[Any]]:
+        """A row for each token: its text, its value, and its string in the vocabulary."""
         return [
-            [self.readable(t), _rounded(v), self.raw(t)]
+            [self.readable(t), _rounded(v), self.vocabulary_entry(t)]
             for v, t in zip(values.tolist(), ids.tolist(), strict=True)
         ]
 
@@ -320,9 +350,9 @@ def _rounded(value: Any) -> Any:
     return round_floats(value, _DIGITS)
 
 
-def reads(name: str, state: State) -> tuple[Any, ...]:
-    """What of the state a section depends on: it need not be made anew while that stays."""
-    parts = {
+def section_inputs(name: str, state: State) -> tuple[Any, ...]:
+    """The parts of the state that a section depends on; a section is recomputed only when they change."""
+    selections = {
         "answer": (),
         "map": (),
         "attention": (),
@@ -330,4 +360,4 @@ def reads(name: str, state: State) -> tuple[Any, ...]:
         "neuron": (state.neuron,),
         "lens": (state.lens,),
     }
-    return (state.edits, state.token if name != "lens" else None, *parts[name])
+    return (state.edits, state.token if name != "lens" else None, *selections[name])

@@ -43,7 +43,7 @@ def test_it_keeps_what_clicks_ask_for(written) -> None:
             assert data["kept"]["head"][f"{token}@{layer}.{head}"] == section
     ablated = replace(state, edits=(Edit("head", 0, 5),))
     assert data["kept"]["answer"]["L0H5@0"] == one.section("answer", ablated)
-    assert {str(p) for p in range(one.said.n_tokens)} <= set(data["kept"]["lens"])
+    assert {str(p) for p in range(one.answered.n_tokens)} <= set(data["kept"]["lens"])
     for layer, index, *_ in one.section("head", state)["feeds"]:
         assert f"{token}@{layer}.{index}" in data["kept"]["neuron"]
 

@@ -15,7 +15,7 @@ from helpers.explorer_views import example, views
 
 from hones_lens.app.cli import main
 from hones_lens.app.explorer import serve as serving
-from hones_lens.app.explorer.serve import listen, prepare, subject
+from hones_lens.app.explorer.serve import build_server, open_listener, picture_and_prompt
 
 EXTRA = "the explorer needs the extra `notebook`: pip install hones-lens[notebook]"
 
@@ -24,8 +24,8 @@ EXTRA = "the explorer needs the extra `notebook`: pip install hones-lens[noteboo
 def address() -> Iterator[str]:
     """Of a server that runs in a thread."""
     pytest.importorskip("marimo")
-    with listen() as listener:
-        server, address = prepare(views(), listener)
+    with open_listener() as listener:
+        server, address = build_server(views(), listener)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         yield address
@@ -44,14 +44,14 @@ def ask(address: str, **headers: str) -> tuple[int, str, dict[str, str]]:
 
 
 def test_it_listens_on_this_computer_alone() -> None:
-    with listen() as listener:
+    with open_listener() as listener:
         host, port = listener.getsockname()
         assert host == "127.0.0.1"
         socket.create_connection((host, port), timeout=5).close()
         with pytest.raises(OSError):  # what listens everywhere listens here too
             socket.create_connection(("127.0.0.2", port), timeout=5)
     with pytest.raises(ValueError, match="no port 65536"):
-        listen(65_536)
+        open_listener(65_536)
 
 
 def test_without_the_token_there_is_nothing_to_see(address: str) -> None:
@@ -102,11 +102,11 @@ def test_a_page_of_nothing_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_not_given_is_of_the_shapes_world() -> None:
-    picture, prompt = subject(None, None)
+    picture, prompt = picture_and_prompt(None, None)
     assert picture.tobytes() == example().image.tobytes()  # type: ignore[union-attr]
     assert prompt.startswith("Question: what shape is the green one?")
-    assert subject("my.png", None) == ("my.png", "Describe the image in one sentence.")
-    assert subject("my.png", "why?") == ("my.png", "why?")
+    assert picture_and_prompt("my.png", None) == ("my.png", "Describe the image in one sentence.")
+    assert picture_and_prompt("my.png", "why?") == ("my.png", "why?")
 
 
 # -- the command -------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(monkeypatch, ca
     pytest.importorskip("marimo")
     loaded: list[str] = []
     monkeypatch.setattr("hones_lens.model.loading.load_model", lambda name, *_, **__: loaded.append(name))
-    with listen() as taken:
+    with open_listener() as taken:
         assert main(["explore", "--port", str(taken.getsockname()[1])]) == 1
     assert "in use" in capsys.readouterr().err and not loaded
 

@@ -16,17 +16,17 @@ from helpers.explorer_views import example, prompt, shipped, views
 from PIL import Image
 
 from hones_lens.app.explorer.state import Edit
-from hones_lens.app.explorer.views import SECTIONS, Views, reads
+from hones_lens.app.explorer.views import SECTIONS, ExplorerViews, section_inputs
 
 MODELS = ["tiny-llava", "tiny-qwen2.5-vl"]
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def one(request: pytest.FixtureRequest) -> Views:
+def one(request: pytest.FixtureRequest) -> ExplorerViews:
     return views(request.param)
 
 
-def test_the_scene_has_every_token_of_the_prompt(one: Views) -> None:
+def test_the_scene_has_every_token_of_the_prompt(one: ExplorerViews) -> None:
     scene, model = one.scene(), one.model
     inputs = model.prepare(example().image, prompt())
     (rows, columns), (image,) = inputs.grids[0][0], scene["images"]
@@ -43,12 +43,12 @@ def test_the_scene_has_every_token_of_the_prompt(one: Views) -> None:
     assert scene["text"] == model.generate(inputs, 12)[0] == "cross"
 
 
-def test_attention_is_the_pattern_to_a_byte_and_the_heads_to_six_digits(one: Views) -> None:
+def test_attention_is_the_pattern_to_a_byte_and_the_heads_to_six_digits(one: ExplorerViews) -> None:
     edit = Edit("head", 0, 2)
-    state = replace(one.start(), token=one.said.first - 3, head=(1, 2), edits=(edit,))
+    state = replace(one.start(), token=one.answered.last_prompt_position - 3, head=(1, 2), edits=(edit,))
     with torch.no_grad(), one.model.hooks([edit.hook]):
-        _, cache = one.model.run_with_cache(one.said.sequence)
-    n = one.said.n_tokens
+        _, cache = one.model.run_with_cache(one.answered.sequence)
+    n = one.answered.n_tokens
     pattern = torch.stack([cache["pattern", layer][0, :, state.token] for layer in range(4)])
     packed = one.section("attention", state)
     found = torch.frombuffer(bytearray(base64.b64decode(packed["bytes"])), dtype=torch.uint8)
@@ -59,7 +59,7 @@ def test_attention_is_the_pattern_to_a_byte_and_the_heads_to_six_digits(one: Vie
     torch.testing.assert_close(exact, pattern[1, 2], atol=1e-6, rtol=1e-5)
 
 
-def test_probabilities_are_those_of_the_model_under_the_interventions(one: Views) -> None:
+def test_probabilities_are_those_of_the_model_under_the_interventions(one: ExplorerViews) -> None:
     start = one.start()
     state = start.edited("head", (0, 5), None).edited("head", start.head, 0.0).edited("neuron", (3, 1), 9.0)
     answer, prepared = one.section("answer", state), one.model.prepare(example().image, prompt())
@@ -68,19 +68,19 @@ def test_probabilities_are_those_of_the_model_under_the_interventions(one: Views
         was = one.model(prepared)[0, -1].softmax(-1)
         with one.model.hooks(state.interventions):
             assert answer["text"] == one.model.generate(prepared)[0]
-    first = one.said.answer[0]
+    first = one.answered.answer[0]
     assert answer["p"][0] == pytest.approx(now[first].item(), rel=1e-4)
     assert answer["was"][0] == pytest.approx(was[first].item(), rel=1e-4)
     assert answer["p"][0] != pytest.approx(answer["was"][0], rel=1e-4)
     likely = {row[3]: row[1:3] for row in answer["likely"]}
     assert [row[1] for row in answer["likely"]][:4] == pytest.approx(now.topk(4).values.tolist(), rel=1e-4)
-    top = one.raw(int(was.argmax()))
+    top = one.vocabulary_entry(int(was.argmax()))
     assert likely[top][1] == pytest.approx(was.max().item(), rel=1e-4)
 
 
-def test_of_several_tokens_the_answer_looked_at_is_the_one_predicted(one: Views) -> None:
-    later = replace(one.start(), token=one.said.first + 1)
-    grown = one.model.prepare(example().image, prompt()).extended(one.said.answer[None, :1])
+def test_of_several_tokens_the_answer_looked_at_is_the_one_predicted(one: ExplorerViews) -> None:
+    later = replace(one.start(), token=one.answered.last_prompt_position + 1)
+    grown = one.model.prepare(example().image, prompt()).extended(one.answered.answer[None, :1])
     with torch.no_grad():
         expected = one.model(grown)[0, -1].softmax(-1)
     answer = one.section("answer", later)
@@ -88,14 +88,14 @@ def test_of_several_tokens_the_answer_looked_at_is_the_one_predicted(one: Views)
     assert answer["likely"][0][1] == pytest.approx(expected.max().item(), rel=1e-4)
 
 
-def test_the_map_is_of_direct_effects_or_of_the_scores_given(one: Views) -> None:
+def test_the_map_is_of_direct_effects_or_of_the_scores_given(one: ExplorerViews) -> None:
     start = one.start()
     scores = torch.tensor(one.section("map", start)["scores"])
-    _, cache = one.model.run_with_cache(one.said.sequence)
-    results = cache.stack_head_results(layer=-1, pos_slice=one.said.first)
-    stack = cache.apply_ln_to_stack(results, layer=-1, pos_slice=one.said.first)[:, 0]
+    _, cache = one.model.run_with_cache(one.answered.sequence)
+    results = cache.stack_head_results(layer=-1, pos_slice=one.answered.last_prompt_position)
+    stack = cache.apply_ln_to_stack(results, layer=-1, pos_slice=one.answered.last_prompt_position)[:, 0]
     every = one.model.tokens_to_residual_directions(torch.arange(one.model.cfg.d_vocab)).detach()
-    direction = every[one.said.answer[0]] - every.mean(0)
+    direction = every[one.answered.answer[0]] - every.mean(0)
     torch.testing.assert_close(scores.flatten(), (stack @ direction).detach(), atol=1e-4, rtol=1e-3)
     assert start.head == divmod(int(scores.argmax()), 8)
     given = example_results.heads((4, 8))
@@ -112,10 +112,10 @@ def test_scores_of_another_model_are_refused() -> None:
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_a_neurons_tokens_and_activation(one: Views, sign: int) -> None:
+def test_a_neurons_tokens_and_activation(one: ExplorerViews, sign: int) -> None:
     """Of a neuron that is active below 0 those are promoted that its output row suppresses."""
     start = one.start()
-    _, cache = one.model.run_with_cache(one.said.sequence, names_filter="blocks.2.mlp.hook_post")
+    _, cache = one.model.run_with_cache(one.answered.sequence, names_filter="blocks.2.mlp.hook_post")
     active = cache["blocks.2.mlp.hook_post"][0]
     index = int((sign * active[start.token]).argmax())
     found = one.section("neuron", replace(start, neuron=(2, index)))
@@ -124,13 +124,13 @@ def test_a_neurons_tokens_and_activation(one: Views, sign: int) -> None:
     read = every @ (sign * one.model.blocks[2].mlp.W_out[index].detach())
     for key, largest in (("up", True), ("down", False)):
         top = read.topk(6, largest=largest)
-        assert [row[2] for row in found[key]] == [one.raw(t) for t in top.indices.tolist()]
+        assert [row[2] for row in found[key]] == [one.vocabulary_entry(t) for t in top.indices.tolist()]
         expected = (top.values - read.mean()).tolist()
         assert [row[1] for row in found[key]] == pytest.approx(expected, abs=1e-4)
     assert found["activation"] == pytest.approx(active[:, index].tolist(), abs=1e-5)
 
 
-def test_lists_are_ordered_by_what_they_say(one: Views) -> None:
+def test_lists_are_ordered_by_what_they_say(one: ExplorerViews) -> None:
     state = one.start()
     head, neuron = one.section("head", state), one.section("neuron", state)
     written = [abs(row[3]) for row in head["feeds"]]
@@ -145,14 +145,14 @@ def test_lists_are_ordered_by_what_they_say(one: Views) -> None:
     assert lens[-1][0][1] == pytest.approx(one.section("answer", state)["p"][0], rel=1e-4)
 
 
-def test_sections_are_json_and_depend_on_what_reads_says(one: Views) -> None:
+def test_sections_are_json_and_depend_on_what_reads_says(one: ExplorerViews) -> None:
     start = one.start()
     other = {"head": (2, 3), "neuron": (1, 1), "lens": 0, "show": "neuron", "token": 3}
     for name in SECTIONS:
         text = json.dumps(one.section(name, start), allow_nan=False)
         for field, value in other.items():
             changed = replace(start, **{field: value})
-            if reads(name, changed) == reads(name, start):
+            if section_inputs(name, changed) == section_inputs(name, start):
                 assert json.dumps(one.section(name, changed)) == text, (name, field)
 
 
@@ -168,13 +168,15 @@ def test_threads_that_share_the_views_do_not_see_each_others_edits() -> None:
 
 def test_a_prompt_without_picture_and_one_with_two() -> None:
     model = shipped("tiny-llava")
-    alone = Views(model, None, "what color is it?", max_new_tokens=2)
-    assert alone.scene()["images"] == [] and len(alone.said.answer) <= 2
-    two = Views(model, [example().image, example().image.crop((0, 0, 112, 60))], "which?", max_new_tokens=2)
+    alone = ExplorerViews(model, None, "what color is it?", max_new_tokens=2)
+    assert alone.scene()["images"] == [] and len(alone.answered.answer) <= 2
+    two = ExplorerViews(
+        model, [example().image, example().image.crop((0, 0, 112, 60))], "which?", max_new_tokens=2
+    )
     first, second = two.scene()["images"]
-    mask = two.said.prompt.image_mask[0].nonzero()[:, 0].tolist()
+    mask = two.answered.prompt.image_mask[0].nonzero()[:, 0].tolist()
     assert (first["first"], second["first"]) == (mask[0], mask[64])
-    left, top, right, bottom = two.said.prompt.regions[0][1]
+    left, top, right, bottom = two.answered.prompt.regions[0][1]
     assert second["region"] == [left / 112, top / 60, right / 112, bottom / 60]
     for name in SECTIONS:
         alone.section(name, alone.start())

@@ -51,7 +51,7 @@ def test_a_toggle_changes_the_answer_and_the_interventions_run_in_the_model(expl
     assert explorer.answer["text"] == explorer.text == "triangle"
     with torch.no_grad():
         logits = explorer.views.model.run_with_hooks(explorer.inputs, fwd_hooks=explorer.interventions)
-    cross = int(explorer.views.said.answer[0])
+    cross = int(explorer.views.answered.answer[0])
     assert explorer.answer["p"][0] == pytest.approx(logits[0, -1].softmax(-1)[cross].item(), rel=1e-4)
     assert explorer.answer["p"][0] < 0.05 < 0.95 < explorer.answer["was"][0]
 
