@@ -1,15 +1,19 @@
-from .attention import TIMES as TIMES, HeadAttention as HeadAttention, head_attention as head_attention
+from .attention import (
+    SINK_RATIO as SINK_RATIO,
+    HeadAttention as HeadAttention,
+    head_attention as head_attention,
+)
 from .knockout import attention_knockout as attention_knockout
 from .lens.difference import (
     LensToken as LensToken,
     delta_frame as delta_frame,
     delta_lines as delta_lines,
-    largest as largest,
+    largest_deltas as largest_deltas,
     lens_difference as lens_difference,
-    with_ends as with_ends,
+    with_intervals as with_intervals,
 )
 from .lens.image import image_token_lens as image_token_lens
-from .lens.streams import streams as streams, summed_logits as summed_logits
+from .lens.streams import residual_streams as residual_streams, summed_logits as summed_logits
 from .lens.table import LogitLens as LogitLens, logit_lens as logit_lens
 from .logit_attribution import direct_logit_attribution as direct_logit_attribution
 from .patching.activation import patch_activations as patch_activations
@@ -21,7 +25,7 @@ from .patching.pairs import (
     corrupted_by as corrupted_by,
     counterfactual as counterfactual,
     logits_at_end as logits_at_end,
-    told_apart as told_apart,
+    with_shared_prefix as with_shared_prefix,
 )
 from .patching.path import path_patching as path_patching, path_patching_matrix as path_patching_matrix
 from .patching.runner import measure_patches as measure_patches

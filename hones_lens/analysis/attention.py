@@ -14,7 +14,7 @@ from hones_lens.interventions import Box, Group, Hook, check_heads, group_name, 
 from hones_lens.model import HookedVLM, ModelInput, VLMInputs, token_names
 from hones_lens.results import Plottable
 
-TIMES = 5.0
+SINK_RATIO = 5.0
 Source = int | Group
 _MARKS = "▁Ġ"  # how tokenizers write a space
 
@@ -68,7 +68,7 @@ class HeadAttention(Plottable):
             raise ValueError(f"{self.source} comes before image {image} and sees nothing of it")
         return torch.stack([self._grid(weights, image) for weights in self.weights])
 
-    def sinks(self, image: int = 0, times: float = TIMES) -> Bool[Tensor, "rows columns"]:
+    def sinks(self, image: int = 0, times: float = SINK_RATIO) -> Bool[Tensor, "rows columns"]:
         """Image tokens that draw attention from everywhere, whatever is asked.
 
         Those whose attention, averaged over all heads and layers and over the text behind the picture, is
@@ -137,7 +137,7 @@ def head_attention(
         source = token_mask(inputs, source)[row : row + 1]
     one = inputs[row]
     positions, name = _positions(model, one, source)
-    behind = _behind(one)
+    behind = _text_after_images(one)
     found: dict[int, Tensor] = {}
     received = torch.zeros(one.input_ids.shape[1], dtype=torch.float64)
 
@@ -163,7 +163,7 @@ def head_attention(
     )
 
 
-def _behind(inputs: VLMInputs) -> list[int]:
+def _text_after_images(inputs: VLMInputs) -> list[int]:
     """Positions of text behind the last image token of the one row."""
     image = inputs.image_mask[0].nonzero()[:, 0].tolist()
     return list(range(image[-1] + 1, inputs.input_ids.shape[1])) if image else []
@@ -179,7 +179,7 @@ def _positions(model: HookedVLM, inputs: VLMInputs, source: Source) -> tuple[lis
             raise ValueError(f"position {source} is not among the row's {padding} … {length - 1}")
         return [position], f"position {position}, {tokens[position]}"
     if isinstance(source, str) and source not in ("all", *inputs.token_groups):
-        position = _only(source, tokens, inputs)
+        position = _token_position(source, tokens, inputs)
         return [position], f"position {position}, {tokens[position]}"
     positions = token_mask(inputs, source)[0].nonzero()[:, 0].tolist()
     if source == "last":
@@ -188,7 +188,7 @@ def _positions(model: HookedVLM, inputs: VLMInputs, source: Source) -> tuple[lis
     return positions, f"{name}, mean over {len(positions)} tokens" if len(positions) > 1 else name
 
 
-def _only(text: str, tokens: Sequence[str], inputs: VLMInputs) -> int:
+def _token_position(text: str, tokens: Sequence[str], inputs: VLMInputs) -> int:
     """The one position of a token."""
     there = inputs.attention_mask[0].bool().tolist()
     places = [

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hones_lens.analysis.patching.metrics import Metric, as_metric, log_prob
+from hones_lens.analysis.patching.outcome import metric_name
 from hones_lens.analysis.patching.pairs import PatchPairs, logits_at_end
 from hones_lens.data import Example
 from hones_lens.engine import (
@@ -150,21 +151,23 @@ def attention_knockout(
     options, plan = SweepOptions.of(options, sweep, unused=("journal",)), _plan(model, edges, window)
     known = None if task is None else as_task(task)
     if metric == "task":
-        return _of_task(model, _examples(data, known), plan, options, (draws, level, seed))
+        return _task_metric_changes(
+            model, _check_task_examples(data, known), plan, options, (draws, level, seed)
+        )
     measure = log_prob if metric == "probability" else as_metric(metric)
-    before, after = _measured(model, data, known, plan, measure, options)
+    before, after = _metric_values(model, data, known, plan, measure, options)
     if metric == "probability":
         what = "relative change of the right answer's probability when the target can't see the source"
         before, after = before.exp(), after.exp()
-        about = _relative(before.numpy(), after.numpy(), draws, level, seed)
+        about = _relative_change(before.numpy(), after.numpy(), draws, level, seed)
     else:
-        what = f"change of {_name(metric)} when the target can't see the source"
+        what = f"change of {metric_name(metric)} when the target can't see the source"
         about = mean_over_pairs(after - before[:, None], draws, level, seed)
-    base = f"mean {_name(metric)} with nothing cut: {float(before.mean()):.4g}"
+    base = f"mean {metric_name(metric)} with nothing cut: {float(before.mean()):.4g}"
     return plan.result(what, about, len(before), (base,))
 
 
-def _measured(
+def _metric_values(
     model: HookedVLM,
     data: PatchPairs | VLMInputs | Sequence[Example],
     task: Task | None,
@@ -189,10 +192,6 @@ def _measured(
     return torch.cat(clean).double(), torch.cat(cut, dim=1).double().T
 
 
-def _name(metric: str | Metric) -> str:
-    return metric if isinstance(metric, str) else getattr(metric, "__name__", "the metric")
-
-
 def _plan(model: HookedVLM, edges: Sequence[Edge] | Mapping[str, Edge], window: int) -> _Plan:
     if window < 1:
         raise ValueError(f"window must be at least 1 layer, not {window}")
@@ -212,7 +211,7 @@ def _masks(inputs: VLMInputs, edges: Mapping[str, Edge]) -> dict[str, _Masks]:
     return {name: (token_mask(inputs, s), token_mask(inputs, t)) for name, (s, t) in edges.items()}
 
 
-def _examples(data: object, task: Task | None) -> tuple[Task, Sequence[Example]]:
+def _check_task_examples(data: object, task: Task | None) -> tuple[Task, Sequence[Example]]:
     """Examples with their task, checked.
 
     Raises:
@@ -234,7 +233,7 @@ def _batches(
 ) -> Iterator[tuple[PatchPairs, dict[str, _Masks]]]:
     """Prompts with their right answers, and the masks of each edge."""
     if not isinstance(data, (PatchPairs, VLMInputs)) or task is not None:
-        known, examples = _examples(data, task)
+        known, examples = _check_task_examples(data, task)
         for batch in answer_batches(model, known, examples, batch_size, answers=False):
             asked = [(known.target_prompt(e), known.answer(e)) for e in batch.examples]
             first = [model.continuation(prompt, answer)[0] for prompt, answer in asked]
@@ -242,7 +241,7 @@ def _batches(
             pairs = PatchPairs(batch.inputs, batch.inputs, answer, None, tuple(batch.ids))
             yield pairs, _masks(batch.inputs, edges)
         return
-    pairs = _answered(model, data) if isinstance(data, VLMInputs) else data
+    pairs = _pairs_from_answers(model, data) if isinstance(data, VLMInputs) else data
     clean = model.as_inputs(pairs.clean)
     masks = _masks(clean, edges)
     for start in range(0, len(pairs), batch_size):
@@ -254,7 +253,7 @@ def _batches(
         yield part, {name: (source[index], target[index]) for name, (source, target) in masks.items()}
 
 
-def _answered(model: HookedVLM, inputs: VLMInputs) -> PatchPairs:
+def _pairs_from_answers(model: HookedVLM, inputs: VLMInputs) -> PatchPairs:
     """Prompts of inputs with answers, and the first token of each answer."""
     known = model.as_inputs(inputs)
     prompts = known.before_answers()
@@ -265,7 +264,7 @@ def _answered(model: HookedVLM, inputs: VLMInputs) -> PatchPairs:
     return PatchPairs(prompts, prompts, answer, None, names)
 
 
-def _of_task(
+def _task_metric_changes(
     model: HookedVLM,
     asked: tuple[Task, Sequence[Example]],
     plan: _Plan,
@@ -295,7 +294,7 @@ def _of_task(
     return plan.result(what, about, len(examples), (base, new))
 
 
-def _relative(
+def _relative_change(
     before: np.ndarray, after: np.ndarray, draws: int, level: float, seed: int
 ) -> dict[str, np.ndarray]:
     """Ratio of means minus 1, and its bootstrap interval, of values [n] and [n arm]."""

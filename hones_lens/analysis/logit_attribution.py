@@ -59,7 +59,7 @@ def direct_logit_attribution(
         raise ValueError(f"unknown kind of component {by!r}; valid: {', '.join(KINDS)}")
     inputs = model.as_inputs(model_input)
     answers = _ids(model, tokens, len(inputs))
-    run = _Run(model, by, answers, None if foils is None else _ids(model, foils, len(inputs)))
+    run = _Attribution(model, by, answers, None if foils is None else _ids(model, foils, len(inputs)))
     mask = token_mask(inputs, group)
     columns = mask.any(0).nonzero()[:, 0]
     parts, logits = run.parts(inputs, columns, hooks)
@@ -87,7 +87,7 @@ def _ids(model: HookedVLM, tokens: Token, rows: int) -> Int[Tensor, " row"]:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Attribution:
     """What is attributed to what."""
 
     model: HookedVLM
@@ -102,7 +102,7 @@ class _Run:
         """What each part adds at some columns, [row column …], and the model's logits, [row column]."""
         direction = self._direction()
         kept: dict[str, Tensor] = {}
-        reads = self._reads()
+        reads = self._readers()
 
         def keep(x: Tensor, hook: Any) -> None:
             if hook.name == "ln_final.hook_scale":
@@ -117,7 +117,7 @@ class _Run:
         found = found / kept["scale"].view(*kept["scale"].shape, *[1] * (found.ndim - 3))
         if self.by == "layer":
             found = torch.cat((found[:, :, :1], found[:, :, 1:].unflatten(2, (-1, 2)).sum(3)), dim=2)
-        return found.cpu(), self._asked(logits).cpu()
+        return found.cpu(), self._target_logits(logits).cpu()
 
     def _direction(self) -> Float[Tensor, "row d_model"]:
         """What a normalised stream is multiplied with, the final norm's weight folded in."""
@@ -126,7 +126,7 @@ class _Run:
             return direction
         return direction - self.model.tokens_to_residual_directions(self.foils).float()
 
-    def _reads(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    def _readers(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         """By hook: from an activation and the direction, what its parts add before the norm."""
         layers = range(self.model.cfg.n_layers)
         if self.by == "head":
@@ -134,7 +134,7 @@ class _Run:
         if self.by == "neuron":
             return {neuron_hook(layer): self._neurons(layer) for layer in layers}
         writes = [f"blocks.{layer}.hook_{part}_out" for layer in layers for part in ("attn", "mlp")]
-        return dict.fromkeys(["hook_embed", *writes], _written)
+        return dict.fromkeys(["hook_embed", *writes], _along_direction)
 
     def _heads(self, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
         w_o = self.model.blocks[layer].attn.W_O
@@ -153,7 +153,7 @@ class _Run:
 
         return read
 
-    def _asked(self, logits: Float[Tensor, "row column d_vocab"]) -> Float[Tensor, "row column"]:
+    def _target_logits(self, logits: Float[Tensor, "row column d_vocab"]) -> Float[Tensor, "row column"]:
         rows = torch.arange(len(logits), device=logits.device)
         asked = logits[rows, :, self.answers]
         return asked if self.foils is None else asked - logits[rows, :, self.foils]
@@ -181,5 +181,7 @@ class _Run:
         return Labelled(what, axes=axes, labels=labels, notes=(note,), **mean_over_pairs(parts))
 
 
-def _written(x: Float[Tensor, "row column d_model"], direction: Tensor) -> Float[Tensor, "row column"]:
+def _along_direction(
+    x: Float[Tensor, "row column d_model"], direction: Tensor
+) -> Float[Tensor, "row column"]:
     return torch.einsum("rcm,rm->rc", x, direction)

@@ -17,7 +17,7 @@ from hones_lens.model import HookedVLM, ModelInput, VLMInputs
 
 
 @dataclass(frozen=True, eq=False)
-class Contrast:
+class MeanDifference:
     """Mean residual stream of some inputs minus that of others, in one layer and token group.
 
     Attributes:
@@ -78,7 +78,7 @@ def mean_difference(
     *,
     at: str = "post",
     batch_size: int = 32,
-) -> Contrast:
+) -> MeanDifference:
     """The vector from one set of inputs to another: mean of `positive` minus mean of `negative`.
 
     A row counts with the mean of its own tokens in the group, so that all rows weigh alike.
@@ -101,7 +101,7 @@ def mean_difference(
     off = torch.cat([rows - mean for rows, mean in zip(sets, means, strict=True)])
     spread = float(off.pow(2).sum(-1).mean().sqrt())
     vector = (means[0] - means[1]).float()
-    return Contrast(layer, at, group_name(group), vector, (len(sets[0]), len(sets[1])), spread)
+    return MeanDifference(layer, at, group_name(group), vector, (len(sets[0]), len(sets[1])), spread)
 
 
 @torch.no_grad()

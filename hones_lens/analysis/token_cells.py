@@ -106,7 +106,7 @@ def fold_tokens(
         elif not kept[position]:
             while end < len(tokens) and not kept[end] and end not in starts:
                 end += 1
-        names.append(_name(tokens[position], image, end - position, one, kept[position]))
+        names.append(_cell_name(tokens[position], image, end - position, one, kept[position]))
         spans.append(tuple(range(position, end)))
         images.append(image)
         position = end
@@ -130,7 +130,7 @@ def _image_spans(inputs: VLMInputs) -> dict[int, tuple[int, int]]:
     return found
 
 
-def _name(token: str, image: int | None, n: int, inputs: VLMInputs, kept: bool) -> str:
+def _cell_name(token: str, image: int | None, n: int, inputs: VLMInputs, kept: bool) -> str:
     if image is not None:
         rows, columns = inputs.grids[0][image]
         return f"[image {image}: {rows} × {columns}]"

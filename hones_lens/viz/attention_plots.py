@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.analysis import TIMES, HeadAttention
+from hones_lens.analysis import SINK_RATIO, HeadAttention
 from hones_lens.model import Region
 from hones_lens.viz import theme
 from hones_lens.viz.image_plots import check_region, on_grey, region_of, veil
@@ -91,7 +91,7 @@ def attention_maps(
     images: Sequence[int] | None = None,
     smooth: bool = False,
     remove_sinks: bool | Bool[Tensor, "rows columns"] = False,
-    times: float = TIMES,
+    times: float = SINK_RATIO,
     one_scale: bool = False,
     title: str = "",
 ) -> Plot:

@@ -32,7 +32,7 @@ def expected_logits(both: Twin, inputs: VLMInputs) -> Tensor:
 
 @FAMILIES
 def test_every_layer_at_every_token(made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_AT_ONCE", 7)
+    monkeypatch.setattr(reading, "_CHUNK", 7)
     both = Twin(made)
     inputs = made.mixed_batch(both.model)
     expected = expected_logits(both, inputs)

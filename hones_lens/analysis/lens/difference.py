@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hones_lens.analysis.lens.streams import layer_names, streams, summed_logits, token_logits
+from hones_lens.analysis.lens.streams import layer_names, residual_streams, summed_logits, token_logits
 from hones_lens.interventions import Group, Hook, group_name, token_mask
 from hones_lens.model import HookedVLM, ModelInput, token_names
 from hones_lens.results import Result, mean_interval
@@ -105,7 +105,7 @@ def lens_difference(
     mask = token_mask(inputs, group)
     of_row = mask.nonzero()[:, 0]
     weights = (1 / mask.sum(-1).double() / len(mask))[of_row]
-    pair = [streams(model, inputs, mask, given) for given in ([], hooks)]
+    pair = [residual_streams(model, inputs, mask, given) for given in ([], hooks)]
     clean, changed = (summed_logits(model, stream, weights) for stream in pair)
     deltas = clean - changed
     if not bool(torch.isfinite(deltas).all()):
@@ -114,7 +114,7 @@ def lens_difference(
     shares[of_row.cpu(), torch.arange(len(of_row))] = len(mask) * weights.cpu()
     falls, rises = (
         tuple(
-            with_ends(model, largest(model, row, k, sign), before, after, shares)
+            with_intervals(model, largest_deltas(model, row, k, sign), before, after, shares)
             for row, before, after in zip(deltas, *pair, strict=True)
         )
         for sign in (1, -1)
@@ -123,7 +123,7 @@ def lens_difference(
     return LensDifference(model.cfg.model_name, name, len(inputs), layer_names(model), falls, rises)
 
 
-def largest(
+def largest_deltas(
     model: HookedVLM, deltas: Float[Tensor, " d_vocab"], k: int, sign: int = 1
 ) -> tuple[LensToken, ...]:
     """The k largest (sign 1) or smallest (sign −1) deltas of that sign; ties in the vocabulary's order."""
@@ -133,7 +133,7 @@ def largest(
     return tuple(LensToken(i, name, float(deltas[i])) for i, name in zip(ids, names, strict=True))
 
 
-def with_ends(
+def with_intervals(
     model: HookedVLM,
     tokens: Sequence[LensToken],
     clean: Float[Tensor, "place d_model"],

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hones_lens.analysis.lens.streams import layer_names, read, streams
+from hones_lens.analysis.lens.streams import layer_names, lens_logits, residual_streams
 from hones_lens.interventions import Hook
 from hones_lens.model import HookedVLM, ModelInput, token_names
 from hones_lens.results import Labelled
@@ -57,8 +57,8 @@ def image_token_lens(
     mask[row] = inputs.image_mask[row]
     inputs.heatmap(mask[row].float(), row, image)  # raises where there is no such image
     maps = []
-    for stream in streams(model, inputs, mask, hooks):
-        found = torch.cat([_value(logits, chosen, value) for logits in read(model, stream)])
+    for stream in residual_streams(model, inputs, mask, hooks):
+        found = torch.cat([_token_values(logits, chosen, value) for logits in lens_logits(model, stream)])
         by_position = torch.zeros(mask.shape[1], device=found.device).masked_scatter(mask[row], found)
         maps.append(inputs.heatmap(by_position, row, image))
     (name,) = token_names(model, [chosen])
@@ -67,7 +67,7 @@ def image_token_lens(
     return Labelled(what, torch.stack(maps), ("layer", "row", "column"), labels)
 
 
-def _value(logits: Float[Tensor, "some d_vocab"], token: int, value: str) -> Float[Tensor, " some"]:
+def _token_values(logits: Float[Tensor, "some d_vocab"], token: int, value: str) -> Float[Tensor, " some"]:
     if value == "logit":
         return logits[:, token]
     if value == "rank":

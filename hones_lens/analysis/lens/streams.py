@@ -15,16 +15,16 @@ from torch import Tensor
 from hones_lens.interventions import Hook, resid_hook
 from hones_lens.model import HookedVLM, VLMInputs
 
-_AT_ONCE = 64  # places whose logits are held together
+_CHUNK = 64  # places whose logits are held together
 
 
 def layer_names(model: HookedVLM) -> tuple[Any, ...]:
-    """What the entries of `streams` are called: `embed`, then each layer's number."""
+    """What the entries of `residual_streams` are called: `embed`, then each layer's number."""
     return ("embed", *range(model.cfg.n_layers))
 
 
 @torch.no_grad()
-def streams(
+def residual_streams(
     model: HookedVLM, inputs: VLMInputs, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "layer place d_model"]:
     """The residual stream at the positions of a mask: before block 0, then after each block.
@@ -46,9 +46,9 @@ def streams(
 
 
 @torch.no_grad()
-def read(model: HookedVLM, stream: Float[Tensor, "place d_model"]) -> Iterator[Tensor]:
+def lens_logits(model: HookedVLM, stream: Float[Tensor, "place d_model"]) -> Iterator[Tensor]:
     """Logit-lens logits `unembed(ln_final(stream))`, some places at a time, [some d_vocab]."""
-    for part in stream.split(_AT_ONCE):
+    for part in stream.split(_CHUNK):
         yield model.unembed(model.ln_final(part)).float()
 
 
@@ -64,7 +64,7 @@ def summed_logits(
     share = share.to(stream.device, torch.float64)
     for layer, places in enumerate(stream):
         at = 0
-        for logits in read(model, places):
+        for logits in lens_logits(model, places):
             sums[layer] += (share[at : at + len(logits)] @ logits.double()).cpu()
             at += len(logits)
     return sums
@@ -75,4 +75,4 @@ def token_logits(
     model: HookedVLM, stream: Float[Tensor, "place d_model"], ids: Sequence[int]
 ) -> Float[Tensor, "place id"]:
     """Logit-lens logits of some tokens at every place; float64 on the CPU."""
-    return torch.cat([logits[:, list(ids)].double().cpu() for logits in read(model, stream)])
+    return torch.cat([logits[:, list(ids)].double().cpu() for logits in lens_logits(model, stream)])

@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from hones_lens.analysis.lens.streams import layer_names, read, streams
+from hones_lens.analysis.lens.streams import layer_names, lens_logits, residual_streams
 from hones_lens.interventions import Group, Hook, token_mask
 from hones_lens.model import HookedVLM, ModelInput, token_names
 from hones_lens.results import Result
 
-_SHOWN = 3  # places that are printed
+_MAX_PRINTED = 3  # places that are printed
 
 
-class Place(NamedTuple):
+class LensPosition(NamedTuple):
     """A position of a batch, and the token there."""
 
     row: int
@@ -50,7 +50,7 @@ class LogitLens(Result):
     kind: ClassVar[str] = "logit-lens"
 
     model_name: str
-    places: tuple[Place, ...]
+    places: tuple[LensPosition, ...]
     layers: tuple[Any, ...]
     ids: Int[Tensor, "place layer k"]
     tokens: tuple[tuple[tuple[str, ...], ...], ...]
@@ -96,22 +96,22 @@ class LogitLens(Result):
 
     def __str__(self) -> str:
         lines = [f"{self.model_name}: logit lens, tokens with their probabilities"]
-        for p, place in enumerate(self.places[:_SHOWN]):
+        for p, place in enumerate(self.places[:_MAX_PRINTED]):
             lines.append(f"{place}:")
             width = max(len(str(layer)) for layer in self.layers)
             for i, layer in enumerate(self.layers):
                 said = zip(self.tokens[p][i], self.probabilities[p, i].tolist(), strict=True)
                 cells = "  ".join(f"{token!r} {share:.2f}" for token, share in said)
                 lines.append(f"  {layer!s:>{width}}  {cells}")
-        if len(self) > _SHOWN:
-            lines.append(f"(the first {_SHOWN} of {len(self)} places)")
+        if len(self) > _MAX_PRINTED:
+            lines.append(f"(the first {_MAX_PRINTED} of {len(self)} places)")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         """Tables shaded by probability, tokens escaped, logits in tooltips."""
-        return "".join(self._html_of(p) for p in range(min(len(self), _SHOWN)))
+        return "".join(self._html_table(p) for p in range(min(len(self), _MAX_PRINTED)))
 
-    def _html_of(self, p: int) -> str:
+    def _html_table(self, p: int) -> str:
         rows = []
         for i, layer in enumerate(self.layers):
             cells = [f"<th>{escape(str(layer))}</th>"]
@@ -152,13 +152,13 @@ def logit_lens(
         raise ValueError(f"k must lie in 1 … {model.cfg.d_vocab}, not {k}")
     inputs = model.as_inputs(model_input)
     mask = token_mask(inputs, group)
-    found = [_top(model, stream, k) for stream in streams(model, inputs, mask, hooks)]
+    found = [_top(model, stream, k) for stream in residual_streams(model, inputs, mask, hooks)]
     ids, logits, shares = (torch.stack(part, dim=1).cpu() for part in zip(*found, strict=True))
     rows, positions = (index.tolist() for index in mask.nonzero(as_tuple=True))
     there = token_names(model, inputs.input_ids[mask].tolist())
     return LogitLens(
         model.cfg.model_name,
-        tuple(Place(*place) for place in zip(rows, positions, there, strict=True)),
+        tuple(LensPosition(*place) for place in zip(rows, positions, there, strict=True)),
         layer_names(model),
         ids,
         tuple(tuple(tuple(token_names(model, layer)) for layer in place) for place in ids.tolist()),
@@ -170,7 +170,7 @@ def logit_lens(
 def _top(model: HookedVLM, stream: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, logits and probabilities of the k likeliest tokens, [place k] each."""
     parts = []
-    for logits in read(model, stream):
+    for logits in lens_logits(model, stream):
         top = logits.topk(k, dim=-1)
         parts.append((top.indices, top.values, logits.softmax(-1).gather(-1, top.indices)))
     ids, values, shares = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -65,18 +65,18 @@ def patch_activations(
     """
     told, sweep = split_keywords(keywords, SummaryKeywords.__annotations__)
     summary, options, site = Summary(**told), SweepOptions.of(options, sweep), as_patch_site(what)
-    pairs = _measurable(pairs, metric)
+    pairs = _pairs_for_metric(pairs, metric)
     targets = targets_of(site, model.cfg, layers, units)
     positions = positions_of(model, pairs, site, by, groups)
     how: dict[str, Any] = {"direction": direction, "metric": metric}
     found = measure_patches(model, pairs, site, targets, positions, options, **how)
-    shape, axes, labels = targets.laid_out(by, tuple(positions))
+    shape, axes, labels = targets.layout(by, tuple(positions))
     change = found.change(direction).T.reshape(-1, *shape)
     how |= {"axes": axes, "labels": labels, "of": what, "notes": found.notes(metric_name(metric))}
     return summary.result(change, found.gap(direction), pairs, **how)
 
 
-def _measurable(pairs: PatchPairs, metric: str | Metric) -> PatchPairs:
+def _pairs_for_metric(pairs: PatchPairs, metric: str | Metric) -> PatchPairs:
     """Pairs as a metric takes them: for the task's own score, without the beginnings of answers."""
     if metric != "task":
         as_metric(metric)
@@ -86,4 +86,4 @@ def _measurable(pairs: PatchPairs, metric: str | Metric) -> PatchPairs:
     task = as_task(pairs.task)
     if task.ranks:
         raise ValueError(f"{task.name} pairs have one candidate, whose rank says nothing: measure logit_diff")
-    return pairs.prompts_alone()
+    return pairs.without_answer_prefix()

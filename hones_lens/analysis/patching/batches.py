@@ -49,7 +49,7 @@ class PairBatch:
         source, base = (self.value(metric, logits_at_end(model, run)) for run in (self.source, self.base))
         return source - base
 
-    def cut(self, mask: Tensor, start: int) -> Tensor:
+    def mask_rows(self, mask: Tensor, start: int) -> Tensor:
         """Rows from `start` of a mask [pairs pos], without the padding that these pairs don't have."""
         rows = mask[start : start + len(self.pairs)]
         return rows[:, rows.shape[1] - self.base.input_ids.shape[1] :]
@@ -81,7 +81,7 @@ def pair_batches(
         yield start, PairBatch(some, base, source, logits_at_end(model, clean))
 
 
-def refuse_hooks(model: HookedVLM, names: Sequence[str], why: str) -> None:
+def check_no_hooks(model: HookedVLM, names: Sequence[str], why: str) -> None:
     """Raise ValueError if the model has lasting hooks at one of these, which would be passed by."""
     for name in names:
         if model.hook_dict[name].fwd_hooks:

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 
-from hones_lens.analysis.patching.batches import PairBatch, pair_batches, refuse_hooks
+from hones_lens.analysis.patching.batches import PairBatch, check_no_hooks, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
 from hones_lens.analysis.patching.outcome import Summary, SummaryKeywords
 from hones_lens.analysis.patching.pairs import PatchPairs
-from hones_lens.analysis.patching.sites import PatchSite, as_patch_site, on_patches, positions_of, targets_of
+from hones_lens.analysis.patching.sites import PatchSite, as_patch_site, positions_of, targets_of, vision_mask
 from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.interventions import Group
 from hones_lens.model import HookedVLM, VLMInputs, attention_mask
@@ -28,7 +28,7 @@ STEPS = 20
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _AttributionBatch:
     """One batch, and what is asked of it.
 
     Attributes:
@@ -86,7 +86,7 @@ class _Job:
         if not self.site.vision:
             return torch.einsum("bpc,gbp->bcg", each, self.masks)
         base = self.batch.base
-        masks = [on_patches(self.model, base, m, each.shape[1], name) for name, m in self.where.items()]
+        masks = [vision_mask(self.model, base, m, each.shape[1], name) for name, m in self.where.items()]
         by_image = torch.einsum("ipc,gip->icg", each, torch.stack(masks).double())
         row = torch.tensor([row for row, grids in enumerate(base.grids) for _ in grids], device=each.device)
         return each.new_zeros(len(base), *by_image.shape[1:]).index_add(0, row, by_image)
@@ -169,31 +169,31 @@ def attribute_patching(
     found, gaps, desc = [], [], f"attribution patching · {what}"
     with tqdm(total=len(pairs), desc=desc, disable=not options.progress) as bar:
         for start, batch in pair_batches(model, pairs, direction, options.batch_size):
-            where = {name: batch.cut(mask, start) for name, mask in masks.items()}
-            job = _Job(model, batch, site, targets.layers, measure, where, steps)
+            where = {name: batch.mask_rows(mask, start) for name, mask in masks.items()}
+            job = _AttributionBatch(model, batch, site, targets.layers, measure, where, steps)
             found.append(job.estimates(method)[:, order].cpu())
             gaps.append(batch.gap(model, measure).cpu())
             bar.update(len(batch.pairs))
-    shape, axes, labels = targets.laid_out(by, tuple(masks))
+    shape, axes, labels = targets.layout(by, tuple(masks))
     change, gap = torch.cat(found).view(len(pairs), *shape), torch.cat(gaps)
     how: dict[str, Any] = {"metric": metric, "direction": direction, "of": f"{what}, estimated by {method}"}
     return summary.result(change, gap, pairs, axes=axes, labels=labels, **how)
 
 
-def _first_order(job: _Job) -> list[Float[Tensor, "batch component sum"]]:
+def _first_order(job: _AttributionBatch) -> list[Float[Tensor, "batch component sum"]]:
     names = [job.site.name(layer) for layer in job.layers]
     theirs = job.activations(names, source=True)
     base = job.gradients(names)
     return [job.summed((theirs[name] - base[name][0]) * base[name][1]) for name in names]
 
 
-def _softmax_recomputed(job: _Job) -> list[Float[Tensor, "batch component sum"]]:
+def _softmax_recomputed(job: _AttributionBatch) -> list[Float[Tensor, "batch component sum"]]:
     """AtP*: the pattern's change is exact, and its gradient is `∂metric/∂z · v`."""
     if job.site.what not in ("q", "k"):
         return _first_order(job)
     at = {layer: f"blocks.{layer}.attn." for layer in job.layers}
     hidden = ("hook_attn_scores", "hook_pattern")
-    refuse_hooks(job.model, [at[n] + name for n in at for name in hidden], "recomputing the softmax")
+    check_no_hooks(job.model, [at[n] + name for n in at for name in hidden], "recomputing the softmax")
     read = [at[n] + name for n in at for name in ("hook_rot_q", "hook_rot_k", "hook_v")]
     theirs, ours = job.activations(read, source=True), job.activations(read, source=False)
     slopes = job.gradients([at[n] + "hook_z" for n in at])
@@ -201,14 +201,14 @@ def _softmax_recomputed(job: _Job) -> list[Float[Tensor, "batch component sum"]]
     for name in at.values():
         q, k, v = (ours[name + part] for part in ("hook_rot_q", "hook_rot_k", "hook_v"))
         slope = slopes[name + "hook_z"][1]
-        gain = torch.einsum("bqhd,bkhd->bhqk", slope, _for_each_head(v, slope.shape[2]))
+        gain = torch.einsum("bqhd,bkhd->bhqk", slope, _repeat_kv_heads(v, slope.shape[2]))
         moved = theirs[name + ("hook_rot_q" if job.site.what == "q" else "hook_rot_k")]
         out.append(_pattern_effect(job, q, k, moved, gain))
     return out
 
 
 def _pattern_effect(
-    job: _Job,
+    job: _AttributionBatch,
     q: Float[Tensor, "batch pos head d_head"],
     k: Float[Tensor, "batch pos kv_head d_head"],
     moved: Float[Tensor, "batch pos component d_head"],
@@ -231,16 +231,16 @@ def _pattern_effect(
 
 
 def _pattern(q: Tensor, k: Tensor, seen: Bool[Tensor, "..."]) -> Float[Tensor, "batch head query key"]:
-    scores = torch.einsum("bqhd,bkhd->bhqk", q / math.sqrt(q.shape[-1]), _for_each_head(k, q.shape[2]))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q / math.sqrt(q.shape[-1]), _repeat_kv_heads(k, q.shape[2]))
     return scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32)
 
 
-def _for_each_head(x: Tensor, n_heads: int) -> Float[Tensor, "batch pos head d_head"]:
+def _repeat_kv_heads(x: Tensor, n_heads: int) -> Float[Tensor, "batch pos head d_head"]:
     """Keys or values, repeated for the heads that share them."""
     return x.repeat_interleave(n_heads // x.shape[2], dim=2)
 
 
-def _integrated(job: _Job) -> list[Float[Tensor, "batch component sum"]]:
+def _integrated_gradients(job: _AttributionBatch) -> list[Float[Tensor, "batch component sum"]]:
     """Integrated gradients, layer by layer."""
     sites = {layer: job.site.name(layer) for layer in job.layers}
     entered = {} if job.site.vision else {layer: f"blocks.{layer}.hook_resid_pre" for layer in job.layers}
@@ -252,12 +252,14 @@ def _integrated(job: _Job) -> list[Float[Tensor, "batch component sum"]]:
         start = None if job.site.vision else (layer, ours[entered[layer]])
         for step in range(job.steps):
             between = ours[name] + (step + 0.5) / job.steps * change
-            total += _slope(job, start, name, between)
+            total += _metric_gradient(job, start, name, between)
         out.append(job.summed(change * total / job.steps))
     return out
 
 
-def _slope(job: _Job, start: tuple[int, Tensor] | None, name: str, value: Tensor) -> Tensor:
+def _metric_gradient(
+    job: _AttributionBatch, start: tuple[int, Tensor] | None, name: str, value: Tensor
+) -> Tensor:
     """The metric's gradient where a hook has this value.
 
     Args:
@@ -280,8 +282,8 @@ def _slope(job: _Job, start: tuple[int, Tensor] | None, name: str, value: Tensor
         return torch.autograd.grad(job.batch.value(job.metric, logits[:, -1]).sum(), value)[0]
 
 
-METHODS: dict[str, Callable[[_Job], list[Tensor]]] = {
+METHODS: dict[str, Callable[[_AttributionBatch], list[Tensor]]] = {
     "atp": _first_order,
     "atp*": _softmax_recomputed,
-    "ig": _integrated,
+    "ig": _integrated_gradients,
 }

@@ -15,7 +15,14 @@ from hones_lens.interventions import Corruption, Group, token_mask
 from hones_lens.model import HookedVLM, VLMInputs
 from hones_lens.tasks import Task
 
-__all__ = ["Corruption", "PatchPairs", "corrupted_by", "counterfactual", "logits_at_end", "told_apart"]
+__all__ = [
+    "Corruption",
+    "PatchPairs",
+    "corrupted_by",
+    "counterfactual",
+    "logits_at_end",
+    "with_shared_prefix",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +96,7 @@ class PatchPairs:
         sides = {"clean": self.corrupted, "corrupted": self.clean}
         return replace(self, **sides, answer=self.foil, foil=self.answer, facts=facts)
 
-    def prompts_alone(self) -> PatchPairs:
+    def without_answer_prefix(self) -> PatchPairs:
         """The same pairs without what their answers share at the end, which a model may then say itself."""
         if not any(self.shared):
             return self
@@ -123,7 +130,7 @@ def counterfactual(model: HookedVLM, pairs: Sequence[CounterfactualPair], task: 
     answers = [
         [model.continuation(p, a) for a in pair.answers] for p, pair in zip(prompts, pairs, strict=True)
     ]
-    made = told_apart(model, clean, corrupted, answers, ids)
+    made = with_shared_prefix(model, clean, corrupted, answers, ids)
     return replace(made, facts=tuple(pairs), task=task)
 
 
@@ -166,7 +173,7 @@ def corrupted_by(
     return made
 
 
-def told_apart(
+def with_shared_prefix(
     model: HookedVLM,
     clean: VLMInputs,
     corrupted: VLMInputs,
@@ -197,13 +204,13 @@ def told_apart(
         foil.append(b[n])
     device = clean.input_ids.device
     if any(shared):
-        clean, corrupted = (_behind(model, inputs, shared) for inputs in (clean, corrupted))
+        clean, corrupted = (_append_tokens(model, inputs, shared) for inputs in (clean, corrupted))
     right, wrong = torch.tensor(answer, device=device), torch.tensor(foil, device=device)
     counts = tuple(map(len, shared)) if any(shared) else ()
     return PatchPairs(clean, corrupted, right, wrong, ids, shared=counts)
 
 
-def _behind(model: HookedVLM, inputs: VLMInputs, said: Sequence[list[int]]) -> VLMInputs:
+def _append_tokens(model: HookedVLM, inputs: VLMInputs, said: Sequence[list[int]]) -> VLMInputs:
     """Rows with tokens behind them, of different numbers, padded on the left anew."""
     longest = max(map(len, said))
     pad = [[*row, *[model.cfg.pad_token_id] * (longest - len(row))] for row in said]

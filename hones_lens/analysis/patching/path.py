@@ -17,11 +17,18 @@ from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from hones_lens import engine
-from hones_lens.analysis.patching.batches import PairBatch, pair_batches, refuse_hooks
+from hones_lens.analysis.patching.batches import PairBatch, check_no_hooks, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
 from hones_lens.analysis.patching.outcome import PatchingKeywords, Summary, SummaryKeywords
 from hones_lens.analysis.patching.pairs import PatchPairs
-from hones_lens.analysis.patching.receivers import Head, Receiver, Receivers, check_senders, grouped, hook_of
+from hones_lens.analysis.patching.receivers import (
+    Head,
+    Receiver,
+    Receivers,
+    check_senders,
+    receiver_groups,
+    receiver_hook,
+)
 from hones_lens.engine import SweepOptions, split_keywords
 from hones_lens.interventions import Group, Hook
 from hones_lens.model import HookedVLM
@@ -66,7 +73,7 @@ def path_patching(
         ValueError: No senders or receivers, one that the model does not have, or hooks of the model's own on
             activations that receivers are given.
     """
-    summary, options = _told(keywords, options)
+    summary, options = _summary_and_options(keywords, options)
     paths = _Paths(model, [senders], receivers, through_mlps)
     change, gap = paths.measured(pairs, direction, as_metric(metric), positions, options)
     sent, labels = ", ".join(f"{layer}.{head}" for layer, head in senders), {"receiver": tuple(paths.groups)}
@@ -100,7 +107,7 @@ def path_patching_matrix(
     Raises:
         ValueError: As `path_patching`.
     """
-    summary, options = _told(keywords, options)
+    summary, options = _summary_and_options(keywords, options)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     each = [(n, h) for n in range(n_layers) for h in range(n_heads)] if senders is None else list(senders)
     paths = _Paths(model, [[sender] for sender in each], receivers, through_mlps)
@@ -114,7 +121,9 @@ def path_patching_matrix(
     return summary.result(change, gap, pairs, axes=axes, labels=labels, **how)
 
 
-def _told(keywords: Mapping[str, Any], options: SweepOptions | None) -> tuple[Summary, SweepOptions]:
+def _summary_and_options(
+    keywords: Mapping[str, Any], options: SweepOptions | None
+) -> tuple[Summary, SweepOptions]:
     own, sweep = split_keywords(keywords, SummaryKeywords.__annotations__)
     return Summary(**own), SweepOptions.of(options, sweep, unused=("journal",))
 
@@ -136,12 +145,12 @@ class _Paths:
         self.model, self.senders, self.through_mlps = model, senders, through_mlps
         for some in senders:
             check_senders(model, some)
-        self.groups = grouped(model, receivers)
-        refuse_hooks(model, sorted(self._replaced()), "path patching")
+        self.groups = receiver_groups(model, receivers)
+        check_no_hooks(model, sorted(self._replaced()), "path patching")
 
     def _replaced(self) -> set[str]:
         """Hooks whose activations are made anew."""
-        names = {hook_of(r) for some in self.groups.values() for r in some if r != "logits"}
+        names = {receiver_hook(r) for some in self.groups.values() for r in some if r != "logits"}
         if self.through_mlps:
             names |= {f"blocks.{layer}.mlp.hook_post" for layer in range(self.model.cfg.n_layers)}
         return names
@@ -161,7 +170,7 @@ class _Paths:
         budget = {"memory_budget": options.memory_budget, "tally": options.tally}
         with tqdm(total=total, desc="path patching", unit="cell", disable=not options.progress) as bar:
             for start, batch in pair_batches(self.model, pairs, direction, options.batch_size):
-                arms = [[], *self._arms(batch, batch.cut(mask, start))]
+                arms = [[], *self._arms(batch, batch.mask_rows(mask, start))]
                 values: dict[int, Tensor] = {}
                 for i, logits in engine.logits_under(self.model, batch.base, arms, **budget):
                     values[i] = batch.value(metric, logits[:, -1]).cpu()
@@ -211,7 +220,7 @@ class _Path:
         self.received: dict[str, list[int]] = {}
         for receiver in receivers:
             if receiver != "logits" and receiver[0] >= self.first + (len(receiver) == 3):
-                self.received.setdefault(hook_of(receiver), []).append(receiver[1])
+                self.received.setdefault(receiver_hook(receiver), []).append(receiver[1])
         self.stream: Tensor | None = None  # as it is, where a block reads it
         self.change: Tensor | None = None  # what receivers read besides
 
@@ -227,24 +236,24 @@ class _Path:
             parts = {part: self.received.get(f"{at}attn.hook_{part}") for part in "qkv"}
             neurons = self.received.get(f"{at}mlp.hook_post")
             if any(parts.values()):
-                out.append((f"{at}hook_resid_pre", self._note))
+                out.append((f"{at}hook_resid_pre", self._keep_stream))
             out += [
                 (f"{at}attn.hook_{n}", self._receive(block, n, heads)) for n, heads in parts.items() if heads
             ]
             if layer in self.senders:
                 out.append((f"{at}attn.hook_z", self._send(layer, block)))
             if neurons or through_mlps:
-                out.append((f"{at}hook_resid_mid", self._note))
+                out.append((f"{at}hook_resid_mid", self._keep_stream))
             if neurons:
                 out.append((f"{at}mlp.hook_post", self._receive_neurons(block, neurons)))
             if through_mlps:
                 out.append((f"{at}hook_mlp_out", self._pass_mlp(block)))
-        return [*out, (f"blocks.{last}.hook_resid_post", self._leave)]
+        return [*out, (f"blocks.{last}.hook_resid_post", self._finish)]
 
-    def _note(self, x: Tensor, hook: HookPoint) -> None:
+    def _keep_stream(self, x: Tensor, hook: HookPoint) -> None:
         self.stream = x
 
-    def _read(self) -> Tensor:
+    def _patched_stream(self) -> Tensor:
         assert self.stream is not None and self.change is not None
         return self.stream + self.change
 
@@ -255,35 +264,37 @@ class _Path:
             other = torch.where(self.where[..., None, None], self.source[layer].to(z.dtype), z)
             w_o = block.attn.W_O[heads]
             more = torch.einsum("bphd,hdm->bpm", (other - z)[:, :, heads], w_o)
-            self.change = more if layer == self.first else self._changed() + more
+            self.change = more if layer == self.first else self._current_change() + more
 
         return send
 
-    def _changed(self) -> Tensor:
+    def _current_change(self) -> Tensor:
         assert self.change is not None
         return self.change
 
     def _receive(self, block: Any, part: str, heads: list[int]) -> Callable:
         def receive(x: Tensor, hook: HookPoint) -> Tensor:
-            made = getattr(block.attn, part)(block.ln1(self._read())).view_as(x)
+            made = getattr(block.attn, part)(block.ln1(self._patched_stream())).view_as(x)
             return _replaced(x, made, heads, axis=2)
 
         return receive
 
     def _receive_neurons(self, block: Any, index: list[int]) -> Callable:
         def receive(x: Tensor, hook: HookPoint) -> Tensor:
-            return _replaced(x, _neurons(block, self._read()), index, axis=-1)
+            return _replaced(x, _neurons(block, self._patched_stream()), index, axis=-1)
 
         return receive
 
     def _pass_mlp(self, block: Any) -> Callable:
         def pass_on(wrote: Tensor, hook: HookPoint) -> None:
-            self.change = self._changed() + block.mlp.down(_neurons(block, self._read())) - wrote
+            self.change = (
+                self._current_change() + block.mlp.down(_neurons(block, self._patched_stream())) - wrote
+            )
 
         return pass_on
 
-    def _leave(self, resid: Tensor, hook: HookPoint) -> Tensor:
-        out = resid + self._changed() if self.logits else resid
+    def _finish(self, resid: Tensor, hook: HookPoint) -> Tensor:
+        out = resid + self._current_change() if self.logits else resid
         self.stream = self.change = None
         return out
 

@@ -33,7 +33,7 @@ def every_receiver(model: HookedVLM, senders: Sequence[Head], neurons: bool = Tr
     return found
 
 
-def hook_of(receiver: Receiver) -> str:
+def receiver_hook(receiver: Receiver) -> str:
     """Where a head or neuron receives."""
     if len(receiver) == 3:
         return f"blocks.{receiver[0]}.attn.hook_{receiver[2]}"
@@ -48,7 +48,7 @@ def check_senders(model: HookedVLM, heads: Sequence[Head]) -> None:
         check_component("head", layer, head, model.cfg.n_layers, model.cfg.n_heads)
 
 
-def grouped(model: HookedVLM, receivers: Receivers) -> dict[str, list[Receiver]]:
+def receiver_groups(model: HookedVLM, receivers: Receivers) -> dict[str, list[Receiver]]:
     """Receivers by the name of what is patched together.
 
     Raises:

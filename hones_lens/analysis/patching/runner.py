@@ -16,7 +16,7 @@ from hones_lens import engine
 from hones_lens.analysis.patching.batches import PairBatch, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
 from hones_lens.analysis.patching.pairs import PatchPairs
-from hones_lens.analysis.patching.sites import PatchSite, Target, Targets, on_patches
+from hones_lens.analysis.patching.sites import PatchSite, Target, Targets, vision_mask
 from hones_lens.engine import Budget, SweepOptions, stacked
 from hones_lens.interventions import HeadEdit, Hook
 from hones_lens.model import HookedVLM, VLMInputs
@@ -25,7 +25,7 @@ _MOST_SHARED = 16  # groups of positions for which a layer's changed heads are h
 
 
 @dataclass(frozen=True, eq=False)
-class Put:
+class ActivationPatch:
     """A hook function that puts another run's activation in, at some positions of some heads or neurons.
 
     While answers are generated, what comes behind the prompt is left alone.
@@ -56,11 +56,11 @@ class Put:
             n = x.shape[self.site.unit_axis]
             these = torch.zeros(n, dtype=torch.bool, device=x.device)
             chosen = chosen & these.index_fill(0, torch.tensor(self.units, device=x.device), True)
-        return torch.where(self.site.laid(chosen), self.value, x)
+        return torch.where(self.site.broadcast_mask(chosen), self.value, x)
 
 
 @dataclass
-class Measured:
+class PatchMeasurements:
     """The metric of every pair, unpatched and under each patch.
 
     Attributes:
@@ -112,7 +112,7 @@ def measure_patches(
     *,
     direction: str,
     metric: str | Metric,
-) -> Measured:
+) -> PatchMeasurements:
     """Every target patched at every group of positions, targets first: `patch_activations` before means.
 
     Raises:
@@ -125,8 +125,8 @@ def measure_patches(
             key = f"patch/{start}"
             saved = None if journal is None else journal.get(key)
             if saved is None:
-                here = {name: batch.cut(mask, start) for name, mask in positions.items()}
-                job = _Job(model, batch, site, targets, here, metric, options)
+                here = {name: batch.mask_rows(mask, start) for name, mask in positions.items()}
+                job = _PatchBatch(model, batch, site, targets, here, metric, options)
                 saved = job.run(direction, bar.update)
                 if journal is not None:
                     journal[key] = saved
@@ -139,11 +139,11 @@ def measure_patches(
     )
     values = torch.cat([torch.tensor(part["values"], dtype=torch.float64) for part in parts], dim=1)
     run, full = (sum(part[name] for part in parts) for name in ("run", "full"))
-    return Measured(clean, corrupted, values, run, full)
+    return PatchMeasurements(clean, corrupted, values, run, full)
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _PatchBatch:
     """One batch, and what is patched in it."""
 
     model: HookedVLM
@@ -156,7 +156,7 @@ class _Job:
 
     def run(self, direction: str, tick: Callable[[int], object]) -> dict[str, Any]:
         """The metric's values as lists: of the two runs [row], and under each patch [patch row]."""
-        base, source = (self._side(inputs) for inputs in (self.batch.base, self.batch.source))
+        base, source = (self._run_inputs(inputs) for inputs in (self.batch.base, self.batch.source))
         names = [self.site.name(layer) for layer in self.targets.layers]
         ours = self.model.run_with_cache(base, names_filter=names, logits_to_keep=1)[1]
         logits, theirs = self.model.run_with_cache(source, names_filter=names, logits_to_keep=1)
@@ -190,7 +190,7 @@ class _Job:
         lasting = any(point.fwd_hooks for point in self.model.hook_dict.values())
         return lasting or self.site.vision or self.metric == "task"
 
-    def _side(self, inputs: VLMInputs) -> VLMInputs:
+    def _run_inputs(self, inputs: VLMInputs) -> VLMInputs:
         """A run's inputs; where the vision tower is patched, not encoded yet."""
         if not self.site.vision or inputs.image_embeds is None:
             return inputs
@@ -209,13 +209,13 @@ class _Job:
         masks = dict(self.positions)
         if self.site.vision:
             width = theirs[self.site.name(self.targets.layers[0])].shape[1]
-            masks = {name: on_patches(self.model, base, mask, width, name) for name, mask in masks.items()}
+            masks = {name: vision_mask(self.model, base, mask, width, name) for name, mask in masks.items()}
         puts, moved = {}, {}
         for layer in self.targets.layers:
             name = self.site.name(layer)
             differs = self.site.by_unit(ours[name] != theirs[name])
             for group, mask in masks.items():
-                puts[layer, group] = Put(name, self.site, theirs[name], mask)
+                puts[layer, group] = ActivationPatch(name, self.site, theirs[name], mask)
                 moved[layer, group] = (differs & mask[..., None]).flatten(0, 1).any(0)
         for cell in self.targets.cells:
             for group in masks:
@@ -224,7 +224,7 @@ class _Job:
                 ]
                 yield self._hooks(cell, group, puts) if any(bool(some.any()) for some in each) else []
 
-    def _hooks(self, cell: Target, group: str, puts: Mapping[tuple[int, str], Put]) -> list[Hook]:
+    def _hooks(self, cell: Target, group: str, puts: Mapping[tuple[int, str], ActivationPatch]) -> list[Hook]:
         (layer, units), *more = cell
         one_head = self.site.what == "z" and not more and units is not None and len(units) == 1
         if one_head and len(puts) <= _MOST_SHARED * len(self.targets.layers) and self.metric != "task":
@@ -255,21 +255,21 @@ class _Job:
             yield from zip(range(start, start + len(some)), found, strict=True)
 
     def _full_passes(self, base: VLMInputs, arms: list[list[Hook]]) -> list[Tensor]:
-        repeated, hooks = self._side_by_side(base, arms)
+        repeated, hooks = self._stacked_arms(base, arms)
         with self.model.hooks(fwd_hooks=hooks):
             logits = self.model(repeated, logits_to_keep=1)[:, -1]
         return [self._metric(part) for part in logits.split(len(base))]
 
     def _scores(self, base: VLMInputs, arms: list[list[Hook]]) -> list[Tensor]:
         """The task's score of each pair's answer, for the clean example."""
-        repeated, hooks = self._side_by_side(base, arms)
+        repeated, hooks = self._stacked_arms(base, arms)
         with self.model.hooks(fwd_hooks=hooks):
             said = self.model.generate(repeated, max_new_tokens=engine.MAX_NEW_TOKENS)
         task, facts = engine.as_task(self.batch.pairs.task), self.batch.pairs.facts * len(arms)
         scores = [task.score(text, fact.clean) for text, fact in zip(said, facts, strict=True)]
         return list(torch.tensor(scores, dtype=torch.float64).view(len(arms), -1))
 
-    def _side_by_side(self, base: VLMInputs, arms: list[list[Hook]]) -> tuple[VLMInputs, list[Hook]]:
+    def _stacked_arms(self, base: VLMInputs, arms: list[list[Hook]]) -> tuple[VLMInputs, list[Hook]]:
         """The rows once for each arm, and hooks that do to each what its arm does."""
         rows = sum(map(len, base.grids)) if self.site.vision else len(base)
         return base[list(range(len(base))) * len(arms)], stacked([(rows, arm) for arm in arms])

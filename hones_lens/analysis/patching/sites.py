@@ -56,7 +56,7 @@ class PatchSite:
             return x.any(-1, keepdim=True) if self.unit is None else x
         return x.movedim((self.position_axis, self.unit_axis), (1, 2)).flatten(3).any(-1)
 
-    def laid(self, chosen: Bool[Tensor, "row pos unit"]) -> Bool[Tensor, "row *rest"]:
+    def broadcast_mask(self, chosen: Bool[Tensor, "row pos unit"]) -> Bool[Tensor, "row *rest"]:
         """Positions and units as a mask that can be laid over the activation."""
         if self.unit in (None, "neuron"):
             return chosen
@@ -118,7 +118,7 @@ class Targets:
         """Every layer that is patched, once."""
         return sorted({layer for cell in self.cells for layer, _ in cell})
 
-    def laid_out(
+    def layout(
         self, by: str, positions: Sequence[str]
     ) -> tuple[tuple[int, ...], tuple[str, ...], dict[str, tuple[Any, ...]]]:
         """Shape, axes and labels of results by target and, unless `by` is `all`, by position."""
@@ -154,8 +154,10 @@ def targets_of(
     if named or (not isinstance(units, str) and len(units) and not isinstance(units[0], int)):
         if layers is not None:
             raise ValueError("units that say their layers leave no layers to choose")
-        return _of_pairs(site, cfg, units)
-    chosen = _checked("layer", range(site.n_layers(cfg)) if layers is None else layers, site.n_layers(cfg))
+        return _targets_of_units(site, cfg, units)
+    chosen = _check_indices(
+        "layer", range(site.n_layers(cfg)) if layers is None else layers, site.n_layers(cfg)
+    )
     labels = {} if layers is None else {"layer": tuple(chosen)}
     if units == "together":
         cells = tuple(((layer, None),) for layer in chosen)
@@ -163,13 +165,13 @@ def targets_of(
     assert site.unit is not None
     count = site.count(cfg)
     numbers: Any = range(count) if isinstance(units, str) else units
-    some = _checked(site.unit, numbers, count)
+    some = _check_indices(site.unit, numbers, count)
     labels |= {} if isinstance(units, str) else {site.unit: tuple(some)}
     cells = tuple(((layer, (unit,)),) for layer in chosen for unit in some)
     return Targets(cells, ("layer", site.unit), (len(chosen), len(some)), labels)
 
 
-def _of_pairs(site: PatchSite, cfg: VLMConfig, units: Any) -> Targets:
+def _targets_of_units(site: PatchSite, cfg: VLMConfig, units: Any) -> Targets:
     """Pairs (layer, index), one at a time, or sets of them."""
     assert site.unit is not None
     sets = units if isinstance(units, Mapping) else {f"L{p[0]}.{p[1]}": [p] for p in units}
@@ -180,15 +182,17 @@ def _of_pairs(site: PatchSite, cfg: VLMConfig, units: Any) -> Targets:
         by_layer: dict[int, list[int]] = {}
         for layer, index in ((int(pair[0]), int(pair[1])) for pair in pairs):
             by_layer.setdefault(layer, []).append(index)
-        _checked("layer", list(by_layer), site.n_layers(cfg))
+        _check_indices("layer", list(by_layer), site.n_layers(cfg))
         cells.append(
-            tuple((n, tuple(_checked(site.unit, by_layer[n], site.count(cfg)))) for n in sorted(by_layer))
+            tuple(
+                (n, tuple(_check_indices(site.unit, by_layer[n], site.count(cfg)))) for n in sorted(by_layer)
+            )
         )
     axis = "set" if isinstance(units, Mapping) else site.unit
     return Targets(tuple(cells), (axis,), (len(cells),), {axis: tuple(sets)})
 
 
-def _checked(kind: str, numbers: Sequence[int], count: int) -> list[int]:
+def _check_indices(kind: str, numbers: Sequence[int], count: int) -> list[int]:
     chosen = [int(n) for n in numbers]
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"{kind}s {chosen}: give at least one, and each once")
@@ -265,7 +269,7 @@ def position_labels(model: HookedVLM, pairs: PatchPairs) -> tuple[str, ...]:
     return tuple(f"{i} {name}" for i, name in enumerate(names))
 
 
-def on_patches(
+def vision_mask(
     model: HookedVLM, inputs: VLMInputs, mask: Bool[Tensor, "batch pos"], width: int, group: str
 ) -> Bool[Tensor, "image token"]:
     """A mask over the decoder's positions as one over the tokens of the vision tower.

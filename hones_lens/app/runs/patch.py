@@ -19,7 +19,7 @@ from hones_lens.analysis import (
     patch_activations,
     positions_of,
     targets_of,
-    told_apart,
+    with_shared_prefix,
 )
 from hones_lens.app.runs.folder import Run, weights_hash
 from hones_lens.data import Example, counterfactual_pairs, load_examples
@@ -140,7 +140,7 @@ class PairsChoice:
             foils = None
             if self.foil is not None:
                 pair = (right, model.continuation(prompt, self.foil))
-                apart = told_apart(model, clean, clean, [pair], (Path(image).name,))
+                apart = with_shared_prefix(model, clean, clean, [pair], (Path(image).name,))
                 clean, right, foils = apart.clean, apart.answer.tolist(), apart.foil
             return corrupted_by(model, clean, self.corruption(), right[:1], foils, [Path(image).name])
         other = self.corrupted_prompt or prompt
@@ -148,7 +148,7 @@ class PairsChoice:
         if self.foil is None:
             return corrupted_by(model, clean, lambda m, inputs: corrupted, right[:1], ids=[Path(image).name])
         answers = (right, model.continuation(other, self.foil))
-        return told_apart(model, clean, corrupted, [answers], (Path(image).name,))
+        return with_shared_prefix(model, clean, corrupted, [answers], (Path(image).name,))
 
     def _check(self) -> None:
         own = {"prompt": self.prompt, "answer": self.answer}

@@ -18,10 +18,10 @@ from hones_lens.analysis import (
     LensToken,
     delta_frame,
     delta_lines,
-    largest,
-    streams,
+    largest_deltas,
+    residual_streams,
     summed_logits,
-    with_ends,
+    with_intervals,
 )
 from hones_lens.data import Example
 from hones_lens.engine import BatchKeywords, SweepOptions
@@ -128,7 +128,7 @@ def lens_delta(
 
     def table(sign: int) -> tuple[tuple[LensToken, ...], ...]:
         return tuple(
-            with_ends(model, largest(model, row, k, sign), here, there)
+            with_intervals(model, largest_deltas(model, row, k, sign), here, there)
             for row, here, there in zip(mean, clean, masked, strict=True)
         )
 
@@ -147,4 +147,4 @@ def last_streams(
     model: HookedVLM, batch: engine.Batch, hooks: Sequence[Hook] = ()
 ) -> Float[Tensor, "layer example d_model"]:
     """The residual stream after every layer at the last prompt position."""
-    return streams(model, batch.inputs, batch.inputs.token_groups["last"], hooks)[1:]
+    return residual_streams(model, batch.inputs, batch.inputs.token_groups["last"], hooks)[1:]

@@ -24,7 +24,7 @@ import hones_lens as hl
 from hones_lens import VLMInputs
 from hones_lens.analysis.patching.activation import patch_activations
 from hones_lens.analysis.patching.pairs import PatchPairs, corrupted_by, counterfactual
-from hones_lens.analysis.patching.runner import Put
+from hones_lens.analysis.patching.runner import ActivationPatch
 from hones_lens.analysis.patching.sites import SITES
 from hones_lens.interventions.corruptions import blank, gaussian_noise, token_swap
 from hones_lens.interventions.token_groups import Box
@@ -75,7 +75,7 @@ def test_patching_nothing_changes_nothing_to_the_bit(made: ModuleType, what: str
     with torch.no_grad():
         logits, cache = twin.model.run_with_cache(pairs.clean, names_filter=[name])
         mask = torch.ones(cache[name].shape[0], cache[name].shape[site.position_axis], dtype=torch.bool)
-        hook = Put(name, site, cache[name], mask, None if site.unit is None else (1,))
+        hook = ActivationPatch(name, site, cache[name], mask, None if site.unit is None else (1,))
         again = twin.model.run_with_hooks(pairs.clean, fwd_hooks=[(name, hook)])
     if what == "pattern":  # whoever hooks a pattern gets it by other kernels than who does not
         hook, plain = (

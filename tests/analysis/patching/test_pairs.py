@@ -17,7 +17,7 @@ from hones_lens.analysis.patching.pairs import (
     corrupted_by,
     counterfactual,
     logits_at_end,
-    told_apart,
+    with_shared_prefix,
 )
 from hones_lens.interventions.corruptions import blank, gaussian_noise, token_swap
 
@@ -60,13 +60,13 @@ def test_what_answers_share_stands_behind_the_prompt_and_can_be_taken_off(name: 
     drawn = [drawn[0], *alike[:2]]
     pairs = counterfactual(model, drawn, "ocr")
     assert pairs.shared[0] == 0 and pairs.shared[1] >= 1
-    alone = pairs.prompts_alone()
+    alone = pairs.without_answer_prefix()
     prepared = model.prepare(
         [pair.clean.image for pair in drawn], [task.target_prompt(p.clean) for p in drawn]
     )
     assert torch.equal(alone.clean.input_ids, prepared.input_ids)
     assert torch.equal(alone.clean.attention_mask, prepared.attention_mask)
-    assert alone.prompts_alone() is alone
+    assert alone.without_answer_prefix() is alone
     with torch.no_grad():
         found, expected = (logits_at_end(model, inputs) for inputs in (alone.clean, prepared))
     assert (found - expected).abs().max() <= 2e-5
@@ -136,8 +136,8 @@ def test_answers_that_are_the_same_and_pairs_without_a_foil() -> None:
     model = shipped("tiny-llava")
     inputs = model.prepare(random_llava.make_images(1)[0], "what color is it?")
     with pytest.raises(ValueError, match="pair 'x': no token tells its two answers apart"):
-        told_apart(model, inputs, inputs, [([5, 6], [5, 6])], ("x",))
-    made = told_apart(model, inputs, inputs, [([5], [5, 6])], ("x",))
+        with_shared_prefix(model, inputs, inputs, [([5, 6], [5, 6])], ("x",))
+    made = with_shared_prefix(model, inputs, inputs, [([5], [5, 6])], ("x",))
     assert (int(made.answer), int(made.foil), made.shared) == (model.cfg.eos_token_ids[0], 6, (1,))
     alone = corrupted_by(model, inputs, blank(), [5])
     with pytest.raises(ValueError, match="without a foil can't be swapped"):
