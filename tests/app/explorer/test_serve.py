@@ -79,7 +79,7 @@ def test_the_token_opens_the_page_and_stays_out_of_its_address(address: str) -> 
 
 def test_tabs_have_states_of_their_own_and_one_model(address: str) -> None:
     pytest.importorskip("anywidget")
-    first, second = serving.tab(), serving.tab()
+    first, second = serving.explorer_of_new_tab(), serving.explorer_of_new_tab()
     first.ablate(head=(0, 5))
     assert first.views is second.views
     assert (first.answer["text"], second.answer["text"]) == ("triangle", "cross")
@@ -91,14 +91,14 @@ def test_the_page_is_the_explorer_and_nothing_else(address: str) -> None:
     from hones_lens.app.explorer.widget import Explorer
 
     (shown,), _ = app.run()
-    assert isinstance(shown, Explorer) and shown.views is serving.tab().views
+    assert isinstance(shown, Explorer) and shown.views is serving.explorer_of_new_tab().views
 
 
 def test_a_page_of_nothing_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("anywidget")
     monkeypatch.setattr(serving, "_served", [])
     with pytest.raises(RuntimeError, match="start this page with `hones explore`"):
-        serving.tab()
+        serving.explorer_of_new_tab()
 
 
 def test_what_is_not_given_is_of_the_shapes_world() -> None:
