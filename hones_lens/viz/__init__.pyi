@@ -26,12 +26,12 @@ from .registry import draw as draw
 from .schemes import PALETTE as PALETTE
 from .steering_plots import side_effect_bars as side_effect_bars, steering_bars as steering_bars
 from .text import (
+    join_words as join_words,
     level as level,
-    listed as listed,
+    nonbreaking as nonbreaking,
     number as number,
     percent as percent,
     span as span,
-    tied as tied,
 )
 from .theme import (
     BRIGHT as BRIGHT,

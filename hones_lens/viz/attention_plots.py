@@ -18,11 +18,11 @@ from hones_lens.analysis import SINK_RATIO, HeadAttention
 from hones_lens.model import Region
 from hones_lens.viz import theme
 from hones_lens.viz.image_plots import check_region, on_grey, region_of, veil
-from hones_lens.viz.text import number, tied
+from hones_lens.viz.text import nonbreaking, number
 from hones_lens.viz.theme import BRIGHT, GRID, MUTED, Plot, styled
 
-_ACROSS = 4  # maps side by side
-_FEW = 2  # maps side by side that fit into the width of one panel
+_MAPS_PER_LINE = 4  # maps side by side
+_MAPS_IN_ONE_PANEL = 2  # maps side by side that fit into the width of one panel
 
 
 @styled
@@ -50,7 +50,7 @@ def attention_over_image(
     Raises:
         ValueError: A value that is negative or not finite, or a region outside of the picture.
     """
-    values = _checked(heatmap)
+    values = _check_attention(heatmap)
     shown = check_region(region, image)
     rows, columns = values.shape
     width, height = image.size
@@ -65,13 +65,13 @@ def attention_over_image(
         tall = min(5.0, (theme.WIDTH - 0.8) * height / width + 0.2)
         figure, (axes,) = theme.new_plot(title, note, tall)
     limit = float(values.max()) or 1.0
-    _light(axes, image, values, shown, limit, smooth)
+    _draw_attention(axes, image, values, shown, limit, smooth)
     if not bare:
-        _scale(figure, [axes], limit, "attention")
+        _add_colorbar(figure, [axes], limit, "attention")
     return figure
 
 
-class _Map(NamedTuple):
+class _HeadMap(NamedTuple):
     """One head's attention over one picture."""
 
     picture: Image.Image
@@ -118,17 +118,17 @@ def attention_maps(
         raise ValueError(f"{len(given)} pictures for a row with {found.n_images} images")
     lines = []
     for image in range(found.n_images) if images is None else images:
-        maps = _maps(found, given, image, remove_sinks, times)
-        wide = -(-len(maps) // -(-len(maps) // _ACROSS))  # lines of about one length
+        maps = _head_maps(found, given, image, remove_sinks, times)
+        wide = -(-len(maps) // -(-len(maps) // _MAPS_PER_LINE))  # lines of about one length
         lines += [maps[i : i + wide] for i in range(0, len(maps), wide)]
-    panels = 1 if max(map(len, lines)) <= _FEW else 2
+    panels = 1 if max(map(len, lines)) <= _MAPS_IN_ONE_PANEL else 2
     across = max(map(len, lines))
     side = (panels * theme.WIDTH - 0.9) / across
     heights = [side * line[0].picture.height / line[0].picture.width for line in lines]
     note = _maps_note(lines, found, remove_sinks, times, one_scale)
     heading = title or f"Attention from {found.source}"
     tall = sum(heights) + len(lines) * (0.42 if remove_sinks is False else 0.55)
-    figure, axes = theme.new_plot(heading, tied(note), tall, panels=panels)
+    figure, axes = theme.new_plot(heading, nonbreaking(note), tall, panels=panels)
     for one in axes:
         one.remove()
     grid = figure.subplots(len(lines), across, squeeze=False, height_ratios=heights)
@@ -139,17 +139,17 @@ def attention_maps(
         for place, one in zip(row, line, strict=False):
             _draw(place, one, limit if one_scale else float(one.values.max()) or 1.0, smooth)
     label = "attention" if one_scale else "share of each map's brightest"
-    _scale(figure, list(grid.flat), limit if one_scale else 1.0, label, 16 * len(lines))
+    _add_colorbar(figure, list(grid.flat), limit if one_scale else 1.0, label, 16 * len(lines))
     return figure
 
 
-def _maps(
+def _head_maps(
     found: HeadAttention,
     pictures: Sequence[Image.Image],
     image: int,
     remove_sinks: bool | Tensor,
     times: float,
-) -> list[_Map]:
+) -> list[_HeadMap]:
     """Every head over one picture."""
     on_image = found.on_image(image)
     grid = tuple(on_image.shape[1:])
@@ -166,13 +166,13 @@ def _maps(
     out = []
     for name, values in zip(found.names, on_image, strict=True):
         total, lost = float(values.sum()), float(values[removed].sum())
-        left = _checked(values).masked_fill(removed, 0.0)
-        out.append(_Map(picture, region, name + several, left, total, removed, lost))
+        left = _check_attention(values).masked_fill(removed, 0.0)
+        out.append(_HeadMap(picture, region, name + several, left, total, removed, lost))
     return out
 
 
 def _maps_note(
-    lines: Sequence[Sequence[_Map]],
+    lines: Sequence[Sequence[_HeadMap]],
     found: HeadAttention,
     remove_sinks: bool | Tensor,
     times: float,
@@ -197,8 +197,8 @@ def _maps_note(
     return f"{note}Crossed out, and what lay there: {count} of {total:,} image tokens, sinks {why}."
 
 
-def _draw(axes: Axes, one: _Map, limit: float, smooth: bool) -> None:
-    _light(axes, one.picture, one.values, one.region, limit, smooth)
+def _draw(axes: Axes, one: _HeadMap, limit: float, smooth: bool) -> None:
+    _draw_attention(axes, one.picture, one.values, one.region, limit, smooth)
     if bool(one.removed.any()):
         rows, columns = one.values.shape
         left, top, right, bottom = one.region
@@ -227,14 +227,16 @@ def _draw(axes: Axes, one: _Map, limit: float, smooth: bool) -> None:
 # -- what both share -----------------------------------------------------------------------------------
 
 
-def _checked(heatmap: Tensor) -> Tensor:
+def _check_attention(heatmap: Tensor) -> Tensor:
     values = heatmap.detach().float().cpu()
     if not bool(torch.isfinite(values).all()) or float(values.min()) < 0:
         raise ValueError("attention must be finite and at least 0")
     return values
 
 
-def _light(axes: Axes, image: Image.Image, values: Tensor, region: Region, limit: float, smooth: bool) -> Any:
+def _draw_attention(
+    axes: Axes, image: Image.Image, values: Tensor, region: Region, limit: float, smooth: bool
+) -> Any:
     """The picture, darkened by values over its region, the brightest patch outlined, the rest veiled."""
     width, height = image.size
     left, top, right, bottom = region
@@ -260,7 +262,7 @@ def _light(axes: Axes, image: Image.Image, values: Tensor, region: Region, limit
     return over
 
 
-def _scale(figure: Plot, axes: list[Axes], limit: float, label: str, aspect: float = 16) -> None:
+def _add_colorbar(figure: Plot, axes: list[Axes], limit: float, label: str, aspect: float = 16) -> None:
     """The spotlight's scale, whatever the page's background."""
     shown = on_grey(Normalize(0, limit), theme.spotlight())
     bar = figure.colorbar(shown, ax=axes, fraction=0.045, pad=0.02, aspect=aspect, ticks=MaxNLocator(4))

@@ -19,13 +19,13 @@ from hones_lens.analysis import Cells, FoldedAttention
 from hones_lens.results import Labelled
 from hones_lens.viz import theme
 from hones_lens.viz.labelled_plots import labelled
-from hones_lens.viz.lens_plots import as_drawn
+from hones_lens.viz.lens_plots import shorten_token
 from hones_lens.viz.theme import FONT, GRID, INK, ON_ACCENT, Plot, styled
 
 _MOST_HEADS = 16
 _LONGEST = 24  # letters of a cell's name
 _SIZE, _TALL, _GAP, _PAD = 9.2, 17.0, 3.0, 3.5  # of text, of a cell, between and in cells [points]
-_STRONG = 0.55  # share of the largest value from which a cell is so dark that its text is light
+_LIGHT_TEXT_FROM = 0.55  # share of the largest value from which a cell is so dark that its text is light
 
 
 @styled
@@ -41,7 +41,7 @@ def cell_patterns(folded: FoldedAttention, title: str = "") -> Plot:
     """
     if len(folded.heads) > _MOST_HEADS:
         raise ValueError(f"{len(folded.heads)} heads can't be drawn at once: take at most {_MOST_HEADS}")
-    names = tuple(as_drawn(name, _LONGEST) for name in folded.cells.names)
+    names = tuple(shorten_token(name, _LONGEST) for name in folded.cells.names)
     result = Labelled(
         "attention",
         folded.pattern,
@@ -52,7 +52,7 @@ def cell_patterns(folded: FoldedAttention, title: str = "") -> Plot:
     return labelled(result, title=title or f"{folded.model_name}: attention between tokens", panels="head")
 
 
-class _Placed(NamedTuple):
+class _PlacedCell(NamedTuple):
     """A cell's name, and where it lies [points]."""
 
     name: str
@@ -77,9 +77,9 @@ def cell_values(
     Raises:
         ValueError: An unknown fold, another number of values, or values that are not finite.
     """
-    folded = cells.fold(checked(values, what), fold)
+    folded = cells.fold(check_finite(values, what), fold)
     limit = float(folded.abs().max()) or 1.0
-    placed = _laid(cells.names, 2 * theme.WIDTH * 72 - 90)
+    placed = _place_cells(cells.names, 2 * theme.WIDTH * 72 - 90)
     height = (placed[-1].line + 1) * (_TALL + _GAP)
     note = f"An image is the {fold} of its tokens."
     figure, axes = theme.new_plot(title or what, note, max(1.0, height / 72 + 0.2), panels=2)
@@ -88,7 +88,7 @@ def cell_values(
     place = figure.subplots()
     norm = Normalize(-limit, limit)
     for one, value in zip(placed, folded.tolist(), strict=True):
-        _draw(place, one, theme.diverging()(norm(value)), abs(value) > _STRONG * limit)
+        _draw(place, one, theme.diverging()(norm(value)), abs(value) > _LIGHT_TEXT_FROM * limit)
     place.set(xlim=(0, 2 * theme.WIDTH * 72 - 90), ylim=(max(height, 72), -_GAP))
     place.set_axis_off()
     scale = ScalarMappable(norm, theme.diverging())
@@ -96,11 +96,11 @@ def cell_values(
     bar = figure.colorbar(scale, ax=place, fraction=0.05, pad=0.02, aspect=8, ticks=ticks)
     bar.outline.set(edgecolor=GRID)
     if title:
-        bar.set_label(as_drawn(what, 40))
+        bar.set_label(shorten_token(what, 40))
     return figure
 
 
-def checked(values: Tensor, what: str) -> Tensor:
+def check_finite(values: Tensor, what: str) -> Tensor:
     """The values on the CPU.
 
     Raises:
@@ -112,20 +112,20 @@ def checked(values: Tensor, what: str) -> Tensor:
     return values
 
 
-def _laid(names: tuple[str, ...], across: float) -> list[_Placed]:
+def _place_cells(names: tuple[str, ...], across: float) -> list[_PlacedCell]:
     """Names in lines, as long as there is room."""
     font, left, line, out = FontProperties(family=FONT, size=_SIZE), 0.0, 0, []
     for name in names:
-        text = as_drawn(name, _LONGEST)
+        text = shorten_token(name, _LONGEST)
         width = text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] + 2 * _PAD
         if left and left + width > across:
             left, line = 0.0, line + 1
-        out.append(_Placed(text, left, line, width))
+        out.append(_PlacedCell(text, left, line, width))
         left += width + _GAP
     return out
 
 
-def _draw(axes: Axes, one: _Placed, colour: tuple[float, ...], strong: bool) -> None:
+def _draw(axes: Axes, one: _PlacedCell, colour: tuple[float, ...], strong: bool) -> None:
     top = one.line * (_TALL + _GAP)
     style = {"facecolor": colour, "edgecolor": GRID, "linewidth": 0.6, "gid": "cell"}
     axes.add_patch(Rectangle((one.left, top), one.width, _TALL, **style))

@@ -12,8 +12,8 @@ from matplotlib.path import Path
 
 from hones_lens.hones import HeadNeuronFlow
 from hones_lens.viz import theme
-from hones_lens.viz.lens_plots import as_drawn
-from hones_lens.viz.text import percent, tied
+from hones_lens.viz.lens_plots import shorten_token
+from hones_lens.viz.text import nonbreaking, percent
 from hones_lens.viz.theme import INK, MUTED, RANDOM, SERIES, SURFACE, Plot, styled
 
 _PLACES = (0.0, 1.0, 2.0)  # of the three columns
@@ -78,12 +78,12 @@ def head_neuron_token_flow(
     Raises:
         ValueError: Fewer than one of these, more tokens than the flow has, or nothing that flows.
     """
-    drawing = _laid_out(flow, heads, neurons, tokens)
+    drawing = _lay_out(flow, heads, neurons, tokens)
     tallest = max(len(column) for column in drawing.columns)
     heading = title or f"{flow.task}: from critical heads through task neurons to tokens"
     note = _note(flow, drawing, tokens)
     height = max(2.6, 2 * _LINE * (tallest - 1))
-    figure, axes = theme.new_plot(heading, tied(note), height, panels=2)
+    figure, axes = theme.new_plot(heading, nonbreaking(note), height, panels=2)
     for one in axes:
         one.remove()
     place = figure.subplots()
@@ -104,7 +104,7 @@ def flow_tooltips(
     flow: HeadNeuronFlow, *, heads: int = 8, neurons: int = 12, tokens: int = 2
 ) -> dict[str, list[str]]:
     """What each bar and link of the figure says when pointed at, for `theme.themed_svg`."""
-    drawing = _laid_out(flow, heads, neurons, tokens)
+    drawing = _lay_out(flow, heads, neurons, tokens)
     said = {
         name: [f"{node.name}: {_amount(node.size, drawing)}" for node in column]
         for name, column in zip(COLUMNS, drawing.columns, strict=True)
@@ -125,7 +125,7 @@ def _amount(size: float, drawing: _Drawing) -> str:
 # -- what is drawn where -------------------------------------------------------------------------------
 
 
-def _laid_out(flow: HeadNeuronFlow, heads: int, neurons: int, tokens: int) -> _Drawing:
+def _lay_out(flow: HeadNeuronFlow, heads: int, neurons: int, tokens: int) -> _Drawing:
     """The nodes with their sizes and places, and the links."""
     if min(heads, neurons, tokens) < 1:
         raise ValueError(f"draw at least one of each, not {heads} heads, {neurons} neurons, {tokens} tokens")
@@ -147,7 +147,7 @@ def _laid_out(flow: HeadNeuronFlow, heads: int, neurons: int, tokens: int) -> _D
             drawing.columns[stage][link.source].size += link.size if stage == 0 else 0.0
             drawing.columns[stage + 1][link.target].size += link.size
     for column in drawing.columns:
-        _stack(column, drawing.total)
+        _stack_nodes(column, drawing.total)
     return drawing
 
 
@@ -176,13 +176,13 @@ def _neuron_name(flow: HeadNeuronFlow, n: int) -> str:
 def _by_layer(flow: HeadNeuronFlow, shown: Sequence[int], links: Sequence[_Link]) -> list[int]:
     """The neurons by layer, in a layer those first whose heads stand first."""
     middle = {
-        n: _centre([(link.source, link.size) for link in links if link.target == n])
+        n: _weighted_mean([(link.source, link.size) for link in links if link.target == n])
         for n in range(len(shown))
     }
     return sorted(range(len(shown)), key=lambda n: (flow.neurons[shown[n]].layer, middle[n]))
 
 
-def _centre(weighted: Sequence[tuple[float, float]]) -> float:
+def _weighted_mean(weighted: Sequence[tuple[float, float]]) -> float:
     return sum(place * size for place, size in weighted) / sum(size for _, size in weighted)
 
 
@@ -196,13 +196,13 @@ def _tokens(
         whole = sum(one.logit for one in best)
         for one in best:
             into.setdefault(one.token, []).append((n, float(size) * one.logit / whole))
-    order = sorted(into, key=lambda token: _centre(into[token]))
-    nodes = [_Node(as_drawn(token, _LONGEST), MUTED) for token in order]
+    order = sorted(into, key=lambda token: _weighted_mean(into[token]))
+    nodes = [_Node(shorten_token(token, _LONGEST), MUTED) for token in order]
     links = [_Link(n, t, size) for t, token in enumerate(order) for n, size in into[token]]
     return nodes, sorted(links, key=lambda link: (link.source, link.target))
 
 
-def _stack(column: Sequence[_Node], total: float) -> None:
+def _stack_nodes(column: Sequence[_Node], total: float) -> None:
     """Half of the height for the nodes, half for equal gaps between them."""
     gap = total / (len(column) - 1) if len(column) > 1 else 0.0
     top = 0.0 if len(column) > 1 else total / 2

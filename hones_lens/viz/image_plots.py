@@ -20,12 +20,12 @@ from torch import Tensor
 from hones_lens.model import Region, VLMInputs
 from hones_lens.results import Labelled
 from hones_lens.viz import theme
-from hones_lens.viz.text import number, tied
+from hones_lens.viz.text import nonbreaking, number
 from hones_lens.viz.theme import GRID, SURFACE, Plot, styled
 
 SCALES = ("diverging", "sequential")
 _GRID_AXES = ("row", "column")
-_ACROSS = 4
+_MAPS_PER_LINE = 4
 _BACKING = 0.88  # grey under a scale of see-through colours, on light and dark pages alike
 ON_PALE = "#16191d"  # marks on pale pictures, whatever the page
 
@@ -81,7 +81,7 @@ def on_grey(norm: Normalize, colours: ListedColormap) -> ScalarMappable:
     return ScalarMappable(norm, ListedColormap(mixed))
 
 
-class _Layer(NamedTuple):
+class _ImageMap(NamedTuple):
     """What one small picture shows."""
 
     name: str
@@ -119,19 +119,22 @@ def on_image(
     if scale is not None and scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; valid: {', '.join(SCALES)}")
     region = region_of(inputs, row, image, picture)
-    result = values if isinstance(values, Labelled) else _unnamed(values, inputs)
+    result = values if isinstance(values, Labelled) else _as_labelled(values, inputs)
     layers = _layers(result, inputs, row, image)
     shown = torch.stack([layer.values for layer in layers])
     if not bool(torch.isfinite(shown).all()):
         raise ValueError(f"{result.what}: values that are not finite")
-    colours = _scale(shown, scale)
-    across = min(_ACROSS, len(layers))
+    colours = _colour_scale(shown, scale)
+    across = min(_MAPS_PER_LINE, len(layers))
     panels, down = (1 if across <= 2 else 2), -(-len(layers) // across)
     wide = (panels * theme.WIDTH - 0.9) / across
     tall = min(5.0, wide * picture.height / picture.width) + (0.25 if len(layers) > 1 else 0.1)
     heading = title or _heading(result)
     figure, axes = theme.new_plot(
-        heading, tied(_note(result, layers, region, picture, inputs, row)), down * tall, panels=panels
+        heading,
+        nonbreaking(_note(result, layers, region, picture, inputs, row)),
+        down * tall,
+        panels=panels,
     )
     for one in axes:
         one.remove()
@@ -144,7 +147,7 @@ def on_image(
     return figure
 
 
-def _add_bar(figure: Plot, axes: list[Axes], colours: _Scale, label: str) -> None:
+def _add_bar(figure: Plot, axes: list[Axes], colours: _ColourScale, label: str) -> None:
     """A colour bar beside the axes."""
     bar = figure.colorbar(
         on_grey(*colours), ax=axes, fraction=0.045, pad=0.02, aspect=18, ticks=MaxNLocator(5)
@@ -154,14 +157,14 @@ def _add_bar(figure: Plot, axes: list[Axes], colours: _Scale, label: str) -> Non
         bar.set_label(textwrap.fill(label, 40))
 
 
-def _unnamed(values: Tensor, inputs: VLMInputs) -> Labelled:
+def _as_labelled(values: Tensor, inputs: VLMInputs) -> Labelled:
     names = {1: ("position",), 2: _GRID_AXES}
     if values.ndim not in names:
         raise ValueError(f"values of {values.ndim} axes; give [pos], [token], [rows columns] or Labelled")
     return Labelled("values", values, names[values.ndim])
 
 
-def _layers(result: Labelled, inputs: VLMInputs, row: int, image: int) -> list[_Layer]:
+def _layers(result: Labelled, inputs: VLMInputs, row: int, image: int) -> list[_ImageMap]:
     """A map for each entry of the axis besides those of positions."""
     on = ("position",) if "position" in result.axes else _GRID_AXES
     others = [axis for axis in result.axes if axis not in on]
@@ -177,12 +180,14 @@ def _layers(result: Labelled, inputs: VLMInputs, row: int, image: int) -> list[_
         away = None
         if part.low is not None and part.high is not None:
             clear = ((part.low > 0) | (part.high < 0)).float()
-            away = _laid(clear, part.axes, inputs, row, image).bool()
-        found.append(_Layer(told, _laid(part.values.float(), part.axes, inputs, row, image), away))
+            away = _values_on_grid(clear, part.axes, inputs, row, image).bool()
+        found.append(
+            _ImageMap(told, _values_on_grid(part.values.float(), part.axes, inputs, row, image), away)
+        )
     return found
 
 
-def _laid(values: Tensor, axes: Sequence[str], inputs: VLMInputs, row: int, image: int) -> Tensor:
+def _values_on_grid(values: Tensor, axes: Sequence[str], inputs: VLMInputs, row: int, image: int) -> Tensor:
     """Values on the grid of the image."""
     if tuple(axes) == ("position",):
         return inputs.heatmap(values, row, image)
@@ -195,25 +200,25 @@ def _laid(values: Tensor, axes: Sequence[str], inputs: VLMInputs, row: int, imag
     return values
 
 
-class _Scale(NamedTuple):
+class _ColourScale(NamedTuple):
     """The colours of all maps."""
 
     norm: Normalize
     colours: ListedColormap
 
 
-def _scale(shown: Tensor, scale: str | None) -> _Scale:
+def _colour_scale(shown: Tensor, scale: str | None) -> _ColourScale:
     """The colours of all maps: diverging around 0, or from nothing upwards."""
     low, high = float(shown.min()), float(shown.max())
     if scale == "diverging" or (scale is None and low < 0):
         limit = max(abs(low), abs(high)) or 1.0
-        return _Scale(Normalize(-limit, limit), theme.diverging())
+        return _ColourScale(Normalize(-limit, limit), theme.diverging())
     start = low if scale == "sequential" else 0.0
     colours = theme.diverging()(np.linspace(0.5, 1, 256))
-    return _Scale(Normalize(start, high if high > start else start + 1.0), ListedColormap(colours))
+    return _ColourScale(Normalize(start, high if high > start else start + 1.0), ListedColormap(colours))
 
 
-def _draw(axes: Axes, picture: Image.Image, region: Region, layer: _Layer, scale: _Scale) -> None:
+def _draw(axes: Axes, picture: Image.Image, region: Region, layer: _ImageMap, scale: _ColourScale) -> None:
     """The picture in pale grey under the values; dots where the interval lies away from 0."""
     width, height = picture.size
     left, top, right, bottom = region
@@ -240,12 +245,12 @@ def _draw(axes: Axes, picture: Image.Image, region: Region, layer: _Layer, scale
 
 def _heading(result: Labelled) -> str:
     n = f" (n = {result.n:,})" if result.n else ""
-    return tied(result.what[:1].upper() + result.what[1:] + n)
+    return nonbreaking(result.what[:1].upper() + result.what[1:] + n)
 
 
 def _note(
     result: Labelled,
-    layers: Sequence[_Layer],
+    layers: Sequence[_ImageMap],
     region: Region,
     picture: Image.Image,
     inputs: VLMInputs,
@@ -259,12 +264,12 @@ def _note(
         parts.append("Dot: 95 % interval away from 0.")
     if region != (0, 0, *picture.size):
         parts.append("Veiled: cut off before the model sees it.")
-    parts += [_elsewhere(result, inputs, row)] if "position" in result.labels else []
+    parts += [_largest_in_text(result, inputs, row)] if "position" in result.labels else []
     parts += [f"{told.rstrip('.')}." for told in result.notes]
     return " ".join(part for part in parts if part)
 
 
-def _elsewhere(result: Labelled, inputs: VLMInputs, row: int) -> str:
+def _largest_in_text(result: Labelled, inputs: VLMInputs, row: int) -> str:
     """The largest value at a token of text, which the picture can't show."""
     off = (~inputs.image_mask[row]).nonzero()[:, 0].tolist()
     by_position = result.values.movedim(result.axes.index("position"), -1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hones_lens.results import Labelled, benjamini_hochberg
 from hones_lens.viz import theme
-from hones_lens.viz.text import number, tied
+from hones_lens.viz.text import nonbreaking, number
 from hones_lens.viz.theme import GRID, INK, MUTED, ON_ACCENT, SELECTED, SURFACE, Plot, styled
 
 _MOST_VALUES = (8, 16)  # columns and rows up to which a map has its numbers written in
@@ -27,7 +27,7 @@ _MOST_PANELS, _COLUMNS = 16, 4
 _WIDE = (24, 60)  # columns from which a single map is wider than one panel
 _MOST_TICKS = 48  # names on one axis; more of them are left out in between
 _ALPHA = 0.05
-_STRONG = 0.55  # share of the largest value from which a cell is so dark that its text is light
+_LIGHT_TEXT_FROM = 0.55  # share of the largest value from which a cell is so dark that its text is light
 
 
 def significant(result: Labelled) -> Tensor | None:
@@ -90,17 +90,17 @@ def _note(result: Labelled) -> str:
     elif result.low is not None and len(result.axes) > 1:
         parts.append("Dot: 95 % interval without 0.")
     elif result.low is not None:
-        parts.append(f"{'Band' if _numbered(result) else 'Black line'}: 95 % interval.")
+        parts.append(f"{'Band' if _has_numeric_axis(result) else 'Black line'}: 95 % interval.")
     note = " ".join([*parts, *(line.rstrip(".") + "." for line in result.notes)])
-    return tied(re.sub(r"(?<!\w)-(?=\d)", "−", note))
+    return nonbreaking(re.sub(r"(?<!\w)-(?=\d)", "−", note))
 
 
-def _numbered(result: Labelled) -> bool:
+def _has_numeric_axis(result: Labelled) -> bool:
     """The first axis has numbers for names, so that a curve can be drawn over it."""
     return all(isinstance(name, (int, float)) for name in result.names(result.axes[0]))
 
 
-def _unit(result: Labelled, title: str, width: int) -> str:
+def _value_label(result: Labelled, title: str, width: int) -> str:
     """What the values are, in lines, where the title does not say it."""
     return "" if title == result.what else textwrap.fill(result.what, width)
 
@@ -111,7 +111,7 @@ def _unit(result: Labelled, title: str, width: int) -> str:
 def _line(result: Labelled, title: str) -> Plot:
     (axis,), values = result.axes, result.values.double().numpy()
     names = result.names(axis)
-    numbers = _numbered(result)
+    numbers = _has_numeric_axis(result)
     figure, (axes,) = theme.new_plot(title, _note(result), 2.5 if numbers else 0.36 * len(names) + 0.7)
     ends = [None if end is None else end.double().numpy() for end in (result.low, result.high)]
     if numbers:
@@ -119,7 +119,7 @@ def _line(result: Labelled, title: str) -> Plot:
         axes.plot(names, values, color=SELECTED, marker="o", markersize=3.5, gid="curve")
         if ends[0] is not None and ends[1] is not None:
             axes.fill_between(names, ends[0], ends[1], color=SELECTED, alpha=0.2, linewidth=0, gid="interval")
-        axes.set(xlabel=axis, ylabel=_unit(result, title, 36))
+        axes.set(xlabel=axis, ylabel=_value_label(result, title, 36))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
         axes.grid(axis="y")
         return figure
@@ -131,7 +131,7 @@ def _line(result: Labelled, title: str) -> Plot:
     axes.set_yticks(y, [theme.drawable(str(name)) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.set(ylabel=axis, xlabel=_unit(result, title, 48))
+    axes.set(ylabel=axis, xlabel=_value_label(result, title, 48))
     axes.grid(axis="x")
     return figure
 
@@ -162,7 +162,7 @@ def _maps(parts: Sequence[Labelled], headings: Sequence[str], whole: Labelled, t
     assert bar.solids is not None
     bar.solids.set(rasterized=False, edgecolor="none", linewidth=0, gid=theme.CRISP)
     bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.set_label(_unit(whole, title, 30))
+    bar.set_label(_value_label(whole, title, 30))
     if not bool((whole.values < 0).any()):
         bar.ax.set_ylim(0, limit)
     return figure
@@ -184,7 +184,7 @@ def _map(axes: Axes, part: Labelled, limit: float, turned: bool) -> QuadMesh:
         _draw_dots(axes, values, marked, limit, (0.9, 0.2) if written else (0.5, 0.5))
     if written:
         for (row, column), value in np.ndenumerate(values.numpy()):
-            colour = ON_ACCENT if abs(value) > _STRONG * limit else INK
+            colour = ON_ACCENT if abs(value) > _LIGHT_TEXT_FROM * limit else INK
             style: dict[str, Any] = {"ha": "center", "va": "center", "size": 8.6, "color": colour}
             axes.text(column + 0.5, row + 0.54, "" if np.isnan(value) else number(value, 2), **style)
     axes.set(ylabel=part.axes[0], xlabel=part.axes[1])
@@ -200,7 +200,7 @@ def _map(axes: Axes, part: Labelled, limit: float, turned: bool) -> QuadMesh:
 def _draw_dots(axes: Axes, values: Tensor, marked: Tensor, limit: float, offset: tuple[float, float]) -> None:
     """A dot at (x, y) of `offset` in each marked cell."""
     rows, columns = (index.numpy() for index in torch.nonzero(marked, as_tuple=True))
-    strong = (values.abs()[marked] > _STRONG * limit).tolist()
+    strong = (values.abs()[marked] > _LIGHT_TEXT_FROM * limit).tolist()
     size = 9 if values.shape[1] <= 16 else 3
     colours = [ON_ACCENT if s else INK for s in strong]
     axes.scatter(columns + offset[0], rows + offset[1], s=size, c=colours, linewidths=0, zorder=3, gid="dots")

@@ -19,7 +19,7 @@ from hones_lens.model import Region
 from hones_lens.results import Labelled
 from hones_lens.viz import theme
 from hones_lens.viz.image_plots import ON_PALE, check_region, on_grey, veil
-from hones_lens.viz.text import number, tied
+from hones_lens.viz.text import nonbreaking, number
 from hones_lens.viz.theme import (
     GRID,
     INK,
@@ -34,7 +34,7 @@ from hones_lens.viz.theme import (
     styled,
 )
 
-_STRONG = 0.55  # probability from which a cell is so dark that its text is light
+_LIGHT_TEXT_FROM = 0.55  # probability from which a cell is so dark that its text is light
 _NARROW = 5  # tokens a layer that fit into the width of one panel
 _TOKEN = 7.6  # points
 _ACROSS = (3, 5)  # small maps side by side, in the width of one panel; five where there are many
@@ -47,7 +47,7 @@ def _panels(
     title: str, note: str, height: float, shape: tuple[int, int], panels: int = 1
 ) -> tuple[Plot, np.ndarray]:
     """An empty figure, as wide as so many panels, with axes [rows, columns]."""
-    figure, axes = theme.new_plot(title, tied(note), height, panels=panels)
+    figure, axes = theme.new_plot(title, nonbreaking(note), height, panels=panels)
     for one in axes:
         one.remove()
     return figure, figure.subplots(*shape, squeeze=False)
@@ -56,7 +56,7 @@ def _panels(
 # -- logit lens ----------------------------------------------------------------------------------------
 
 
-def as_drawn(token: str, longest: int) -> str:
+def shorten_token(token: str, longest: int) -> str:
     """A token with what can't be seen or drawn written as escapes, cut to a length."""
     text = theme.drawable(token)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
@@ -82,7 +82,7 @@ def lens_grid(lens: LogitLens, place: int = 0, *, k: int = _NARROW, title: str =
     k = min(k, one.ids.shape[-1])
     shares, tokens, n_layers = one.probabilities[0, :, :k].numpy(), one.tokens[0], len(one.layers)
     where = one.places[0]
-    at = as_drawn(where.token, 24)
+    at = shorten_token(where.token, 24)
     note = f"{lens.model_name}. Shade and small figures: probability by the logit lens after each layer."
     heading = title or f"Logit lens: position {where.position} of row {where.row}, {at}"
     panels = 1 if k <= _NARROW else 2
@@ -92,8 +92,8 @@ def lens_grid(lens: LogitLens, place: int = 0, *, k: int = _NARROW, title: str =
     for layer in range(n_layers):
         for rank in range(k):
             share = float(shares[layer, rank])
-            ink = ON_ACCENT if share > _STRONG else INK
-            text = as_drawn(tokens[layer][rank], longest)
+            ink = ON_ACCENT if share > _LIGHT_TEXT_FROM else INK
+            text = shorten_token(tokens[layer][rank], longest)
             style = {"va": "center", "color": ink}
             axes.text(rank + 0.06, layer + 0.42, text, size=_TOKEN, gid="token", **style)
             axes.text(rank + 0.94, layer + 0.78, number(share, 2), size=5.2, ha="right", **style)
@@ -155,7 +155,7 @@ def image_lens(
     note = f"{rows} × {columns} image tokens; each layer's strongest is outlined. One scale for all layers."
     if where != (0, 0, *image.size):
         note += " Veiled: cut off before the model sees it."
-    figure, axes = _panels(title or _sentence(result.what), note, height, (down, across))
+    figure, axes = _panels(title or _capitalised(result.what), note, height, (down, across))
     for one in axes.flat:
         one.set_axis_off()
     first, *rest = axes.flat
@@ -222,23 +222,23 @@ def direct_bars(result: Labelled, k: int = 20, title: str = "") -> Plot:
     """
     if result.axes == ("layer",):
         names = [str(name) for name in result.names("layer")]
-        return _columns(result, names, {"attention and MLP": slice(0, None)}, title)
+        return _layer_bars(result, names, {"attention and MLP": slice(0, None)}, title)
     if result.axes == ("component",):
         names = ["embed", *map(str, range((result.shape[0] - 1) // 2))]
-        return _columns(result, names, {"attention": slice(1, None, 2), "MLP": slice(2, None, 2)}, title)
+        return _layer_bars(result, names, {"attention": slice(1, None, 2), "MLP": slice(2, None, 2)}, title)
     if len(result.axes) == 2 and result.axes[0] == "layer" and result.axes[1] in ("head", "neuron"):
-        return _largest(result, k, title)
+        return _largest_bars(result, k, title)
     raise ValueError(
         f"a result by layer, component, head or neuron is needed, not one by {', '.join(result.axes)}: "
         "take mean=True or select(row=…)"
     )
 
 
-def _sentence(text: str) -> str:
+def _capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _ends(result: Labelled) -> Tensor | None:
+def _error_bars(result: Labelled) -> Tensor | None:
     """How far the intervals reach below and above the values, [2 …]."""
     if result.low is None or result.high is None:
         return None
@@ -248,14 +248,14 @@ def _ends(result: Labelled) -> Tensor | None:
 def _note(result: Labelled) -> str:
     many = f"n = {result.n:,}. " if result.n else ""
     interval = "Whiskers: 95 % bootstrap interval. " if result.low is not None else ""
-    return tied(f"{many}{interval}{' '.join(result.notes)}")
+    return nonbreaking(f"{many}{interval}{' '.join(result.notes)}")
 
 
-def _columns(result: Labelled, names: Sequence[str], parts: dict[str, slice], title: str) -> Plot:
+def _layer_bars(result: Labelled, names: Sequence[str], parts: dict[str, slice], title: str) -> Plot:
     """Upright bars from the embedding upwards, several parts of a layer side by side."""
-    values, ends, n_places = result.values.numpy(), _ends(result), len(names)
+    values, ends, n_places = result.values.numpy(), _error_bars(result), len(names)
     several = len(parts) > 1
-    figure, (axes,) = theme.new_plot(title or _sentence(result.what), _note(result), 2.75, legend=several)
+    figure, (axes,) = theme.new_plot(title or _capitalised(result.what), _note(result), 2.75, legend=several)
     handles = []
     for i, (part, colour) in enumerate(zip(parts, SERIES, strict=False)):
         chosen = np.arange(len(values))[parts[part]]
@@ -273,7 +273,7 @@ def _columns(result: Labelled, names: Sequence[str], parts: dict[str, slice], ti
     shown = [0, *range(1, n_places, step)]
     axes.set_xticks(shown, labels=[names[i] for i in shown])
     axes.tick_params(axis="x", length=0)
-    axes.set(xlabel="layer", ylabel=_unit(result), xlim=(-0.6, n_places - 0.4))
+    axes.set(xlabel="layer", ylabel=_value_label(result), xlim=(-0.6, n_places - 0.4))
     axes.grid(axis="y")
     return figure
 
@@ -284,7 +284,7 @@ def _whiskers(axes: Axes, x: np.ndarray, values: np.ndarray, ends: Tensor | None
         axes.errorbar(x, values[at], yerr=ends.numpy()[:, at], **style)
 
 
-def _largest(result: Labelled, k: int, title: str) -> Plot:
+def _largest_bars(result: Labelled, k: int, title: str) -> Plot:
     """Lying bars of the k values of largest size, the largest on top."""
     flat = result.values.flatten()
     order = flat.abs().argsort(descending=True, stable=True)[:k]
@@ -292,23 +292,25 @@ def _largest(result: Labelled, k: int, title: str) -> Plot:
     kind = result.axes[1]
     names = [f"{layer}.{unit}" for layer, unit in zip(layers, units, strict=True)]
     note = f"The {len(names)} largest of {flat.numel():,} {kind}s (layer.{kind}). {_note(result)}"
-    figure, (axes,) = theme.new_plot(title or _sentence(result.what), tied(note), 0.6 + 0.21 * len(names))
+    figure, (axes,) = theme.new_plot(
+        title or _capitalised(result.what), nonbreaking(note), 0.6 + 0.21 * len(names)
+    )
     values = flat[order].numpy()
     places = np.arange(len(names))
     axes.barh(places, values, 0.7, color=[SELECTED if v >= 0 else NEGATIVE for v in values], gid=kind)
-    if (ends := _ends(result)) is not None:
+    if (ends := _error_bars(result)) is not None:
         style = {"color": INK, "elinewidth": 1.1, "capsize": 2, "linestyle": "none"}
         axes.errorbar(values, places, xerr=ends.flatten(1)[:, order].numpy(), **style)
     axes.axvline(0, color=MUTED, linewidth=0.9)
     axes.set_yticks(places, labels=names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
-    axes.set(xlabel=_unit(result), ylabel=kind)
+    axes.set(xlabel=_value_label(result), ylabel=kind)
     axes.grid(axis="x")
     return figure
 
 
-def _unit(result: Labelled) -> str:
+def _value_label(result: Labelled) -> str:
     return result.what.split(" by each")[0]
 
 
@@ -329,7 +331,9 @@ def knockout_curves(result: Labelled, title: str = "") -> Plot:
     if result.axes != ("layer", "edge"):
         raise ValueError(f"a result with the axes layer, edge is needed, not {', '.join(result.axes)}")
     bands = ["bands: 95 % bootstrap interval"] if result.low is not None else []
-    note = tied(f"{'; '.join([f'n = {result.n}', *bands, *(told.rstrip('.') for told in result.notes)])}.")
+    note = nonbreaking(
+        f"{'; '.join([f'n = {result.n}', *bands, *(told.rstrip('.') for told in result.notes)])}."
+    )
     measure = result.what.split(" when ")[0]
     figure, (axes,) = theme.new_plot(title or "Attention knockout: source → target", note, 3.1)
     layers = np.array(result.names("layer"))

@@ -13,13 +13,13 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from hones_lens.hones import MEASURES, MaskingResult, Measured, measured
 from hones_lens.results import Interval
 from hones_lens.viz import theme
-from hones_lens.viz.text import level, listed, number, percent
+from hones_lens.viz.text import join_words, level, number, percent
 from hones_lens.viz.theme import INK, MUTED, NEGATIVE, RANDOM, SELECTED, Plot, styled
 
 DOTS = {"s": 9, "alpha": 0.5, "linewidths": 0}  # one random set each
 
 
-def _sample(results: Sequence[MaskingResult]) -> str:
+def _sample_note(results: Sequence[MaskingResult]) -> str:
     """n, interval and random sets in words."""
     ns = sorted({r.metric_interval.n for r in results})
     n = f"{ns[0]:,}" if len(ns) == 1 else f"{ns[0]:,}–{ns[-1]:,}"
@@ -32,7 +32,7 @@ def _sample(results: Sequence[MaskingResult]) -> str:
     return f"{text} Random: {sets} sets with as many neurons in each layer."
 
 
-def whiskers_of(drop: float, interval: Interval) -> list[list[float]]:
+def error_bar_lengths(drop: float, interval: Interval) -> list[list[float]]:
     """How far the interval reaches below and above the drop, as matplotlib's error bars want it."""
     return [[max(0.0, drop - interval.low)], [max(0.0, interval.high - drop)]]
 
@@ -52,8 +52,8 @@ def masking_curve(results: Sequence[MaskingResult], measures: Sequence[str] = ME
         raise ValueError("no masking results to draw")
     results = sorted(results, key=lambda r: r.ratio)
     shown = [measured(results[0], measure).short for measure in measures]
-    title = f"{results[0].task}: {listed(shown)} with neurons masked"
-    note = f"Neurons selected by {results[0].method.replace('_', ' ')}. {_sample(results)}"
+    title = f"{results[0].task}: {join_words(shown)} with neurons masked"
+    note = f"Neurons selected by {results[0].method.replace('_', ' ')}. {_sample_note(results)}"
     figure, panels = theme.new_plot(title, note, 2.75, panels=len(measures), legend=True)
     for axes, measure in zip(panels, measures, strict=True):
         _curve_panel(axes, results, [measured(result, measure) for result in results])
@@ -73,7 +73,7 @@ def _curve_panel(axes: Axes, results: Sequence[MaskingResult], values: Sequence[
         axes.plot(shares, [m.random_mean for m in values], color=RANDOM, marker="_", label="random sets")
         dots = [(share, value) for share, m in zip(shares, values, strict=True) for value in m.controls]
         axes.scatter(*zip(*dots, strict=True), s=9, color=RANDOM, alpha=0.45, linewidths=0, gid="controls")
-    whiskers = np.hstack([whiskers_of(m.drop, m.interval)[::-1] for m in values])
+    whiskers = np.hstack([error_bar_lengths(m.drop, m.interval)[::-1] for m in values])
     masked = [m.masked for m in values]
     style = {"color": SELECTED, "marker": "o", "markersize": 4.5, "capsize": 2.5, "elinewidth": 1.2}
     axes.errorbar(shares, masked, yerr=whiskers, label="selected neurons", zorder=4, **style)
@@ -91,13 +91,13 @@ def _curve_panel(axes: Axes, results: Sequence[MaskingResult], values: Sequence[
 def masking_bars(result: MaskingResult, measures: Sequence[str] = MEASURES) -> Plot:
     """Nothing masked, the selected neurons masked, random sets masked (mean, each, and their range)."""
     title = f"{result.task}: {result.n_neurons:,} neurons masked ({percent(result.ratio)})"
-    figure, panels = theme.new_plot(title, _sample([result]), 2.6, panels=len(measures))
+    figure, panels = theme.new_plot(title, _sample_note([result]), 2.6, panels=len(measures))
     for axes, measure in zip(panels, measures, strict=True):
         m = measured(result, measure)
         heights = [m.baseline, m.masked] + ([m.random_mean] if m.controls else [])
         names = ["nothing\nmasked", "selected\nneurons", f"{len(m.controls)} random\nsets"][: len(heights)]
         bars = axes.bar(names, heights, 0.62, color=[INK, SELECTED, RANDOM][: len(heights)])
-        whiskers = whiskers_of(m.drop, m.interval)[::-1]
+        whiskers = error_bar_lengths(m.drop, m.interval)[::-1]
         axes.errorbar([1], [m.masked], yerr=whiskers, color=MUTED, capsize=4, linestyle="none")
         if m.controls:
             axes.scatter([2] * len(m.controls), m.controls, color=INK, **DOTS, gid="controls")
@@ -134,7 +134,7 @@ def draw_rows(axes: Axes, rows: Sequence[DropRow]) -> None:
     for place, (_, drop, interval, random) in zip(places, rows, strict=True):
         if interval:
             style = {"color": INK, "elinewidth": 1.2, "capsize": 3, "linestyle": "none"}
-            axes.errorbar([drop], [place], xerr=whiskers_of(drop, interval), **style)
+            axes.errorbar([drop], [place], xerr=error_bar_lengths(drop, interval), **style)
         if random:
             y = place + 0.42
             axes.hlines(y, min(random), max(random), color=RANDOM, linewidth=1.6, gid=f"range-{place}")
@@ -203,7 +203,7 @@ def ranking_bars(results: Mapping[str, MaskingResult], measure: str = "metric") 
     sizes = sorted({result.n_neurons for result in results.values()})
     title = f"{first.task}: drop of {found[order[0]].short} by ranking"
     size = " / ".join(f"{s:,}" for s in sizes)
-    note = f"The best {size} neurons of each. {_sample(list(results.values()))}"
+    note = f"The best {size} neurons of each. {_sample_note(list(results.values()))}"
     figure, (axes,) = theme.new_plot(title, note, 0.75 + 0.36 * len(rows))
     draw_rows(axes, rows)
     axes.set_xlabel(f"drop of {found[order[0]].short}{' (nats)' if found[order[0]].unit else ''}")

@@ -23,7 +23,7 @@ def overlap_sizes(overlap: Overlap) -> Plot:
     """How many neurons each group has, beside the mean for random sets."""
     sizes = {name: len(neurons) for name, neurons in overlap.groups.items()}
     chance = chance_sizes(overlap)
-    note = f"{_selected(overlap)} Line: mean if each task's neurons were random, as many in each layer."
+    note = f"{_selected_note(overlap)} Line: mean if each task's neurons were random, as many in each layer."
     figure, (axes,) = theme.new_plot("Neurons by how many tasks share them", note, 0.75 + 0.36 * len(sizes))
     labels = [f"{size}  (chance {chance[name]:.1f})" for name, size in sizes.items()]
     _count_bars(axes, list(sizes), list(sizes.values()), list(chance.values()), labels)
@@ -37,8 +37,10 @@ def overlap_shared(overlap: Overlap) -> Plot:
     if len(overlap.tasks) > 2:
         names[-1] = f"all {len(overlap.tasks)} tasks"
     labels = [f"{each.count}  (p = {each.p:.2g})" for each in overlap.shared]
-    note = f"{_selected(overlap)} Line: mean for random sets with as many neurons in each layer; p: share of "
-    note += f"{overlap.draws:,} such sets that share at least as many."
+    note = (
+        f"{_selected_note(overlap)} Line: mean for random sets with as many neurons in each layer; p: share "
+    )
+    note += f"of {overlap.draws:,} such sets that share at least as many."
     figure, (axes,) = theme.new_plot("Neurons that tasks share", note, 0.75 + 0.36 * len(names))
     counts, expected = ([getattr(each, what) for each in overlap.shared] for what in ("count", "expected"))
     _count_bars(axes, names, counts, expected, labels)
@@ -62,7 +64,7 @@ def overlap_figure(overlap: Overlap, what: str = "sizes") -> Plot:
     return known[what](overlap)
 
 
-def _selected(overlap: Overlap) -> str:
+def _selected_note(overlap: Overlap) -> str:
     sizes = ", ".join(f"{task} {len(neurons):,}" for task, neurons in overlap.selected.items())
     return f"Selected of {overlap.n_layers * overlap.d_mlp:,} neurons: {sizes}."
 
@@ -99,7 +101,7 @@ def overlap_layers(overlap: Overlap) -> Plot:
     alone = list(frame.columns[:n])
     curves = {_SPECIFIC: frame[alone].sum(axis=1), **{name: frame[name] for name in frame.columns[n:]}}
     total = len(overlap.owners)
-    note = f"{total:,} neurons that at least one task selected. {_selected(overlap)}"
+    note = f"{total:,} neurons that at least one task selected. {_selected_note(overlap)}"
     figure, (axes,) = theme.new_plot("Shared neurons by layer", note, 2.4, legend=True)
     handles = []
     for i, (name, values) in enumerate(curves.items()):
@@ -168,10 +170,8 @@ def _groups_note(by_task: dict[str, list[MaskingResult]], shown: Sequence[str], 
     n = ", ".join(f"{count:,} ({r.task})" for count, r in zip(ns, firsts, strict=True))
     n = f"{ns[0]:,}" if len(set(ns)) == 1 else n
     draws = sorted({len(r.controls) for r in firsts})
-    text = (
-        f"n = {n} held-out examples. Whiskers: {level(firsts[0].metric_interval)} bootstrap interval. Grey: "
-    )
-    text += f"{'/'.join(map(str, draws))} random sets for each group, as many neurons in each layer."
+    text = f"n = {n} held-out examples. Whiskers: {level(firsts[0].metric_interval)} bootstrap interval. "
+    text += f"Grey: {'/'.join(map(str, draws))} random sets for each group, as many neurons in each layer."
     if len(firsts) == 1:
         m = measured(firsts[0], measure)
         text += f" Nothing masked: {m.short} {number(m.baseline)}{m.unit}."

@@ -17,7 +17,7 @@ from hones_lens.hones import HeadScores, NeuronScores
 from hones_lens.viz import theme
 from hones_lens.viz.attention_plots import attention_over_image
 from hones_lens.viz.masking_plots import kinds_bars, masking_bars, masking_curve, ranking_bars
-from hones_lens.viz.text import number, tied
+from hones_lens.viz.text import nonbreaking, number
 from hones_lens.viz.theme import GRID, INK, ON_ACCENT, RANDOM, SURFACE, Plot, styled
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _MOST_VALUES = (8, 12)  # heads and layers up to which a map has its numbers written in
-_STRONG = 0.55  # share of the largest score from which a cell is so dark that its text is light
+_LIGHT_TEXT_FROM = 0.55  # share of the largest score from which a cell is so dark that its text is light
 
 
 @styled
@@ -81,13 +81,13 @@ def _heads_note(heads: HeadScores) -> str:
     if n == 1:
         return f"{note}n = 1 example."
     if heads.score_ends is None:
-        return tied(f"{note}n = {n:,} examples.")
+        return nonbreaking(f"{note}n = {n:,} examples.")
     halves = (heads.score_ends[..., 1] - heads.score_ends[..., 0]) / 2
     shown = [float(halves[layer, head]) for layer, head, _ in heads.top()]
     half = f"of a head, median: ± {number(float(halves.nanmedian()))}"
     if shown:
         half = f"of the critical heads: ± {number(min(shown))} to ± {number(max(shown))}"
-    return tied(f"{note}n = {n:,} examples; 95 % interval {half}.")
+    return nonbreaking(f"{note}n = {n:,} examples; 95 % interval {half}.")
 
 
 def _draw_dots(axes: Axes, heads: HeadScores, limit: float, offset: tuple[float, float]) -> None:
@@ -96,7 +96,7 @@ def _draw_dots(axes: Axes, heads: HeadScores, limit: float, offset: tuple[float,
     for place in heads.discoveries or ():
         marked[place] = True
     layers, columns = (index.numpy() for index in torch.nonzero(marked, as_tuple=True))
-    strong = heads.scores.abs()[marked].numpy() > _STRONG * limit
+    strong = heads.scores.abs()[marked].numpy() > _LIGHT_TEXT_FROM * limit
     colours = [ON_ACCENT if s else INK for s in strong]
     size = 9 if heads.scores.shape[1] <= 16 else 3
     axes.scatter(columns + offset[0], layers + offset[1], s=size, c=colours, linewidths=0, zorder=3)
@@ -104,7 +104,7 @@ def _draw_dots(axes: Axes, heads: HeadScores, limit: float, offset: tuple[float,
 
 def _write_values(axes: Axes, scores: Tensor, limit: float) -> None:
     for (layer, head), score in np.ndenumerate(scores.numpy()):
-        colour = ON_ACCENT if abs(score) > _STRONG * limit else INK
+        colour = ON_ACCENT if abs(score) > _LIGHT_TEXT_FROM * limit else INK
         text = "" if np.isnan(score) else number(float(score), 2)
         axes.text(head + 0.5, layer + 0.54, text, ha="center", va="center", size=8.6, color=colour)
 

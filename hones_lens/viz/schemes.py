@@ -28,7 +28,7 @@ PALETTE = {
     "on-accent": ("#fffffe", "#10141a"),
 }
 SCHEMES = ("light", "dark")
-_SAME = 1e-4  # colours closer than that, of 1, are the same; the palette's own lie further apart
+_TOLERANCE = 1e-4  # colours closer than that, of 1, are the same; the palette's own lie further apart
 _LIGHT, _DARK = (np.array([to_rgb(pair[i]) for pair in PALETTE.values()]) for i in (0, 1))
 
 
@@ -43,12 +43,12 @@ def check_scheme(scheme: str) -> int:
     return SCHEMES.index(scheme)
 
 
-def variables(scheme: int) -> str:
+def palette_css(scheme: int) -> str:
     """The palette as CSS variables: 0 light, 1 dark."""
     return " ".join(f"--{name}: {pair[scheme]};" for name, pair in PALETTE.items())
 
 
-def following(selector: str, light: str, dark: str) -> str:
+def scheme_css(selector: str, light: str, dark: str) -> str:
     """CSS rules that follow the scheme of the page, or of Jupyter, marimo, Colab and VS Code.
 
     Args:
@@ -71,7 +71,7 @@ def following(selector: str, light: str, dark: str) -> str:
     return "\n".join([f"{selector} {{ {light} }}", scheme, *rules])
 
 
-def following_svg(svg: str) -> str:
+def scheme_following_svg(svg: str) -> str:
     """The text of an SVG file whose colours follow its reader; programs that know no CSS see it light."""
     rules = [
         f'[style*="{what}: {light}"] {{ {what}: {dark} !important }}'
@@ -93,25 +93,25 @@ def dark_svg(svg: str) -> str:
 # -- PNG in the dark colours -----------------------------------------------------------------------------
 
 
-def darkened(colours: np.ndarray) -> np.ndarray:
+def dark_colours(colours: np.ndarray) -> np.ndarray:
     """RGBA rows with the palette's colours in their dark counterparts, opacity kept."""
     changed = np.array(colours, dtype=float, copy=True)
     if changed.size:
         far = np.abs(changed[:, None, :3] - _LIGHT).max(-1)
-        found = far.min(-1) < _SAME
+        found = far.min(-1) < _TOLERANCE
         changed[found, :3] = _DARK[far[found].argmin(-1)]
     return changed
 
 
-def _one(colour: Any) -> Any:
-    return tuple(darkened(np.array([to_rgba(colour)]))[0].tolist())
+def _dark_colour(colour: Any) -> Any:
+    return tuple(dark_colours(np.array([to_rgba(colour)]))[0].tolist())
 
 
 class _DarkContext(GraphicsContextBase):
     """Lines and text."""
 
     def set_foreground(self, fg: Any, isRGBA: bool = False) -> None:
-        super().set_foreground(_one(fg), isRGBA=True)
+        super().set_foreground(_dark_colour(fg), isRGBA=True)
 
 
 class _DarkRenderer(RendererAgg):
@@ -120,7 +120,11 @@ class _DarkRenderer(RendererAgg):
     def __init__(self, width: float, height: float, dpi: float):
         super().__init__(width, height, dpi)
         # The base class binds these three to its compiled renderer, as attributes.
-        self._of_base: tuple[Any, ...] = (self.draw_markers, self.draw_path_collection, self.draw_quad_mesh)
+        self._base_methods: tuple[Any, ...] = (
+            self.draw_markers,
+            self.draw_path_collection,
+            self.draw_quad_mesh,
+        )
         self.draw_markers, self.draw_path_collection = self._markers, self._path_collection
         self.draw_quad_mesh = self._quad_mesh
 
@@ -128,26 +132,26 @@ class _DarkRenderer(RendererAgg):
         return _DarkContext()
 
     def draw_path(self, gc: Any, path: Any, transform: Any, rgbFace: Any = None) -> None:
-        super().draw_path(gc, path, transform, None if rgbFace is None else _one(rgbFace))
+        super().draw_path(gc, path, transform, None if rgbFace is None else _dark_colour(rgbFace))
 
     def _markers(
         self, gc: Any, marker_path: Any, marker_trans: Any, path: Any, trans: Any, rgbFace: Any = None
     ) -> None:
-        face = None if rgbFace is None else _one(rgbFace)
-        self._of_base[0](gc, marker_path, marker_trans, path, trans, face)
+        face = None if rgbFace is None else _dark_colour(rgbFace)
+        self._base_methods[0](gc, marker_path, marker_trans, path, trans, face)
 
     def _path_collection(self, *given: Any, **named: Any) -> None:
         """Faces and edges are the seventh and eighth argument."""
-        self._of_base[1](*given[:6], *_recoloured(given[6:8]), *given[8:], **named)
+        self._base_methods[1](*given[:6], *_dark_arrays(given[6:8]), *given[8:], **named)
 
     def _quad_mesh(self, *given: Any, **named: Any) -> None:
         """Faces are the eighth argument, edges the tenth."""
-        (faces,), (edges,) = _recoloured(given[7:8]), _recoloured(given[9:10])
-        self._of_base[2](*given[:7], faces, given[8], edges, *given[10:], **named)
+        (faces,), (edges,) = _dark_arrays(given[7:8]), _dark_arrays(given[9:10])
+        self._base_methods[2](*given[:7], faces, given[8], edges, *given[10:], **named)
 
 
-def _recoloured(arrays: Sequence[Any]) -> list[np.ndarray]:
-    return [darkened(np.asarray(array).reshape(-1, 4)) for array in arrays]
+def _dark_arrays(arrays: Sequence[Any]) -> list[np.ndarray]:
+    return [dark_colours(np.asarray(array).reshape(-1, 4)) for array in arrays]
 
 
 class DarkCanvas(FigureCanvasAgg):

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from hones_lens.hones import MEASURES, SideEffect, SideEffects, SteeringTable
 from hones_lens.results import Interval
 from hones_lens.viz import theme
-from hones_lens.viz.masking_plots import DOTS, whiskers_of
+from hones_lens.viz.masking_plots import DOTS, error_bar_lengths
 from hones_lens.viz.text import level, number
 from hones_lens.viz.theme import GRID, INK, MUTED, NEGATIVE, RANDOM, SELECTED, Plot, styled
 
@@ -91,7 +91,7 @@ def _draw_gains(axes: Axes, rows: Sequence[GainRow]) -> None:
     for place, row in zip(places, rows, strict=True):
         if row.interval:
             style = {"color": INK, "elinewidth": 1.2, "capsize": 3, "linestyle": "none"}
-            axes.errorbar([row.gain], [place], xerr=whiskers_of(row.gain, row.interval), **style)
+            axes.errorbar([row.gain], [place], xerr=error_bar_lengths(row.gain, row.interval), **style)
         if row.draws:
             axes.scatter(row.draws, [place] * len(row.draws), color=INK, **DOTS, gid=f"draws-{place}")
     axes.axvline(0, color=MUTED, linewidth=0.9)
@@ -151,4 +151,4 @@ def _draw_effects(axes: Axes, cells: Sequence[SideEffect], start: float) -> None
         inside = colour if cell.task == cell.scales_of else "none"
         axes.barh([start + j], [gain.value], 0.78, facecolor=inside, edgecolor=colour, linewidth=1.3)
         style = {"color": INK, "elinewidth": 1.1, "capsize": 2.2, "linestyle": "none"}
-        axes.errorbar([gain.value], [start + j], xerr=whiskers_of(gain.value, gain), **style)
+        axes.errorbar([gain.value], [start + j], xerr=error_bar_lengths(gain.value, gain), **style)

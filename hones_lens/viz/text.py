@@ -25,7 +25,7 @@ def percent(ratio: float) -> str:
     return f"{value:.0f} %" if value >= 9.95 else f"{value:.2g} %"
 
 
-def tied(text: str) -> str:
+def nonbreaking(text: str) -> str:
     """The text with spaces that no line breaks at in `95 %` and `n = 200`."""
     return re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?==)|(?<=\bn =) ", "\N{NO-BREAK SPACE}", text)
 
@@ -40,6 +40,6 @@ def level(interval: Interval) -> str:
     return f"{100 * interval.level:g} %"
 
 
-def listed(parts: Sequence[str]) -> str:
+def join_words(parts: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

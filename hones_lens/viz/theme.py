@@ -34,9 +34,9 @@ from hones_lens.viz.schemes import (
     DarkCanvas,
     check_scheme,
     dark_svg,
-    following,
-    following_svg,
-    variables,
+    palette_css,
+    scheme_css,
+    scheme_following_svg,
 )
 
 INK, MUTED, GRID, SURFACE = (PALETTE[name][0] for name in ("ink", "muted", "grid", "surface"))
@@ -153,7 +153,7 @@ class Plot(Figure):
             return buffer.getvalue()
         svg = buffer.getvalue().decode().replace(f"'{FONT}'", f"'{FONT}', sans-serif")
         svg = svg.replace(f'id="{CRISP}"', f'id="{CRISP}" shape-rendering="crispEdges"')
-        recoloured = {None: following_svg, "light": str, "dark": dark_svg}[scheme]
+        recoloured = {None: scheme_following_svg, "light": str, "dark": dark_svg}[scheme]
         return recoloured(svg).encode()
 
     def _dark_png(self) -> bytes:
@@ -172,7 +172,7 @@ class Plot(Figure):
         """Both pictures, of which the page's scheme chooses; where styles are taken out, the light one."""
         light, dark = (base64.b64encode(self._data("png", scheme)).decode() for scheme in SCHEMES)
         name = f"hones-figure-{uuid.uuid4().hex[:12]}"
-        style = following(
+        style = scheme_css(
             f"#{name}",
             "--seen: visible; background: none;",
             "--seen: hidden; background: var(--dark) 0 0 / 100% 100%;",
@@ -276,7 +276,7 @@ def themed_svg(
     for text in heading.texts if heading else ():
         text.set_visible(True)
     root = ElementTree.fromstring(buffer.getvalue())
-    _clean(root, name)
+    _strip_svg(root, name)
     _add_tooltips(root, tooltips or {})
     width, height = (72 * side for side in figure.get_size_inches())
     root.attrib = {
@@ -286,16 +286,16 @@ def themed_svg(
         "viewBox": f"0 {above:.1f} {width:.1f} {height - above - below:.1f}",
         "style": f"max-width: {1.5 * width:.0f}px",
     }
-    return _with_variables(ElementTree.tostring(root, encoding="unicode"))
+    return _with_css_variables(ElementTree.tostring(root, encoding="unicode"))
 
 
 def page_of(figure: Plot, scheme: str | None = None) -> str:
     """A page with the figure alone, in the colours of its reader's scheme, or of one."""
     heading = figure.heading or Heading("", "", 0.0, 0.0, ())
     title = escape(heading.title)
-    colours = f":root {{ {variables(0 if scheme is None else check_scheme(scheme))} }}"
+    colours = f":root {{ {palette_css(0 if scheme is None else check_scheme(scheme))} }}"
     if scheme is None:
-        colours += f"\n@media (prefers-color-scheme: dark) {{ :root {{ {variables(1)} }} }}"
+        colours += f"\n@media (prefers-color-scheme: dark) {{ :root {{ {palette_css(1)} }} }}"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -308,7 +308,7 @@ def page_of(figure: Plot, scheme: str | None = None) -> str:
     )
 
 
-def _clean(root: ElementTree.Element, name: str) -> None:
+def _strip_svg(root: ElementTree.Element, name: str) -> None:
     """No namespaces, no metadata, no style sheet of its own; ids only where they are used, with a prefix."""
     for element in list(root):
         if element.tag.endswith("metadata") or element.find("{*}style") is not None:
@@ -343,7 +343,7 @@ def _add_tooltips(root: ElementTree.Element, tooltips: Mapping[str, Sequence[str
         element.attrib.pop("data-group", None)
 
 
-def _with_variables(svg: str) -> str:
+def _with_css_variables(svg: str) -> str:
     for name, (light, _) in PALETTE.items():
         svg = svg.replace(f": {light}", f": var(--{name})")
     return svg

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from hones_lens.analysis import Cells, FoldedAttention
 from hones_lens.results import round_floats
-from hones_lens.viz.cell_plots import cell_patterns, cell_values, checked
+from hones_lens.viz.cell_plots import cell_patterns, cell_values, check_finite
 from hones_lens.viz.image_plots import region_of
-from hones_lens.viz.schemes import following, variables
+from hones_lens.viz.schemes import palette_css, scheme_css
 from hones_lens.viz.text import number
 from hones_lens.viz.theme import NEGATIVE, SELECTED, Plot, image_uri
 
@@ -36,7 +36,7 @@ _SIDE = 220  # of a patch grid, longest [CSS pixels]
 _DIGITS = 4
 _PICTURES = (".png", ".svg", ".pdf")
 # circuitsvis draws for a white page, on canvases as well: on a dark one, light and dark are swapped there.
-_TURNED = "invert(.89) hue-rotate(180deg)"
+_INVERT_FILTER = "invert(.89) hue-rotate(180deg)"
 _STYLE = """
 .hones-tokens { background: var(--surface); color: var(--ink); padding: .6rem; font-family: sans-serif; }
 .hones-tokens p { margin: .2rem 0 .6rem; font-size: .85em; }
@@ -128,7 +128,7 @@ def attention_tokens(
         "AttentionHeads",
         attention=round_floats(folded.pattern.tolist(), _DIGITS),
         attentionHeadNames=list(folded.names),
-        tokens=[_seen(name) for name in folded.cells.names],
+        tokens=[_escape_unprintable(name) for name in folded.cells.names],
         maxValue=float(folded.pattern.max()),
         minValue=-1.0,
         positiveColor=SELECTED,
@@ -137,10 +137,10 @@ def attention_tokens(
     for image, patches in enumerate(folded.patches):
         maps = list(zip(folded.names, patches[:, source], strict=True))
         about = f"attention from cell {source % n_cells}, {folded.cells.names[source]}"
-        grids.append(_opened(folded.cells, image, maps, about, pictures))
+        grids.append(_image_details(folded.cells, image, maps, about, pictures))
     heading = title or f"{folded.model_name}: attention between tokens"
     note = "Keys of an image are summed, queries averaged; the fullest colour is the largest weight."
-    return TokenView(_framed(heading, note, view, grids), partial(cell_patterns, folded, heading))
+    return TokenView(_view_html(heading, note, view, grids), partial(cell_patterns, folded, heading))
 
 
 def coloured_tokens(
@@ -164,12 +164,12 @@ def coloured_tokens(
         ImportError: circuitsvis is not installed.
         ValueError: An unknown fold, another number of values or pictures, or values that are not finite.
     """
-    values = checked(values, what)
+    values = check_finite(values, what)
     folded = cells.fold(values, fold)
     limit = float(folded.abs().max()) or 1.0
     view = _component(
         "ColoredTokens",
-        tokens=[_plain(_seen(name)) for name in cells.names],
+        tokens=[_without_markup(_escape_unprintable(name)) for name in cells.names],
         values=round_floats(folded.tolist(), _DIGITS),
         maxValue=limit,
         minValue=-limit,
@@ -178,14 +178,14 @@ def coloured_tokens(
     )
     images = [image for image in cells.images if image is not None]
     grids = [
-        _opened(cells, image, [(what, cells.inputs.heatmap(values, 0, image))], what, pictures)
+        _image_details(cells, image, [(what, cells.inputs.heatmap(values, 0, image))], what, pictures)
         for image in images
     ]
     note = (
         f"An image is the {fold} of its tokens. Blue above 0, orange below; the fullest is {number(limit)}."
     )
     draw = partial(cell_values, cells, values, fold=fold, what=what)
-    return TokenView(_framed(what, note, view, grids), draw)
+    return TokenView(_view_html(what, note, view, grids), draw)
 
 
 # -- circuitsvis ---------------------------------------------------------------------------------------
@@ -219,12 +219,12 @@ def _bundle() -> str:
     return code.replace("</script", "<\\/script")
 
 
-def _seen(token: str) -> str:
+def _escape_unprintable(token: str) -> str:
     """A token with line breaks and the like as escapes: circuitsvis leaves white space out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
 
 
-def _plain(token: str) -> str:
+def _without_markup(token: str) -> str:
     """A token that shows as it is where it is taken for HTML, and where it is not.
 
     Coloured tokens set their text as HTML, and show it again in tooltips as text. A joiner of no width behind
@@ -236,16 +236,16 @@ def _plain(token: str) -> str:
 # -- what lies around it -------------------------------------------------------------------------------
 
 
-def _framed(heading: str, note: str, view: str, grids: Sequence[str]) -> str:
+def _view_html(heading: str, note: str, view: str, grids: Sequence[str]) -> str:
     """With colours that follow the page's scheme."""
-    light, dark = f"{variables(0)} --turned: none;", f"{variables(1)} --turned: {_TURNED};"
+    light, dark = f"{palette_css(0)} --turned: none;", f"{palette_css(1)} --turned: {_INVERT_FILTER};"
     return (
-        f'<div class="hones-tokens"><style>{following(".hones-tokens", light, dark)}{_STYLE}</style>'
+        f'<div class="hones-tokens"><style>{scheme_css(".hones-tokens", light, dark)}{_STYLE}</style>'
         f'<b>{escape(heading)}</b><p>{escape(note)}</p><div class="drawn">{view}</div>{"".join(grids)}</div>'
     )
 
 
-def _opened(
+def _image_details(
     cells: Cells,
     image: int,
     maps: Sequence[tuple[str, Tensor]],
@@ -261,14 +261,14 @@ def _opened(
     if picture is not None:
         left, top, right, bottom = region_of(cells.inputs, 0, image, picture)
         picture = picture.crop((round(left), round(top), round(right), round(bottom)))
-    drawn = "".join(_grid(name, values, picture) for name, values in maps)
+    drawn = "".join(_patch_grid_svg(name, values, picture) for name, values in maps)
     (name,) = [n for n, which in zip(cells.names, cells.images, strict=True) if which == image]
     return (
         f"<details><summary>{escape(name)}: {escape(about)}, by patch</summary><div>{drawn}</div></details>"
     )
 
 
-def _grid(name: str, values: Tensor, picture: Image.Image | None) -> str:
+def _patch_grid_svg(name: str, values: Tensor, picture: Image.Image | None) -> str:
     """A map as an SVG, over the picture if there is one; every patch says its value when pointed at."""
     rows, columns = values.shape
     width, height = (columns, rows) if picture is None else picture.size

@@ -13,7 +13,7 @@ from helpers import example_comparisons as shared, example_results as made, rand
 from helpers.attention_cases import HEADS, ROW, twin
 from hones_lens import viz
 from hones_lens.analysis.attention import HeadAttention, head_attention
-from hones_lens.analysis.lens.table import LogitLens, Place
+from hones_lens.analysis.lens.table import LensPosition, LogitLens
 from hones_lens.analysis.token_cells import FoldedAttention, folded_attention
 from hones_lens.hones.attribution.flow import HeadNeuronFlow, Promoted
 from hones_lens.results.files import Component
@@ -43,7 +43,9 @@ def with_ends(what: str, axes: tuple[str, ...], shape: tuple[int, ...], **labels
 def lens() -> LogitLens:
     shares = random(0, 1, 3, 7).softmax(-1).sort(descending=True).values
     ids, tokens = torch.arange(21).view(1, 3, 7), ((HOSTILE,) * 3,)
-    return LogitLens("tiny", (Place(0, 4, "<s>"),), ("embed", 0, 1), ids, tokens, random(1, 1, 3, 7), shares)
+    return LogitLens(
+        "tiny", (LensPosition(0, 4, "<s>"),), ("embed", 0, 1), ids, tokens, random(1, 1, 3, 7), shares
+    )
 
 
 def flow() -> HeadNeuronFlow:

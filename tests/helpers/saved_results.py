@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hones_lens.analysis.lens.difference import LensToken
-from hones_lens.analysis.lens.table import LogitLens, Place
+from hones_lens.analysis.lens.table import LensPosition, LogitLens
 from hones_lens.engine.evaluation import Evaluation, KindMetric
 from hones_lens.hones.attribution.flow import HeadNeuronFlow, Promoted
 from hones_lens.hones.attribution.head_scores import HeadScores
@@ -161,7 +161,7 @@ RESULTS = {
     ),
     "logit-lens": LogitLens(
         model_name="tiny-llava",
-        places=(Place(0, 11, ":"),),
+        places=(LensPosition(0, 11, ":"),),
         layers=("embed", 0),
         ids=torch.tensor([[[3, 1], [2, 0]]]),
         tokens=((("a", "b"), ("c", "d")),),

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from hones_lens.analysis.lens.table import LogitLens, Place
+from hones_lens.analysis.lens.table import LensPosition, LogitLens
 from hones_lens.results.labelled import Labelled
 from hones_lens.viz import theme
-from hones_lens.viz.lens_plots import as_drawn, direct_bars, image_lens, knockout_curves, lens_grid
+from hones_lens.viz.lens_plots import direct_bars, image_lens, knockout_curves, lens_grid, shorten_token
 
 ODD = ("$x^2$", "a_{b}$", "\n", "<script>", "猫", "a very long token indeed")
 
@@ -30,7 +30,7 @@ def lens() -> LogitLens:
     shares[1, 2, 0] = 0.9
     names = tuple(tuple(ODD if layer == 1 else tuple("abcdef") for layer in range(3)) for _ in range(2))
     ids = torch.arange(36).view(2, 3, 6)
-    places = (Place(0, 4, "Q"), Place(1, 7, "$:"))
+    places = (LensPosition(0, 4, "Q"), LensPosition(1, 7, "$:"))
     return LogitLens("tiny", places, ("embed", 0, 1), ids, names, random(1, 2, 3, 6), shares)
 
 
@@ -78,8 +78,8 @@ def test_plot_of_a_lens_and_what_it_refuses() -> None:
 
 
 def test_tokens_as_drawn() -> None:
-    assert as_drawn("▁red", 9) == "▁red" and as_drawn("Ġred", 9) == "Ġred"
-    assert as_drawn("\t", 9) == "\\t" and as_drawn("0123456789", 5) == "0123…"
+    assert shorten_token("▁red", 9) == "▁red" and shorten_token("Ġred", 9) == "Ġred"
+    assert shorten_token("\t", 9) == "\\t" and shorten_token("0123456789", 5) == "0123…"
 
 
 @pytest.mark.parametrize("value", ["log_prob", "rank"])

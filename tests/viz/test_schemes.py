@@ -17,7 +17,7 @@ from PIL import Image
 
 from hones_lens import viz
 from hones_lens.viz import theme
-from hones_lens.viz.schemes import PALETTE, darkened
+from hones_lens.viz.schemes import PALETTE, dark_colours
 
 # Pictures keep their own colours on any page.
 PICTURES = {"attention_maps", "attention_over_image", "image_lens", "on_image"}
@@ -25,7 +25,7 @@ NOT_FIGURES = {
     *("Plot", "TokenView", "attention_tokens", "coloured_tokens", "flow_tooltips", "themed_svg"),
     # What the report draws and writes with.
     *("BRIGHT", "PALETTE", "WIDTH", "image_uri", "plot_image", "check_region", "significant"),
-    *("level", "listed", "number", "percent", "span", "tied"),
+    *("join_words", "level", "nonbreaking", "number", "percent", "span"),
 }
 
 
@@ -117,9 +117,9 @@ def test_every_kind_of_mark_turns_dark_and_pictures_do_not() -> None:
 
 def test_opacity_is_kept_and_other_colours_too() -> None:
     rows = np.array([[*to_rgb(theme.SELECTED), 0.3], [0.5, 0.25, 0.125, 0.7]])
-    found = darkened(rows)
+    found = dark_colours(rows)
     assert found[0].tolist() == pytest.approx([*to_rgb(PALETTE["selected"][1]), 0.3])
-    assert found[1].tolist() == rows[1].tolist() and darkened(np.zeros((0, 4))).shape == (0, 4)
+    assert found[1].tolist() == rows[1].tolist() and dark_colours(np.zeros((0, 4))).shape == (0, 4)
 
 
 def test_an_svg_file_is_light_to_programs_that_know_no_css_and_follows_readers_that_do(tmp_path) -> None:

@@ -22,7 +22,10 @@ def test_numbers_as_text():
         "50 %",
         "100 %",
     ]
-    assert words.tied("95 % of n = 5") == "95\N{NO-BREAK SPACE}% of n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}5"
-    assert words.listed(["a"]) == "a" and words.listed(["a", "b", "c"]) == "a, b and c"
+    assert (
+        words.nonbreaking("95 % of n = 5")
+        == "95\N{NO-BREAK SPACE}% of n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}5"
+    )
+    assert words.join_words(["a"]) == "a" and words.join_words(["a", "b", "c"]) == "a, b and c"
     with pytest.raises(ValueError, match="'loss'; valid: metric, log_prob"):
         measured(made.masking(), "loss")

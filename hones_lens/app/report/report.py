@@ -17,7 +17,7 @@ from hones_lens.app.report.tables import Cell, Strong, Table
 from hones_lens.app.report.verdict import verdict
 from hones_lens.hones import MEASURES, NeuronScores, measured
 from hones_lens.results import Labelled
-from hones_lens.viz import level, listed, number, percent, span, tied
+from hones_lens.viz import join_words, level, nonbreaking, number, percent, span
 
 __all__ = ["ExampleView", "RunView", "story", "write_report"]
 
@@ -55,7 +55,7 @@ def write_report(path: str | Path, runs: Sequence[RunView], title: str = "") -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["tie"] = tied
+    environment.filters["tie"] = nonbreaking
     page = environment.get_template("report.html").render(
         title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
         palette=viz.PALETTE,
@@ -141,11 +141,11 @@ def story(run: RunView) -> list[str]:
         ways = {"hones": "The FFN neurons that those heads make write towards the right answer"}
         which = ways.get(main.method, f"The FFN neurons ranked best by {main.method.replace('_', ' ')}")
         sets = f", next to {len(main.controls)} random sets of as many neurons" if main.controls else ""
-        shares = listed([percent(result.ratio) for result in sorted(run.masking, key=lambda r: r.ratio)])
+        shares = join_words([percent(result.ratio) for result in sorted(run.masking, key=lambda r: r.ratio)])
         n = main.metric_interval.n
         sentences.append(f"{which} ({shares} of all) were then silenced on {n:,} held-out examples{sets}.")
     if run.overlap is not None:
-        count, tasks = len(run.overlap.owners), listed(run.overlap.tasks)
+        count, tasks = len(run.overlap.owners), join_words(run.overlap.tasks)
         compared = f"The {count:,} neurons of {run.model_name} that at least one of {tasks} selected were"
         sentences.append(f"{compared} compared: which of them tasks share, and what they do to each task.")
     if run.patching is not None:

@@ -28,7 +28,7 @@ from hones_lens.hones import (
 from hones_lens.model import VLMInputs
 from hones_lens.results import Labelled, read_json
 from hones_lens.tasks import load_task, task_names
-from hones_lens.viz import listed
+from hones_lens.viz import join_words
 
 T = TypeVar("T")
 _EFFECTS = "side-effects-on-"
@@ -63,7 +63,7 @@ def read_view(folder: str | Path) -> RunView:
     return RunView(
         title=f"{settings['model']} · {_subject(settings)}",
         model_name=settings["model"],
-        task=task or listed(settings["tasks"]),
+        task=task or join_words(settings["tasks"]),
         metric_name=_metric_name(task, heads),
         settings=settings,
         environment=environment,
@@ -94,7 +94,7 @@ def _metric_name(task: str | None, heads: HeadScores | None) -> str:
 def _subject(settings: dict[str, Any]) -> str:
     """What a run is about: its task or tasks; of patching also what was patched."""
     if "patch" not in settings:
-        return settings.get("task") or listed(settings["tasks"])
+        return settings.get("task") or join_words(settings["tasks"])
     of, patch = settings["image"], settings["patch"]
     return f"{Path(of).name if of else settings['task']}, {patch['what']} patched by {patch['by']}"
 

@@ -12,7 +12,7 @@ from hones_lens.app.report.run_view import RunView
 from hones_lens.app.report.tables import Table
 from hones_lens.app.report.verdict import headline
 from hones_lens.hones import MEASURES, SteeringTable
-from hones_lens.viz import listed, number, percent
+from hones_lens.viz import join_words, number, percent
 
 _SECOND_SHARE = 0.05  # kinds of question are drawn at the headline's share and at this one
 
@@ -220,8 +220,10 @@ def _overlap(run: RunView, name: str) -> Section | None:
         for i, draw in enumerate((viz.overlap_sizes, viz.overlap_shared, viz.overlap_layers))
     ]
     everything = run.overlap.shared[-1]
-    text = f"{everything.count:,} neurons were selected for all of {listed(run.overlap.tasks)}; by chance it "
-    text += f"would be {number(everything.expected, 1)} (p = {everything.p:.2g})."
+    text = (
+        f"{everything.count:,} neurons were selected for all of {join_words(run.overlap.tasks)}; by chance "
+    )
+    text += f"it would be {number(everything.expected, 1)} (p = {everything.p:.2g})."
     found = [shared_tables.groups_of(run.overlap), shared_tables.shared(run.overlap)]
     return Section(f"{name}-overlap", "Neurons that tasks share", text, figures, found)
 

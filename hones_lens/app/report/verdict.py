@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from hones_lens.hones import MEASURES, MaskingResult, measured
-from hones_lens.viz import level, listed, number, percent
+from hones_lens.viz import join_words, level, number, percent
 
 _DEFAULT_SHARE = 0.01
 
@@ -96,7 +96,7 @@ def _conclusion(result: MaskingResult) -> str:
             "does, but not the probability of the right answer. The answers' form may be what suffers."
         )
     if found == NEITHER and carried != "carried":
-        more = listed([m.name for m in (measured(result, w) for w in MEASURES) if m.exceeds])
+        more = join_words([m.name for m in (measured(result, w) for w in MEASURES) if m.exceeds])
         return (
             f"The {task} task is not {carried} by these neurons.\nMasking {size} costs more than masking "
             f"any of {count} matched random sets ({more}), but {result.metric_interval.n} examples do not "
@@ -148,7 +148,7 @@ def _other_shares(rest: Sequence[MaskingResult]) -> str:
     for case, words in _CASES.items():
         shares = [percent(result.ratio) for result in rest if finding(result) == case]
         if shares:
-            parts.append(f"at {listed(shares)} {words}")
+            parts.append(f"at {join_words(shares)} {words}")
     return (
         f"At the other shares the drop is clear (larger than with every random set, its interval above 0) "
         f"{'; '.join(parts)}."
@@ -168,7 +168,7 @@ def _kinds(masking: Sequence[MaskingResult]) -> str:
         clear = [(r.kinds[kind], percent(r.ratio)) for r in masking if kind_clear(r, kind)]
         if clear:
             drops = [f"{number(found.baseline - found.masked)} at {share}" for found, share in clear]
-            parts.append(f"{kind} ({listed(drops)})")
+            parts.append(f"{kind} ({join_words(drops)})")
     if not parts:
         return f"On no single kind of question does {metric} drop more than with every random set."
-    return f"By kind of question, {metric} drops more than with every random set for {listed(parts)}."
+    return f"By kind of question, {metric} drops more than with every random set for {join_words(parts)}."

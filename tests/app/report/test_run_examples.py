@@ -12,7 +12,7 @@ from helpers import example_comparisons, example_results as made
 from helpers.report_page import Page, written
 from PIL import Image
 
-from hones_lens.analysis.lens.table import LogitLens, Place
+from hones_lens.analysis.lens.table import LensPosition, LogitLens
 from hones_lens.app.report.run_folder import read_view
 from hones_lens.app.report.run_view import ExampleView, RunView
 from hones_lens.app.runs.folder import Run
@@ -28,7 +28,7 @@ def logit_lens(top: str = "blue") -> LogitLens:
     logits = torch.tensor([[[0.3, 0.1], [1.5, 1.25], [9.1, 0.7]]])
     shares = torch.tensor([[[0.25, 0.125], [0.3, 0.2], [0.98, 0.01]]])
     ids = torch.tensor([[[4, 1], [5, 6], [6, 5]]])
-    return LogitLens("tiny-llava", (Place(0, 70, "▁:"),), ("embed", 0, 1), ids, tokens, logits, shares)
+    return LogitLens("tiny-llava", (LensPosition(0, 70, "▁:"),), ("embed", 0, 1), ids, tokens, logits, shares)
 
 
 def image_lens() -> Labelled:
