@@ -21,12 +21,13 @@ unexport PYTHONPATH
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-dev test test-all test-fast test-shapes test-kernels notebooks coverage benchmark lint format wheel clean distclean
+.PHONY: help demo install install-dev test test-all test-exhaustive test-fast test-shapes test-kernels notebooks coverage benchmark lint format wheel clean distclean
 
 help:
 	@echo "make demo       find and mask the neurons of a small model; writes $(DEMO_OUT)"
 	@echo "make test       the tests, in less than five minutes"
-	@echo "make test-all   and those that take minutes each"
+	@echo "make test-exhaustive  the longer ones that it leaves out"
+	@echo "make test-all   every test: some take minutes each"
 	@echo "make test-fast  the tests that take seconds each"
 	@echo "make test-shapes   those again, types and tensor shapes checked at every call"
 	@echo "make test-kernels  those again, as other processors and with two threads"
@@ -61,12 +62,16 @@ demo: $(VENV)/.core
 	done
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not exhaustive" --durations 15 $(TEST_ARGS)
+	$(PYTEST) -m "not exhaustive and not by_hand" --durations 15 $(TEST_ARGS)
+
+# `make notebooks` runs that of the notebooks.
+test-exhaustive: $(VENV)/.dev
+	$(PYTEST) -m exhaustive --ignore tests/test_notebooks.py --durations 15 $(TEST_ARGS)
 
 test-all: $(VENV)/.dev
 	$(PYTEST) $(TEST_ARGS)
 
-FAST = -m "not slow and not exhaustive"
+FAST = -m "not slow and not exhaustive and not by_hand"
 
 test-fast: $(VENV)/.dev
 	$(PYTEST) $(FAST) $(TEST_ARGS)

@@ -127,7 +127,7 @@ def test_held_out_metrics_pass_the_bars(model, name, task):
         assert found.metric >= bar, f"{data}: {found}"
 
 
-@pytest.mark.exhaustive
+@pytest.mark.by_hand
 def test_the_selected_neurons_of_tiny_llava_stand_out_on_vqa():
     """Masking 5 % costs more accuracy and log-probability than each of 20 matched random sets.
 

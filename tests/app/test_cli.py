@@ -252,7 +252,7 @@ run: {task: vqa, output_dir: artifacts/llava/vqa, top_k_heads: 7, top_neuron_rat
         assert len(json.loads((folder / "hones" / "neurons_top1pct.json").read_text())) == 31
 
 
-@pytest.mark.exhaustive  # the stages are tested in tests/reproduction
+@pytest.mark.exhaustive  # the stages are tested in runs/test_reproduce.py
 def test_reproduce_writes_all_tables_and_goes_on_where_it_stopped(tmp_path, capsys):
     argv = [
         "reproduce",

@@ -234,7 +234,7 @@ def test_shipped_models_every_fifth_head(name: str, task: str) -> None:
     assert_equal_drops(name, task, examples, slice(None, None, 5))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.by_hand
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("task", TASKS)
 def test_shipped_models_every_head(name: str, task: str) -> None:
