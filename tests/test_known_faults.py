@@ -20,7 +20,7 @@ from hones_lens.model.inputs import VLMInputs
 from hones_lens.model.nn.attention import Attention, AttentionContext
 from hones_lens.model.nn.block import Block
 
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5
 
 
 class Case(Twin):

@@ -19,7 +19,7 @@ def test_attention_of_any_head_on_any_image(made, image: int) -> None:
     found = head_attention(both.model, inputs, HEADS, row=ROW)
     grid = patches(both, inputs, ROW, image)
     expected = torch.stack([theirs[layer, ROW, head, -1][grid] for layer, head in HEADS])
-    assert torch.allclose(found.on_image(image), expected, atol=1e-6)
+    assert torch.allclose(found.on_image(image), expected, atol=1e-5)
     assert found.on_image(image).shape == (3, *inputs.grids[ROW][image])
     assert found.names == ("L0H3", "L2H1", "L1H0")
     assert found.weights.sum(-1).allclose(torch.ones(3), atol=1e-5)
@@ -54,7 +54,7 @@ def test_from_positions_tokens_and_groups(made) -> None:
     for source, (positions, name) in cases.items():
         found = head_attention(model, inputs, HEADS, source, row=ROW)
         expected = torch.stack([row[layer, head, positions].mean(0) for layer, head in HEADS])
-        assert torch.allclose(found.weights, expected, atol=1e-6), source
+        assert torch.allclose(found.weights, expected, atol=1e-5), source
         assert (found.positions, found.source) == (tuple(positions), name)
     found = head_attention(model, inputs, HEADS, mask, row=ROW)
     assert found.positions == (length - 3, length - 2)
@@ -68,7 +68,7 @@ def test_sinks_are_what_all_heads_look_at_from_behind_the_picture(made) -> None:
     behind = int(patches(both, inputs, ROW, 1).max()) + 1
     mean = theirs[:, ROW, :, behind:].mean((0, 1, 2))
     assert found.received is not None
-    assert torch.allclose(found.received, mean, atol=1e-6)
+    assert torch.allclose(found.received, mean, atol=1e-5)
     for image in (0, 1):
         here = mean[patches(both, inputs, ROW, image)]
         for times in (1.0, 1.3, float(here.max() / here.median()) * 1.01):
@@ -85,7 +85,7 @@ def test_a_row_is_alone_what_it_is_in_the_batch_and_hooks_count() -> None:
     both, inputs, _ = twin(random_llava)
     alone = head_attention(both.model, inputs[0].without_padding(), HEADS)
     among = head_attention(both.model, inputs, HEADS)
-    assert torch.allclose(alone.on_image(), among.on_image(), atol=1e-6)
+    assert torch.allclose(alone.on_image(), among.on_image(), atol=1e-5)
     groups = inputs[:1].token_groups
     blocked = head_attention(
         both.model, inputs, HEADS, hooks=[block_attention(0, groups["last"], groups["image"])]

@@ -101,7 +101,7 @@ def test_forked_rows_equal_full_passes(family: str, recipes: list, rows: int, se
     clean = model(inputs, logits_to_keep=keep)
     for i, each in enumerate(hooks):
         expected = model.run_with_hooks(inputs, fwd_hooks=each, logits_to_keep=keep)
-        assert (found[i] - expected).abs().max() < 2e-5
+        assert (found[i] - expected).abs().max() < 5e-5
     assert torch.equal(model(inputs, logits_to_keep=keep), clean)
 
 

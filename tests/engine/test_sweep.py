@@ -95,7 +95,7 @@ def test_answers_and_scores_equal_the_naive_loop(family: str, name: str) -> None
         found.append(sweep.predictions(task, batch))
         expected.append([full_passes.predict(model, task, batch, hooks) for hooks in arms])
     if task.ranks:
-        assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=2e-5)
+        assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=5e-5)
     else:
         pairs = zip(flat(found[0]), flat(expected[0]), strict=True)
         assert sum(a != b for a, b in pairs) <= tally.near_ties <= 3  # of some two thousand choices
@@ -117,7 +117,7 @@ def test_log_probs_equal_the_naive_loop(family: str, name: str) -> None:
     for hooks, values in zip(arms, found, strict=True):
         for batch, value in zip(engine.answer_batches(model, task, examples, 1), values, strict=True):
             expected = float(full_passes.log_probs(model, batch, hooks))
-            assert value == pytest.approx(expected, abs=2e-5, rel=1e-6)
+            assert value == pytest.approx(expected, abs=5e-5, rel=1e-5)
 
 
 def test_heads_and_neurons_need_no_full_pass() -> None:
@@ -283,7 +283,7 @@ def test_inputs_without_padding_and_before_answers() -> None:
     assert together.answer_mask is None
     one = alone[0]
     assert one.without_padding().input_ids.shape[1] == int(one.attention_mask.sum()) < one.input_ids.shape[1]
-    assert torch.allclose(model(one.without_padding())[0, -1], model(one)[0, -1], atol=2e-5)
+    assert torch.allclose(model(one.without_padding())[0, -1], model(one)[0, -1], atol=5e-5)
 
 
 def test_candidates_without_a_common_image_share_nothing() -> None:

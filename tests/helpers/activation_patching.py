@@ -16,7 +16,7 @@ from helpers.patching_pairs import pictures, sides
 from hones_lens.analysis.patching.activation import patch_activations
 from hones_lens.analysis.patching.pairs import PatchPairs
 
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5
 LAYERS, HEADS, KV_HEADS = 3, 4, 2
 NEURONS = (0, 7, 39)
 DIRECTIONS = ("denoise", "noise")

@@ -138,6 +138,11 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor, inputs: VLMInputs) -> f
     return (a - b)[tokens].abs().max().item()
 
 
+def relative_difference(a: torch.Tensor, b: torch.Tensor, inputs: VLMInputs) -> float:
+    """`largest_difference` in units of the largest value of b, if that is above 1, as float32 rounds."""
+    return largest_difference(a, b, inputs) / max(1.0, b[inputs.attention_mask.bool()].abs().max().item())
+
+
 def rows_equal(a: VLMInputs, b: VLMInputs) -> None:
     for name, value in vars(a).items():
         other = getattr(b, name)

@@ -247,14 +247,14 @@ def test_lens_delta_equals_caches_with_and_without_the_neurons(name: str, family
     for layer in (1, 2):
         most = expected[layer].sort(descending=True).values
         for tokens, values in ((table.falls[layer], most[:4]), (table.rises[layer], most.flip(0)[:4])):
-            assert [t.delta for t in tokens] == pytest.approx(values.tolist(), abs=2e-5)
+            assert [t.delta for t in tokens] == pytest.approx(values.tolist(), abs=5e-5)
             assert [expected[layer, t.id].item() for t in tokens] == pytest.approx(
-                [t.delta for t in tokens], abs=2e-5
+                [t.delta for t in tokens], abs=5e-5
             )
         assert table.falls[layer][0].delta > 1e-3
         for token in (*table.falls[layer], *table.rises[layer]):
             over = mean_interval([float(deltas[layer, token.id]) for deltas in each])
-            assert [token.low, token.high] == pytest.approx([over.low, over.high], abs=2e-5)
+            assert [token.low, token.high] == pytest.approx([over.low, over.high], abs=5e-5)
 
 
 def test_lens_tables_text_and_file(tmp_path) -> None:

@@ -83,7 +83,7 @@ def test_blank_is_a_painted_picture(made: ModuleType, color: str | tuple[int, in
         assert torch.equal(getattr(found, name), getattr(painted, name))
     assert found.grids == painted.grids
     with torch.no_grad():
-        assert (model(found) - model(painted))[painted.attention_mask.bool()].abs().max() <= 1e-5
+        assert (model(found) - model(painted))[painted.attention_mask.bool()].abs().max() <= 5e-5
 
 
 @FAMILIES
@@ -191,9 +191,9 @@ def test_a_box_on_embeddings_is_the_tokens_it_touches(made: ModuleType) -> None:
     assert torch.equal(after[2], before[2]) and torch.equal(outside[2], before[2]), "the other image"
     for i in (0, 1):
         assert torch.equal(after[i][1:], before[i][1:])
-        assert torch.allclose(after[i][0], before[i].mean(0), atol=1e-6)
+        assert torch.allclose(after[i][0], before[i].mean(0), atol=1e-5)
         assert torch.equal(outside[i][0], before[i][0])
-        assert torch.allclose(outside[i][1:], before[i].mean(0).expand_as(before[i][1:]), atol=1e-6)
+        assert torch.allclose(outside[i][1:], before[i].mean(0).expand_as(before[i][1:]), atol=1e-5)
 
 
 # -- batches -----------------------------------------------------------------------------------------
@@ -224,11 +224,11 @@ def test_rows_are_corrupted_alike_in_any_batch(made: ModuleType, name: str) -> N
         assert (expected - model(inputs)[:, -1])[:2].abs().amax(-1).min() > 1e-3, "a row is not corrupted"
         for order in (list(range(n))[::-1], [1], [0, 1, 0]):
             found = model(corrupt(model, inputs[order]))[:, -1]
-            assert (found - expected[order]).abs().max() <= 2e-5
+            assert (found - expected[order]).abs().max() <= 5e-5
         encoded = model(corrupt(model, model.with_image_embeds(inputs)))[:, -1]
-        assert (encoded - expected).abs().max() <= 2e-5
+        assert (encoded - expected).abs().max() <= 5e-5
     if n == 3:
-        assert (expected - model(inputs)[:, -1])[2].abs().max() <= 2e-5, "text alone has nothing to corrupt"
+        assert (expected - model(inputs)[:, -1])[2].abs().max() <= 5e-5, "text alone has nothing to corrupt"
 
 
 def test_a_corruption_says_what_it_is() -> None:

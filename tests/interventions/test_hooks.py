@@ -65,7 +65,7 @@ def test_other_heads_mean_is_the_formula(
             for h in range(n_heads):
                 mean = sum(z[row, p, k] for k in range(n_heads) if k != h) / (n_heads - 1)
                 expected = mean if h == heads[row] else z[row, p, h]
-                assert torch.allclose(out[row, p, h], expected, atol=1e-6)
+                assert torch.allclose(out[row, p, h], expected, atol=1e-5)
                 assert h == heads[row] or torch.equal(out[row, p, h], z[row, p, h])
 
 
@@ -73,7 +73,7 @@ def test_other_heads_mean_is_the_formula(
 def test_one_head_for_all_rows_or_one_for_each(head: object) -> None:
     z = _random(0, 3, 2, 4, 5)
     out = _run(replace_with_other_heads_mean(0, head), z)
-    assert torch.allclose(out[:, :, 1], (z.sum(2) - z[:, :, 1]) / 3, atol=1e-6)
+    assert torch.allclose(out[:, :, 1], (z.sum(2) - z[:, :, 1]) / 3, atol=1e-5)
     assert torch.equal(out[:, :, [0, 2, 3]], z[:, :, [0, 2, 3]])
 
 
@@ -120,7 +120,7 @@ def test_scale_zero_and_mean_touch_the_chosen_entries_only(seed: int, axis: int,
     }
     for kind, hook in found.items():
         assert hook[0] == "a"
-        assert torch.allclose(_run(hook, x), expected[kind], atol=1e-7), kind
+        assert torch.allclose(_run(hook, x), expected[kind], atol=1e-5), kind
 
 
 def test_scaling_by_one_is_exact() -> None:
@@ -132,7 +132,7 @@ def test_scale_lets_gradients_through_to_its_factors() -> None:
     x, factors = _random(0, 2, 3, 4), torch.ones(2, requires_grad=True)
     scale("a", [1, 3], factors)[1](x, hook=None).sum().backward()
     assert factors.grad is not None
-    assert torch.allclose(factors.grad, x[..., [1, 3]].sum((0, 1)), atol=1e-6)
+    assert torch.allclose(factors.grad, x[..., [1, 3]].sum((0, 1)), atol=1e-5)
 
 
 def test_mean_of_each_neuron_and_position() -> None:
@@ -264,7 +264,7 @@ def test_hooks_change_what_the_model_says() -> None:
         has_image = groups["image"].any(1)
         touched = has_image if kind == "block" else torch.ones_like(has_image)
         assert (changed[touched] > 1e-4).all(), kind
-        assert (changed[~touched] < 1e-5).all(), kind
+        assert (changed[~touched] < 2e-5).all(), kind
     with pytest.raises(ValueError, match="no hook 'blocks"):
         model.run_with_hooks(inputs, fwd_hooks=[zero(neuron_hook(99), [0])])
 

@@ -19,7 +19,7 @@ from transformer_lens.model_protocol import TransformerLensModel, TransformerLen
 
 from hones_lens import VLMInputs
 
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5
 PROMPT = "is the red circle on the red one?"
 
 

@@ -16,7 +16,7 @@ from helpers.hf_twin import Memory, Step, Twin, at
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5
 CLIP = "model.vision_tower.encoder.layers"
 VISUAL = "model.visual"
 

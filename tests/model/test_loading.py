@@ -132,7 +132,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return Saved(tmp_path_factory.mktemp("saved"))
 
 
-def same_as(hf: LlavaForConditionalGeneration, model: HookedVLM, tolerance: float = 2e-5) -> None:
+def same_as(hf: LlavaForConditionalGeneration, model: HookedVLM, tolerance: float = 5e-5) -> None:
     inputs = random_llava.mixed_batch(model)
     expected = hf(**inputs.to_hf()).logits
     assert random_llava.largest_difference(model(inputs), expected, inputs) <= tolerance
@@ -358,7 +358,7 @@ def test_a_moved_model_computes_the_same() -> None:
     before = model(inputs)
     moved = model.to(torch.float64)
     assert moved is model and model.cfg.dtype == torch.float64
-    assert random_llava.largest_difference(model(inputs), before.double(), inputs) <= 2e-5
+    assert random_llava.largest_difference(model(inputs), before.double(), inputs) <= 5e-5
     assert storages(model).keys().isdisjoint(storages(hf))
 
 

@@ -11,7 +11,7 @@ from transformers import LlavaConfig, Qwen2_5_VLConfig
 
 from hones_lens import HookedVLM, VLMInputs
 
-TOLERANCE = 2e-5
+TOLERANCE = 2e-5  # of the largest logit
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -167,16 +167,17 @@ def test_batch_is_the_hard_one(case: Case) -> None:
 def test_logits(case: Case) -> None:
     logits = case.ours(case.inputs)
     assert logits.shape == (*case.inputs.input_ids.shape, case.ours.cfg.d_vocab)
-    assert random_llava.largest_difference(logits, case.hf_logits(case.inputs), case.inputs) <= TOLERANCE
+    assert random_llava.relative_difference(logits, case.hf_logits(case.inputs), case.inputs) <= TOLERANCE
 
 
 def test_logits_of_text_alone(case: Case) -> None:
     inputs = case.ours.prepare(None, list(random_llava.QUESTIONS))
     assert inputs.pixel_values is None
     expected = case.hf_logits(inputs)
-    assert random_llava.largest_difference(case.ours(inputs), expected, inputs) <= TOLERANCE
+    assert random_llava.relative_difference(case.ours(inputs), expected, inputs) <= TOLERANCE
     row = inputs.input_ids[1][inputs.attention_mask[1].bool()]
-    assert (case.ours(row)[0] - expected[1, -len(row) :]).abs().max() <= TOLERANCE, "bare tokens"
+    bare = case.ours.as_inputs(row)
+    assert random_llava.relative_difference(case.ours(row), expected[1:2, -len(row) :], bare) <= TOLERANCE
 
 
 def test_padding_changes_nothing(case: Case) -> None:
@@ -186,7 +187,8 @@ def test_padding_changes_nothing(case: Case) -> None:
         alone = case.inputs[row]
         mapping = {"input_ids": alone.input_ids[:, -n:], "pixel_values": alone.pixel_values}
         mapping["image_grid_thw"] = alone.image_grid_thw
-        assert (case.ours(mapping)[0] - logits[row, -n:]).abs().max() <= TOLERANCE
+        difference = (case.ours(mapping)[0] - logits[row, -n:]).abs().max()
+        assert difference <= TOLERANCE * max(1.0, logits[row, -n:].abs().max())
 
 
 def test_greedy_tokens(case: Case) -> None:
@@ -226,8 +228,8 @@ def test_logits_to_keep(case: Case) -> None:
     finally:
         handle.remove()
     assert widths == [2, 3], "the unembedding is computed where nobody asked"
-    torch.testing.assert_close(last, full[:, -2:], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(some, full[:, [3, 0, -1]], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(last, full[:, -2:], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(some, full[:, [3, 0, -1]], atol=2e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ class Run:
         norm = self.twin.hf.model.language_model.norm
         return norm.weight / (self.their_end.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
 
-    def close(self, found: Tensor, expected: Tensor, atol: float = 2e-5) -> None:
+    def close(self, found: Tensor, expected: Tensor, atol: float = 5e-5) -> None:
         """At the positions that hold tokens; both are [batch pos …]."""
         torch.testing.assert_close(found[self.real], expected[self.real], atol=atol, rtol=1e-5)
 
@@ -187,7 +187,7 @@ def test_accumulated_streams_are_those_of_hf(run: Run) -> None:
     norm = run.twin.hf.model.language_model.norm
     last = run.cache.accumulated_resid(apply_ln=True, pos_slice=-1)
     for layer in range(LAYERS):
-        close(last[layer], norm(run.theirs[f"blocks.{layer}.hook_resid_pre"][:, -1]), 2e-5)
+        close(last[layer], norm(run.theirs[f"blocks.{layer}.hook_resid_pre"][:, -1]), 5e-5)
 
 
 def test_components_are_what_hf_writes(run: Run) -> None:
@@ -237,7 +237,7 @@ def test_neurons_write_what_hf_adds_for_them(run: Run) -> None:
         assert found.shape == (*run.real.shape, D_MLP, D_MODEL)
         run.close(found, expected.movedim(0, 2))
         few = run.cache.get_neuron_results(layer, neuron_slice=[3, 39], pos_slice=-1)
-        close(few, expected[[3, 39], :, -1].movedim(0, 1), 2e-5)
+        close(few, expected[[3, 39], :, -1].movedim(0, 1), 5e-5)
         along = run.cache.get_neuron_results(layer, project_output_onto=direction)
         run.close(along, (expected @ direction).movedim(0, 2), 1e-4)
     stack, labels = run.cache.stack_neuron_results(2, incl_remainder=True, return_labels=True)

@@ -16,7 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from hones_lens.data import Example
 from hones_lens.model import HookedVLM
@@ -37,10 +39,24 @@ def weights_hash(model: HookedVLM) -> str:
     digest = hashlib.blake2b(digest_size=12)
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
-        picked = flat[torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel())).long().to(flat.device)]
+        picked = flat[_evenly_spaced(flat.numel()).to(flat.device)]
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         digest.update(picked.float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _evenly_spaced(n: int) -> Tensor:
+    """At most 1,024 indices from 0 to n - 1.
+
+    Those of `torch.linspace(0, n - 1, ...).long()` with AVX2 or AVX-512: float32, each value rounded once.
+    Other instruction sets round twice, and a sample one place further would be another hash.
+    """
+    count = min(_SAMPLES, n)
+    last, step = float(np.float32(n - 1)), float(np.float32(n - 1) / np.float32(max(count - 1, 1)))
+    k = np.arange(count, dtype=np.float64)
+    values = np.where(k < count // 2, step * k, last - step * (count - 1 - k))
+    # Above 2**24 a float32 may be the next number: the last index stays inside.
+    return torch.from_numpy(values.astype(np.float32).astype(np.int64).clip(max=n - 1))
 
 
 def examples_hash(task: Task, examples: Sequence[Example]) -> str:

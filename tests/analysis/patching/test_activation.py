@@ -56,7 +56,7 @@ def test_patching_everything_restores_the_clean_logits(
     twin, pairs = twin_and_pairs(made)
     seen, clean = captured(twin, pairs, what, layers=layers, groups=groups)
     patched, corrupted, other = seen  # the engine comes to the unpatched run last
-    assert (patched - clean).abs().max() <= 1e-5 and (other - clean).abs().max() <= 1e-5
+    assert max((patched - clean).abs().max(), (other - clean).abs().max()) <= 5e-5
     assert (corrupted - clean).abs().max() > 0.1
     by_hf = twin.logits(pairs.clean)[:, -1]
     assert (patched - by_hf).abs().max() <= TOLERANCE

@@ -84,7 +84,7 @@ def test_neurons_alone_together_and_as_a_set(made: ModuleType) -> None:
         steps = [s for n, j in members for s in decoder_steps(twin, theirs, n, "mlp.hook_post", every, j)]
         assert (sets[i] - hf_effect(twin, pairs, "denoise", steps)).abs().max() <= TOLERANCE
     one_by_one = changes(twin, pairs, "neurons", units=[(0, 7), (2, 39)], **options)
-    assert torch.allclose(one_by_one, torch.stack([alone[0, 1], alone[2, 2]]), atol=1e-6)
+    assert torch.allclose(one_by_one, torch.stack([alone[0, 1], alone[2, 2]]), atol=2e-5)
 
 
 @FAMILIES

@@ -69,7 +69,7 @@ def test_what_answers_share_stands_behind_the_prompt_and_can_be_taken_off(name: 
     assert alone.without_answer_prefix() is alone
     with torch.no_grad():
         found, expected = (logits_at_end(model, inputs) for inputs in (alone.clean, prepared))
-    assert (found - expected).abs().max() <= 2e-5
+    assert (found - expected).abs().max() <= 1e-4
 
 
 def test_some_pairs_and_pairs_the_other_way_round() -> None:
@@ -80,7 +80,7 @@ def test_some_pairs_and_pairs_the_other_way_round() -> None:
     assert some.answer.tolist() == pairs.answer[[3, 1]].tolist()
     with torch.no_grad():
         whole, part = logits_at_end(model, pairs.corrupted), logits_at_end(model, some.corrupted)
-    assert (whole[[3, 1]] - part).abs().max() <= 2e-5
+    assert (whole[[3, 1]] - part).abs().max() <= 1e-4
     assert bool(some.clean.attention_mask[:, 0].any()), "padding that none of them needs"
     back = some.swapped()
     assert (

@@ -7,7 +7,7 @@ import torch
 from helpers.hf_task_loops import fresh_pair
 
 from hones_lens.app.report.run_folder import read_run
-from hones_lens.app.runs.folder import Journal, Run, examples_hash, weights_hash
+from hones_lens.app.runs.folder import Journal, Run, _evenly_spaced, examples_hash, weights_hash
 from hones_lens.app.tiny import tiny_llava
 from hones_lens.data.loading import load_examples
 from hones_lens.hones.attribution.head_scores import HeadScores
@@ -117,6 +117,15 @@ def test_a_broken_sweep_goes_on_with_the_same_numbers(tmp_path):
     assert (resumed.drops == whole.drops).all() and (resumed.scores == whole.scores).all()
     cells = model.cfg.n_layers * model.cfg.n_heads + 1
     assert 2 * cells <= len(calls) and "heads/0" in Journal(file) and len(Journal(file)) == 3
+
+
+@pytest.mark.parametrize("n", [1, 2, 700, 1024, 1025, 12_288, 32_064 * 4096])
+def test_samples_of_a_hash_are_evenly_spaced(n):
+    picked = _evenly_spaced(n).tolist()
+    count = min(1024, n)
+    exact = [k * (n - 1) / max(1, count - 1) for k in range(count)]
+    assert len(picked) == count and picked[0] == 0 and picked[-1] == n - 1
+    assert all(abs(i - at) <= 1 + n * 2**-23 for i, at in zip(picked, exact, strict=True))
 
 
 def test_hashes_tell_models_and_examples_apart():

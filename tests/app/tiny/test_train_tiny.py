@@ -186,7 +186,7 @@ def test_a_packed_row_gives_the_logits_of_ordinary_prompts(family):
                 inputs = model.prepare(scene.load(), turn.prompt, answers=turn.answer)
                 said = int(inputs.answer_mask.sum()) + 1  # and the end of the answer
                 logits = hf_model(**inputs.to_hf()).logits[0, -said:]
-                torch.testing.assert_close(packed[row : row + said], logits, atol=2e-5, rtol=0)
+                torch.testing.assert_close(packed[row : row + said], logits, atol=5e-5, rtol=0)
                 row += said
     assert row == len(packed)
 

@@ -48,7 +48,7 @@ def test_exact_ablation_equals_one_run_for_each_neuron(name: str) -> None:
     for layer in range(N_LAYERS):
         for i in torch.randperm(D_MLP)[:6].tolist():
             fall = clean - log_prob(task, examples, zero_neurons([(layer, i)]))
-            assert abs(float(found[layer, i]) - fall) < 1e-5 + rounding
+            assert abs(float(found[layer, i]) - fall) < 5e-5 + rounding
     assert found.abs().max() > 1e-3
 
 
@@ -72,7 +72,7 @@ def test_exact_ablation_equals_hf() -> None:
             kept[i] = 0
             with hf_input_hook(module.mlp.down_proj, lambda x, kept=kept: x * kept):
                 under = hf_log_prob(hf_model, model, example, task)
-            assert abs(float(clean - under) - float(found[layer, i])) < 1e-5
+            assert abs(float(clean - under) - float(found[layer, i])) < 5e-5
 
 
 @pytest.mark.parametrize("name", ALL_TASKS)
@@ -108,7 +108,7 @@ def test_exact_head_ablation_equals_one_run_for_each_head() -> None:
                     with hf_input_hook(module.self_attn.o_proj, change):
                         under = [hf_log_prob(hf_model, model, example, task) for example in examples]
                     fall = sum(a - b for a, b in zip(clean, under, strict=True)) / len(examples)
-                    assert abs(float(fall) - float(scores[layer, head])) < 1e-5
+                    assert abs(float(fall) - float(scores[layer, head])) < 5e-5
     assert found.shape == (N_LAYERS, N_HEADS) and not torch.allclose(found, zeroed)
 
 

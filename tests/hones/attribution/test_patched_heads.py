@@ -57,10 +57,10 @@ def test_equals_a_naive_loop_on_hf(made: ModuleType, positions: str) -> None:
             return z
 
         expected = base - difference(twin.edit(layer, "attn.hook_z", put))
-        assert (found.drops[layer, head] - expected).abs().max() <= 2e-5
+        assert (found.drops[layer, head] - expected).abs().max() <= 5e-5
     assert torch.allclose(found.scores, found.drops.mean(-1)) and found.drops.abs().max() > 1e-3
-    assert (found.base_scores - base).abs().max() <= 2e-5
-    assert found.baseline == pytest.approx(float(base.mean()), abs=2e-5)
+    assert (found.base_scores - base).abs().max() <= 5e-5
+    assert found.baseline == pytest.approx(float(base.mean()), abs=5e-5)
     assert (found.intervention, found.metric_name) == ("patch", "logit difference")
     assert found.example_ids == tuple(pair.clean.id for pair in examples)
     assert found.kinds == tuple(pair.clean.kind for pair in examples)
@@ -75,7 +75,7 @@ def test_it_saves_loads_and_takes_pairs_that_are_prepared(tmp_path) -> None:
     found = localize_heads(twin.model, "vqa", pairs=pairs, **options)
     clean = [pair.clean for pair in examples]
     same = localize_heads(twin.model, "vqa", clean, pairs=examples, batch_size=2, **options)
-    assert torch.allclose(found.drops, same.drops, atol=2e-5)
+    assert torch.allclose(found.drops, same.drops, atol=5e-5)
     found.save(tmp_path / "heads.json")
     loaded = HeadScores.load(tmp_path / "heads.json")
     assert torch.equal(loaded.drops, found.drops) and loaded.top() == found.top()

@@ -70,7 +70,7 @@ def test_scores_are_finite_on_the_cpu_and_the_same_again(name: str) -> None:
 def test_batches_and_padding_change_nothing(name: str) -> None:
     examples = examples_of("vqa")
     apart, together = (score(name, "vqa", examples, batch_size=size) for size in (1, 3))
-    assert (apart - together).abs().max() < 1e-5
+    assert (apart - together).abs().max() < 5e-5
     with torch.no_grad():
         assert torch.equal(score(name, "vqa", examples, batch_size=3), together)
 
@@ -156,7 +156,7 @@ def test_mean_activation() -> None:
             for i in range(D_MLP):
                 values = [float(row[layer, i]) for row in m]
                 mean = sum(v if signed else abs(v) for v in values) / len(values)
-                assert abs(float(found[layer, i]) - mean) < 1e-5
+                assert abs(float(found[layer, i]) - mean) < 5e-5
 
 
 def test_activation_entropy() -> None:

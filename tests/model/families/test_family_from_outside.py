@@ -238,7 +238,7 @@ class Case:
 
     def close(self, ours: Tensor, expected: Tensor) -> None:
         difference = (ours - expected)[self.tokens].abs().max()
-        assert difference <= 2e-5, difference
+        assert difference <= 5e-5, difference
 
 
 @pytest.fixture(scope="module")

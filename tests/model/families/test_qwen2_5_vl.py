@@ -69,7 +69,7 @@ def test_hooks_see_raster_order_at_every_layer(pair: Pair) -> None:
     _, cache = pair.model.run_with_cache(pair.inputs)
     for layer in range(3):
         ours = cache[f"vision_encoder.blocks.{layer}.hook_resid_post"]
-        torch.testing.assert_close(in_hf_order(pair, ours), theirs[layer], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(in_hf_order(pair, ours), theirs[layer], atol=5e-5, rtol=1e-5)
 
 
 VISION_SITES = {
@@ -179,7 +179,7 @@ def test_padding_of_the_tower_changes_nothing(pair: Pair) -> None:
         pair.model.with_image_embeds(pair.model.prepare(picture, "Look.")).image_embeds
         for picture in pictures
     ]
-    torch.testing.assert_close(encoded, torch.cat(alone), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(encoded, torch.cat(alone), atol=5e-5, rtol=1e-5)
 
 
 def test_a_layout_is_a_permutation() -> None:
@@ -253,7 +253,7 @@ def test_positions_of_ones_own(pair: Pair) -> None:
     with torch.no_grad():
         ours = pair.model(given)
         expected = pair.hf(**given).logits
-    assert random_llava.largest_difference(ours, expected, pair.inputs) <= 2e-5
+    assert random_llava.largest_difference(ours, expected, pair.inputs) <= 5e-5
     assert random_llava.largest_difference(ours, pair.logits(), pair.inputs) > 1e-3
 
 
@@ -301,9 +301,9 @@ def test_rows_keep_their_own_patches(pair: Pair) -> None:
     logits = pair.model(pair.inputs)
     for rows in ([1], [2, 0], [1, 1]):
         part = pair.inputs[rows]
-        torch.testing.assert_close(pair.model(part), logits[rows], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(pair.model(part), logits[rows], atol=5e-5, rtol=1e-5)
     encoded = pair.model.with_image_embeds(pair.inputs)
-    torch.testing.assert_close(pair.model(encoded[[1]]), logits[[1]], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(pair.model(encoded[[1]]), logits[[1]], atol=5e-5, rtol=1e-5)
 
 
 def test_chat_format_of_qwen_where_the_checkpoint_has_none(pair: Pair) -> None:

@@ -16,7 +16,7 @@ def test_the_unfiltered_cache_holds_all_but_the_costly(pair: Pair) -> None:
     expected = {name for name in pair.model.hook_dict if not name.endswith(COSTLY)}
     assert set(cache) == expected
     assert not any(value.requires_grad for value in cache.values())
-    assert pair.difference(logits, pair.model(pair.inputs)) <= 2e-5
+    assert pair.difference(logits, pair.model(pair.inputs)) <= 5e-5
 
 
 def test_shapes(gqa: Pair) -> None:
@@ -76,7 +76,7 @@ def test_filters(model: HookedVLM, inputs: VLMInputs) -> None:
     places = [f"blocks.{i}" for i in range(3)] + [f"vision_encoder.blocks.{i}" for i in range(2)]
     assert set(some) == {f"{place}.attn.hook_z" for place in places}
     for cache in (one, two, some):
-        torch.testing.assert_close(cache[z], everything[z], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(cache[z], everything[z], atol=5e-5, rtol=1e-5)
     assert not model.list_hooks()
 
 
@@ -173,7 +173,7 @@ def test_cached_gradients_are_those_of_autograd(gqa: Pair) -> None:
         torch.testing.assert_close(loss, their_loss)
         (expected,) = torch.autograd.grad(their_loss, kept)
         found = cache[f"{name}_grad"]
-        torch.testing.assert_close(found.reshape(expected.shape), expected, atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(found.reshape(expected.shape), expected, atol=1e-5, rtol=1e-3)
         assert expected.abs().max() > 1e-4
 
 

@@ -38,7 +38,7 @@ def test_every_hook_is_causal_with_and_without_gradients(pair: Pair) -> None:
         with_gradients = model.run_with_hooks(inputs, fwd_hooks=edited)
         if pair.difference(without, clean) < 1e-3:
             dead.append(name)
-        if pair.difference(without, with_gradients) > 1e-5:
+        if pair.difference(without, with_gradients) > 5e-5:
             unequal.append(name)
     assert not dead
     assert not unequal
@@ -69,7 +69,7 @@ def test_identity_hooks_change_nothing(pair: Pair) -> None:
         for name in model.hook_dict:
             found = model.run_with_hooks(inputs, fwd_hooks=[(name, identity)])
             if name.endswith((*BY_HEAD_PAIR, *COSTLY)):  # another kernel, or another order of the sums
-                assert pair.difference(found, clean) <= 2e-5, name
+                assert pair.difference(found, clean) <= 5e-5, name
             else:
                 assert torch.equal(found, clean), name
 
@@ -88,7 +88,7 @@ def test_an_edit_in_place_is_the_same_edit(pair: Pair) -> None:
         for name in model.hook_dict:
             returned = model.run_with_hooks(inputs, fwd_hooks=[(name, doubled)])
             in_place = model.run_with_hooks(inputs, fwd_hooks=[(name, doubled_in_place)])
-            assert pair.difference(returned, in_place) <= 1e-5, name
+            assert pair.difference(returned, in_place) <= 5e-5, name
 
 
 IN_PLACE = ["attn.hook_q", "attn.hook_v", "attn.hook_z", "mlp.hook_post", "hook_mlp_out", "hook_resid_pre"]
@@ -136,4 +136,4 @@ def test_an_edit_in_place_leaves_the_callers_tensors_alone(gqa: Pair) -> None:
         assert torch.equal(resid, before)
         with model.hooks(hooks):
             _, cache = model.run_with_cache(gqa.inputs)
-        torch.testing.assert_close(cache["resid_post", 0], before, atol=1e-5, rtol=0)
+        torch.testing.assert_close(cache["resid_post", 0], before, atol=2e-5, rtol=1e-5)

@@ -37,7 +37,7 @@ def test_resid_mid_reaches_the_skip_path(gqa: Pair, prefix: str, grad: bool) -> 
             block = f"{prefix}blocks.{layer}"
             mid = gqa.model.run_with_hooks(gqa.inputs, fwd_hooks=[(f"{block}.hook_resid_mid", add)])
             out = gqa.model.run_with_hooks(gqa.inputs, fwd_hooks=[(f"{block}.hook_attn_out", add)])
-            assert gqa.difference(mid, out) <= 1e-5
+            assert gqa.difference(mid, out) <= 5e-5
 
 
 def test_resid_post_is_the_next_resid_pre(gqa: Pair) -> None:
@@ -116,7 +116,7 @@ def test_an_edited_score_is_an_edited_pattern(gqa: Pair) -> None:
     with torch.no_grad():
         by_score = model.run_with_hooks(inputs, fwd_hooks=[("blocks.1.attn.hook_attn_scores", score)])
         by_pattern = model.run_with_hooks(inputs, fwd_hooks=[("blocks.1.attn.hook_pattern", pattern)])
-    assert gqa.difference(by_score, by_pattern) <= 1e-5
+    assert gqa.difference(by_score, by_pattern) <= 5e-5
 
 
 @pytest.mark.parametrize("prefix", ["", "vision_encoder."])
@@ -126,7 +126,7 @@ def test_head_results_sum_to_attn_out(gqa: Pair, prefix: str) -> None:
     _, cache = gqa.model.run_with_cache(gqa.inputs, names_filter=[*names, out_name])
     attn = gqa.model.get_submodule(f"{prefix}blocks.1.attn")
     total = cache[names[1]].sum(-2) + attn.b_O
-    torch.testing.assert_close(total, cache[out_name], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(total, cache[out_name], atol=2e-5, rtol=1e-5)
     weight = attn.o.weight[:, 2 * attn.d_head : 3 * attn.d_head]
     torch.testing.assert_close(cache[names[1]][:, :, 2], cache[names[0]][:, :, 2] @ weight.T)
 
@@ -143,7 +143,7 @@ def test_zeroing_a_heads_result_is_zeroing_its_z(gqa: Pair) -> None:
                 gqa.model.run_with_hooks(gqa.inputs, fwd_hooks=[(f"{prefix}.attn.hook_{name}", zero)])
                 for name in ("z", "result")
             )
-            assert gqa.difference(z, result) <= 1e-5
+            assert gqa.difference(z, result) <= 5e-5
 
 
 def test_rotated_query_is_the_query_rotated_by_its_position(gqa: Pair) -> None:
@@ -157,7 +157,7 @@ def test_rotated_query_is_the_query_rotated_by_its_position(gqa: Pair) -> None:
             torch.ones_like(angles), angles
         ).unsqueeze(1)
         expected = torch.cat((as_complex.real, as_complex.imag), dim=-1)
-        torch.testing.assert_close(turned, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(turned, expected, atol=2e-5, rtol=1e-5)
 
 
 # -- split inputs --------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_a_split_input_feeds_one_head_alone(gqa: Pair, letter: str) -> None:
             scale = (resid.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
             weight = getattr(model, f"W_{letter.upper()}")[1, 1]
             before[:, :, 1] = (resid / scale * model.blocks[1].ln1.weight) @ weight
-        torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(after, before, atol=2e-5, rtol=1e-5)
 
 
 def test_split_inputs_change_neither_logits_nor_gradients(gqa: Pair) -> None:
@@ -209,12 +209,12 @@ def test_split_inputs_change_neither_logits_nor_gradients(gqa: Pair) -> None:
         model.zero_grad(set_to_none=True)
     torch.testing.assert_close(with_split, loss)
     for name in names:
-        torch.testing.assert_close(split[f"{name}_grad"], cache[f"{name}_grad"], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(split[f"{name}_grad"], cache[f"{name}_grad"], atol=1e-5, rtol=1e-4)
     # What reaches the block's input flows over the heads' own inputs and the skip path.
     to_heads = sum(split[f"{name}_grad"].sum(2) for name in split_names)
     mid_name = "blocks.1.hook_resid_mid"
     _, mid = model.run_with_cache(answered, names_filter=[mid_name], incl_bwd=True, return_type="loss")
     model.zero_grad(set_to_none=True)
     torch.testing.assert_close(
-        to_heads + mid[f"{mid_name}_grad"], cache[f"{names[1]}_grad"], atol=1e-6, rtol=1e-4
+        to_heads + mid[f"{mid_name}_grad"], cache[f"{names[1]}_grad"], atol=1e-5, rtol=1e-4
     )

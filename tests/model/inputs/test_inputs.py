@@ -60,7 +60,7 @@ def test_rows_with_their_images(model: HookedVLM, batch: VLMInputs, rows, chosen
     assert len(taken) == taken.batch_size == len(chosen)
     assert taken.grids == tuple(batch.grids[row] for row in chosen)
     with torch.no_grad():
-        torch.testing.assert_close(model(taken), model(batch)[chosen], atol=2e-5, rtol=0)
+        torch.testing.assert_close(model(taken), model(batch)[chosen], atol=5e-5, rtol=0)
     for name in ("input_ids", "question_mask", "answer_mask", "attention_mask"):
         assert torch.equal(getattr(taken, name), getattr(batch, name)[chosen])
     assert torch.equal(taken.image_mask, batch.image_mask[chosen])
@@ -110,7 +110,7 @@ def test_extended(model: HookedVLM, batch: VLMInputs) -> None:
     assert batch.extended(new[:, :0]) is batch
     with torch.no_grad():  # causal: what was there before gives what it gave before
         before = model(grown)[:, : batch.input_ids.shape[1]]
-        torch.testing.assert_close(before, model(batch), atol=2e-5, rtol=0)
+        torch.testing.assert_close(before, model(batch), atol=5e-5, rtol=0)
     assert torch.equal(model.as_inputs(grown).image_mask, grown.image_mask)
 
 
@@ -174,7 +174,7 @@ def test_images_encoded_once(model: HookedVLM, batch: VLMInputs) -> None:
             for use_kv_cache in (True, False):
                 assert torch.equal(model.generate(encoded, 4, "tokens", use_kv_cache), tokens)
             for rows in ([1], [2, 1, 0], [2]):
-                torch.testing.assert_close(model(encoded[rows]), expected[rows], atol=2e-5, rtol=0)
+                torch.testing.assert_close(model(encoded[rows]), expected[rows], atol=5e-5, rtol=0)
         finally:
             handle.remove()
     assert not ran, "the vision tower ran again"

@@ -125,7 +125,7 @@ def test_bare_texts_are_padded_and_the_padding_ignored(model: HookedVLM) -> None
         for row, text in enumerate(texts):
             alone = model(text)[0]
             assert torch.equal(model.to_tokens(text)[0], torch.tensor(model.tokenizer(text).input_ids))
-            assert (together[row, -len(alone) :] - alone).abs().max() <= 2e-5
+            assert (together[row, -len(alone) :] - alone).abs().max() <= 5e-5
         assert torch.equal(model(tuple(texts)), together)
 
 

@@ -158,7 +158,7 @@ def test_generation_behind_padding(model: HookedVLM) -> None:
     with pytest.raises(ValueError, match="row 0 is padded on the right; pad on the left to generate"):
         model.generate(rolled)
     with torch.no_grad():  # a forward pass may be padded on either side
-        torch.testing.assert_close(model(rolled)[0, :n], model(text)[0, -n:], atol=2e-5, rtol=0)
+        torch.testing.assert_close(model(rolled)[0, :n], model(text)[0, -n:], atol=5e-5, rtol=0)
 
 
 def test_generation_with_broken_weights_names_the_row() -> None:
