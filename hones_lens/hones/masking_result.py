@@ -147,10 +147,10 @@ class MaskingResult(Result):
         lines = [
             f"{self.model_name}, {self.task}: {self.n_neurons} neurons ({100 * self.ratio:.2g} %) "
             f"by {self.method}, {len(self.example_ids)} examples",
-            f"  {self.metric_name}: {_short(self.baseline_interval)} → {_short(self.masked_interval)}, drop "
+            f"  {self.metric_name}: {self.baseline_interval:.3f} → {self.masked_interval:.3f}, drop "
             f"{self.metric_interval}{_tested(self.metric_p)}",
-            f"  log-probability of the answer: {_short(self.baseline_log_prob_interval)} → "
-            f"{_short(self.masked_log_prob_interval)}, drop {self.log_prob_interval}"
+            f"  log-probability of the answer: {self.baseline_log_prob_interval:.3f} → "
+            f"{self.masked_log_prob_interval:.3f}, drop {self.log_prob_interval}"
             f"{_tested(self.log_prob_p)}",
         ]
         if count:
@@ -164,10 +164,6 @@ class MaskingResult(Result):
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
-
-
-def _short(interval: Interval) -> str:
-    return f"{interval.value:.3f} {interval.span}"
 
 
 def _range(values: Sequence[float]) -> str:

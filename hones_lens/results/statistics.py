@@ -44,7 +44,13 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} {self.span} ({100 * self.level:g} %, n = {self.n})"
+        return f"{self:.3f} ({100 * self.level:g} %, n = {self.n})"
+
+    def __format__(self, spec: str) -> str:
+        """Value and ends by a specification for numbers: `f"{interval:+.2f}"` is `+0.12 [-0.03, +0.27]`."""
+        if not spec:
+            return str(self)
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
     @property
     def span(self) -> str:

@@ -26,10 +26,12 @@ from .registry import draw as draw
 from .schemes import PALETTE as PALETTE
 from .steering_plots import side_effect_bars as side_effect_bars, steering_bars as steering_bars
 from .text import (
+    brackets as brackets,
     join_words as join_words,
     level as level,
     nonbreaking as nonbreaking,
     number as number,
+    p_value as p_value,
     percent as percent,
     span as span,
 )

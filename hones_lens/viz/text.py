@@ -9,11 +9,18 @@ from collections.abc import Sequence
 from hones_lens.results import Interval
 
 
-def number(value: float, digits: int = 3, sign: bool = False) -> str:
-    """A number with a true minus sign; `–` for one that is not known."""
+def number(value: float, digits: int = 3, sign: bool = False, *, significant: bool = False) -> str:
+    """A number with a true minus sign; `–` for one that is not known.
+
+    Args:
+        value: The number.
+        digits: How many after the point.
+        sign: Also a plus sign.
+        significant: Count the digits from the first that is not 0 instead.
+    """
     if math.isnan(value):
         return "–"
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    text = f"{value:{'+' if sign else ''}{'#' if significant else ''}.{digits}{'g' if significant else 'f'}}"
     if float(text) == 0:
         text = text.lstrip("+-")
     return text.replace("-", "−")
@@ -30,9 +37,22 @@ def nonbreaking(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?==)|(?<=\bn =) ", "\N{NO-BREAK SPACE}", text)
 
 
-def span(interval: Interval, digits: int = 3) -> str:
-    """The two ends of an interval, in brackets."""
-    return f"[{number(interval.low, digits)}, {number(interval.high, digits)}]"
+def brackets(low: float, high: float, digits: int = 3, *, significant: bool = False) -> str:
+    """The two ends of an interval, in brackets; digits as in `number`."""
+    ends = (number(end, digits, significant=significant) for end in (low, high))
+    return f"[{', '.join(ends)}]"
+
+
+def span(interval: Interval | None, digits: int = 3, *, significant: bool = False) -> str:
+    """The `brackets` of an interval; `–` for one that is not known."""
+    if interval is None:
+        return "–"
+    return brackets(interval.low, interval.high, digits, significant=significant)
+
+
+def p_value(p: float | None) -> str:
+    """To two significant digits; `–` where nothing was tested."""
+    return "–" if p is None else f"{p:.2g}"
 
 
 def level(interval: Interval) -> str:

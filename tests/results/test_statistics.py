@@ -197,8 +197,9 @@ def test_the_same_seed_gives_the_same_numbers_in_chunks_of_any_size(monkeypatch)
 
 
 def test_an_interval_prints_its_numbers():
-    text = str(Interval(value=0.1234, low=-0.05, high=0.3, level=0.95, n=64))
-    assert text == "0.123 [-0.050, 0.300] (95 %, n = 64)"
+    interval = Interval(value=0.1234, low=-0.05, high=0.3, level=0.95, n=64)
+    assert str(interval) == f"{interval}" == "0.123 [-0.050, 0.300] (95 %, n = 64)"
+    assert f"{interval:+.2f}" == "+0.12 [-0.05, +0.30]" and f"{interval:.2g}" == "0.12 [-0.05, 0.3]"
 
 
 @pytest.mark.parametrize(

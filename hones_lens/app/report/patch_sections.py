@@ -11,7 +11,7 @@ import torch
 from hones_lens.app.report.run_view import PatchView
 from hones_lens.app.report.tables import Cell, Strong, Table
 from hones_lens.results import Labelled
-from hones_lens.viz import Plot, labelled, number, on_image, significant
+from hones_lens.viz import Plot, brackets, labelled, number, on_image, significant
 
 _SITES = {
     "resid_pre": "The residual stream before a layer",
@@ -108,7 +108,7 @@ def ends(result: Labelled, index: Sequence[int]) -> str:
     if result.low is None or result.high is None:
         return ""
     low, high = (float(end[tuple(index)]) for end in (result.low, result.high))
-    return f"[{number(low)}, {number(high)}]"
+    return brackets(low, high)
 
 
 def on_picture(view: PatchView) -> Plot | None:

@@ -18,7 +18,7 @@ from hones_lens.hones import (
     SideEffects,
     SteeringTable,
 )
-from hones_lens.results import Interval
+from hones_lens.viz import p_value
 
 _INTERVALS = "In brackets: 95 % bootstrap intervals over examples."
 _MATCHED = (
@@ -72,7 +72,7 @@ class Reproduction:
         """
         rows: dict[str, dict[str, str]] = {}
         if what == "metric":
-            rows["baseline"] = {name: _whole(r.held_out.baseline) for name, r in self.tasks.items()}
+            rows["baseline"] = {name: f"{r.held_out.baseline:.3f}" for name, r in self.tasks.items()}
         for name, results in self.tasks.items():
             for (method, share), result in results.masking.items():
                 if share == ratio:
@@ -88,13 +88,15 @@ class Reproduction:
             found = results.held_out
             for head in found.heads:
                 row = {"task": name, "head": f"L{head.layer}H{head.head}"}
-                score = f"{head.score:.3f}" if head.selected_on is None else _whole(head.selected_on)
+                score = f"{head.score:.3f}" if head.selected_on is None else f"{head.selected_on:.3f}"
                 found_p = results.heads.p_values
                 told = f"{score}, n = {found.n_selected_on}"
                 p = None if found_p is None else float(found_p[head.layer, head.head])
                 row["score on discovery"] = _tested(told, p)
                 row["stands on discovery"] = "yes" if head.significant else "no"
-                row["drop on the held-out split"] = f"{_whole(head.drop)}, n = {head.drop.n}, {_p(head.p)}"
+                row["drop on the held-out split"] = (
+                    f"{head.drop:.3f}, n = {head.drop.n}, p = {p_value(head.p)}"
+                )
                 rows.append({**row, "holds there": "yes" if head.holds else "no"})
             if found.random:
                 random = {"task": name, "head": "random heads"}
@@ -137,8 +139,8 @@ class Reproduction:
         """Gain of every task (columns) under the scales of every task (rows)."""
         rows: dict[str, dict[str, str]] = {}
         for c in self.side_effects[dataset].cells:
-            arms = f"{_whole(c.base)} → {_whole(c.steered)}"
-            rows.setdefault(c.scales_of, {})[c.task] = _tested(f"{arms}, {_signed(c.gain)}", c.p)
+            arms = f"{c.base:.3f} → {c.steered:.3f}"
+            rows.setdefault(c.scales_of, {})[c.task] = _tested(f"{arms}, {c.gain:+.3f}", c.p)
         return _by_method(rows, "scales of")
 
     def groups_table(self) -> pd.DataFrame:
@@ -222,9 +224,9 @@ def _by_method(rows: dict[str, dict[str, str]], what: str = "method") -> pd.Data
 
 def _drop(result: MaskingResult, what: str) -> str:
     if what == "log_prob":
-        text = _tested(_interval(result.log_prob_interval), result.log_prob_p)
+        text = _tested(f"{result.log_prob_interval:.3g}", result.log_prob_p)
     else:
-        text = _tested(_interval(result.relative_interval), result.metric_p)
+        text = _tested(f"{result.relative_interval:.3g}", result.metric_p)
     return f"{text}, {result.beats(what)}/{len(result.controls)}" if result.controls else text
 
 
@@ -245,28 +247,12 @@ def _gain(table: SteeringTable, method: str) -> str:
         ends = f"{len(gains)} draws: {min(gains):+.3f} to {max(gains):+.3f}"
         return f"{metric:.3f}, {np.mean(gains):+.3f} ({ends})"
     (row,) = rows
-    metric = _whole(table.metric_of(row))
-    return metric if method == "Base" else _tested(f"{metric}, {_signed(row.gain)}", row.p)
-
-
-def _interval(interval: Interval) -> str:
-    return f"{interval.value:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
-
-
-def _whole(interval: Interval) -> str:
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def _signed(interval: Interval) -> str:
-    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    metric = f"{table.metric_of(row):.3f}"
+    return metric if method == "Base" else _tested(f"{metric}, {row.gain:+.3f}", row.p)
 
 
 def _tested(text: str, p: float | None) -> str:
-    return text if p is None else f"{text}, {_p(p)}"
-
-
-def _p(p: float) -> str:
-    return f"p = {p:.2g}"
+    return text if p is None else f"{text}, p = {p_value(p)}"
 
 
 def _markdown(frame: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ from hones_lens.app.report.run_view import RunView
 from hones_lens.app.report.tables import Table
 from hones_lens.app.report.verdict import headline
 from hones_lens.hones import MEASURES, SteeringTable
-from hones_lens.viz import join_words, number, percent
+from hones_lens.viz import brackets, join_words, number, p_value, percent
 
 _SECOND_SHARE = 0.05  # kinds of question are drawn at the headline's share and at this one
 
@@ -97,7 +97,7 @@ def _heads(run: RunView, name: str) -> Section | None:
     scores, frame, tried = run.heads.scores, run.heads.to_dataframe(), int((run.heads.counts > 0).sum())
     columns = (frame[name].tolist() for name in ("layer", "head", "score", "low", "high", "n"))
     tips = [
-        f"L{layer}H{head}: {number(score, sign=True)} [{number(low)}, {number(high)}] (95 %, n = {n:,})"
+        f"L{layer}H{head}: {number(score, sign=True)} {brackets(low, high)} (95 %, n = {n:,})"
         if n
         else f"L{layer}H{head}: not measured"
         for layer, head, score, low, high, n in zip(*columns, strict=True)
@@ -208,7 +208,7 @@ def steering_said(table: SteeringTable) -> str:
         said += f", more than those of {beaten} of {len(draws)} random sets"
     if ("Grid-Search", 0) in rows:
         difference, p = table.difference("HONES", "Grid-Search")
-        said += f"; HONES minus Grid-Search: {shared_tables.gain(difference)}, p = {p:.2g}"
+        said += f"; HONES minus Grid-Search: {shared_tables.gain(difference)}, p = {p_value(p)}"
     return f"{said}."
 
 
@@ -223,7 +223,7 @@ def _overlap(run: RunView, name: str) -> Section | None:
     text = (
         f"{everything.count:,} neurons were selected for all of {join_words(run.overlap.tasks)}; by chance "
     )
-    text += f"it would be {number(everything.expected, 1)} (p = {everything.p:.2g})."
+    text += f"it would be {number(everything.expected, 1)} (p = {p_value(everything.p)})."
     found = [shared_tables.groups_of(run.overlap), shared_tables.shared(run.overlap)]
     return Section(f"{name}-overlap", "Neurons that tasks share", text, figures, found)
 

@@ -21,7 +21,7 @@ from hones_lens.hones import (
     measured,
 )
 from hones_lens.results import Interval
-from hones_lens.viz import level, number, span
+from hones_lens.viz import level, number, p_value, span
 
 _MOST_TOKENS = 6  # a cell
 
@@ -48,7 +48,13 @@ def held_out_heads(found: HeldOutHeads) -> Table:
         cell = Strong(drop) if head.holds else drop
         stands = "–" if head.significant is None else "yes" if head.significant else "no"
         score = f"{number(head.score)} {span(head.selected_on) if head.selected_on else ''}".rstrip()
-        row = (f"L{head.layer}H{head.head}", cell, span(head.drop), _p(head.p), "yes" if head.holds else "no")
+        row = (
+            f"L{head.layer}H{head.head}",
+            cell,
+            span(head.drop),
+            p_value(head.p),
+            "yes" if head.holds else "no",
+        )
         rows.append((*row, score, stands))
     base, rate = found.baseline, f"{100 * found.q:g} %"
     note = f"Selected on {found.n_selected_on:,} examples, measured again on n = {base.n:,} others, where "
@@ -89,10 +95,10 @@ def _steering_row(table: SteeringTable, row: SteeringRow) -> tuple[Cell, ...]:
         _metric(table, row),
         _clear(row.gain),
         span(row.gain),
-        _p(row.p),
+        p_value(row.p),
         _clear(row.log_prob_gain),
         span(row.log_prob_gain),
-        _p(table.log_prob_p(row)),
+        p_value(table.log_prob_p(row)),
         f"{row.max_abs:.3g}",
         row.settings or "–",
     )
@@ -106,10 +112,6 @@ def _metric(table: SteeringTable, row: SteeringRow) -> str:
 def _clear(interval: Interval) -> Cell:
     text = number(interval.value, sign=True)
     return Strong(text) if interval.low > 0 else text
-
-
-def _p(p: float) -> str:
-    return f"{p:.2g}"
 
 
 def groups_of(overlap: Overlap) -> Table:
@@ -131,7 +133,7 @@ def shared(overlap: Overlap) -> Table:
             " & ".join(each.tasks),
             f"{each.count:,}",
             number(each.expected, 1),
-            _p(each.p),
+            p_value(each.p),
             number(each.jaccard),
             number(each.coefficient),
         )
@@ -173,7 +175,7 @@ def side_effects(effects: SideEffects, title: str) -> Table:
     rows = []
     for owner in owners:
         cells = [effects.cell(owner, task) for task in tasks]
-        said = [f"{gain(c.gain)}, p = {_p(c.p)}" for c in cells]
+        said = [f"{gain(c.gain)}, p = {p_value(c.p)}" for c in cells]
         rows.append((owner, *(Strong(t) if c.gain.low > 0 else t for t, c in zip(said, cells, strict=True))))
     firsts = [effects.cell(owners[0], task) for task in tasks]
     bases = "; ".join(

@@ -10,7 +10,7 @@ from hones_lens.app.report.run_view import NeuronTokens
 from hones_lens.app.report.verdict import kind_clear
 from hones_lens.hones import MEASURES, HeadScores, MaskingResult, Measured, NeuronScores, measured
 from hones_lens.results import Interval
-from hones_lens.viz import level, number, percent, span
+from hones_lens.viz import level, number, p_value, percent, span
 
 _MOST_ROWS = 15
 
@@ -59,12 +59,13 @@ def top_heads(heads: HeadScores) -> Table:
     for layer, head, score in top[:_MOST_ROWS]:
         drops = heads.drops[layer, head]
         interval, found = heads.interval(layer, head), heads.discoveries
-        ends = "–" if interval is None else span(interval)
-        p = "–" if heads.p_values is None else f"{float(heads.p_values[layer, head]):.2g}"
+        p = p_value(None if heads.p_values is None else float(heads.p_values[layer, head]))
         stands = "–" if found is None else "yes" if (layer, head) in found else "no"
         lose, gain, seen = int((drops > 0).sum()), int((drops < 0).sum()), int(heads.counts[layer, head])
         bar = Bar(number(score), 100 * score / top[0].score)
-        rows.append((f"L{layer}H{head}", bar, ends, p, stands, f"{lose:,} of {seen:,}", f"{gain:,}"))
+        rows.append(
+            (f"L{layer}H{head}", bar, span(interval), p, stands, f"{lose:,} of {seen:,}", f"{gain:,}")
+        )
     base = heads.baseline_interval
     note = f"Base {heads.metric_name} {number(heads.baseline)}{f' {span(base)}' if base else ''}, n = {n:,}; "
     note += "95 % bootstrap intervals, paired permutation tests of no drop (one-sided), on the examples that "
@@ -91,9 +92,9 @@ def top_neurons(neurons: NeuronScores, promoted: Mapping[tuple[int, int], Neuron
     rows = []
     for c in top[:_MOST_ROWS]:
         share = max(0.0, 100 * c.score / top[0].score) if top[0].score > 0 else 0.0
-        row: tuple[Cell, ...] = (f"L{c.layer}N{c.index}", Bar(_digits(c.score), share))
+        row: tuple[Cell, ...] = (f"L{c.layer}N{c.index}", Bar(number(c.score, 4, significant=True), share))
         if neurons.errors is not None:
-            row += (_digits_span(neurons.interval(c.layer, c.index)),)
+            row += (span(neurons.interval(c.layer, c.index), 4, significant=True),)
         if with_tokens:
             row += _promoted(given[c.layer, c.index])
         rows.append(row)
@@ -115,15 +116,8 @@ def top_neurons(neurons: NeuronScores, promoted: Mapping[tuple[int, int], Neuron
 def _promoted(found: NeuronTokens | None) -> tuple[Cell, Cell]:
     if found is None:
         return "–", Tokens(())
-    return "–" if found.activation is None else _digits(found.activation), Tokens(found.tokens)
-
-
-def _digits(value: float) -> str:
-    return f"{value:#.4g}".replace("-", "−")
-
-
-def _digits_span(interval: Interval | None) -> str:
-    return "–" if interval is None else f"[{_digits(interval.low)}, {_digits(interval.high)}]"
+    active = "–" if found.activation is None else number(found.activation, 4, significant=True)
+    return active, Tokens(found.tokens)
 
 
 def masking(results: Sequence[MaskingResult], measure: str) -> Table:
@@ -153,7 +147,7 @@ def _masking_row(result: MaskingResult, m: Measured) -> tuple[Cell, ...]:
         f"{number(m.masked)} {span(m.after)}",
         Strong(drop) if m.clear else drop,
         span(m.interval),
-        "–" if m.p is None else f"{m.p:.2g}",
+        p_value(m.p),
         f"{number(result.relative_drop, 1)} % {span(result.relative_interval, 1)}",
         number(m.baseline - m.random_mean),
         number(m.baseline - m.random_worst),
@@ -172,7 +166,7 @@ def kinds(results: Sequence[MaskingResult]) -> Table:
         for result in ordered:
             found = result.kinds[kind]
             text = f"{number(found.baseline - found.masked)} {_ends(found.interval)}".rstrip()
-            text += "" if found.p is None else f", p = {found.p:.2g}"
+            text += "" if found.p is None else f", p = {p_value(found.p)}"
             if result.controls:
                 text += f" ({result.beats('metric', kind)}/{len(result.controls)})"
             cells.append(Strong(text) if kind_clear(result, kind) else text)
@@ -198,7 +192,7 @@ def rankings(results: Mapping[str, MaskingResult]) -> Table:
         for measure in MEASURES:
             m = measured(result, measure)
             beats = f"{m.beaten} of {len(m.controls)}" if m.controls else "–"
-            drop, p = number(m.drop), "–" if m.p is None else f"{m.p:.2g}"
+            drop, p = number(m.drop), p_value(m.p)
             cells += [Strong(drop) if m.clear else drop, span(m.interval), p, beats]
         rows.append(tuple(cells))
     interval = next(iter(results.values())).metric_interval

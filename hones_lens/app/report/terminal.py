@@ -62,7 +62,7 @@ def _print_heads(console: Console, run: RunView) -> None:
         table.add_row(
             f"L{layer}H{head}",
             number(score),
-            Text("–" if interval is None else span(interval)),
+            Text(span(interval)),
             "–" if found is None else "yes" if (layer, head) in found else "no",
             Text("–" if other is None else f"{number(other.drop.value)} {span(other.drop)}"),
             "–" if other is None else "yes" if other.holds else "no",

@@ -92,12 +92,12 @@ class NeuronScores(Result):
             f"{self.model_name}, {self.task}: {len(best)} task neurons by {self.method}, "
             f"by layer {self.per_layer()}; scores over n = {self.n_examples} examples"
         ]
-        lines += [f"  L{c.layer}N{c.index:<5} {c.score:+.4g}{self._ends(c)}" for c in best[:20]]
+        lines += [f"  L{c.layer}N{c.index:<5} {self._told(c)}" for c in best[:20]]
         return "\n".join([*lines, "  …"] if len(best) > 20 else lines)
 
-    def _ends(self, c: Component) -> str:
+    def _told(self, c: Component) -> str:
         interval = self.interval(c.layer, c.index)
-        return f" [{interval.low:+.4g}, {interval.high:+.4g}] (95 %)" if interval else ""
+        return f"{interval:+.4g} (95 %)" if interval else f"{c.score:+.4g}"
 
     def _repr_html_(self) -> str:
         return self.to_dataframe().head(self.count()).to_html(index=False)

@@ -82,8 +82,8 @@ class SideEffects(Result):
     def __str__(self) -> str:
         lines = [f"{self.model_name}: what scales of one task do to every task"]
         lines += [
-            f"  {c.task:<10} under the scales of {c.scales_of:<10} {c.metric_name} {c.base.value:.3f} "
-            f"{c.base.span} → {c.steered.value:.3f} {c.steered.span}, gain {c.gain}, p = {c.p:.2g}"
+            f"  {c.task:<10} under the scales of {c.scales_of:<10} {c.metric_name} {c.base:.3f} → "
+            f"{c.steered:.3f}, gain {c.gain}, p = {c.p:.2g}"
             for c in self.cells
         ]
         return "\n".join(lines)

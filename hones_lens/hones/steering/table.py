@@ -162,11 +162,11 @@ class SteeringTable(Result):
         draws = [row for row in self.rows if row.method == "RandNeuron"]
         for row in self.rows:
             name = f"RandNeuron {row.draw + 1}" if row in draws else row.method
-            metric = f"{row.metric:.3f} {self.metric_of(row).span}"
-            likely = f"{_short(row.log_prob_gain):<24} {self.log_prob_p(row):>6.3f}"
+            metric = f"{self.metric_of(row):.3f}"
+            gain, likely = f"{row.gain:+.3f}", f"{row.log_prob_gain:+.3f}"
             lines.append(
-                f"  {name:<17} {metric:<20}  {_short(row.gain):<24} {row.p:>6.3f}  "
-                f"{likely} {row.max_abs:>8.3g}  {row.settings}"
+                f"  {name:<17} {metric:<20}  {gain:<24} {row.p:>6.3f}  "
+                f"{likely:<24} {self.log_prob_p(row):>6.3f} {row.max_abs:>8.3g}  {row.settings}"
             )
         if len(draws) > 1:
             gains = [row.gain.value for row in draws]
@@ -176,7 +176,3 @@ class SteeringTable(Result):
                 f"{max(gains):+.3f}), mean log-probability gain {likely:+.3f}"
             )
         return "\n".join(lines)
-
-
-def _short(interval: Interval) -> str:
-    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
