@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from jaxtyping import AbstractArray
@@ -22,16 +22,21 @@ def to_json(value: Any) -> Any:
         TypeError: A value of another kind.
     """
     if isinstance(value, Tensor):
-        return nan_to_none(value.tolist())
+        return nan_to_none(_nested_list(value))
     if is_dataclass(value):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {key: to_json(entry) for key, entry in value.items()}
+        entries = cast("Mapping[str, Any]", value)
+        return {key: to_json(entry) for key, entry in entries.items()}
     if isinstance(value, tuple | list):
-        return [to_json(entry) for entry in value]
+        return [to_json(entry) for entry in cast("Sequence[Any]", value)]
     if value is None or isinstance(value, str | int | float):
         return value
     raise TypeError(f"a {type(value).__name__} can't be written to JSON")
+
+
+def _nested_list(tensor: Any) -> Any:
+    return tensor.tolist()  # PyTorch types it as a list of unknowns
 
 
 def from_json(annotation: Any, data: Any) -> Any:
@@ -59,14 +64,19 @@ def from_json(annotation: Any, data: Any) -> Any:
         return {key: from_json(inner[1], entry) for key, entry in data.items()}
     if not isinstance(annotation, type):
         return data
-    if issubclass(annotation, Tensor | AbstractArray):
+    wanted = cast("type[Any]", annotation)
+    if issubclass(wanted, Tensor | AbstractArray):
         return torch.as_tensor(none_to_nan(data), dtype=_dtype(annotation))
-    if is_dataclass(annotation):
-        return _dataclass(annotation, data)
-    if issubclass(annotation, tuple) and hasattr(annotation, "_fields"):
-        entries = zip(_hints(annotation).values(), data, strict=False)  # the last may have defaults
-        return annotation(*(from_json(hint, entry) for hint, entry in entries))
+    if is_dataclass(wanted):
+        return _dataclass(wanted, data)
+    if _is_named_tuple(wanted):
+        entries = zip(_hints(wanted).values(), data, strict=False)  # the last may have defaults
+        return wanted(*(from_json(hint, entry) for hint, entry in entries))
     return data
+
+
+def _is_named_tuple(kind: type[Any]) -> bool:
+    return hasattr(kind, "_fields") and issubclass(kind, tuple)
 
 
 def _dataclass(kind: type, data: Mapping[str, Any]) -> Any:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 
-class Component(NamedTuple):
+# Not as annotations of a class: there `index` would be said to override the method of tuples.
+class Component(NamedTuple("Component", [("layer", int), ("index", int), ("score", float)])):
     """A head or a neuron with its score."""
 
-    layer: int
-    index: int
-    score: float
+    __slots__ = ()
 
 
 def ranked(scores: Tensor, k: int, positive_only: bool = False) -> list[Component]:
@@ -28,10 +27,10 @@ def ranked(scores: Tensor, k: int, positive_only: bool = False) -> list[Componen
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     if bool(torch.isnan(scores).any()):
-        layer, index = torch.nonzero(torch.isnan(scores))[0].tolist()
+        layer, index = (int(place) for place in torch.nonzero(torch.isnan(scores))[0])
         raise ValueError(f"the score of layer {layer}, index {index} is NaN")
     width = scores.shape[1]
-    order = torch.argsort(scores.flatten(), descending=True, stable=True)[:k].tolist()
+    order = [int(place) for place in torch.argsort(scores.flatten(), descending=True, stable=True)[:k]]
     found = [Component(i // width, i % width, float(scores[i // width, i % width])) for i in order]
     return [c for c in found if c.score > 0] if positive_only else found
 
@@ -57,31 +56,33 @@ def read_json(file: str | Path, kind: str) -> dict[str, Any]:
         ValueError: Not JSON, or another kind of result; names the file.
     """
     try:
-        data = json.loads(Path(file).read_text(encoding="utf-8"))
+        data: Any = json.loads(Path(file).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(data, dict) or data.get("kind") != kind:
-        found = data.get("kind") if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"{file} holds {found!r}, not {kind!r}")
-    return data
+    fields = cast("dict[str, Any]", data) if isinstance(data, dict) else {"kind": type(data).__name__}
+    if not isinstance(data, dict) or fields.get("kind") != kind:
+        raise ValueError(f"{file} holds {fields.get('kind')!r}, not {kind!r}")
+    return fields
 
 
 def nan_to_none(value: Any) -> Any:
     """Nested lists with None for NaN, which JSON can't hold."""
     if isinstance(value, list):
-        return [nan_to_none(v) for v in value]
+        return [nan_to_none(v) for v in cast("list[Any]", value)]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def none_to_nan(value: Any) -> Any:
     """Nested lists with NaN for None."""
     if isinstance(value, list):
-        return [none_to_nan(v) for v in value]
+        return [none_to_nan(v) for v in cast("list[Any]", value)]
     return math.nan if value is None else value
 
 
 def round_floats(value: Any, digits: int = 9) -> Any:
     """Nested lists with floats rounded to significant digits, so that files stay small."""
     if isinstance(value, float):
-        return value if value == 0 or not math.isfinite(value) else float(f"{value:.{digits}g}")
-    return [round_floats(v, digits) for v in value] if isinstance(value, list) else value
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else value
+    if isinstance(value, list):
+        return [round_floats(v, digits) for v in cast("list[Any]", value)]
+    return value

@@ -41,7 +41,7 @@ class Labelled(Result):
     what: str
     values: Tensor
     axes: tuple[str, ...]
-    labels: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    labels: dict[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
     n: int | None = None
     low: Tensor | None = None
     high: Tensor | None = None

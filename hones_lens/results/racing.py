@@ -64,7 +64,8 @@ class Confidence:
         self.n_examples, self.alpha, self.low, self.high = n_examples, alpha, low, high
         centre = (dense - low) / (high - low)
         stretched = np.sinh(np.linspace(-6, 6, grid)) / np.sinh(6)
-        self.grid = np.where(stretched < 0, centre * (1 + stretched), centre + (1 - centre) * stretched)
+        below, above = centre * (1 + stretched), centre + (1 - centre) * stretched
+        self.grid: np.ndarray = np.where(stretched < 0, below, above)
         self.count = np.zeros(n_arms, dtype=int)
         self._sum = np.zeros(n_arms)
         self._spread = np.full(n_arms, 0.25)  # of the values about their running mean, one value assumed
@@ -116,7 +117,7 @@ class Confidence:
         last = len(self.grid) - 1 - self._in[:, ::-1].argmax(1)
         none = ~self._in.any(1)  # between two candidates: the nearest to the mean
         nearest = np.abs(self.grid - (self._sum / np.maximum(self.count, 1))[:, None]).argmin(1)
-        first, last = np.where(none, nearest, first), np.where(none, nearest, last)
+        first[none] = last[none] = nearest[none]
         # The set is an interval between candidates: its ends may lie up to the next one that is out.
         low = self.grid[np.maximum(first - 1, 0)]
         high = self.grid[np.minimum(last + 1, len(self.grid) - 1)]
@@ -185,7 +186,8 @@ class Race:
         by_high = np.sort(np.append(high, -np.inf))[::-1]
         first = by_high[places - 1]
         # The o-th largest upper bound among the others: one further down for those that are before it.
-        rival = np.where(high >= first, by_high[places], first)
+        rival = np.full_like(high, first)
+        rival[high >= first] = by_high[places]
         surely = np.flatnonzero(low + half >= rival)
         surely = surely[np.argsort(-low[surely], kind="stable")][:places]
         best = np.argsort(-low, kind="stable")[:places]

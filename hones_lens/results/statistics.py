@@ -81,8 +81,9 @@ def bootstrap_interval(
         ValueError: Fewer than two examples, arms of different shape, values that are not finite, or a
             `level` or `draws` out of range.
     """
-    options = {"draws": draws, "level": level, "seed": seed}
-    return bootstrap_intervals(task, statistics_base, [statistics_other], **options)[0]
+    return bootstrap_intervals(
+        task, statistics_base, [statistics_other], draws=draws, level=level, seed=seed
+    )[0]
 
 
 def bootstrap_intervals(
@@ -372,7 +373,7 @@ def mean_over_pairs(
         return found
     flat = values.detach().cpu().double().reshape(n, -1).numpy()
     low, high = bootstrap_ends(lambda counts, part: counts / n @ part, flat, draws, level, seed)
-    found["low"], found["high"] = (torch.from_numpy(end).reshape(rest) for end in (low, high))
+    found["low"], found["high"] = (torch.as_tensor(end).reshape(rest) for end in (low, high))
     return found
 
 
