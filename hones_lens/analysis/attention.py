@@ -98,8 +98,8 @@ class HeadAttention(Plottable):
         lines = [f"{self.model_name}: attention from {self.source}"]
         for i in range(self.n_images):
             shares = self.on_image(i).sum((1, 2)).tolist()
-            told = ", ".join(f"{name} {share:.3f}" for name, share in zip(self.names, shares, strict=True))
-            lines.append(f"on image {i}: {told}")
+            entries = ", ".join(f"{name} {share:.3f}" for name, share in zip(self.names, shares, strict=True))
+            lines.append(f"on image {i}: {entries}")
         return "\n".join(lines)
 
 
@@ -135,31 +135,33 @@ def head_attention(
         raise IndexError(f"there are {len(inputs)} rows; there is no row {row}")
     if isinstance(source, Tensor):
         source = token_mask(inputs, source)[row : row + 1]
-    one = inputs[row]
-    positions, name = _positions(model, one, source)
-    behind = _text_after_images(one)
-    found: dict[int, Tensor] = {}
-    received = torch.zeros(one.input_ids.shape[1], dtype=torch.float64)
+    row_inputs = inputs[row]
+    positions, name = _positions(model, row_inputs, source)
+    text_after = _text_after_images(row_inputs)
+    weights_by_layer: dict[int, Tensor] = {}
+    received = torch.zeros(row_inputs.input_ids.shape[1], dtype=torch.float64)
 
-    def look(layer: int) -> Any:
+    def make_reader(layer: int) -> Any:
         def read(pattern: Tensor, hook: object) -> None:
-            found[layer] = pattern[0, :, positions].float().mean(1).cpu()
-            if behind:
-                received.add_(pattern[0, :, behind].double().mean((0, 1)).cpu())
+            weights_by_layer[layer] = pattern[0, :, positions].float().mean(1).cpu()
+            if text_after:
+                received.add_(pattern[0, :, text_after].double().mean((0, 1)).cpu())
 
         return read
 
-    readers = [(f"blocks.{layer}.attn.hook_pattern", look(layer)) for layer in range(model.cfg.n_layers)]
+    readers = [
+        (f"blocks.{layer}.attn.hook_pattern", make_reader(layer)) for layer in range(model.cfg.n_layers)
+    ]
     with model.hooks(fwd_hooks=[*hooks, *readers]):
-        model(one, logits_to_keep=1)
+        model(row_inputs, logits_to_keep=1)
     return HeadAttention(
         model_name=model.cfg.model_name,
         heads=chosen,
         source=name,
         positions=tuple(positions),
-        weights=torch.stack([found[layer][head] for layer, head in chosen]),
-        received=(received / model.cfg.n_layers).float() if behind else None,
-        inputs=one.to("cpu"),
+        weights=torch.stack([weights_by_layer[layer][head] for layer, head in chosen]),
+        received=(received / model.cfg.n_layers).float() if text_after else None,
+        inputs=row_inputs.to("cpu"),
     )
 
 
@@ -190,16 +192,16 @@ def _positions(model: HookedVLM, inputs: VLMInputs, source: Source) -> tuple[lis
 
 def _token_position(text: str, tokens: Sequence[str], inputs: VLMInputs) -> int:
     """The one position of a token."""
-    there = inputs.attention_mask[0].bool().tolist()
-    places = [
+    is_token = inputs.attention_mask[0].bool().tolist()
+    positions = [
         i
-        for i, (token, real) in enumerate(zip(tokens, there, strict=True))
+        for i, (token, real) in enumerate(zip(tokens, is_token, strict=True))
         if real and text in (token, token.lstrip(_MARKS))
     ]
-    if not places:
+    if not positions:
         groups = ", ".join(("all", *inputs.token_groups))
         raise ValueError(f"the row has no token {text!r}, nor is that a group; groups: {groups}")
-    if len(places) > 1:
-        shown = ", ".join(map(str, places[:8])) + (", …" if len(places) > 8 else "")
-        raise ValueError(f"the row has {len(places)} tokens {text!r}, at {shown}: give a position")
-    return places[0]
+    if len(positions) > 1:
+        listing = ", ".join(map(str, positions[:8])) + (", …" if len(positions) > 8 else "")
+        raise ValueError(f"the row has {len(positions)} tokens {text!r}, at {listing}: give a position")
+    return positions[0]

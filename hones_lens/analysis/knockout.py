@@ -85,22 +85,28 @@ class _Plan:
             for name in self.edges
         ]
 
-    def result(self, what: str, about: Mapping[str, Any], n: int, notes: Sequence[str]) -> Labelled:
+    def result(
+        self, description: str, statistics: Mapping[str, Any], n: int, notes: Sequence[str]
+    ) -> Labelled:
         """A result of values (and ends of intervals) by arm."""
         shape = (len(self.windows), len(self.edges))
-        parts = {name: torch.as_tensor(about[name]).reshape(shape) for name in about if name != "n"}
+        fields = {
+            name: torch.as_tensor(statistics[name]).reshape(shape) for name in statistics if name != "n"
+        }
         widest = max(map(len, self.windows))
-        told = [
+        all_notes = [
             *notes,
             f"{widest} layers at a time, fewer at the ends" if widest > 1 else "one layer at a time",
         ]
-        told += [
+        all_notes += [
             f"{name}: {count} queries, over all examples, had no other key left and kept themselves"
             for name, count in self.spared.items()
             if count
         ]
         labels = {"edge": tuple(self.edges)}
-        return Labelled(what, axes=("layer", "edge"), labels=labels, n=n, notes=tuple(told), **parts)
+        return Labelled(
+            description, axes=("layer", "edge"), labels=labels, n=n, notes=tuple(all_notes), **fields
+        )
 
 
 @torch.no_grad()
@@ -149,22 +155,22 @@ def attention_knockout(
         FloatingPointError: Logits that are not finite.
     """
     options, plan = SweepOptions.of(options, sweep, unused=("journal",)), _plan(model, edges, window)
-    known = None if task is None else as_task(task)
+    known_task = None if task is None else as_task(task)
     if metric == "task":
         return _task_metric_changes(
-            model, _check_task_examples(data, known), plan, options, (draws, level, seed)
+            model, _check_task_examples(data, known_task), plan, options, (draws, level, seed)
         )
     measure = log_prob if metric == "probability" else as_metric(metric)
-    before, after = _metric_values(model, data, known, plan, measure, options)
+    before, after = _metric_values(model, data, known_task, plan, measure, options)
     if metric == "probability":
-        what = "relative change of the right answer's probability when the target can't see the source"
+        description = "relative change of the right answer's probability when the target can't see the source"
         before, after = before.exp(), after.exp()
-        about = _relative_change(before.numpy(), after.numpy(), draws, level, seed)
+        statistics = _relative_change(before.numpy(), after.numpy(), draws, level, seed)
     else:
-        what = f"change of {metric_name(metric)} when the target can't see the source"
-        about = mean_over_pairs(after - before[:, None], draws, level, seed)
+        description = f"change of {metric_name(metric)} when the target can't see the source"
+        statistics = mean_over_pairs(after - before[:, None], draws, level, seed)
     base = f"mean {metric_name(metric)} with nothing cut: {float(before.mean()):.4g}"
-    return plan.result(what, about, len(before), (base,))
+    return plan.result(description, statistics, len(before), (base,))
 
 
 def _metric_values(
@@ -182,13 +188,13 @@ def _metric_values(
     total = len(data) * plan.n_arms
     with tqdm(total=total, desc="knockout", disable=not options.progress, unit="cell") as bar:
         for pairs, masks in _batches(model, data, task, plan.edges, options.batch_size):
-            was, arms = logits_at_end(model, pairs.clean), plan.arms(pairs.clean, masks)
-            found = torch.zeros(plan.n_arms, len(pairs))
+            clean_logits, arms = logits_at_end(model, pairs.clean), plan.arms(pairs.clean, masks)
+            values = torch.zeros(plan.n_arms, len(pairs))
             for i, logits in logits_under(model, pairs.clean, arms, **budget):
-                found[i] = metric(logits[:, -1], pairs, was).cpu()
+                values[i] = metric(logits[:, -1], pairs, clean_logits).cpu()
                 bar.update(len(pairs))
-            clean.append(metric(was, pairs, was).cpu())
-            cut.append(found)
+            clean.append(metric(clean_logits, pairs, clean_logits).cpu())
+            cut.append(values)
     return torch.cat(clean).double(), torch.cat(cut, dim=1).double().T
 
 
@@ -233,10 +239,12 @@ def _batches(
 ) -> Iterator[tuple[PatchPairs, dict[str, _Masks]]]:
     """Prompts with their right answers, and the masks of each edge."""
     if not isinstance(data, (PatchPairs, VLMInputs)) or task is not None:
-        known, examples = _check_task_examples(data, task)
-        for batch in answer_batches(model, known, examples, batch_size, answers=False):
-            asked = [(known.target_prompt(e), known.answer(e)) for e in batch.examples]
-            first = [model.continuation(prompt, answer)[0] for prompt, answer in asked]
+        known_task, examples = _check_task_examples(data, task)
+        for batch in answer_batches(model, known_task, examples, batch_size, answers=False):
+            prompts_and_answers = [
+                (known_task.target_prompt(e), known_task.answer(e)) for e in batch.examples
+            ]
+            first = [model.continuation(prompt, answer)[0] for prompt, answer in prompts_and_answers]
             answer = torch.tensor(first, device=batch.inputs.input_ids.device)
             pairs = PatchPairs(batch.inputs, batch.inputs, answer, None, tuple(batch.ids))
             yield pairs, _masks(batch.inputs, edges)
@@ -248,61 +256,63 @@ def _batches(
         index = torch.arange(start, min(start + batch_size, len(pairs)))
         foil = None if pairs.foil is None else pairs.foil[index]
         ids = tuple(pairs.ids[i] for i in index.tolist())
-        some = model.with_image_embeds(clean[index])
-        part = PatchPairs(some, pairs.corrupted[index], pairs.answer[index], foil, ids)
-        yield part, {name: (source[index], target[index]) for name, (source, target) in masks.items()}
+        batch_inputs = model.with_image_embeds(clean[index])
+        batch_pairs = PatchPairs(batch_inputs, pairs.corrupted[index], pairs.answer[index], foil, ids)
+        yield batch_pairs, {name: (source[index], target[index]) for name, (source, target) in masks.items()}
 
 
 def _pairs_from_answers(model: HookedVLM, inputs: VLMInputs) -> PatchPairs:
     """Prompts of inputs with answers, and the first token of each answer."""
-    known = model.as_inputs(inputs)
-    prompts = known.before_answers()
-    assert known.answer_mask is not None
-    first = known.answer_mask.int().argmax(-1)
-    answer = known.input_ids.gather(1, first[:, None])[:, 0]
-    names = tuple(f"row {row}" for row in range(len(known)))
+    prepared = model.as_inputs(inputs)
+    prompts = prepared.before_answers()
+    assert prepared.answer_mask is not None
+    first = prepared.answer_mask.int().argmax(-1)
+    answer = prepared.input_ids.gather(1, first[:, None])[:, 0]
+    names = tuple(f"row {row}" for row in range(len(prepared)))
     return PatchPairs(prompts, prompts, answer, None, names)
 
 
 def _task_metric_changes(
     model: HookedVLM,
-    asked: tuple[Task, Sequence[Example]],
+    task_and_examples: tuple[Task, Sequence[Example]],
     plan: _Plan,
     options: SweepOptions,
     draws: tuple[int, float, int],
 ) -> Labelled:
     """Change of a task's metric on what is generated."""
-    task, examples = asked
-    found: list[list[np.ndarray]] = [[] for _ in range(plan.n_arms + 1)]
+    task, examples = task_and_examples
+    statistics: list[list[np.ndarray]] = [[] for _ in range(plan.n_arms + 1)]
     total = len(examples) * (plan.n_arms + 1)
     with tqdm(total=total, desc=f"knockout · {task.name}", disable=not options.progress, unit="cell") as bar:
         for batch in prompt_batches(model, task, examples, options.batch_size):
             arms = [[], *plan.arms(batch.inputs, _masks(batch.inputs, plan.edges))]
             sweep = Sweep(model, arms, options, bar.update)
-            for mine, said in zip(found, sweep.predictions(task, batch), strict=True):
-                mine += [task.statistics(*given) for given in zip(said, batch.examples, strict=True)]
-    clean, *cut = (np.array(each) for each in found)
+            for arm_statistics, answers in zip(statistics, sweep.predictions(task, batch), strict=True):
+                arm_statistics += [
+                    task.statistics(*given) for given in zip(answers, batch.examples, strict=True)
+                ]
+    clean, *cut = (np.array(each) for each in statistics)
     metric = [float(task.metric(arm.sum(0))) for arm in (clean, *cut)]
-    about = {"values": np.array(metric[1:]) - metric[0]}
+    fields = {"values": np.array(metric[1:]) - metric[0]}
     n, level, seed = draws
     if n and len(examples) > 1:
         ends = [bootstrap_interval(task, arm, clean, draws=n, level=level, seed=seed) for arm in cut]
-        about |= {"low": np.array([end.low for end in ends]), "high": np.array([end.high for end in ends])}
-    what = f"change of {task.metric_name} when the target can't see the source"
+        fields |= {"low": np.array([end.low for end in ends]), "high": np.array([end.high for end in ends])}
+    description = f"change of {task.metric_name} when the target can't see the source"
     base = f"{task.metric_name} with nothing cut: {metric[0]:.4g}"
     new = "New tokens are in the groups that the prompt's last token is in."
-    return plan.result(what, about, len(examples), (base, new))
+    return plan.result(description, fields, len(examples), (base, new))
 
 
 def _relative_change(
     before: np.ndarray, after: np.ndarray, draws: int, level: float, seed: int
 ) -> dict[str, np.ndarray]:
     """Ratio of means minus 1, and its bootstrap interval, of values [n] and [n arm]."""
-    about = {"values": after.mean(0) / before.mean() - 1}
+    fields = {"values": after.mean(0) / before.mean() - 1}
     if draws and len(before) > 1:
 
         def ratios(counts: np.ndarray, part: np.ndarray) -> np.ndarray:
             return counts @ part / (counts @ before)[:, None] - 1
 
-        about["low"], about["high"] = bootstrap_ends(ratios, after, draws, level, seed)
-    return about
+        fields["low"], fields["high"] = bootstrap_ends(ratios, after, draws, level, seed)
+    return fields

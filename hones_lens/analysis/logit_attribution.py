@@ -62,18 +62,21 @@ def direct_logit_attribution(
     run = _Attribution(model, by, answers, None if foils is None else _ids(model, foils, len(inputs)))
     mask = token_mask(inputs, group)
     columns = mask.any(0).nonzero()[:, 0]
-    parts, logits = run.parts(inputs, columns, hooks)
-    inside, labels = mask[:, columns].cpu(), {}
+    contributions, logits = run.contributions(inputs, columns, hooks)
+    in_group, labels = mask[:, columns].cpu(), {}
     if bool((mask.sum(-1) > 1).any()):
         labels["position"] = tuple(columns.tolist())
-        outside = ~inside.view(*inside.shape, *[1] * (parts.ndim - 2))
-        parts, logits = parts.masked_fill(outside, torch.nan), logits.masked_fill(~inside, torch.nan)
+        outside = ~in_group.view(*in_group.shape, *[1] * (contributions.ndim - 2))
+        contributions, logits = (
+            contributions.masked_fill(outside, torch.nan),
+            logits.masked_fill(~in_group, torch.nan),
+        )
     else:
-        rows, at = torch.arange(len(parts)), inside.int().argmax(1)
-        parts, logits = parts[rows, at], logits[rows, at]
+        rows, first_column = torch.arange(len(contributions)), in_group.int().argmax(1)
+        contributions, logits = contributions[rows, first_column], logits[rows, first_column]
     if mean and not bool(torch.isfinite(logits).all()):
         raise ValueError("no mean over rows whose positions differ: take one row, or mean=False")
-    return run.result(parts, logits, labels, mean)
+    return run.result(contributions, logits, labels, mean)
 
 
 def _ids(model: HookedVLM, tokens: Token, rows: int) -> Int[Tensor, " row"]:
@@ -96,7 +99,7 @@ class _Attribution:
     foils: Int[Tensor, " row"] | None
 
     @torch.no_grad()
-    def parts(
+    def contributions(
         self, inputs: VLMInputs, columns: Int[Tensor, " column"], hooks: Sequence[Hook]
     ) -> tuple[Tensor, Tensor]:
         """What each part adds at some columns, [row column …], and the model's logits, [row column]."""
@@ -113,11 +116,15 @@ class _Attribution:
         watch: list[Hook] = [(name, keep) for name in ("ln_final.hook_scale", *reads)]
         with self.model.hooks(fwd_hooks=[*hooks, *watch]):
             logits = self.model(inputs, logits_to_keep=columns).float()
-        found = torch.stack([kept[name] for name in reads], dim=2)  # [row column part …]
-        found = found / kept["scale"].view(*kept["scale"].shape, *[1] * (found.ndim - 3))
+        contributions = torch.stack([kept[name] for name in reads], dim=2)  # [row column part …]
+        contributions = contributions / kept["scale"].view(
+            *kept["scale"].shape, *[1] * (contributions.ndim - 3)
+        )
         if self.by == "layer":
-            found = torch.cat((found[:, :, :1], found[:, :, 1:].unflatten(2, (-1, 2)).sum(3)), dim=2)
-        return found.cpu(), self._target_logits(logits).cpu()
+            contributions = torch.cat(
+                (contributions[:, :, :1], contributions[:, :, 1:].unflatten(2, (-1, 2)).sum(3)), dim=2
+            )
+        return contributions.cpu(), self._target_logits(logits).cpu()
 
     def _direction(self) -> Float[Tensor, "row d_model"]:
         """What a normalised stream is multiplied with, the final norm's weight folded in."""
@@ -155,11 +162,11 @@ class _Attribution:
 
     def _target_logits(self, logits: Float[Tensor, "row column d_vocab"]) -> Float[Tensor, "row column"]:
         rows = torch.arange(len(logits), device=logits.device)
-        asked = logits[rows, :, self.answers]
-        return asked if self.foils is None else asked - logits[rows, :, self.foils]
+        target_logits = logits[rows, :, self.answers]
+        return target_logits if self.foils is None else target_logits - logits[rows, :, self.foils]
 
     def result(
-        self, parts: Tensor, logits: Tensor, labels: dict[str, tuple[Any, ...]], mean: bool
+        self, contributions: Tensor, logits: Tensor, labels: dict[str, tuple[Any, ...]], mean: bool
     ) -> Labelled:
         """From parts [row …] and logits [row …], NaN where a row has no such position."""
         layers = range(self.model.cfg.n_layers)
@@ -169,16 +176,16 @@ class _Attribution:
             labels["layer"] = ("embed", *layers)
         inner = ("layer", self.by) if self.by in ("head", "neuron") else (self.by,)
         axes = (*(("position",) if "position" in labels else ()), *inner)
-        what = "logit" if self.foils is None else "logit difference"
-        total = float(parts.nansum() / logits.isfinite().sum())
-        note = f"Mean {what} {float(logits.nanmean()):.4g}; the {self.by}s shown add up to {total:.4g}."
+        quantity = "logit" if self.foils is None else "logit difference"
+        total = float(contributions.nansum() / logits.isfinite().sum())
+        note = f"Mean {quantity} {float(logits.nanmean()):.4g}; the {self.by}s shown add up to {total:.4g}."
         if self.by in ("head", "neuron"):
             rest = "the embedding and the MLPs" if self.by == "head" else "the embedding and the heads"
             note += f" The rest is {rest}."
-        what = f"added to the {what} by each {self.by}"
+        quantity = f"added to the {quantity} by each {self.by}"
         if not mean:
-            return Labelled(what, parts, ("row", *axes), labels, notes=(note,))
-        return Labelled(what, axes=axes, labels=labels, notes=(note,), **mean_over_pairs(parts))
+            return Labelled(quantity, contributions, ("row", *axes), labels, notes=(note,))
+        return Labelled(quantity, axes=axes, labels=labels, notes=(note,), **mean_over_pairs(contributions))
 
 
 def _along_direction(

@@ -56,9 +56,9 @@ class MeanDifference:
             group: Default: the group that it was measured in, if that has a name.
             inputs, strength, generated: As of `steering_vector`.
         """
-        where = self.group if group is None else group
+        target_group = self.group if group is None else group
         options = {"inputs": inputs, "strength": strength, "generated": generated, "at": self.at}
-        return steering_vector(self.layer, self.vector, where, **options)
+        return steering_vector(self.layer, self.vector, target_group, **options)
 
     def __str__(self) -> str:
         return (
@@ -98,8 +98,8 @@ def mean_difference(
         raise ValueError(f"layer {layer} is not in 0 … {model.cfg.n_layers - 1}")
     sets = [_row_means(model, given, layer, group, at, batch_size) for given in (positive, negative)]
     means = [rows.mean(0) for rows in sets]
-    off = torch.cat([rows - mean for rows, mean in zip(sets, means, strict=True)])
-    spread = float(off.pow(2).sum(-1).mean().sqrt())
+    deviations = torch.cat([rows - mean for rows, mean in zip(sets, means, strict=True)])
+    spread = float(deviations.pow(2).sum(-1).mean().sqrt())
     vector = (means[0] - means[1]).float()
     return MeanDifference(layer, at, group_name(group), vector, (len(sets[0]), len(sets[1])), spread)
 
@@ -111,15 +111,15 @@ def _row_means(
     """Mean stream of each row over its tokens of the group, float64 on the CPU."""
     inputs = model.as_inputs(model_input)
     mask = token_mask(inputs, group)
-    out: list[Tensor] = []
+    means: list[Tensor] = []
     for start in range(0, len(inputs), batch_size):
         rows = torch.arange(start, min(start + batch_size, len(inputs)))
         chosen = mask[rows.to(mask.device)][..., None]
 
         def keep(resid: Tensor, hook: object, chosen: Tensor = chosen) -> None:
             total = torch.where(chosen, resid.double(), 0).sum(1)
-            out.append((total / chosen.sum(1)).cpu())
+            means.append((total / chosen.sum(1)).cpu())
 
         hook = (resid_hook(layer, at), keep)
         model.run_with_hooks(inputs[rows], fwd_hooks=[hook], stop_at_layer=layer + 1)
-    return torch.cat(out)
+    return torch.cat(means)

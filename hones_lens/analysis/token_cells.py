@@ -52,8 +52,8 @@ class Cells:
         n_positions = self.inputs.input_ids.shape[1]
         if values.shape[-1] != n_positions:
             raise ValueError(f"{values.shape[-1]} values for {n_positions} positions")
-        parts = [values[..., list(span)] for span in self.spans]
-        reduced = [part.amax(-1) if how == "max" else getattr(part, how)(-1) for part in parts]
+        by_cell = [values[..., list(span)] for span in self.spans]
+        reduced = [part.amax(-1) if how == "max" else getattr(part, how)(-1) for part in by_cell]
         return torch.stack(reduced, dim=-1)
 
     def pattern(self, pattern: Float[Tensor, "*lead query key"]) -> Float[Tensor, "*lead cell cell"]:
@@ -93,12 +93,12 @@ def fold_tokens(
         raise IndexError(f"there are {len(inputs)} rows; there is no row {row}")
     if isinstance(keep, Tensor):
         keep = token_mask(inputs, keep)[row : row + 1]
-    one = inputs[row]
-    kept = token_mask(one, keep)[0].tolist()
-    starts = _image_spans(one)
-    tokens = token_names(model, one.input_ids[0].tolist())
+    row_inputs = inputs[row]
+    kept = token_mask(row_inputs, keep)[0].tolist()
+    starts = _image_spans(row_inputs)
+    tokens = token_names(model, row_inputs.input_ids[0].tolist())
     names, spans, images = [], [], []
-    position = int((one.attention_mask[0] == 0).sum())
+    position = int((row_inputs.attention_mask[0] == 0).sum())
     while position < len(tokens):
         image, end = None, position + 1
         if position in starts:
@@ -106,7 +106,7 @@ def fold_tokens(
         elif not kept[position]:
             while end < len(tokens) and not kept[end] and end not in starts:
                 end += 1
-        names.append(_cell_name(tokens[position], image, end - position, one, kept[position]))
+        names.append(_cell_name(tokens[position], image, end - position, row_inputs, kept[position]))
         spans.append(tuple(range(position, end)))
         images.append(image)
         position = end
@@ -114,20 +114,20 @@ def fold_tokens(
         raise ValueError(
             f"{len(names)} cells, more than {most}: fold text by keeping less of it, e.g. keep='question'"
         )
-    return Cells(tuple(names), tuple(spans), tuple(images), one.to("cpu"))
+    return Cells(tuple(names), tuple(spans), tuple(images), row_inputs.to("cpu"))
 
 
 def _image_spans(inputs: VLMInputs) -> dict[int, tuple[int, int]]:
     """By first position of each image of the one row: its number, and the position behind it."""
-    places = inputs.image_mask[0].nonzero()[:, 0].tolist()
-    found: dict[int, tuple[int, int]] = {}
+    positions = inputs.image_mask[0].nonzero()[:, 0].tolist()
+    spans: dict[int, tuple[int, int]] = {}
     for image, (rows, columns) in enumerate(inputs.grids[0] if inputs.grids else ()):
         n = rows * columns + inputs.leading_tokens
-        mine, places = places[:n], places[n:]
-        if mine[-1] - mine[0] != n - 1:
+        image_positions, positions = positions[:n], positions[n:]
+        if image_positions[-1] - image_positions[0] != n - 1:
             raise ValueError(f"the tokens of image {image} do not lie side by side")
-        found[mine[0]] = (image, mine[-1] + 1)
-    return found
+        spans[image_positions[0]] = (image, image_positions[-1] + 1)
+    return spans
 
 
 def _cell_name(token: str, image: int | None, n: int, inputs: VLMInputs, kept: bool) -> str:
@@ -192,24 +192,30 @@ def folded_attention(
     inputs = model.as_inputs(model_input)
     cells = fold_tokens(model, inputs, keep, row=row, most=most)
     images = [image for image in cells.images if image is not None]
-    found: dict[tuple[int, int], tuple[Tensor, list[Tensor]]] = {}
+    folded: dict[tuple[int, int], tuple[Tensor, list[Tensor]]] = {}
 
-    def look(layer: int) -> Any:
+    def make_reader(layer: int) -> Any:
         def read(pattern: Tensor, hook: object) -> None:
-            for at, head in chosen:
-                if at == layer:
-                    one = pattern[0, head].float().cpu()
-                    found[at, head] = cells.pattern(one), [cells.patches(one, image) for image in images]
+            for head_layer, head in chosen:
+                if head_layer == layer:
+                    weights = pattern[0, head].float().cpu()
+                    folded[head_layer, head] = (
+                        cells.pattern(weights),
+                        [cells.patches(weights, image) for image in images],
+                    )
 
         return read
 
-    readers = [(f"blocks.{at}.attn.hook_pattern", look(at)) for at in sorted({at for at, _ in chosen})]
+    readers = [
+        (f"blocks.{head_layer}.attn.hook_pattern", make_reader(head_layer))
+        for head_layer in sorted({head_layer for head_layer, _ in chosen})
+    ]
     with model.hooks(fwd_hooks=[*hooks, *readers]):
         model(inputs[row], logits_to_keep=1)
     return FoldedAttention(
         model_name=model.cfg.model_name,
         heads=chosen,
         cells=cells,
-        pattern=torch.stack([found[head][0] for head in chosen]),
-        patches=tuple(torch.stack([found[head][1][i] for head in chosen]) for i in range(len(images))),
+        pattern=torch.stack([folded[head][0] for head in chosen]),
+        patches=tuple(torch.stack([folded[head][1][i] for head in chosen]) for i in range(len(images))),
     )

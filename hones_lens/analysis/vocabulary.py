@@ -67,8 +67,11 @@ def promoted_tokens(
     rows = torch.stack([model.blocks[layer].mlp.W_out[index] for layer, index in neurons])
     signs = torch.where(activations < 0, -1.0, 1.0).to(rows.device)
     written = signs[:, None] * rows.float()
-    found = [
+    top_tokens = [
         vocabulary_logits(model, part).topk(k, largest=largest) for part in written.split(_NEURONS_AT_ONCE)
     ]
-    ids, logits = torch.cat([top.indices for top in found]), torch.cat([top.values for top in found])
+    ids, logits = (
+        torch.cat([top.indices for top in top_tokens]),
+        torch.cat([top.values for top in top_tokens]),
+    )
     return PromotedTokens(signs, ids, logits)

@@ -170,6 +170,6 @@ def delta_lines(layers: Sequence[Any], falls: Tables, rises: Tables) -> list[str
     lines = []
     for layer, *tables in zip(layers, falls, rises, strict=True):
         for name, table in zip(("falls", "rises"), tables, strict=True):
-            said = "  ".join(f"{token.token} {token.delta:+.3g} {token.span}".rstrip() for token in table)
-            lines.append(f"  layer {layer} {name}: {said or 'nothing'}")
+            entries = "  ".join(f"{token.token} {token.delta:+.3g} {token.span}".rstrip() for token in table)
+            lines.append(f"  layer {layer} {name}: {entries or 'nothing'}")
     return lines

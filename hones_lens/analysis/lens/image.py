@@ -58,8 +58,8 @@ def image_token_lens(
     inputs.heatmap(mask[row].float(), row, image)  # raises where there is no such image
     maps = []
     for stream in residual_streams(model, inputs, mask, hooks):
-        found = torch.cat([_token_values(logits, chosen, value) for logits in lens_logits(model, stream)])
-        by_position = torch.zeros(mask.shape[1], device=found.device).masked_scatter(mask[row], found)
+        values = torch.cat([_token_values(logits, chosen, value) for logits in lens_logits(model, stream)])
+        by_position = torch.zeros(mask.shape[1], device=values.device).masked_scatter(mask[row], values)
         maps.append(inputs.heatmap(by_position, row, image))
     (name,) = token_names(model, [chosen])
     what = f"{value.replace('_', '-')} of {name!r} by the logit lens at each image token"
@@ -72,5 +72,5 @@ def _token_values(logits: Float[Tensor, "some d_vocab"], token: int, value: str)
         return logits[:, token]
     if value == "rank":
         return 1.0 + (logits > logits[:, token, None]).sum(-1)
-    likely = logits.log_softmax(-1)[:, token]
-    return likely.exp() if value == "probability" else likely
+    log_probs = logits.log_softmax(-1)[:, token]
+    return log_probs.exp() if value == "probability" else log_probs

@@ -68,10 +68,10 @@ class LogitLens(Result):
         """
         if not -len(self) <= place < len(self):
             raise IndexError(f"there are {len(self)} places; there is no place {place}")
-        at = [place % len(self)]
-        parts = {name: getattr(self, name)[at] for name in ("ids", "logits", "probabilities")}
+        index = [place % len(self)]
+        fields = {name: getattr(self, name)[index] for name in ("ids", "logits", "probabilities")}
         return LogitLens(
-            self.model_name, (self.places[at[0]],), self.layers, tokens=(self.tokens[at[0]],), **parts
+            self.model_name, (self.places[index[0]],), self.layers, tokens=(self.tokens[index[0]],), **fields
         )
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -100,8 +100,8 @@ class LogitLens(Result):
             lines.append(f"{place}:")
             width = max(len(str(layer)) for layer in self.layers)
             for i, layer in enumerate(self.layers):
-                said = zip(self.tokens[p][i], self.probabilities[p, i].tolist(), strict=True)
-                cells = "  ".join(f"{token!r} {share:.2f}" for token, share in said)
+                entries = zip(self.tokens[p][i], self.probabilities[p, i].tolist(), strict=True)
+                cells = "  ".join(f"{token!r} {share:.2f}" for token, share in entries)
                 lines.append(f"  {layer!s:>{width}}  {cells}")
         if len(self) > _MAX_PRINTED:
             lines.append(f"(the first {_MAX_PRINTED} of {len(self)} places)")
@@ -118,8 +118,8 @@ class LogitLens(Result):
             for rank, token in enumerate(self.tokens[p][i]):
                 share, logit = float(self.probabilities[p, i, rank]), float(self.logits[p, i, rank])
                 shade = f"background: rgba(0, 114, 178, {0.6 * share:.3f})"
-                about = f"logit {logit:.3f}, probability {share:.4f}"
-                cells.append(f'<td style="{shade}" title="{about}">{escape(repr(token)[1:-1])}</td>')
+                tooltip = f"logit {logit:.3f}, probability {share:.4f}"
+                cells.append(f'<td style="{shade}" title="{tooltip}">{escape(repr(token)[1:-1])}</td>')
             rows.append(f"<tr>{''.join(cells)}</tr>")
         head = f"{self.model_name}: {self.places[p]}"
         return f"<table><caption>{escape(head)}</caption>{''.join(rows)}</table>"
@@ -152,13 +152,13 @@ def logit_lens(
         raise ValueError(f"k must lie in 1 … {model.cfg.d_vocab}, not {k}")
     inputs = model.as_inputs(model_input)
     mask = token_mask(inputs, group)
-    found = [_top(model, stream, k) for stream in residual_streams(model, inputs, mask, hooks)]
-    ids, logits, shares = (torch.stack(part, dim=1).cpu() for part in zip(*found, strict=True))
+    top_by_layer = [_top(model, stream, k) for stream in residual_streams(model, inputs, mask, hooks)]
+    ids, logits, shares = (torch.stack(part, dim=1).cpu() for part in zip(*top_by_layer, strict=True))
     rows, positions = (index.tolist() for index in mask.nonzero(as_tuple=True))
-    there = token_names(model, inputs.input_ids[mask].tolist())
+    position_tokens = token_names(model, inputs.input_ids[mask].tolist())
     return LogitLens(
         model.cfg.model_name,
-        tuple(LensPosition(*place) for place in zip(rows, positions, there, strict=True)),
+        tuple(LensPosition(*place) for place in zip(rows, positions, position_tokens, strict=True)),
         layer_names(model),
         ids,
         tuple(tuple(tuple(token_names(model, layer)) for layer in place) for place in ids.tolist()),

@@ -63,17 +63,21 @@ def patch_activations(
             image, pairs that don't serve the metric, or whose two runs don't differ by it.
         FloatingPointError: A metric that is not finite; names the pair.
     """
-    told, sweep = split_keywords(keywords, SummaryKeywords.__annotations__)
-    summary, options, site = Summary(**told), SweepOptions.of(options, sweep), as_patch_site(what)
+    summary_keywords, sweep_keywords = split_keywords(keywords, SummaryKeywords.__annotations__)
+    summary, options, site = (
+        Summary(**summary_keywords),
+        SweepOptions.of(options, sweep_keywords),
+        as_patch_site(what),
+    )
     pairs = _pairs_for_metric(pairs, metric)
     targets = targets_of(site, model.cfg, layers, units)
     positions = positions_of(model, pairs, site, by, groups)
-    how: dict[str, Any] = {"direction": direction, "metric": metric}
-    found = measure_patches(model, pairs, site, targets, positions, options, **how)
+    settings: dict[str, Any] = {"direction": direction, "metric": metric}
+    measurements = measure_patches(model, pairs, site, targets, positions, options, **settings)
     shape, axes, labels = targets.layout(by, tuple(positions))
-    change = found.change(direction).T.reshape(-1, *shape)
-    how |= {"axes": axes, "labels": labels, "of": what, "notes": found.notes(metric_name(metric))}
-    return summary.result(change, found.gap(direction), pairs, **how)
+    change = measurements.change(direction).T.reshape(-1, *shape)
+    settings |= {"axes": axes, "labels": labels, "of": what, "notes": measurements.notes(metric_name(metric))}
+    return summary.result(change, measurements.gap(direction), pairs, **settings)
 
 
 def _pairs_for_metric(pairs: PatchPairs, metric: str | Metric) -> PatchPairs:

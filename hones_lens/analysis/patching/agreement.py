@@ -63,14 +63,14 @@ class Agreement(Result):
         if n < 2 or k < 3:
             raise ValueError(f"{n} pairs and {k} components: a correlation needs two pairs, three components")
         shares = np.concatenate((np.ones((1, n)) / n, (1 - np.eye(n)) / (n - 1)))
-        found = correlate(*(shares @ side.numpy() for side in (self.estimated, self.measured)))
-        if np.isnan(found).any():
+        correlations = correlate(*(shares @ side.numpy() for side in (self.estimated, self.measured)))
+        if np.isnan(correlations).any():
             raise ValueError(f"{self.what}: the changes of all components are equal, they have no order")
-        value, *others = found
+        value, *others = correlations
         error = np.sqrt((n - 1) * np.var(others))
-        reach = NormalDist().inv_cdf((1 + level) / 2) * error
+        half_width = NormalDist().inv_cdf((1 + level) / 2) * error
         return Interval(
-            float(value), max(-1.0, float(value - reach)), min(1.0, float(value + reach)), level, n
+            float(value), max(-1.0, float(value - half_width)), min(1.0, float(value + half_width)), level, n
         )
 
     def of(self, components: Sequence[tuple[int, int]]) -> Agreement:
@@ -82,8 +82,8 @@ class Agreement(Result):
         missing = set(components) - set(self.components)
         if missing:
             raise ValueError(f"{self.what}: {sorted(missing)[0]} was not measured")
-        at = [self.components.index(component) for component in components]
-        return Agreement(self.what, tuple(components), self.estimated[:, at], self.measured[:, at])
+        columns = [self.components.index(component) for component in components]
+        return Agreement(self.what, tuple(components), self.estimated[:, columns], self.measured[:, columns])
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a component: layer, index, and the mean changes, estimated and measured."""
@@ -121,14 +121,14 @@ def atp_against_measured(
             else as `attribute_patching`.
     """
     options = SweepOptions.of_batches(options, batches)
-    how: dict[str, Any] = {"direction": direction, "metric": metric, "by_pair": True, "options": options}
-    estimated = attribute_patching(model, pairs, what, method=method, steps=steps, **how)
+    settings: dict[str, Any] = {"direction": direction, "metric": metric, "by_pair": True, "options": options}
+    estimated = attribute_patching(model, pairs, what, method=method, steps=steps, **settings)
     if estimated.values.ndim != 3:
         raise ValueError(f"{as_patch_site(what).what} has no heads or neurons to compare")
     n_layers, width = estimated.shape[1:]
     chosen = [(layer, i) for layer in range(n_layers) for i in range(width)]
     chosen = chosen if components is None else [(int(layer), int(i)) for layer, i in components]
-    measured = patch_activations(model, pairs, what, "all", units=chosen, **how)
+    measured = patch_activations(model, pairs, what, "all", units=chosen, **settings)
     layers, index = torch.tensor(chosen).T
-    says = f"{what} by {method}, {direction}"
-    return Agreement(says, tuple(chosen), estimated.values[:, layers, index], measured.values)
+    description = f"{what} by {method}, {direction}"
+    return Agreement(description, tuple(chosen), estimated.values[:, layers, index], measured.values)

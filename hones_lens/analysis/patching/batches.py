@@ -37,11 +37,11 @@ class PairBatch:
         Raises:
             FloatingPointError: A value that is not finite; names the pair.
         """
-        found = metric(logits, self.pairs, self.clean_logits)
-        if not bool(torch.isfinite(found).all()):
-            worst = self.pairs.ids[int((~torch.isfinite(found)).int().argmax())]
-            raise FloatingPointError(f"the metric of pair {worst!r} is not finite")
-        return found
+        values = metric(logits, self.pairs, self.clean_logits)
+        if not bool(torch.isfinite(values).all()):
+            first_bad = self.pairs.ids[int((~torch.isfinite(values)).int().argmax())]
+            raise FloatingPointError(f"the metric of pair {first_bad!r} is not finite")
+        return values
 
     @torch.no_grad()
     def gap(self, model: HookedVLM, metric: Metric) -> Float[Tensor, " batch"]:
@@ -73,12 +73,13 @@ def pair_batches(
     check_direction(direction)
     for start in range(0, len(pairs), batch_size):
         whole = batch_size >= len(pairs)
-        some = pairs if whole else pairs[start : start + batch_size]
+        batch_pairs = pairs if whole else pairs[start : start + batch_size]
         clean, corrupted = (
-            model.with_image_embeds(model.as_inputs(inputs)) for inputs in (some.clean, some.corrupted)
+            model.with_image_embeds(model.as_inputs(inputs))
+            for inputs in (batch_pairs.clean, batch_pairs.corrupted)
         )
         base, source = (clean, corrupted) if direction == "noise" else (corrupted, clean)
-        yield start, PairBatch(some, base, source, logits_at_end(model, clean))
+        yield start, PairBatch(batch_pairs, base, source, logits_at_end(model, clean))
 
 
 def check_no_hooks(model: HookedVLM, names: Sequence[str], why: str) -> None:

@@ -77,19 +77,23 @@ class _AttributionBatch:
     def summed(self, product: Tensor) -> Float[Tensor, "batch component sum"]:
         """A product of activation and gradient, summed over the positions of each sum."""
         if self.site.unit is None:
-            each = product.sum(-1, keepdim=True, dtype=torch.float64)
+            by_position = product.sum(-1, keepdim=True, dtype=torch.float64)
         elif product.ndim > 3:
             axes = (self.site.position_axis, self.site.unit_axis)
-            each = product.movedim(axes, (1, 2)).sum(-1, dtype=torch.float64)
+            by_position = product.movedim(axes, (1, 2)).sum(-1, dtype=torch.float64)
         else:
-            each = product.double()
+            by_position = product.double()
         if not self.site.vision:
-            return torch.einsum("bpc,gbp->bcg", each, self.masks)
+            return torch.einsum("bpc,gbp->bcg", by_position, self.masks)
         base = self.batch.base
-        masks = [vision_mask(self.model, base, m, each.shape[1], name) for name, m in self.where.items()]
-        by_image = torch.einsum("ipc,gip->icg", each, torch.stack(masks).double())
-        row = torch.tensor([row for row, grids in enumerate(base.grids) for _ in grids], device=each.device)
-        return each.new_zeros(len(base), *by_image.shape[1:]).index_add(0, row, by_image)
+        masks = [
+            vision_mask(self.model, base, m, by_position.shape[1], name) for name, m in self.where.items()
+        ]
+        by_image = torch.einsum("ipc,gip->icg", by_position, torch.stack(masks).double())
+        row = torch.tensor(
+            [row for row, grids in enumerate(base.grids) for _ in grids], device=by_position.device
+        )
+        return by_position.new_zeros(len(base), *by_image.shape[1:]).index_add(0, row, by_image)
 
     @torch.no_grad()
     def activations(self, names: Sequence[str], source: bool) -> ActivationCache:
@@ -108,8 +112,8 @@ class _AttributionBatch:
         with torch.enable_grad(), self.model.hooks(fwd_hooks=[(name, keep) for name in names]):
             logits = self.model(self.inputs(source=False), logits_to_keep=1)[:, -1]
             value = self.batch.value(self.metric, logits).sum()
-            found = torch.autograd.grad(value, list(kept.values()), materialize_grads=True)
-        return {name: (x.detach(), g) for (name, x), g in zip(kept.items(), found, strict=True)}
+            gradients = torch.autograd.grad(value, list(kept.values()), materialize_grads=True)
+        return {name: (x.detach(), g) for (name, x), g in zip(kept.items(), gradients, strict=True)}
 
 
 class AttributionKeywords(SummaryKeywords, BatchKeywords, total=False):
@@ -158,81 +162,92 @@ def attribute_patching(
             `atp*` hooks of the model's own on scores or pattern.
         FloatingPointError: A metric that is not finite; names the pair.
     """
-    own, given = split_keywords(keywords, ("steps", *SummaryKeywords.__annotations__))
-    steps, options = own.pop("steps", STEPS), SweepOptions.of_batches(options, given, batch_size=16)
-    summary, site, measure = Summary(**own), as_patch_site(what), as_metric(metric)
+    summary_keywords, sweep_keywords = split_keywords(keywords, ("steps", *SummaryKeywords.__annotations__))
+    steps, options = (
+        summary_keywords.pop("steps", STEPS),
+        SweepOptions.of_batches(options, sweep_keywords, batch_size=16),
+    )
+    summary, site, measure = Summary(**summary_keywords), as_patch_site(what), as_metric(metric)
     if method not in METHODS or steps < 1:
         raise ValueError(f"method {method!r} with {steps} steps; valid: {', '.join(METHODS)}, 1 step or more")
     targets = targets_of(site, model.cfg, layers, "each" if site.unit else "together")
     masks = positions_of(model, pairs, site, by, groups)
     order = [targets.layers.index(layer) for layer in targets.labels.get("layer", targets.layers)]
-    found, gaps, desc = [], [], f"attribution patching · {what}"
+    estimates, gaps, desc = [], [], f"attribution patching · {what}"
     with tqdm(total=len(pairs), desc=desc, disable=not options.progress) as bar:
         for start, batch in pair_batches(model, pairs, direction, options.batch_size):
-            where = {name: batch.mask_rows(mask, start) for name, mask in masks.items()}
-            job = _AttributionBatch(model, batch, site, targets.layers, measure, where, steps)
-            found.append(job.estimates(method)[:, order].cpu())
+            batch_masks = {name: batch.mask_rows(mask, start) for name, mask in masks.items()}
+            job = _AttributionBatch(model, batch, site, targets.layers, measure, batch_masks, steps)
+            estimates.append(job.estimates(method)[:, order].cpu())
             gaps.append(batch.gap(model, measure).cpu())
             bar.update(len(batch.pairs))
     shape, axes, labels = targets.layout(by, tuple(masks))
-    change, gap = torch.cat(found).view(len(pairs), *shape), torch.cat(gaps)
-    how: dict[str, Any] = {"metric": metric, "direction": direction, "of": f"{what}, estimated by {method}"}
-    return summary.result(change, gap, pairs, axes=axes, labels=labels, **how)
+    change, gap = torch.cat(estimates).view(len(pairs), *shape), torch.cat(gaps)
+    settings: dict[str, Any] = {
+        "metric": metric,
+        "direction": direction,
+        "of": f"{what}, estimated by {method}",
+    }
+    return summary.result(change, gap, pairs, axes=axes, labels=labels, **settings)
 
 
 def _first_order(job: _AttributionBatch) -> list[Float[Tensor, "batch component sum"]]:
     names = [job.site.name(layer) for layer in job.layers]
-    theirs = job.activations(names, source=True)
+    source = job.activations(names, source=True)
     base = job.gradients(names)
-    return [job.summed((theirs[name] - base[name][0]) * base[name][1]) for name in names]
+    return [job.summed((source[name] - base[name][0]) * base[name][1]) for name in names]
 
 
 def _softmax_recomputed(job: _AttributionBatch) -> list[Float[Tensor, "batch component sum"]]:
     """AtP*: the pattern's change is exact, and its gradient is `∂metric/∂z · v`."""
     if job.site.what not in ("q", "k"):
         return _first_order(job)
-    at = {layer: f"blocks.{layer}.attn." for layer in job.layers}
+    prefixes = {layer: f"blocks.{layer}.attn." for layer in job.layers}
     hidden = ("hook_attn_scores", "hook_pattern")
-    check_no_hooks(job.model, [at[n] + name for n in at for name in hidden], "recomputing the softmax")
-    read = [at[n] + name for n in at for name in ("hook_rot_q", "hook_rot_k", "hook_v")]
-    theirs, ours = job.activations(read, source=True), job.activations(read, source=False)
-    slopes = job.gradients([at[n] + "hook_z" for n in at])
-    out = []
-    for name in at.values():
-        q, k, v = (ours[name + part] for part in ("hook_rot_q", "hook_rot_k", "hook_v"))
-        slope = slopes[name + "hook_z"][1]
-        gain = torch.einsum("bqhd,bkhd->bhqk", slope, _repeat_kv_heads(v, slope.shape[2]))
-        moved = theirs[name + ("hook_rot_q" if job.site.what == "q" else "hook_rot_k")]
-        out.append(_pattern_effect(job, q, k, moved, gain))
-    return out
+    check_no_hooks(
+        job.model, [prefixes[n] + name for n in prefixes for name in hidden], "recomputing the softmax"
+    )
+    read = [prefixes[n] + name for n in prefixes for name in ("hook_rot_q", "hook_rot_k", "hook_v")]
+    source, base = job.activations(read, source=True), job.activations(read, source=False)
+    gradients = job.gradients([prefixes[n] + "hook_z" for n in prefixes])
+    effects = []
+    for name in prefixes.values():
+        q, k, v = (base[name + part] for part in ("hook_rot_q", "hook_rot_k", "hook_v"))
+        gradient = gradients[name + "hook_z"][1]
+        pattern_gradient = torch.einsum("bqhd,bkhd->bhqk", gradient, _repeat_kv_heads(v, gradient.shape[2]))
+        replacement = source[name + ("hook_rot_q" if job.site.what == "q" else "hook_rot_k")]
+        effects.append(_pattern_effect(job, q, k, replacement, pattern_gradient))
+    return effects
 
 
 def _pattern_effect(
     job: _AttributionBatch,
     q: Float[Tensor, "batch pos head d_head"],
     k: Float[Tensor, "batch pos kv_head d_head"],
-    moved: Float[Tensor, "batch pos component d_head"],
-    gain: Float[Tensor, "batch head pos pos"],
+    replacement: Float[Tensor, "batch pos component d_head"],
+    pattern_gradient: Float[Tensor, "batch head pos pos"],
 ) -> Float[Tensor, "batch component sum"]:
     """Change of the pattern with other queries or keys, all rotated, times the pattern's gradient."""
-    seen = attention_mask(job.batch.base.attention_mask.bool(), q.shape[1])
-    if seen is None:
-        seen = torch.ones(gain.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    before = _pattern(q, k, seen)
+    visible = attention_mask(job.batch.base.attention_mask.bool(), q.shape[1])
+    if visible is None:
+        visible = torch.ones(pattern_gradient.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    before = _pattern(q, k, visible)
     if job.site.what == "q":  # a query's change is its own
-        each = ((_pattern(moved, k, seen) - before) * gain).sum(-1, dtype=torch.float64)
-        return torch.einsum("bhp,gbp->bhg", each, job.masks)
-    out = []
-    for here in job.where.values():  # keys compete: those of a group change together
-        after = _pattern(q, torch.where(here[..., None, None], moved, k), seen)
-        each = ((after - before) * gain).sum((-1, -2), dtype=torch.float64)
-        out.append(each.unflatten(1, (k.shape[2], -1)).sum(-1))
-    return torch.stack(out, dim=-1)
+        effect = ((_pattern(replacement, k, visible) - before) * pattern_gradient).sum(
+            -1, dtype=torch.float64
+        )
+        return torch.einsum("bhp,gbp->bhg", effect, job.masks)
+    effects = []
+    for mask in job.where.values():  # keys compete: those of a group change together
+        after = _pattern(q, torch.where(mask[..., None, None], replacement, k), visible)
+        effect = ((after - before) * pattern_gradient).sum((-1, -2), dtype=torch.float64)
+        effects.append(effect.unflatten(1, (k.shape[2], -1)).sum(-1))
+    return torch.stack(effects, dim=-1)
 
 
-def _pattern(q: Tensor, k: Tensor, seen: Bool[Tensor, "..."]) -> Float[Tensor, "batch head query key"]:
+def _pattern(q: Tensor, k: Tensor, visible: Bool[Tensor, "..."]) -> Float[Tensor, "batch head query key"]:
     scores = torch.einsum("bqhd,bkhd->bhqk", q / math.sqrt(q.shape[-1]), _repeat_kv_heads(k, q.shape[2]))
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
 
 
 def _repeat_kv_heads(x: Tensor, n_heads: int) -> Float[Tensor, "batch pos head d_head"]:
@@ -244,17 +259,17 @@ def _integrated_gradients(job: _AttributionBatch) -> list[Float[Tensor, "batch c
     """Integrated gradients, layer by layer."""
     sites = {layer: job.site.name(layer) for layer in job.layers}
     entered = {} if job.site.vision else {layer: f"blocks.{layer}.hook_resid_pre" for layer in job.layers}
-    theirs = job.activations(list(sites.values()), source=True)
-    ours = job.activations([*sites.values(), *entered.values()], source=False)
-    out = []
+    source = job.activations(list(sites.values()), source=True)
+    base = job.activations([*sites.values(), *entered.values()], source=False)
+    effects = []
     for layer, name in sites.items():
-        change, total = theirs[name] - ours[name], torch.zeros_like(ours[name])
-        start = None if job.site.vision else (layer, ours[entered[layer]])
+        change, total = source[name] - base[name], torch.zeros_like(base[name])
+        start = None if job.site.vision else (layer, base[entered[layer]])
         for step in range(job.steps):
-            between = ours[name] + (step + 0.5) / job.steps * change
+            between = base[name] + (step + 0.5) / job.steps * change
             total += _metric_gradient(job, start, name, between)
-        out.append(job.summed(change * total / job.steps))
-    return out
+        effects.append(job.summed(change * total / job.steps))
+    return effects
 
 
 def _metric_gradient(

@@ -36,8 +36,8 @@ def log_prob(logits: Logits, pairs: PatchPairs, clean: Logits) -> Float[Tensor, 
 
 def kl(logits: Logits, pairs: PatchPairs, clean: Logits) -> Float[Tensor, " batch"]:
     """KL(clean ‖ this run) of the next token, in nats, negated, so that higher is nearer to clean."""
-    was = clean.float().log_softmax(-1)
-    return -(was.exp() * (was - logits.float().log_softmax(-1))).sum(-1)
+    clean_log_probs = clean.float().log_softmax(-1)
+    return -(clean_log_probs.exp() * (clean_log_probs - logits.float().log_softmax(-1))).sum(-1)
 
 
 METRICS: dict[str, Metric] = {"logit_diff": logit_diff, "log_prob": log_prob, "kl": kl}

@@ -83,19 +83,19 @@ class Summary:
         Raises:
             ValueError: A mean gap of 0, of which there is no share.
         """
-        told = metric_name(metric)
+        name = metric_name(metric)
         change, gap = change.double(), gap.double()
         clean_end = "clean − corrupted" if direction == "denoise" else "corrupted − clean"
-        notes = tuple(notes) or (f"{told}: {clean_end} is {float(gap.mean()):.4g}",)
-        says = f"change of {told}, {of}, {DIRECTIONS[direction]}"
+        notes = tuple(notes) or (f"{name}: {clean_end} is {float(gap.mean()):.4g}",)
+        description = f"change of {name}, {of}, {DIRECTIONS[direction]}"
         if self.by_pair:
-            return Labelled(says, change, ("pair", *axes), labels | {"pair": pairs.ids}, notes=notes)
+            return Labelled(description, change, ("pair", *axes), labels | {"pair": pairs.ids}, notes=notes)
         if self.raw:
             values = mean_over_pairs(change, self.draws, seed=self.seed)
         else:
-            says = f"share of {told} {_VERBS[direction]}, {of}, {DIRECTIONS[direction]}"
+            description = f"share of {name} {_VERBS[direction]}, {of}, {DIRECTIONS[direction]}"
             values = share_of_gap(change.movedim(0, -1), gap, self.draws, self.seed)
-        return Labelled(says, axes=axes, labels=labels, notes=notes, **values)
+        return Labelled(description, axes=axes, labels=labels, notes=notes, **values)
 
 
 def metric_name(metric: str | Metric) -> str:

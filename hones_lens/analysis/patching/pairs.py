@@ -51,10 +51,10 @@ class PatchPairs:
 
     def __post_init__(self) -> None:
         clean, corrupted = self.clean, self.corrupted
-        for what in ("answer", "foil", "ids"):
-            value = getattr(self, what)
+        for field_name in ("answer", "foil", "ids"):
+            value = getattr(self, field_name)
             if value is not None and len(value) != len(clean):
-                raise ValueError(f"{len(value)} entries of {what} for {len(clean)} pairs")
+                raise ValueError(f"{len(value)} entries of {field_name} for {len(clean)} pairs")
         if clean.input_ids.shape != corrupted.input_ids.shape:
             raise ValueError(
                 f"clean inputs of the shape {tuple(clean.input_ids.shape)} and corrupted ones of "
@@ -100,8 +100,8 @@ class PatchPairs:
         """The same pairs without what their answers share at the end, which a model may then say itself."""
         if not any(self.shared):
             return self
-        said = torch.tensor(self.shared, device=self.answer.device)
-        sides = (inputs.without_last(said).without_padding() for inputs in (self.clean, self.corrupted))
+        counts = torch.tensor(self.shared, device=self.answer.device)
+        sides = (inputs.without_last(counts).without_padding() for inputs in (self.clean, self.corrupted))
         return replace(self, **dict(zip(("clean", "corrupted"), sides, strict=True)), shared=())
 
     def mask(self, group: Group) -> Tensor:
@@ -122,16 +122,16 @@ def counterfactual(model: HookedVLM, pairs: Sequence[CounterfactualPair], task: 
     """
     if not pairs:
         raise ValueError("no pairs")
-    known = as_task(task)
-    prompts = [known.target_prompt(pair.clean) for pair in pairs]
+    known_task = as_task(task)
+    prompts = [known_task.target_prompt(pair.clean) for pair in pairs]
     ids = tuple(pair.clean.id for pair in pairs)
     clean = model.prepare([pair.clean.image for pair in pairs], prompts)
     corrupted = model.prepare([pair.corrupted.image for pair in pairs], prompts)
     answers = [
         [model.continuation(p, a) for a in pair.answers] for p, pair in zip(prompts, pairs, strict=True)
     ]
-    made = with_shared_prefix(model, clean, corrupted, answers, ids)
-    return replace(made, facts=tuple(pairs), task=task)
+    batch = with_shared_prefix(model, clean, corrupted, answers, ids)
+    return replace(batch, facts=tuple(pairs), task=task)
 
 
 def corrupted_by(
@@ -156,21 +156,21 @@ def corrupted_by(
         ValueError: The corruption moved tokens, or changed nothing in a row; another number of answers than
             of rows.
     """
-    known = model.as_inputs(inputs)
-    changed = model.as_inputs(corruption(model, known))
-    device = known.input_ids.device
+    clean = model.as_inputs(inputs)
+    corrupted = model.as_inputs(corruption(model, clean))
+    device = clean.input_ids.device
     foil = None if foils is None else torch.as_tensor(foils, device=device)
-    names = tuple(ids) or tuple(f"row {row}" for row in range(len(known)))
-    made = PatchPairs(known, changed, torch.as_tensor(answers, device=device), foil, names)
-    encoded = changed.image_embeds is not None
-    before = model.with_image_embeds(known) if encoded else known
+    names = tuple(ids) or tuple(f"row {row}" for row in range(len(clean)))
+    pairs = PatchPairs(clean, corrupted, torch.as_tensor(answers, device=device), foil, names)
+    encoded = corrupted.image_embeds is not None
+    before = model.with_image_embeds(clean) if encoded else clean
     for row, name in enumerate(names):
-        a, b = before[row], changed[row]
+        a, b = before[row], corrupted[row]
         was, now = (i.image_embeds if encoded else i.pixel_values for i in (a, b))
         alike = was is None or now is None or torch.equal(was, now)
         if alike and torch.equal(a.input_ids, b.input_ids):
             raise ValueError(f"{corruption} changes nothing in {name!r}")
-    return made
+    return pairs
 
 
 def with_shared_prefix(
@@ -192,10 +192,10 @@ def with_shared_prefix(
     Raises:
         ValueError: Both answers of a pair are the same tokens.
     """
-    ends = model.cfg.eos_token_ids
+    eos_ids = model.cfg.eos_token_ids
     shared, answer, foil = [], [], []
     for (a, b), name in zip(answers, ids, strict=True):
-        a, b = ([*said, ends[0]] if ends else said for said in (a, b))
+        a, b = ([*answer_ids, eos_ids[0]] if eos_ids else answer_ids for answer_ids in (a, b))
         n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
         if n is None:
             raise ValueError(f"pair {name!r}: no token tells its two answers apart")
@@ -210,12 +210,12 @@ def with_shared_prefix(
     return PatchPairs(clean, corrupted, right, wrong, ids, shared=counts)
 
 
-def _append_tokens(model: HookedVLM, inputs: VLMInputs, said: Sequence[list[int]]) -> VLMInputs:
+def _append_tokens(model: HookedVLM, inputs: VLMInputs, suffixes: Sequence[list[int]]) -> VLMInputs:
     """Rows with tokens behind them, of different numbers, padded on the left anew."""
-    longest = max(map(len, said))
-    pad = [[*row, *[model.cfg.pad_token_id] * (longest - len(row))] for row in said]
+    longest = max(map(len, suffixes))
+    pad = [[*row, *[model.cfg.pad_token_id] * (longest - len(row))] for row in suffixes]
     tokens = torch.tensor(pad, device=inputs.input_ids.device)
-    fillers = torch.tensor([longest - len(row) for row in said], device=tokens.device)
+    fillers = torch.tensor([longest - len(row) for row in suffixes], device=tokens.device)
     return inputs.extended(tokens).without_last(fillers)
 
 

@@ -143,14 +143,14 @@ class _Paths:
         through_mlps: bool,
     ):
         self.model, self.senders, self.through_mlps = model, senders, through_mlps
-        for some in senders:
-            check_senders(model, some)
+        for heads in senders:
+            check_senders(model, heads)
         self.groups = receiver_groups(model, receivers)
         check_no_hooks(model, sorted(self._replaced()), "path patching")
 
     def _replaced(self) -> set[str]:
         """Hooks whose activations are made anew."""
-        names = {receiver_hook(r) for some in self.groups.values() for r in some if r != "logits"}
+        names = {receiver_hook(r) for receivers in self.groups.values() for r in receivers if r != "logits"}
         if self.through_mlps:
             names |= {f"blocks.{layer}.mlp.hook_post" for layer in range(self.model.cfg.n_layers)}
         return names
@@ -166,7 +166,7 @@ class _Paths:
     ) -> tuple[Float[Tensor, "pair senders receiver"], Float[Tensor, " pair"]]:
         """Change of the metric, of each pair, and source minus base."""
         shape, mask = (len(self.senders), len(self.groups)), pairs.mask(positions)
-        found, gaps, total = [], [], len(pairs) * shape[0] * shape[1]
+        changes, gaps, total = [], [], len(pairs) * shape[0] * shape[1]
         budget = {"memory_budget": options.memory_budget, "tally": options.tally}
         with tqdm(total=total, desc="path patching", unit="cell", disable=not options.progress) as bar:
             for start, batch in pair_batches(self.model, pairs, direction, options.batch_size):
@@ -176,21 +176,21 @@ class _Paths:
                     values[i] = batch.value(metric, logits[:, -1]).cpu()
                     bar.update(len(batch.pairs) if i else 0)
                 change = [values[i] - values[0] for i in range(1, len(arms))]
-                found.append(torch.stack(change, dim=1).unflatten(1, shape))
+                changes.append(torch.stack(change, dim=1).unflatten(1, shape))
                 gaps.append(batch.gap(self.model, metric).cpu())
-        return torch.cat(found), torch.cat(gaps)
+        return torch.cat(changes), torch.cat(gaps)
 
     def _arms(self, batch: PairBatch, where: Tensor) -> list[list[Hook]]:
-        names = {f"blocks.{layer}.attn.hook_z" for some in self.senders for layer, _ in some}
+        names = {f"blocks.{layer}.attn.hook_z" for heads in self.senders for layer, _ in heads}
         source = self.model.run_with_cache(batch.source, names_filter=sorted(names), logits_to_keep=1)[1]
         arms = []
         for senders in self.senders:
-            sent: dict[int, list[int]] = {}
+            heads_by_layer: dict[int, list[int]] = {}
             for layer, head in senders:
-                sent.setdefault(layer, []).append(head)
+                heads_by_layer.setdefault(layer, []).append(head)
             for group in self.groups.values():
-                z = {layer: source[f"blocks.{layer}.attn.hook_z"] for layer in sent}
-                path = _Path(self.model, z, sent, group, where)
+                z = {layer: source[f"blocks.{layer}.attn.hook_z"] for layer in heads_by_layer}
+                path = _Path(self.model, z, heads_by_layer, group, where)
                 arms.append(path.hooks(self.through_mlps))
         return arms
 

@@ -24,13 +24,13 @@ def every_receiver(model: HookedVLM, senders: Sequence[Head], neurons: bool = Tr
     """
     cfg, first = model.cfg, min(layer for layer, _ in senders)
     counts = {"q": cfg.n_heads, "k": cfg.n_key_value_heads, "v": cfg.n_key_value_heads}
-    found: list[Receiver] = ["logits"]
+    receivers: list[Receiver] = ["logits"]
     for layer in range(first, cfg.n_layers):
         if layer > first:
-            found += [(layer, head, part) for part, n in counts.items() for head in range(n)]
+            receivers += [(layer, head, part) for part, n in counts.items() for head in range(n)]
         if neurons:
-            found += [(layer, i) for i in range(cfg.d_mlp)]
-    return found
+            receivers += [(layer, i) for i in range(cfg.d_mlp)]
+    return receivers
 
 
 def receiver_hook(receiver: Receiver) -> str:
@@ -55,20 +55,20 @@ def receiver_groups(model: HookedVLM, receivers: Receivers) -> dict[str, list[Re
         ValueError: None at all, one twice, or one that the model does not have.
     """
     if isinstance(receivers, Mapping):
-        found = {name: list(some) for name, some in receivers.items()}
+        groups = {name: list(members) for name, members in receivers.items()}
     else:
         listed: list = [receivers] if isinstance(receivers, str) else list(receivers)
-        found = {_receiver_name(model, receiver): [receiver] for receiver in listed}
-        if len(found) < len(listed):
+        groups = {_receiver_name(model, receiver): [receiver] for receiver in listed}
+        if len(groups) < len(listed):
             raise ValueError("a receiver is given twice")
-    for name, some in found.items():
-        if not some or len(set(some)) < len(some):
+    for name, members in groups.items():
+        if not members or len(set(members)) < len(members):
             raise ValueError(f"receivers {name!r}: give at least one, and each once")
-        for receiver in some:
+        for receiver in members:
             _receiver_name(model, receiver)
-    if not found:
+    if not groups:
         raise ValueError("no receivers")
-    return found
+    return groups
 
 
 def _receiver_name(model: HookedVLM, receiver: object) -> str:

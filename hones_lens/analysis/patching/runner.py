@@ -49,13 +49,13 @@ class ActivationPatch:
             axis = self.site.position_axis
             if x.shape[axis] == 1 < self.value.shape[axis] and len(x) == len(self.value):
                 return x
-            fits, has = tuple(self.value.shape), tuple(x.shape)
-            raise ValueError(f"{self.name}: patch of shape {fits} for an activation {has}")
+            expected, actual = tuple(self.value.shape), tuple(x.shape)
+            raise ValueError(f"{self.name}: patch of shape {expected} for an activation {actual}")
         chosen = self.mask[..., None]
         if self.units is not None:
             n = x.shape[self.site.unit_axis]
-            these = torch.zeros(n, dtype=torch.bool, device=x.device)
-            chosen = chosen & these.index_fill(0, torch.tensor(self.units, device=x.device), True)
+            unit_mask = torch.zeros(n, dtype=torch.bool, device=x.device)
+            chosen = chosen & unit_mask.index_fill(0, torch.tensor(self.units, device=x.device), True)
         return torch.where(self.site.broadcast_mask(chosen), self.value, x)
 
 
@@ -84,11 +84,11 @@ class PatchMeasurements:
         """The other run minus the one that is patched."""
         return (self.corrupted - self.clean) * (1 if direction == "noise" else -1)
 
-    def notes(self, told: str) -> tuple[str, ...]:
+    def notes(self, name: str) -> tuple[str, ...]:
         """Baselines and what was run, in lines."""
         gap = self.clean - self.corrupted
         error = float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0
-        lines = [f"{told}: clean {self.clean.mean():.4g}, corrupted {self.corrupted.mean():.4g}"]
+        lines = [f"{name}: clean {self.clean.mean():.4g}, corrupted {self.corrupted.mean():.4g}"]
         if float(gap.mean()) <= 2 * error:
             lines.append(
                 f"clean and corrupted differ by {gap.mean():.3g} ± {2 * error:.3g} only: shares mean little"
@@ -118,27 +118,27 @@ def measure_patches(
     Raises:
         ValueError, FloatingPointError: As `patch_activations`.
     """
-    n_patches, parts, journal = len(targets.cells) * len(positions), [], options.journal
+    n_patches, records, journal = len(targets.cells) * len(positions), [], options.journal
     total, desc = n_patches * len(pairs), f"patching · {site.what}"
     with tqdm(total=total, desc=desc, disable=not options.progress) as bar:
         for start, batch in pair_batches(model, pairs, direction, options.batch_size):
             key = f"patch/{start}"
-            saved = None if journal is None else journal.get(key)
-            if saved is None:
-                here = {name: batch.mask_rows(mask, start) for name, mask in positions.items()}
-                job = _PatchBatch(model, batch, site, targets, here, metric, options)
-                saved = job.run(direction, bar.update)
+            record = None if journal is None else journal.get(key)
+            if record is None:
+                batch_masks = {name: batch.mask_rows(mask, start) for name, mask in positions.items()}
+                job = _PatchBatch(model, batch, site, targets, batch_masks, metric, options)
+                record = job.run(direction, bar.update)
                 if journal is not None:
-                    journal[key] = saved
+                    journal[key] = record
             else:
                 bar.update(n_patches * len(batch.pairs))
-            parts.append(saved)
+            records.append(record)
     clean, corrupted = (
-        torch.tensor([x for part in parts for x in part[name]], dtype=torch.float64)
+        torch.tensor([x for r in records for x in r[name]], dtype=torch.float64)
         for name in ("clean", "corrupted")
     )
-    values = torch.cat([torch.tensor(part["values"], dtype=torch.float64) for part in parts], dim=1)
-    run, full = (sum(part[name] for part in parts) for name in ("run", "full"))
+    values = torch.cat([torch.tensor(r["values"], dtype=torch.float64) for r in records], dim=1)
+    run, full = (sum(r[name] for r in records) for name in ("run", "full"))
     return PatchMeasurements(clean, corrupted, values, run, full)
 
 
@@ -158,24 +158,24 @@ class _PatchBatch:
         """The metric's values as lists: of the two runs [row], and under each patch [patch row]."""
         base, source = (self._run_inputs(inputs) for inputs in (self.batch.base, self.batch.source))
         names = [self.site.name(layer) for layer in self.targets.layers]
-        ours = self.model.run_with_cache(base, names_filter=names, logits_to_keep=1)[1]
-        logits, theirs = self.model.run_with_cache(source, names_filter=names, logits_to_keep=1)
+        base_cache = self.model.run_with_cache(base, names_filter=names, logits_to_keep=1)[1]
+        logits, source_cache = self.model.run_with_cache(source, names_filter=names, logits_to_keep=1)
         arms: list[list[Hook]] = [[]]
-        places = []
-        for hooks in self._patches(base, ours, theirs):
-            places.append(len(arms) if hooks else 0)
+        arm_numbers = []
+        for hooks in self._patches(base, base_cache, source_cache):
+            arm_numbers.append(len(arms) if hooks else 0)
             arms += [hooks] if hooks else []
-        del ours
-        n, found = len(self.batch.pairs), {}
-        tick(places.count(0) * n)
+        del base_cache
+        n, values_by_arm = len(self.batch.pairs), {}
+        tick(arm_numbers.count(0) * n)
         for number, value in self._values(base, arms):
-            found[number] = value.cpu().double().tolist()
+            values_by_arm[number] = value.cpu().double().tolist()
             tick(n if number else 0)
         other = self._scores(source, [[]])[0] if self.metric == "task" else self._metric(logits[:, -1])
-        ends = (found[0], other.cpu().double().tolist())
+        ends = (values_by_arm[0], other.cpu().double().tolist())
         clean, corrupted = ends if direction == "noise" else ends[::-1]
         run = (len(arms) - 1) * n
-        values = [found[place] for place in places]
+        values = [values_by_arm[place] for place in arm_numbers]
         return {
             "clean": clean,
             "corrupted": corrupted,
@@ -203,26 +203,29 @@ class _PatchBatch:
         return plain
 
     def _patches(
-        self, base: VLMInputs, ours: ActivationCache, theirs: ActivationCache
+        self, base: VLMInputs, base_cache: ActivationCache, source_cache: ActivationCache
     ) -> Iterator[list[Hook]]:
         """Hooks of each patch; none where both runs have the same activations."""
         masks = dict(self.positions)
         if self.site.vision:
-            width = theirs[self.site.name(self.targets.layers[0])].shape[1]
+            width = source_cache[self.site.name(self.targets.layers[0])].shape[1]
             masks = {name: vision_mask(self.model, base, mask, width, name) for name, mask in masks.items()}
-        puts, moved = {}, {}
+        puts, changed = {}, {}
         for layer in self.targets.layers:
             name = self.site.name(layer)
-            differs = self.site.by_unit(ours[name] != theirs[name])
+            differs = self.site.by_unit(base_cache[name] != source_cache[name])
             for group, mask in masks.items():
-                puts[layer, group] = ActivationPatch(name, self.site, theirs[name], mask)
-                moved[layer, group] = (differs & mask[..., None]).flatten(0, 1).any(0)
+                puts[layer, group] = ActivationPatch(name, self.site, source_cache[name], mask)
+                changed[layer, group] = (differs & mask[..., None]).flatten(0, 1).any(0)
         for cell in self.targets.cells:
             for group in masks:
-                each = [
-                    moved[n, group] if units is None else moved[n, group][list(units)] for n, units in cell
+                changed_units = [
+                    changed[n, group] if units is None else changed[n, group][list(units)]
+                    for n, units in cell
                 ]
-                yield self._hooks(cell, group, puts) if any(bool(some.any()) for some in each) else []
+                yield (
+                    self._hooks(cell, group, puts) if any(bool(some.any()) for some in changed_units) else []
+                )
 
     def _hooks(self, cell: Target, group: str, puts: Mapping[tuple[int, str], ActivationPatch]) -> list[Hook]:
         (layer, units), *more = cell
@@ -248,11 +251,13 @@ class _PatchBatch:
         rows, tokens = len(base), base.attention_mask.numel()
         at_once = Budget(self.model, self.options.memory_budget).rows(tokens, rows)
         for start in range(0, len(arms), at_once):
-            some = arms[start : start + at_once]
+            arm_group = arms[start : start + at_once]
             if self.options.tally is not None:
-                self.options.tally.full += len(some) * rows
-            found = self._scores(base, some) if self.metric == "task" else self._full_passes(base, some)
-            yield from zip(range(start, start + len(some)), found, strict=True)
+                self.options.tally.full += len(arm_group) * rows
+            values = (
+                self._scores(base, arm_group) if self.metric == "task" else self._full_passes(base, arm_group)
+            )
+            yield from zip(range(start, start + len(arm_group)), values, strict=True)
 
     def _full_passes(self, base: VLMInputs, arms: list[list[Hook]]) -> list[Tensor]:
         repeated, hooks = self._stacked_arms(base, arms)
@@ -264,9 +269,9 @@ class _PatchBatch:
         """The task's score of each pair's answer, for the clean example."""
         repeated, hooks = self._stacked_arms(base, arms)
         with self.model.hooks(fwd_hooks=hooks):
-            said = self.model.generate(repeated, max_new_tokens=engine.MAX_NEW_TOKENS)
+            answers = self.model.generate(repeated, max_new_tokens=engine.MAX_NEW_TOKENS)
         task, facts = engine.as_task(self.batch.pairs.task), self.batch.pairs.facts * len(arms)
-        scores = [task.score(text, fact.clean) for text, fact in zip(said, facts, strict=True)]
+        scores = [task.score(text, fact.clean) for text, fact in zip(answers, facts, strict=True)]
         return list(torch.tensor(scores, dtype=torch.float64).view(len(arms), -1))
 
     def _stacked_arms(self, base: VLMInputs, arms: list[list[Hook]]) -> tuple[VLMInputs, list[Hook]]:

@@ -165,10 +165,10 @@ def targets_of(
     assert site.unit is not None
     count = site.count(cfg)
     numbers: Any = range(count) if isinstance(units, str) else units
-    some = _check_indices(site.unit, numbers, count)
-    labels |= {} if isinstance(units, str) else {site.unit: tuple(some)}
-    cells = tuple(((layer, (unit,)),) for layer in chosen for unit in some)
-    return Targets(cells, ("layer", site.unit), (len(chosen), len(some)), labels)
+    chosen_units = _check_indices(site.unit, numbers, count)
+    labels |= {} if isinstance(units, str) else {site.unit: tuple(chosen_units)}
+    cells = tuple(((layer, (unit,)),) for layer in chosen for unit in chosen_units)
+    return Targets(cells, ("layer", site.unit), (len(chosen), len(chosen_units)), labels)
 
 
 def _targets_of_units(site: PatchSite, cfg: VLMConfig, units: Any) -> Targets:
@@ -230,10 +230,10 @@ def positions_of(
             raise ValueError(f"{site.what} has patches, not tokens: patch by group (a Box) or all of them")
         labels = position_labels(model, pairs)
         each = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-        return {label: here.expand_as(tokens) for label, here in zip(labels, each, strict=True)}
+        return {label: mask.expand_as(tokens) for label, mask in zip(labels, each, strict=True)}
     if groups is None:
-        asked = "question" if "question" in pairs.clean.token_groups else "text"
-        groups = ["image"] if site.vision else ["image", asked, "last"]
+        question = "question" if "question" in pairs.clean.token_groups else "text"
+        groups = ["image"] if site.vision else ["image", question, "last"]
     return named_groups(pairs.clean, groups if isinstance(groups, Mapping) else list(groups))
 
 
@@ -258,14 +258,14 @@ def position_labels(model: HookedVLM, pairs: PatchPairs) -> tuple[str, ...]:
             )
     before, after = (model.to_str_tokens(inputs.input_ids[0]) for inputs in (clean, corrupted))
     names = [a if a == b else f"{a}→{b}" for a, b in zip(before, after, strict=True)]
-    places = clean.image_mask[0].nonzero()[:, 0].tolist()
+    image_positions = clean.image_mask[0].nonzero()[:, 0].tolist()
     cells = []
     for image, (rows, columns) in enumerate(clean.grids[0]):
         which = f"image {image}" if len(clean.grids[0]) > 1 else "image"
         cells += [f"{which} class"] * clean.leading_tokens
         cells += [f"{which} {row},{column}" for row in range(rows) for column in range(columns)]
-    for place, cell in zip(places, cells, strict=True):
-        names[place] = cell
+    for position, cell in zip(image_positions, cells, strict=True):
+        names[position] = cell
     return tuple(f"{i} {name}" for i, name in enumerate(names))
 
 
@@ -288,13 +288,13 @@ def vision_mask(
     merge, masks = model.cfg.vision.merge_size, []
     lead = width - max(r * c for row in inputs.patch_grids for r, c in row)
     for row, grids in enumerate(inputs.grids):
-        here = mask[row][inputs.image_mask[row]]
-        if not bool(here.any()):
+        image_tokens = mask[row][inputs.image_mask[row]]
+        if not bool(image_tokens.any()):
             raise ValueError(
                 f"token group {group!r} has no image token in row {row}, and the vision tower no other"
             )
         sizes = [rows * columns + inputs.leading_tokens for rows, columns in grids]
-        for grid, tokens in zip(grids, here.split(sizes), strict=True):
+        for grid, tokens in zip(grids, image_tokens.split(sizes), strict=True):
             cells = tokens[inputs.leading_tokens :]
             patches = cells.view(grid).repeat_interleave(merge, 0).repeat_interleave(merge, 1).flatten()
             out = torch.full((width,), bool(cells.all()), dtype=torch.bool, device=mask.device)
