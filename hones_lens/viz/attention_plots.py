@@ -51,7 +51,7 @@ def attention_over_image(
         ValueError: A value that is negative or not finite, or a region outside of the picture.
     """
     values = _check_attention(heatmap)
-    shown = check_region(region, image)
+    visible = check_region(region, image)
     rows, columns = values.shape
     width, height = image.size
     if bare:
@@ -60,12 +60,12 @@ def attention_over_image(
     else:
         brightest, total = number(float(values.max())), number(float(values.sum()))
         note = f"{rows} × {columns} patches; brightest {brightest}, in all {total}."
-        if shown != (0, 0, width, height):
+        if visible != (0, 0, width, height):
             note += " Veiled: cut off before the model sees it."
         tall = min(5.0, (theme.WIDTH - 0.8) * height / width + 0.2)
         figure, (axes,) = theme.new_plot(title, note, tall)
     limit = float(values.max()) or 1.0
-    _draw_attention(axes, image, values, shown, limit, smooth)
+    _draw_attention(axes, image, values, visible, limit, smooth)
     if not bare:
         _add_colorbar(figure, [axes], limit, "attention")
     return figure
@@ -113,12 +113,12 @@ def attention_maps(
             `HeadAttention.on_image` and `HeadAttention.sinks`.
         IndexError: No such image.
     """
-    given = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-    if len(given) != found.n_images or not given:
-        raise ValueError(f"{len(given)} pictures for a row with {found.n_images} images")
+    picture_list = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if len(picture_list) != found.n_images or not picture_list:
+        raise ValueError(f"{len(picture_list)} pictures for a row with {found.n_images} images")
     lines = []
     for image in range(found.n_images) if images is None else images:
-        maps = _head_maps(found, given, image, remove_sinks, times)
+        maps = _head_maps(found, picture_list, image, remove_sinks, times)
         wide = -(-len(maps) // -(-len(maps) // _MAPS_PER_LINE))  # lines of about one length
         lines += [maps[i : i + wide] for i in range(0, len(maps), wide)]
     panels = 1 if max(map(len, lines)) <= _MAPS_IN_ONE_PANEL else 2
@@ -129,15 +129,15 @@ def attention_maps(
     heading = title or f"Attention from {found.source}"
     tall = sum(heights) + len(lines) * (0.42 if remove_sinks is False else 0.55)
     figure, axes = theme.new_plot(heading, nonbreaking(note), tall, panels=panels)
-    for one in axes:
-        one.remove()
+    for unused in axes:
+        unused.remove()
     grid = figure.subplots(len(lines), across, squeeze=False, height_ratios=heights)
     limit = max(float(one.values.max()) for line in lines for one in line) or 1.0
     for row, line in zip(grid, lines, strict=True):
-        for place in row:
-            place.set_axis_off()
-        for place, one in zip(row, line, strict=False):
-            _draw(place, one, limit if one_scale else float(one.values.max()) or 1.0, smooth)
+        for panel in row:
+            panel.set_axis_off()
+        for panel, one in zip(row, line, strict=False):
+            _draw(panel, one, limit if one_scale else float(one.values.max()) or 1.0, smooth)
     label = "attention" if one_scale else "share of each map's brightest"
     _add_colorbar(figure, list(grid.flat), limit if one_scale else 1.0, label, 16 * len(lines))
     return figure
@@ -163,12 +163,12 @@ def _head_maps(
     picture = pictures[image]
     region = region_of(found.inputs, 0, image, picture)
     several = f" · image {image}" if found.n_images > 1 else ""
-    out = []
+    maps = []
     for name, values in zip(found.names, on_image, strict=True):
         total, lost = float(values.sum()), float(values[removed].sum())
-        left = _check_attention(values).masked_fill(removed, 0.0)
-        out.append(_HeadMap(picture, region, name + several, left, total, removed, lost))
-    return out
+        visible = _check_attention(values).masked_fill(removed, 0.0)
+        maps.append(_HeadMap(picture, region, name + several, visible, total, removed, lost))
+    return maps
 
 
 def _maps_note(
@@ -197,20 +197,20 @@ def _maps_note(
     return f"{note}Crossed out, and what lay there: {count} of {total:,} image tokens, sinks {why}."
 
 
-def _draw(axes: Axes, one: _HeadMap, limit: float, smooth: bool) -> None:
-    _draw_attention(axes, one.picture, one.values, one.region, limit, smooth)
-    if bool(one.removed.any()):
-        rows, columns = one.values.shape
-        left, top, right, bottom = one.region
-        y, x = (index.numpy() + 0.5 for index in torch.nonzero(one.removed, as_tuple=True))
+def _draw(axes: Axes, head_map: _HeadMap, limit: float, smooth: bool) -> None:
+    _draw_attention(axes, head_map.picture, head_map.values, head_map.region, limit, smooth)
+    if bool(head_map.removed.any()):
+        rows, columns = head_map.values.shape
+        left, top, right, bottom = head_map.region
+        y, x = (index.numpy() + 0.5 for index in torch.nonzero(head_map.removed, as_tuple=True))
         across, down = left + x * (right - left) / columns - 0.5, top + y * (bottom - top) / rows - 0.5
         size = min(60.0, 900.0 / columns)
         axes.scatter(across, down, s=size, marker="x", color=BRIGHT, linewidths=1.1, gid="removed")
-    told = f"picture {number(one.total, 2)}, brightest {number(float(one.values.max()), 2)}"
-    if one.lost or bool(one.removed.any()):
-        told += f"\nsinks {number(one.lost, 2)}"
+    caption = f"picture {number(head_map.total, 2)}, brightest {number(float(head_map.values.max()), 2)}"
+    if head_map.lost or bool(head_map.removed.any()):
+        caption += f"\nsinks {number(head_map.lost, 2)}"
     axes.annotate(
-        told,
+        caption,
         (0, 1),
         (0, 2),
         xycoords="axes fraction",
@@ -221,7 +221,7 @@ def _draw(axes: Axes, one: _HeadMap, limit: float, smooth: bool) -> None:
         linespacing=1.15,
         gid="told",
     )
-    axes.set_title(one.name, size=9.2, pad=12 + 9.5 * told.count("\n"))
+    axes.set_title(head_map.name, size=9.2, pad=12 + 9.5 * caption.count("\n"))
 
 
 # -- what both share -----------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def _draw_attention(
     width, height = image.size
     left, top, right, bottom = region
     axes.imshow(image.convert("RGB"), interpolation="none" if width >= 224 else "nearest")
-    over = axes.imshow(
+    overlay = axes.imshow(
         values.numpy(),
         cmap=theme.spotlight(),
         vmin=0,
@@ -259,12 +259,12 @@ def _draw_attention(
         axes.add_patch(Rectangle(corner, wide, tall, **style))
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     axes.set_axis_off()
-    return over
+    return overlay
 
 
 def _add_colorbar(figure: Plot, axes: list[Axes], limit: float, label: str, aspect: float = 16) -> None:
     """The spotlight's scale, whatever the page's background."""
-    shown = on_grey(Normalize(0, limit), theme.spotlight())
-    bar = figure.colorbar(shown, ax=axes, fraction=0.045, pad=0.02, aspect=aspect, ticks=MaxNLocator(4))
+    scale = on_grey(Normalize(0, limit), theme.spotlight())
+    bar = figure.colorbar(scale, ax=axes, fraction=0.045, pad=0.02, aspect=aspect, ticks=MaxNLocator(4))
     bar.outline.set(edgecolor=GRID)
     bar.set_label(label)

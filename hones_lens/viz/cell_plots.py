@@ -83,17 +83,17 @@ def cell_values(
     height = (placed[-1].line + 1) * (_TALL + _GAP)
     note = f"An image is the {fold} of its tokens."
     figure, axes = theme.new_plot(title or what, note, max(1.0, height / 72 + 0.2), panels=2)
-    for one in axes:
-        one.remove()
-    place = figure.subplots()
+    for unused in axes:
+        unused.remove()
+    panel = figure.subplots()
     norm = Normalize(-limit, limit)
     for one, value in zip(placed, folded.tolist(), strict=True):
-        _draw(place, one, theme.diverging()(norm(value)), abs(value) > _LIGHT_TEXT_FROM * limit)
-    place.set(xlim=(0, 2 * theme.WIDTH * 72 - 90), ylim=(max(height, 72), -_GAP))
-    place.set_axis_off()
+        _draw(panel, one, theme.diverging()(norm(value)), abs(value) > _LIGHT_TEXT_FROM * limit)
+    panel.set(xlim=(0, 2 * theme.WIDTH * 72 - 90), ylim=(max(height, 72), -_GAP))
+    panel.set_axis_off()
     scale = ScalarMappable(norm, theme.diverging())
     ticks = MaxNLocator(4, symmetric=True)
-    bar = figure.colorbar(scale, ax=place, fraction=0.05, pad=0.02, aspect=8, ticks=ticks)
+    bar = figure.colorbar(scale, ax=panel, fraction=0.05, pad=0.02, aspect=8, ticks=ticks)
     bar.outline.set(edgecolor=GRID)
     if title:
         bar.set_label(shorten_token(what, 40))
@@ -125,10 +125,10 @@ def _place_cells(names: tuple[str, ...], across: float) -> list[_PlacedCell]:
     return out
 
 
-def _draw(axes: Axes, one: _PlacedCell, colour: tuple[float, ...], strong: bool) -> None:
-    top = one.line * (_TALL + _GAP)
+def _draw(axes: Axes, cell: _PlacedCell, colour: tuple[float, ...], strong: bool) -> None:
+    top = cell.line * (_TALL + _GAP)
     style = {"facecolor": colour, "edgecolor": GRID, "linewidth": 0.6, "gid": "cell"}
-    axes.add_patch(Rectangle((one.left, top), one.width, _TALL, **style))
+    axes.add_patch(Rectangle((cell.left, top), cell.width, _TALL, **style))
     ink = ON_ACCENT if strong else INK
-    place = (one.left + _PAD, top + _TALL / 2)
-    axes.text(*place, one.name, size=_SIZE, va="center_baseline", color=ink, gid="name")
+    position = (cell.left + _PAD, top + _TALL / 2)
+    axes.text(*position, cell.name, size=_SIZE, va="center_baseline", color=ink, gid="name")

@@ -84,19 +84,19 @@ def head_neuron_token_flow(
     note = _note(flow, drawing, tokens)
     height = max(2.6, 2 * _LINE * (tallest - 1))
     figure, axes = theme.new_plot(heading, nonbreaking(note), height, panels=2)
-    for one in axes:
-        one.remove()
-    place = figure.subplots()
+    for unused in axes:
+        unused.remove()
+    panel = figure.subplots()
     for stage, name in enumerate(LINKS):
-        _draw_links(place, drawing, stage, name)
+        _draw_links(panel, drawing, stage, name)
     for column, name in enumerate(COLUMNS):
-        _draw_nodes(place, drawing.columns[column], _PLACES[column], name)
+        _draw_nodes(panel, drawing.columns[column], _PLACES[column], name)
     end = 2 * drawing.total
     for x, text in zip(_PLACES, ("critical heads", "task neurons", "tokens promoted"), strict=True):
         side = {0.0: "right", 1.0: "center", 2.0: "left"}[x]
-        place.text(x, -0.025 * end, text, ha=side, va="bottom", size=9.2, color=MUTED)
-    place.set(xlim=(-0.28, 2.42), ylim=(1.01 * end, -0.06 * end))
-    place.set_axis_off()
+        panel.text(x, -0.025 * end, text, ha=side, va="bottom", size=9.2, color=MUTED)
+    panel.set(xlim=(-0.28, 2.42), ylim=(1.01 * end, -0.06 * end))
+    panel.set_axis_off()
     return figure
 
 
@@ -105,17 +105,17 @@ def flow_tooltips(
 ) -> dict[str, list[str]]:
     """What each bar and link of the figure says when pointed at, for `theme.themed_svg`."""
     drawing = _lay_out(flow, heads, neurons, tokens)
-    said = {
+    tooltips = {
         name: [f"{node.name}: {_amount(node.size, drawing)}" for node in column]
         for name, column in zip(COLUMNS, drawing.columns, strict=True)
     }
     for stage, name in enumerate(LINKS):
         left, right = drawing.columns[stage], drawing.columns[stage + 1]
-        said[name] = [
+        tooltips[name] = [
             f"{left[link.source].name} → {right[link.target].name}: {_amount(link.size, drawing)}"
             for link in drawing.links[stage]
         ]
-    return said
+    return tooltips
 
 
 def _amount(size: float, drawing: _Drawing) -> str:
@@ -183,7 +183,7 @@ def _by_layer(flow: HeadNeuronFlow, shown: Sequence[int], links: Sequence[_Link]
 
 
 def _weighted_mean(weighted: Sequence[tuple[float, float]]) -> float:
-    return sum(place * size for place, size in weighted) / sum(size for _, size in weighted)
+    return sum(position * size for position, size in weighted) / sum(size for _, size in weighted)
 
 
 def _tokens(
@@ -192,10 +192,10 @@ def _tokens(
     """The tokens, one node each however many neurons promote it, those first whose neurons stand first."""
     into: dict[str, list[tuple[int, float]]] = {}
     for n, (neuron, size) in enumerate(zip(shown, sizes, strict=True)):
-        best = [one for one in flow.promoted[neuron][:most] if one.logit > 0]
-        whole = sum(one.logit for one in best)
-        for one in best:
-            into.setdefault(one.token, []).append((n, float(size) * one.logit / whole))
+        best = [promoted for promoted in flow.promoted[neuron][:most] if promoted.logit > 0]
+        whole = sum(promoted.logit for promoted in best)
+        for promoted in best:
+            into.setdefault(promoted.token, []).append((n, float(size) * promoted.logit / whole))
     order = sorted(into, key=lambda token: _weighted_mean(into[token]))
     nodes = [_Node(shorten_token(token, _LONGEST), MUTED) for token in order]
     links = [_Link(n, t, size) for t, token in enumerate(order) for n, size in into[token]]

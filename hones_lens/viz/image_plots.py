@@ -121,10 +121,10 @@ def on_image(
     region = region_of(inputs, row, image, picture)
     result = values if isinstance(values, Labelled) else _as_labelled(values, inputs)
     layers = _layers(result, inputs, row, image)
-    shown = torch.stack([layer.values for layer in layers])
-    if not bool(torch.isfinite(shown).all()):
+    stacked = torch.stack([layer.values for layer in layers])
+    if not bool(torch.isfinite(stacked).all()):
         raise ValueError(f"{result.what}: values that are not finite")
-    colours = _colour_scale(shown, scale)
+    colours = _colour_scale(stacked, scale)
     across = min(_MAPS_PER_LINE, len(layers))
     panels, down = (1 if across <= 2 else 2), -(-len(layers) // across)
     wide = (panels * theme.WIDTH - 0.9) / across
@@ -136,14 +136,14 @@ def on_image(
         down * tall,
         panels=panels,
     )
-    for one in axes:
-        one.remove()
-    places = figure.subplots(down, across, squeeze=False)
-    for place in places.flat:
-        place.set_axis_off()
-    for place, layer in zip(places.flat, layers, strict=False):
-        _draw(place, picture, region, layer, colours)
-    _add_bar(figure, list(places.flat), colours, result.what if title and result.what != "values" else "")
+    for unused in axes:
+        unused.remove()
+    grid = figure.subplots(down, across, squeeze=False)
+    for panel in grid.flat:
+        panel.set_axis_off()
+    for panel, layer in zip(grid.flat, layers, strict=False):
+        _draw(panel, picture, region, layer, colours)
+    _add_bar(figure, list(grid.flat), colours, result.what if title and result.what != "values" else "")
     return figure
 
 
@@ -173,18 +173,18 @@ def _layers(result: Labelled, inputs: VLMInputs, row: int, image: int) -> list[_
             f"{result.what}: axes {', '.join(result.axes)}; needed are position, or row and column, and at "
             "most one more: select(…) an entry of the others"
         )
-    found = []
+    maps = []
     for name in result.names(others[0]) if others else [""]:
         part = result.select(**{others[0]: name}) if others else result
-        told = f"{others[0]} {name}" if others and not isinstance(name, str) else str(name)
+        label = f"{others[0]} {name}" if others and not isinstance(name, str) else str(name)
         away = None
         if part.low is not None and part.high is not None:
             clear = ((part.low > 0) | (part.high < 0)).float()
             away = _values_on_grid(clear, part.axes, inputs, row, image).bool()
-        found.append(
-            _ImageMap(told, _values_on_grid(part.values.float(), part.axes, inputs, row, image), away)
+        maps.append(
+            _ImageMap(label, _values_on_grid(part.values.float(), part.axes, inputs, row, image), away)
         )
-    return found
+    return maps
 
 
 def _values_on_grid(values: Tensor, axes: Sequence[str], inputs: VLMInputs, row: int, image: int) -> Tensor:
@@ -265,7 +265,7 @@ def _note(
     if region != (0, 0, *picture.size):
         parts.append("Veiled: cut off before the model sees it.")
     parts += [_largest_in_text(result, inputs, row)] if "position" in result.labels else []
-    parts += [f"{told.rstrip('.')}." for told in result.notes]
+    parts += [f"{line.rstrip('.')}." for line in result.notes]
     return " ".join(part for part in parts if part)
 
 

@@ -37,11 +37,13 @@ def significant(result: Labelled) -> Tensor | None:
         bool, shaped as the values; None where the result has neither.
     """
     if result.p is not None:
-        known = ~result.p.isnan()
-        found = torch.zeros_like(known)
-        if bool(known.any()):
-            found[known] = torch.from_numpy(benjamini_hochberg(result.p[known].double().numpy(), _ALPHA)[1])
-        return found
+        has_p = ~result.p.isnan()
+        is_significant = torch.zeros_like(has_p)
+        if bool(has_p.any()):
+            is_significant[has_p] = torch.from_numpy(
+                benjamini_hochberg(result.p[has_p].double().numpy(), _ALPHA)[1]
+            )
+        return is_significant
     if result.low is None or result.high is None:
         return None
     return (result.low > 0) | (result.high < 0)

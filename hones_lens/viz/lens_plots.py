@@ -48,8 +48,8 @@ def _panels(
 ) -> tuple[Plot, np.ndarray]:
     """An empty figure, as wide as so many panels, with axes [rows, columns]."""
     figure, axes = theme.new_plot(title, nonbreaking(note), height, panels=panels)
-    for one in axes:
-        one.remove()
+    for unused in axes:
+        unused.remove()
     return figure, figure.subplots(*shape, squeeze=False)
 
 
@@ -78,13 +78,17 @@ def lens_grid(lens: LogitLens, place: int = 0, *, k: int = _NARROW, title: str =
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    one = lens[place]
-    k = min(k, one.ids.shape[-1])
-    shares, tokens, n_layers = one.probabilities[0, :, :k].numpy(), one.tokens[0], len(one.layers)
-    where = one.places[0]
-    at = shorten_token(where.token, 24)
+    position_lens = lens[place]
+    k = min(k, position_lens.ids.shape[-1])
+    shares, tokens, n_layers = (
+        position_lens.probabilities[0, :, :k].numpy(),
+        position_lens.tokens[0],
+        len(position_lens.layers),
+    )
+    position = position_lens.places[0]
+    token = shorten_token(position.token, 24)
     note = f"{lens.model_name}. Shade and small figures: probability by the logit lens after each layer."
-    heading = title or f"Logit lens: position {where.position} of row {where.row}, {at}"
+    heading = title or f"Logit lens: position {position.position} of row {position.row}, {token}"
     panels = 1 if k <= _NARROW else 2
     figure, ((axes,),) = _panels(heading, note, 0.4 + n_layers * 0.3, (1, 1), panels)
     longest = int((panels * theme.WIDTH - 0.8) / k * 72 / (0.64 * _TOKEN))
@@ -98,7 +102,7 @@ def lens_grid(lens: LogitLens, place: int = 0, *, k: int = _NARROW, title: str =
             axes.text(rank + 0.06, layer + 0.42, text, size=_TOKEN, gid="token", **style)
             axes.text(rank + 0.94, layer + 0.78, number(share, 2), size=5.2, ha="right", **style)
     axes.set_xticks(np.arange(k) + 0.5, labels=[str(rank + 1) for rank in range(k)])
-    axes.set_yticks(np.arange(n_layers) + 0.5, labels=[str(layer) for layer in one.layers])
+    axes.set_yticks(np.arange(n_layers) + 0.5, labels=[str(layer) for layer in position_lens.layers])
     axes.tick_params(length=0)
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
@@ -144,25 +148,25 @@ def image_lens(
     names = result.names("layer") if layers is None else tuple(layers)
     maps = [result.select(layer=name).values.float() for name in names]
     ranks = result.what.startswith("rank")
-    shown = [-values.log10() if ranks else values for values in maps]  # larger is more
-    low, high = (float(end(torch.stack(shown))) for end in (torch.min, torch.max))
+    intensities = [-values.log10() if ranks else values for values in maps]  # larger is more
+    low, high = (float(end(torch.stack(intensities))) for end in (torch.min, torch.max))
     limits = (low, high if high > low else low + 1)
     across = _ACROSS[len(names) > _MOST_WIDE]
     down = -(-(1 + len(names)) // across)
     rows, columns = maps[0].shape
     height = down * ((theme.WIDTH - 0.9) / across * image.height / image.width + 0.27)
-    where = check_region(region, image)
+    visible = check_region(region, image)
     note = f"{rows} × {columns} image tokens; each layer's strongest is outlined. One scale for all layers."
-    if where != (0, 0, *image.size):
+    if visible != (0, 0, *image.size):
         note += " Veiled: cut off before the model sees it."
     figure, axes = _panels(title or _capitalised(result.what), note, height, (down, across))
-    for one in axes.flat:
-        one.set_axis_off()
+    for panel in axes.flat:
+        panel.set_axis_off()
     first, *rest = axes.flat
     first.imshow(image.convert("RGB"), interpolation="nearest")
     first.set_title("picture", size=8.8, pad=3)
-    for one, name, values in zip(rest, names, shown, strict=False):
-        _map(one, image, where, name, values, limits)
+    for panel, name, values in zip(rest, names, intensities, strict=False):
+        _map(panel, image, visible, name, values, limits)
     shown_as = on_grey(Normalize(*limits), _glow())
     bar = figure.colorbar(shown_as, ax=axes, fraction=0.045, pad=0.02, aspect=22, ticks=MaxNLocator(4))
     bar.outline.set(edgecolor=GRID)
@@ -332,18 +336,18 @@ def knockout_curves(result: Labelled, title: str = "") -> Plot:
         raise ValueError(f"a result with the axes layer, edge is needed, not {', '.join(result.axes)}")
     bands = ["bands: 95 % bootstrap interval"] if result.low is not None else []
     note = nonbreaking(
-        f"{'; '.join([f'n = {result.n}', *bands, *(told.rstrip('.') for told in result.notes)])}."
+        f"{'; '.join([f'n = {result.n}', *bands, *(line.rstrip('.') for line in result.notes)])}."
     )
     measure = result.what.split(" when ")[0]
     figure, (axes,) = theme.new_plot(title or "Attention knockout: source → target", note, 3.1)
     layers = np.array(result.names("layer"))
     axes.axhline(0, color=MUTED, linewidth=0.9)
     for i, edge in enumerate(result.names("edge")):
-        one = result.select(edge=edge)
+        curve = result.select(edge=edge)
         style = {"color": SERIES[i % len(SERIES)], "linestyle": _DASHES[i // len(SERIES) % len(_DASHES)]}
-        axes.plot(layers, one.values.numpy(), marker="o", markersize=3.5, label=edge, **style)
-        if one.low is not None and one.high is not None:
-            ends, band = (one.low.numpy(), one.high.numpy()), {"alpha": 0.18, "linewidth": 0}
+        axes.plot(layers, curve.values.numpy(), marker="o", markersize=3.5, label=edge, **style)
+        if curve.low is not None and curve.high is not None:
+            ends, band = (curve.low.numpy(), curve.high.numpy()), {"alpha": 0.18, "linewidth": 0}
             axes.fill_between(layers, *ends, color=style["color"], gid=f"band {edge}", **band)
     axes.set_xticks(layers[:: 1 if len(layers) <= 16 else 4])
     axes.set(xlabel="layer (centre of the window)", ylabel=measure.replace(" of ", "\nof ", 1))

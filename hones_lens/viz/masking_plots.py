@@ -161,11 +161,16 @@ def kinds_bars(result: MaskingResult) -> Plot:
     order = sorted(result.kinds, key=lambda kind: result.kinds[kind].masked - result.kinds[kind].baseline)
     rows = []
     for kind in order:
-        found = result.kinds[kind]
-        random = [found.baseline - control.kinds[kind] for control in result.controls]
-        interval = getattr(found, "interval", None)
+        kind_result = result.kinds[kind]
+        random = [kind_result.baseline - control.kinds[kind] for control in result.controls]
+        interval = getattr(kind_result, "interval", None)
         rows.append(
-            DropRow(f"{kind or 'all'} (n = {found.n})", found.baseline - found.masked, interval, random)
+            DropRow(
+                f"{kind or 'all'} (n = {kind_result.n})",
+                kind_result.baseline - kind_result.masked,
+                interval,
+                random,
+            )
         )
     count, n = len(result.controls), result.metric_interval.n
     note = f"{result.n_neurons:,} neurons masked, n = {n:,} held-out examples."
@@ -192,19 +197,21 @@ def ranking_bars(results: Mapping[str, MaskingResult], measure: str = "metric") 
     """
     if not results:
         raise ValueError("no masking results to draw")
-    found = {name: measured(result, measure) for name, result in results.items()}
-    order = sorted(found, key=lambda name: -found[name].drop)
+    measured_by_name = {name: measured(result, measure) for name, result in results.items()}
+    order = sorted(measured_by_name, key=lambda name: -measured_by_name[name].drop)
     rows = []
     for name in order:
-        m = found[name]
+        m = measured_by_name[name]
         random = [m.baseline - value for value in m.controls]
         rows.append(DropRow(name.replace("_", " "), m.drop, m.interval, random))
     first = next(iter(results.values()))
     sizes = sorted({result.n_neurons for result in results.values()})
-    title = f"{first.task}: drop of {found[order[0]].short} by ranking"
+    title = f"{first.task}: drop of {measured_by_name[order[0]].short} by ranking"
     size = " / ".join(f"{s:,}" for s in sizes)
     note = f"The best {size} neurons of each. {_sample_note(list(results.values()))}"
     figure, (axes,) = theme.new_plot(title, note, 0.75 + 0.36 * len(rows))
     draw_rows(axes, rows)
-    axes.set_xlabel(f"drop of {found[order[0]].short}{' (nats)' if found[order[0]].unit else ''}")
+    axes.set_xlabel(
+        f"drop of {measured_by_name[order[0]].short}{' (nats)' if measured_by_name[order[0]].unit else ''}"
+    )
     return figure

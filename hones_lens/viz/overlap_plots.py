@@ -33,16 +33,18 @@ def overlap_sizes(overlap: Overlap) -> Plot:
 @styled
 def overlap_shared(overlap: Overlap) -> Plot:
     """What every pair of tasks shares, and what all share, beside chance, with p-values."""
-    names = [" & ".join(each.tasks) for each in overlap.shared]
+    names = [" & ".join(sharing.tasks) for sharing in overlap.shared]
     if len(overlap.tasks) > 2:
         names[-1] = f"all {len(overlap.tasks)} tasks"
-    labels = [f"{each.count}  (p = {each.p:.2g})" for each in overlap.shared]
+    labels = [f"{sharing.count}  (p = {sharing.p:.2g})" for sharing in overlap.shared]
     note = (
         f"{_selected_note(overlap)} Line: mean for random sets with as many neurons in each layer; p: share "
     )
     note += f"of {overlap.draws:,} such sets that share at least as many."
     figure, (axes,) = theme.new_plot("Neurons that tasks share", note, 0.75 + 0.36 * len(names))
-    counts, expected = ([getattr(each, what) for each in overlap.shared] for what in ("count", "expected"))
+    counts, expected = (
+        [getattr(sharing, what) for sharing in overlap.shared] for what in ("count", "expected")
+    )
     _count_bars(axes, names, counts, expected, labels)
     return figure
 
@@ -140,8 +142,9 @@ def group_masking_bars(
     shown = list(by_task) if tasks is None else list(tasks)
     if unknown := [task for task in shown if task not in by_task]:
         raise ValueError(f"tasks {unknown} were not measured; there are: {', '.join(by_task)}")
-    m, one = measured(by_task[shown[0]][0], measure), shown[0] if len(shown) == 1 else ""
-    title = f"{one + ': drop' if one else 'Drop'} with {groups.size:,} neurons of each group masked"
+    m, single_task = measured(by_task[shown[0]][0], measure), shown[0] if len(shown) == 1 else ""
+    subject = f"{single_task}: drop" if single_task else "Drop"
+    title = f"{subject} with {groups.size:,} neurons of each group masked"
     count = sum(len(by_task[task]) for task in shown)
     figure, panels = theme.new_plot(title, _groups_note(by_task, shown, measure), 0.7 + 0.31 * count)
     for axes in panels:
@@ -151,10 +154,10 @@ def group_masking_bars(
     for axes, task in zip(grid, shown, strict=True):
         results = by_task[task]
         draw_rows(axes, [_row(result, measure) for result in results])
-        what = measured(results[0], measure)
-        if not one:
-            axes.set_title(f"{task} ({what.short}{what.unit})", fontweight="bold")
-    name = m.short if one or m.unit else "the metric"
+        task_measure = measured(results[0], measure)
+        if not single_task:
+            axes.set_title(f"{task} ({task_measure.short}{task_measure.unit})", fontweight="bold")
+    name = m.short if single_task or m.unit else "the metric"
     grid[-1].set_xlabel(f"drop of {name}{' (nats)' if m.unit else ''}")
     return figure
 

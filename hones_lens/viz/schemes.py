@@ -66,7 +66,7 @@ def scheme_css(selector: str, light: str, dark: str) -> str:
         "html.light": light,
         "html.dark": dark,
     }
-    rules = [f"{host} {selector} {{ {said} }}" for host, said in hosts.items()]
+    rules = [f"{host} {selector} {{ {declarations} }}" for host, declarations in hosts.items()]
     scheme = f"@media (prefers-color-scheme: dark) {{ {selector} {{ {dark} }} }}"
     return "\n".join([f"{selector} {{ {light} }}", scheme, *rules])
 
@@ -97,9 +97,9 @@ def dark_colours(colours: np.ndarray) -> np.ndarray:
     """RGBA rows with the palette's colours in their dark counterparts, opacity kept."""
     changed = np.array(colours, dtype=float, copy=True)
     if changed.size:
-        far = np.abs(changed[:, None, :3] - _LIGHT).max(-1)
-        found = far.min(-1) < _TOLERANCE
-        changed[found, :3] = _DARK[far[found].argmin(-1)]
+        distance = np.abs(changed[:, None, :3] - _LIGHT).max(-1)
+        matches = distance.min(-1) < _TOLERANCE
+        changed[matches, :3] = _DARK[distance[matches].argmin(-1)]
     return changed
 
 

@@ -58,13 +58,13 @@ def steering_bars(table: SteeringTable, measures: Sequence[str] = MEASURES) -> P
     Raises:
         ValueError: Nothing but the base in the table, or an unknown measure.
     """
-    found = {measure: gain_rows(table, measure) for measure in measures}
-    if not all(found.values()):
+    rows_by_measure = {measure: gain_rows(table, measure) for measure in measures}
+    if not all(rows_by_measure.values()):
         raise ValueError("no method in the table but the base")
     title = f"{table.task}: gain over the base by method of steering"
-    height = 0.8 + 0.38 * len(next(iter(found.values())))
+    height = 0.8 + 0.38 * len(next(iter(rows_by_measure.values())))
     figure, panels = theme.new_plot(title, _steering_note(table), height, panels=len(measures))
-    for axes, (measure, rows) in zip(panels, found.items(), strict=True):
+    for axes, (measure, rows) in zip(panels, rows_by_measure.items(), strict=True):
         _draw_gains(axes, rows)
         name = table.metric_name if measure == "metric" else "log-probability of the answer (nats)"
         axes.set_xlabel(f"gain of {name}")

@@ -314,28 +314,28 @@ def _strip_svg(root: ElementTree.Element, name: str) -> None:
         if element.tag.endswith("metadata") or element.find("{*}style") is not None:
             root.remove(element)
     values = [value for element in root.iter() for value in element.attrib.values()]
-    used = {found["id"] for value in values if (found := _REFERENCE.match(value))}
+    used = {match["id"] for value in values if (match := _REFERENCE.match(value))}
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         element.text, element.tail = (element.text or "").strip(), None
-        kept = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
-        if "id" in kept:
-            kept["data-group"] = kept.pop("id")
-        if kept.get("data-group") in used:
-            kept["id"] = f"{name}-{kept['data-group']}"
-        if kept.get("data-group") == CRISP:
-            kept["shape-rendering"] = "crispEdges"
-        for key, value in kept.items():
-            kept[key] = _REFERENCE.sub(rf"\g<url>#{name}-\g<id>", value)
-        if "d" in kept:
-            kept["d"] = re.sub(r"(\.\d\d)\d+", r"\1", " ".join(kept["d"].split()))
-        if "style" in kept:
-            kept["style"] = _PAGE_STYLE.sub("", kept["style"])
-        element.attrib = kept
+        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        if "id" in attributes:
+            attributes["data-group"] = attributes.pop("id")
+        if attributes.get("data-group") in used:
+            attributes["id"] = f"{name}-{attributes['data-group']}"
+        if attributes.get("data-group") == CRISP:
+            attributes["shape-rendering"] = "crispEdges"
+        for key, value in attributes.items():
+            attributes[key] = _REFERENCE.sub(rf"\g<url>#{name}-\g<id>", value)
+        if "d" in attributes:
+            attributes["d"] = re.sub(r"(\.\d\d)\d+", r"\1", " ".join(attributes["d"].split()))
+        if "style" in attributes:
+            attributes["style"] = _PAGE_STYLE.sub("", attributes["style"])
+        element.attrib = attributes
 
 
 def _add_tooltips(root: ElementTree.Element, tooltips: Mapping[str, Sequence[str]]) -> None:
-    texts = {name: iter(said) for name, said in tooltips.items()}
+    texts = {name: iter(lines) for name, lines in tooltips.items()}
     for group in root.iter("g"):
         for shape, text in zip(group, texts.get(group.attrib.pop("data-group", ""), ()), strict=False):
             ElementTree.SubElement(shape, "title").text = text
@@ -353,12 +353,12 @@ def image_uri(image: Image.Image, longest: int = 480) -> str:
     """A picture as a data URI: PNG, or JPEG where that is smaller; reduced to `longest` pixels a side."""
     small = image.convert("RGB")
     small.thumbnail((longest, longest))
-    found = {}
+    encoded = {}
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
         buffer = io.BytesIO()
         small.save(buffer, format=kind, **options)
-        found[kind] = buffer.getvalue()
-    kind, data = min(found.items(), key=lambda item: len(item[1]))
+        encoded[kind] = buffer.getvalue()
+    kind, data = min(encoded.items(), key=lambda item: len(item[1]))
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 

@@ -136,8 +136,8 @@ def attention_tokens(
     grids = []
     for image, patches in enumerate(folded.patches):
         maps = list(zip(folded.names, patches[:, source], strict=True))
-        about = f"attention from cell {source % n_cells}, {folded.cells.names[source]}"
-        grids.append(_image_details(folded.cells, image, maps, about, pictures))
+        description = f"attention from cell {source % n_cells}, {folded.cells.names[source]}"
+        grids.append(_image_details(folded.cells, image, maps, description, pictures))
     heading = title or f"{folded.model_name}: attention between tokens"
     note = "Keys of an image are summed, queries averaged; the fullest colour is the largest weight."
     return TokenView(_view_html(heading, note, view, grids), partial(cell_patterns, folded, heading))
@@ -193,10 +193,10 @@ def coloured_tokens(
 
 def _component(name: str, **properties: Any) -> str:
     """An element that a component of circuitsvis fills, with the script that does so."""
-    place = f"circuits-vis-{uuid.uuid4().hex[:12]}"
-    given = json.dumps(properties).replace("<", "\\u003c")  # a token can't end the script
-    call = f'CircuitsVis.render("{place}", CircuitsVis.{name}, {given})'
-    return f'<div id="{place}"></div><script type="module">{_bundle()}\n{call}</script>'
+    element_id = f"circuits-vis-{uuid.uuid4().hex[:12]}"
+    arguments = json.dumps(properties).replace("<", "\\u003c")  # a token can't end the script
+    call = f'CircuitsVis.render("{element_id}", CircuitsVis.{name}, {arguments})'
+    return f'<div id="{element_id}"></div><script type="module">{_bundle()}\n{call}</script>'
 
 
 @cache
@@ -249,23 +249,22 @@ def _image_details(
     cells: Cells,
     image: int,
     maps: Sequence[tuple[str, Tensor]],
-    about: str,
+    description: str,
     pictures: Image.Image | Sequence[Image.Image],
 ) -> str:
     """What an image's cell opens to: a grid for each map."""
-    given = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    picture_list = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     count = sum(i is not None for i in cells.images)
-    if given and len(given) != count:
-        raise ValueError(f"{len(given)} pictures for a row with {count} images")
-    picture = given[image] if given else None
+    if picture_list and len(picture_list) != count:
+        raise ValueError(f"{len(picture_list)} pictures for a row with {count} images")
+    picture = picture_list[image] if picture_list else None
     if picture is not None:
         left, top, right, bottom = region_of(cells.inputs, 0, image, picture)
         picture = picture.crop((round(left), round(top), round(right), round(bottom)))
     drawn = "".join(_patch_grid_svg(name, values, picture) for name, values in maps)
     (name,) = [n for n, which in zip(cells.names, cells.images, strict=True) if which == image]
-    return (
-        f"<details><summary>{escape(name)}: {escape(about)}, by patch</summary><div>{drawn}</div></details>"
-    )
+    summary = f"{escape(name)}: {escape(description)}, by patch"
+    return f"<details><summary>{summary}</summary><div>{drawn}</div></details>"
 
 
 def _patch_grid_svg(name: str, values: Tensor, picture: Image.Image | None) -> str:
@@ -278,16 +277,16 @@ def _patch_grid_svg(name: str, values: Tensor, picture: Image.Image | None) -> s
     for (row, column), value in np.ndenumerate(values.numpy()):
         side = "above" if value >= 0 else "below"
         shade = f'class="{side}" fill-opacity="{0.85 * abs(value) / limit:.3f}"'
-        about = f"<title>{row}, {column}: {value:.4g}</title>"
-        cells.append(f'<rect x="{column}" y="{row}" width="1" height="1" {shade}>{about}</rect>')
+        tooltip = f"<title>{row}, {column}: {value:.4g}</title>"
+        cells.append(f'<rect x="{column}" y="{row}" width="1" height="1" {shade}>{tooltip}</rect>')
     under = ""
     if picture is not None:
         style = f'width="{columns}" height="{rows}" preserveAspectRatio="none" opacity=".55"'
         under = f'<image href="{image_uri(picture.convert("L"), _SIDE)}" {style}/>'
     size = f'viewBox="0 0 {columns} {rows}" width="{width * scale:.0f}" height="{height * scale:.0f}"'
-    told = f"in all {number(float(values.sum()))}, most {number(float(values.max()))}"
+    summary = f"in all {number(float(values.sum()))}, most {number(float(values.max()))}"
     return (
-        f'<figure><figcaption>{escape(name)} <span class="told">{told}</span></figcaption>'
+        f'<figure><figcaption>{escape(name)} <span class="told">{summary}</span></figcaption>'
         f'<svg {size} preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(name)}">{under}{"".join(cells)}</svg></figure>'
     )
