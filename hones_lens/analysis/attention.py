@@ -1,4 +1,4 @@
-"""Where heads look from a token, and which image tokens draw attention from everywhere (sinks)."""
+"""Attention of heads from a query token, and image tokens that act as attention sinks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hones_lens.interventions import Box, Group, Hook, check_heads, group_name, 
 from hones_lens.model import HookedVLM, ModelInput, VLMInputs, token_names
 from hones_lens.results import Plottable
 
-SINK_RATIO = 5.0
+SINK_RATIO = 5.0  # times the median image token's attention from which a token counts as a sink
 Source = int | Group
 _MARKS = "▁Ġ"  # how tokenizers write a space
 
@@ -26,14 +26,14 @@ class HeadAttention(Plottable):
     `plot(pictures, **options)` draws it over the row's pictures; options: of `hones_lens.viz.attention_maps`.
 
     Attributes:
-        model_name: Of which model.
-        heads: (layer, head) of each.
-        source: The token or group that looks, in words.
-        positions: Where it is.
+        model_name: Name of the model.
+        heads: (layer, head) of each head.
+        source: Description of the query token or token group.
+        positions: Positions of the query tokens.
         weights: Attention to every position, on the CPU, [head pos].
         received: Mean attention to every position over all heads and layers, from the text behind the row's
             last image, [pos]; None where there is no such text, or no image.
-        inputs: The row.
+        inputs: The row's prepared inputs.
     """
 
     model_name: str
@@ -46,12 +46,12 @@ class HeadAttention(Plottable):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the heads are called: `L1H3`."""
+        """Labels of the heads, such as `L1H3`."""
         return tuple(f"L{layer}H{head}" for layer, head in self.heads)
 
     @property
     def n_images(self) -> int:
-        """Of the row."""
+        """Number of images in the row."""
         return len(self.inputs.grids[0]) if self.inputs.grids else 0
 
     def on_image(self, image: int = 0) -> Float[Tensor, "head rows columns"]:
@@ -59,7 +59,7 @@ class HeadAttention(Plottable):
 
         Raises:
             IndexError: No such image.
-            ValueError: Whoever looks comes before the image, and attention is causal.
+            ValueError: The query tokens come before the image, and attention is causal.
         """
         mask = torch.zeros(self.weights.shape[1])
         mask[list(self.positions)] = 1.0
@@ -69,16 +69,16 @@ class HeadAttention(Plottable):
         return torch.stack([self._grid(weights, image) for weights in self.weights])
 
     def sinks(self, image: int = 0, times: float = SINK_RATIO) -> Bool[Tensor, "rows columns"]:
-        """Image tokens that draw attention from everywhere, whatever is asked.
+        """Attention sinks: image tokens that receive much attention whatever the prompt asks.
 
-        Those whose attention, averaged over all heads and layers and over the text behind the picture, is
-        more than so many times that of the image's median token. Only text behind the picture counts, since
-        every image token is in its sight. What a picture is about draws some more attention, too: on
-        tiny-llava up to 1.8 times the median.
+        A sink's attention, averaged over all heads and layers and over the text after the image, is more
+        than `times` that of the image's median token. Only text after the image counts, since it can attend
+        to every image token. The object in a picture also draws more attention than the median: on
+        tiny-llava up to 1.8 times as much.
 
         Raises:
             IndexError: No such image.
-            ValueError: No text behind the pictures, or `times` below 1.
+            ValueError: No text follows the images, or `times` is below 1.
         """
         if times < 1:
             raise ValueError(
@@ -113,16 +113,16 @@ def head_attention(
     row: int = 0,
     hooks: Sequence[Hook] = (),
 ) -> HeadAttention:
-    """Where heads look from a token.
+    """Attention of heads from one token, or averaged over the tokens of a group.
 
     Args:
         model: The model.
         model_input: A batch.
-        heads: (layer, head), or components as `HeadScores.top` returns them.
-        source: Who looks: a position (negative: from the end), a group (`groups.token_mask`; the mean over
-            its tokens), or else a token as the tokenizer writes it, with or without its mark for a space.
-        row: Of the batch.
-        hooks: An intervention to run under.
+        heads: (layer, head) pairs, or components as `HeadScores.top` returns them.
+        source: The query: a position (negative counts from the end), a token group (see `token_mask`; the
+            mean over its tokens), or a token as the tokenizer writes it, with or without its space marker.
+        row: Row of the batch.
+        hooks: Hooks of an intervention, active during the run.
 
     Raises:
         ValueError: No heads, one that the model does not have, a position that is padding or not there, a
@@ -166,13 +166,13 @@ def head_attention(
 
 
 def _text_after_images(inputs: VLMInputs) -> list[int]:
-    """Positions of text behind the last image token of the one row."""
+    """Positions of the text after the last image token; the inputs have one row."""
     image = inputs.image_mask[0].nonzero()[:, 0].tolist()
     return list(range(image[-1] + 1, inputs.input_ids.shape[1])) if image else []
 
 
 def _positions(model: HookedVLM, inputs: VLMInputs, source: Source) -> tuple[list[int], str]:
-    """Where whoever looks is in the one row, and its name."""
+    """Positions of the query tokens, and their description; the inputs have one row."""
     tokens = token_names(model, inputs.input_ids[0].tolist())
     if isinstance(source, int):
         length, padding = len(tokens), int((inputs.attention_mask[0] == 0).sum())
@@ -191,7 +191,7 @@ def _positions(model: HookedVLM, inputs: VLMInputs, source: Source) -> tuple[lis
 
 
 def _token_position(text: str, tokens: Sequence[str], inputs: VLMInputs) -> int:
-    """The one position of a token."""
+    """Position of a token that occurs once in the row."""
     is_token = inputs.attention_mask[0].bool().tolist()
     positions = [
         i

@@ -157,9 +157,8 @@ def attention_knockout(
     options, plan = SweepOptions.of(options, sweep, unused=("journal",)), _plan(model, edges, window)
     known_task = None if task is None else as_task(task)
     if metric == "task":
-        return _task_metric_changes(
-            model, _check_task_examples(data, known_task), plan, options, (draws, level, seed)
-        )
+        examples = _check_task_examples(data, known_task)
+        return _task_metric_changes(model, examples, plan, options, (draws, level, seed))
     measure = log_prob if metric == "probability" else as_metric(metric)
     before, after = _metric_values(model, data, known_task, plan, measure, options)
     if metric == "probability":

@@ -1,4 +1,4 @@
-"""Direct logit attribution: what each component adds to a logit, the final norm folded in."""
+"""Direct logit attribution: the contribution of each component to a logit, with the final norm folded in."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def direct_logit_attribution(
     Args:
         model: The model.
         model_input: A batch.
-        tokens: Whose logit: text that is one token, an id, or one id for each row.
-        foils: Whose logit is taken off.
+        tokens: The token whose logit is attributed: text that is one token, an id, or one id per row.
+        foils: Token whose logit is subtracted, given in the same ways.
         by: `layer` (attention and MLP together), `component` (apart), `head` or `neuron`.
-        group: At which positions; see `token_mask`.
-        mean: Over the rows, with 95 % bootstrap intervals where there are several.
-        hooks: An intervention that the model runs under.
+        group: Positions to read; see `token_mask`.
+        mean: Whether to average over the rows, with 95 % bootstrap intervals where there are several.
+        hooks: Hooks of an intervention, active during the run.
 
     Returns:
         Labelled. Axes: `row` (unless `mean`); `position` where the group has several tokens in a row (NaN at
@@ -91,7 +91,7 @@ def _ids(model: HookedVLM, tokens: Token, rows: int) -> Int[Tensor, " row"]:
 
 @dataclass(frozen=True)
 class _Attribution:
-    """What is attributed to what."""
+    """One attribution: the model, the kind of component, and the target tokens by row."""
 
     model: HookedVLM
     by: str
@@ -102,7 +102,7 @@ class _Attribution:
     def contributions(
         self, inputs: VLMInputs, columns: Int[Tensor, " column"], hooks: Sequence[Hook]
     ) -> tuple[Tensor, Tensor]:
-        """What each part adds at some columns, [row column …], and the model's logits, [row column]."""
+        """Contributions of the components [row column …], and the model's logits [row column]."""
         direction = self._direction()
         kept: dict[str, Tensor] = {}
         reads = self._readers()
@@ -127,14 +127,14 @@ class _Attribution:
         return contributions.cpu(), self._target_logits(logits).cpu()
 
     def _direction(self) -> Float[Tensor, "row d_model"]:
-        """What a normalised stream is multiplied with, the final norm's weight folded in."""
+        """Direction of the target logit in the normalised stream, with the final norm's weight folded in."""
         direction = self.model.tokens_to_residual_directions(self.answers).float()
         if self.foils is None:
             return direction
         return direction - self.model.tokens_to_residual_directions(self.foils).float()
 
     def _readers(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        """By hook: from an activation and the direction, what its parts add before the norm."""
+        """By hook name: a function from an activation and the direction to contributions before the norm."""
         layers = range(self.model.cfg.n_layers)
         if self.by == "head":
             return {f"blocks.{layer}.attn.hook_z": self._heads(layer) for layer in layers}
@@ -168,7 +168,7 @@ class _Attribution:
     def result(
         self, contributions: Tensor, logits: Tensor, labels: dict[str, tuple[Any, ...]], mean: bool
     ) -> Labelled:
-        """From parts [row …] and logits [row …], NaN where a row has no such position."""
+        """The result, from contributions [row …] and logits [row …]; NaN where a row lacks a position."""
         layers = range(self.model.cfg.n_layers)
         if self.by == "component":
             labels["component"] = ("embed", *(f"{part} {i}" for i in layers for part in ("attn", "mlp")))

@@ -22,12 +22,12 @@ class MeanDifference:
 
     Attributes:
         layer: Decoder layer.
-        at: Where in it: `pre`, `mid` or `post`.
-        group: Which tokens.
+        at: Position in the layer: `pre`, `mid` or `post`.
+        group: Name of the token group.
         vector: The difference, [d_model], float32 on the CPU.
-        n: Rows of either set.
-        spread: Root mean square distance of a row from the mean of its own set; what the vector's length
-            is to be held against.
+        n: Number of rows in the positive and in the negative set.
+        spread: Root mean square distance of a row from the mean of its own set; a scale to compare the
+            vector's length with.
     """
 
     layer: int
@@ -50,10 +50,10 @@ class MeanDifference:
         strength: float = 1.0,
         generated: bool | None = None,
     ) -> Hook:
-        """A hook that adds the vector where it was measured; arguments as of `steering_vector`.
+        """A hook that adds the vector at the layer and position where it was measured.
 
         Args:
-            group: Default: the group that it was measured in, if that has a name.
+            group: Token group; default: the group it was measured on, if that has a name.
             inputs, strength, generated: As of `steering_vector`.
         """
         target_group = self.group if group is None else group
@@ -81,15 +81,15 @@ def mean_difference(
 ) -> MeanDifference:
     """The vector from one set of inputs to another: mean of `positive` minus mean of `negative`.
 
-    A row counts with the mean of its own tokens in the group, so that all rows weigh alike.
+    Each row counts with the mean over its tokens in the group, so that all rows have the same weight.
 
     Args:
         model: The model.
-        positive, negative: Inputs, of different numbers and lengths as they like.
-        layer: Decoder layer; what lies above is not computed.
-        group: As of `token_mask`.
+        positive, negative: Inputs; they may differ in number and length.
+        layer: Decoder layer; layers above it are not run.
+        group: Token group, as for `token_mask`.
         at: `pre`, `mid` or `post`.
-        batch_size: Rows at a time.
+        batch_size: Number of rows per forward pass.
 
     Raises:
         ValueError: No such layer or place, or a group that is empty in a row.

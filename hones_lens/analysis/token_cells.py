@@ -1,4 +1,4 @@
-"""Tokens as a few cells: an image is one, and so is a stretch of text that is left out."""
+"""Tokens grouped into cells: each image is one cell, and so is each stretch of text that is left out."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FOLDS = ("sum", "mean", "max")
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """The tokens of one row as cells, in their order; padding is in none.
+    """The tokens of one row grouped into cells, in order; padding belongs to no cell.
 
     Attributes:
-        names: The token, `[image 0: 8 × 8]`, or `[12 tokens]`.
-        spans: The positions of each.
-        images: Which image a cell is; None: text.
-        inputs: The row.
+        names: Label of each cell: its token, `[image 0: 8 × 8]`, or `[12 tokens]`.
+        spans: Positions of each cell's tokens.
+        images: Index of the image that a cell holds; None for text.
+        inputs: The row's prepared inputs.
     """
 
     names: tuple[str, ...]
@@ -38,11 +38,11 @@ class Cells:
         return len(self.names)
 
     def fold(self, values: Float[Tensor, "*lead pos"], how: str = "sum") -> Float[Tensor, "*lead cell"]:
-        """One value a cell.
+        """Reduce values by position to one value per cell.
 
         Args:
-            values: By position.
-            how: `sum`, `mean` or `max` of a cell's tokens.
+            values: One value per position.
+            how: `sum`, `mean` or `max` over a cell's tokens.
 
         Raises:
             ValueError: An unknown `how`, or another number of values than of positions.
@@ -75,14 +75,14 @@ class Cells:
 def fold_tokens(
     model: HookedVLM, model_input: ModelInput, keep: Group = "text", *, row: int = 0, most: int = MOST_CELLS
 ) -> Cells:
-    """A row's tokens as cells: each image one, each kept token one, each stretch of other text one.
+    """Group a row's tokens into cells: one per image, per kept token, and per stretch of other text.
 
     Args:
-        model: Whose tokens.
+        model: The model.
         model_input: A batch.
-        keep: Which text tokens stay as they are, a group; images are folded in any case.
-        row: Of the batch.
-        most: Cells at the most.
+        keep: Group of text tokens that stay cells of their own; images are always folded.
+        row: Row of the batch.
+        most: Largest allowed number of cells.
 
     Raises:
         ValueError: More cells than that; an empty or unknown group.
@@ -118,7 +118,7 @@ def fold_tokens(
 
 
 def _image_spans(inputs: VLMInputs) -> dict[int, tuple[int, int]]:
-    """By first position of each image of the one row: its number, and the position behind it."""
+    """By an image's first position: its index and the position after it; the inputs have one row."""
     positions = inputs.image_mask[0].nonzero()[:, 0].tolist()
     spans: dict[int, tuple[int, int]] = {}
     for image, (rows, columns) in enumerate(inputs.grids[0] if inputs.grids else ()):
@@ -144,8 +144,8 @@ class FoldedAttention(Plottable):
     `plot(**options)` draws a map of query by key for each head; options: of `hones_lens.viz.cell_patterns`.
 
     Attributes:
-        model_name: Of which model.
-        heads: (layer, head) of each.
+        model_name: Name of the model.
+        heads: (layer, head) of each head.
         cells: The cells.
         pattern: `Cells.pattern` of each head, on the CPU, [head cell cell].
         patches: `Cells.patches` of each head, for each image, [head cell rows columns].
@@ -159,7 +159,7 @@ class FoldedAttention(Plottable):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the heads are called: `L1H3`."""
+        """Labels of the heads, such as `L1H3`."""
         return tuple(f"L{layer}H{head}" for layer, head in self.heads)
 
     def __str__(self) -> str:
@@ -177,13 +177,14 @@ def folded_attention(
     most: int = MOST_CELLS,
     hooks: Sequence[Hook] = (),
 ) -> FoldedAttention:
-    """Attention patterns with images folded, made layer by layer, so that no whole pattern is kept.
+    """Attention patterns between cells, reduced layer by layer, so that no full pattern is kept.
 
     Args:
-        model, model_input: What to run.
-        heads: (layer, head), or components as `HeadScores.top` returns them.
+        model: The model.
+        model_input: A batch.
+        heads: (layer, head) pairs, or components as `HeadScores.top` returns them.
         keep, row, most: As for `fold_tokens`.
-        hooks: An intervention to run under.
+        hooks: Hooks of an intervention, active during the run.
 
     Raises:
         ValueError: No heads, one that the model does not have; and as `fold_tokens`.

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from hones_lens.model import HookedVLM
 
-_NEURONS_AT_ONCE = 256  # whose logits are held together
+_NEURONS_AT_ONCE = 256  # neurons whose logits are in memory at the same time
 
 
 class PromotedTokens(NamedTuple):
-    """The tokens whose logits neurons change most, by neuron and most first.
+    """The tokens whose logits each neuron changes most, largest change first.
 
     Attributes:
-        signs: Of the neurons' activations: −1 below 0, else 1.
+        signs: Signs of the neurons' activations: −1 below 0, else 1.
         ids: Token ids.
         logits: What a unit of activation of that sign adds to each token's logit, above the vocabulary's mean
             and before the final norm's scale.
@@ -33,7 +33,7 @@ class PromotedTokens(NamedTuple):
 def vocabulary_logits(
     model: HookedVLM, vectors: Float[Tensor, "*lead d_model"]
 ) -> Float[Tensor, "*lead d_vocab"]:
-    """What vectors of the residual stream add to every token's logit, before the final norm's scale.
+    """Contribution of residual-stream vectors to every token's logit, before the final norm's scale.
 
     `⟨v, γ ∘ W_U[:, t]⟩` for every token t, where γ is the final norm's weight, minus the mean over the
     vocabulary, which no probability depends on.
@@ -54,15 +54,16 @@ def promoted_tokens(
 ) -> PromotedTokens:
     """The k tokens that each neuron promotes most: `vocabulary_logits` of `sign(m_i) W_out[i]`.
 
-    A neuron writes its activation times its output row, so that one that is active below 0 promotes what its
-    row suppresses.
+    A neuron writes its activation times its output row, so a neuron with a negative activation promotes the
+    tokens that its row suppresses.
 
     Args:
         model: The model.
-        neurons: (layer, index) of each.
-        activations: Of each neuron, at a position or the mean over many; only the sign is read, 0 as 1.
-        k: How many tokens.
-        largest: False for the tokens that it suppresses most.
+        neurons: (layer, index) of each neuron.
+        activations: Activation of each neuron, at one position or averaged; only the sign is used, and 0
+            counts as positive.
+        k: Number of tokens per neuron.
+        largest: False for the tokens that each neuron suppresses most.
     """
     rows = torch.stack([model.blocks[layer].mlp.W_out[index] for layer, index in neurons])
     signs = torch.where(activations < 0, -1.0, 1.0).to(rows.device)

@@ -1,4 +1,4 @@
-"""The difference lens: what an intervention takes from, and gives to, the logit lens of every layer."""
+"""The difference lens: how an intervention changes the logit-lens logits of every layer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LensToken(NamedTuple):
 
     @property
     def span(self) -> str:
-        """Its ends, e.g. `[+0.12, +0.34]`; empty where there are none."""
+        """The interval as text, such as `[+0.12, +0.34]`; empty where there is none."""
         return "" if self.low is None else f"[{self.low:+.3g}, {self.high:+.3g}]"
 
 
@@ -45,13 +45,13 @@ class LensDifference(Result):
     """The tokens whose logit-lens logit changes most under an intervention; the first layer is `embed`.
 
     Attributes:
-        model_name: Of which model.
-        group: At which positions.
-        n: Over how many rows the means are.
-        layers: What the layers are called.
-        falls: By layer, the tokens that fall most, `delta` above 0: what the intervention takes away.
-        rises: By layer, the tokens that rise most, `delta` below 0: what it brings in.
-            Both are empty below the intervention.
+        model_name: Name of the model.
+        group: Token group whose positions were read.
+        n: Number of rows that the means are taken over.
+        layers: Labels of the layers.
+        falls: By layer, the tokens whose logit falls most under the intervention (`delta` above 0).
+        rises: By layer, the tokens whose logit rises most under the intervention (`delta` below 0).
+            Both are empty in layers below the intervention.
     """
 
     kind: ClassVar[str] = "lens-difference"
@@ -64,7 +64,7 @@ class LensDifference(Result):
     rises: Tables
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a token: layer, direction (`falls` or `rises`), rank from 1, id, token, delta, ends."""
+        """One row per token: layer, direction (`falls` or `rises`), rank from 1, id, token, delta, ends."""
         return delta_frame(self.layers, self.falls, self.rises)
 
     def __str__(self) -> str:
@@ -91,9 +91,9 @@ def lens_difference(
     Args:
         model: The model.
         model_input: A batch.
-        hooks: The intervention.
-        group: At which positions; a row counts with the mean of its own.
-        k: Tokens a layer and direction.
+        hooks: Hooks of the intervention.
+        group: Positions to read; each row counts with the mean over its own positions.
+        k: Number of tokens per layer and direction.
 
     Raises:
         ValueError: No hooks, k below 1, an empty or unknown group.
@@ -140,7 +140,7 @@ def with_intervals(
     changed: Float[Tensor, "place d_model"],
     shares: Float[Tensor, "row place"] | None = None,
 ) -> tuple[LensToken, ...]:
-    """Tokens of one layer with the ends of their intervals over rows (default: every place is one)."""
+    """Tokens of one layer with bootstrap intervals over rows; by default every place is a row."""
     rows = len(clean) if shares is None else len(shares)
     if not tokens or rows < 2:
         return tuple(tokens)
@@ -155,7 +155,7 @@ def with_intervals(
 
 
 def delta_frame(layers: Sequence[Any], falls: Tables, rises: Tables) -> pd.DataFrame:
-    """One row a token: layer, direction, rank from 1, id, token, delta and its ends."""
+    """One row per token: layer, direction, rank from 1, id, token, delta, low and high."""
     rows = [
         {"layer": layer, "direction": direction, "rank": rank, **token._asdict()}
         for i, layer in enumerate(layers)
@@ -166,7 +166,7 @@ def delta_frame(layers: Sequence[Any], falls: Tables, rises: Tables) -> pd.DataF
 
 
 def delta_lines(layers: Sequence[Any], falls: Tables, rises: Tables) -> list[str]:
-    """Two lines a layer, for terminals."""
+    """Two lines of text per layer, for terminals."""
     lines = []
     for layer, *tables in zip(layers, falls, rises, strict=True):
         for name, table in zip(("falls", "rises"), tables, strict=True):

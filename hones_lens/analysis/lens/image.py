@@ -27,19 +27,19 @@ def image_token_lens(
     value: str = "log_prob",
     hooks: Sequence[Hook] = (),
 ) -> Labelled:
-    """How much the stream at each image token speaks for one token of the vocabulary, after every layer.
+    """Logit-lens value of one vocabulary token at each image token, after every layer.
 
     Args:
         model: The model.
         model_input: A batch.
         token: Text that is one token, or an id.
-        row, image: Which image.
-        value: `log_prob` (nats), `probability`, `logit`, or `rank`: 1 where no token is likelier.
-        hooks: An intervention to run under.
+        row, image: Index of the row, and of the image in it.
+        value: `log_prob` (nats), `probability`, `logit`, or `rank` (1 where no token is more likely).
+        hooks: Hooks of an intervention, active during the run.
 
     Returns:
-        Labelled: layer (the first is `embed`: what the projector gives), row, column; on the grid of image
-        tokens, in raster order.
+        Labelled with axes layer (the first is `embed`, the projector's output), row and column; rows and
+        columns are those of the image-token grid, in raster order.
 
     Raises:
         ValueError: Text of several tokens, no such id or value.

@@ -1,4 +1,4 @@
-"""What all logit lenses share: the stream at some positions after every layer, and its logits.
+"""Shared by all logit lenses: the residual stream after every layer, and its logits.
 
 Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 from hones_lens.interventions import Hook, resid_hook
 from hones_lens.model import HookedVLM, VLMInputs
 
-_CHUNK = 64  # places whose logits are held together
+_CHUNK = 64  # positions whose logits are in memory at the same time
 
 
 def layer_names(model: HookedVLM) -> tuple[Any, ...]:
-    """What the entries of `residual_streams` are called: `embed`, then each layer's number."""
+    """Labels of the entries of `residual_streams`: `embed`, then each layer's number."""
     return ("embed", *range(model.cfg.n_layers))
 
 
@@ -30,9 +30,10 @@ def residual_streams(
     """The residual stream at the positions of a mask: before block 0, then after each block.
 
     Args:
-        model, inputs: What to run.
-        mask: Positions, which become places row by row.
-        hooks: An intervention to run under.
+        model: The model.
+        inputs: A prepared batch.
+        mask: Positions to keep; axis `place` of the result lists them row by row.
+        hooks: Hooks of an intervention, active during the run.
     """
     names = [resid_hook(0, "pre"), *(resid_hook(layer) for layer in range(model.cfg.n_layers))]
     kept: dict[str, Tensor] = {}
@@ -47,7 +48,7 @@ def residual_streams(
 
 @torch.no_grad()
 def lens_logits(model: HookedVLM, stream: Float[Tensor, "place d_model"]) -> Iterator[Tensor]:
-    """Logit-lens logits `unembed(ln_final(stream))`, some places at a time, [some d_vocab]."""
+    """Logit-lens logits `unembed(ln_final(stream))`, in chunks of places, [chunk d_vocab]."""
     for part in stream.split(_CHUNK):
         yield model.unembed(model.ln_final(part)).float()
 
@@ -58,7 +59,7 @@ def summed_logits(
     stream: Float[Tensor, "layer place d_model"],
     weights: Float[Tensor, " place"] | None = None,
 ) -> Float[Tensor, "layer d_vocab"]:
-    """Logit-lens logits summed over the places, each times its weight; float64 on the CPU."""
+    """Weighted sum of the logit-lens logits over the places, float64 on the CPU; default weights are 1."""
     sums = torch.zeros(len(stream), model.cfg.d_vocab, dtype=torch.float64)
     share = torch.ones(stream.shape[1]) if weights is None else weights
     share = share.to(stream.device, torch.float64)
@@ -74,5 +75,5 @@ def summed_logits(
 def token_logits(
     model: HookedVLM, stream: Float[Tensor, "place d_model"], ids: Sequence[int]
 ) -> Float[Tensor, "place id"]:
-    """Logit-lens logits of some tokens at every place; float64 on the CPU."""
+    """Logit-lens logits of the given token ids at every place, float64 on the CPU."""
     return torch.cat([logits[:, list(ids)].double().cpu() for logits in lens_logits(model, stream)])

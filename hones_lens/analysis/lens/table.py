@@ -1,4 +1,4 @@
-"""The logit lens as a table: layers by likeliest tokens."""
+"""The logit lens as a table: the most likely tokens after each layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hones_lens.interventions import Group, Hook, token_mask
 from hones_lens.model import HookedVLM, ModelInput, token_names
 from hones_lens.results import Result
 
-_MAX_PRINTED = 3  # places that are printed
+_MAX_PRINTED = 3  # positions shown when the result is printed
 
 
 class LensPosition(NamedTuple):
@@ -33,18 +33,18 @@ class LensPosition(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitLens(Result):
-    """The likeliest tokens after every layer, at some positions; the first layer is `embed`.
+    """The most likely tokens after every layer at chosen positions; the first layer is `embed`.
 
     `plot(**options)` draws the first place as a grid of layers by tokens, `lens[i].plot()` another; options:
     of `hones_lens.viz.lens_grid`.
 
     Attributes:
-        model_name: Of which model.
-        places: Where.
-        layers: What the layers are called.
-        ids: The tokens, likeliest first, [place layer k].
-        tokens: Their names, `tokens[place][layer][rank]`.
-        logits, probabilities: Theirs, [place layer k].
+        model_name: Name of the model.
+        places: The positions, each with its row and token.
+        layers: Labels of the layers.
+        ids: Token ids, most likely first, [place layer k].
+        tokens: The tokens as text, `tokens[place][layer][rank]`.
+        logits, probabilities: Logits and probabilities of these tokens, [place layer k].
     """
 
     kind: ClassVar[str] = "logit-lens"
@@ -61,7 +61,7 @@ class LogitLens(Result):
         return len(self.places)
 
     def __getitem__(self, place: int) -> LogitLens:
-        """One place alone.
+        """The result at one position.
 
         Raises:
             IndexError: No such place.
@@ -136,14 +136,15 @@ def logit_lens(
 ) -> LogitLens:
     """The k likeliest tokens of `unembed(ln_final(stream))` after every layer.
 
-    The last layer's are the model's own.
+    Those of the last layer are the model's own predictions.
 
     Args:
         model: The model.
         model_input: A batch.
-        group: At which positions: a name, a `Box` or a mask [batch pos]; image tokens as well.
-        k: Tokens a layer; at most the vocabulary's.
-        hooks: An intervention to run under.
+        group: Positions to read: the name of a token group, a `Box` or a mask [batch pos]; image tokens are
+            allowed.
+        k: Number of tokens per layer, at most the size of the vocabulary.
+        hooks: Hooks of an intervention, active during the run.
 
     Raises:
         ValueError: k below 1 or above the size of the vocabulary; an empty or unknown group.

@@ -63,12 +63,8 @@ def patch_activations(
             image, pairs that don't serve the metric, or whose two runs don't differ by it.
         FloatingPointError: A metric that is not finite; names the pair.
     """
-    summary_keywords, sweep_keywords = split_keywords(keywords, SummaryKeywords.__annotations__)
-    summary, options, site = (
-        Summary(**summary_keywords),
-        SweepOptions.of(options, sweep_keywords),
-        as_patch_site(what),
-    )
+    own, sweep = split_keywords(keywords, SummaryKeywords.__annotations__)
+    summary, options, site = Summary(**own), SweepOptions.of(options, sweep), as_patch_site(what)
     pairs = _pairs_for_metric(pairs, metric)
     targets = targets_of(site, model.cfg, layers, units)
     positions = positions_of(model, pairs, site, by, groups)

@@ -162,12 +162,9 @@ def attribute_patching(
             `atp*` hooks of the model's own on scores or pattern.
         FloatingPointError: A metric that is not finite; names the pair.
     """
-    summary_keywords, sweep_keywords = split_keywords(keywords, ("steps", *SummaryKeywords.__annotations__))
-    steps, options = (
-        summary_keywords.pop("steps", STEPS),
-        SweepOptions.of_batches(options, sweep_keywords, batch_size=16),
-    )
-    summary, site, measure = Summary(**summary_keywords), as_patch_site(what), as_metric(metric)
+    own, sweep = split_keywords(keywords, ("steps", *SummaryKeywords.__annotations__))
+    steps, options = own.pop("steps", STEPS), SweepOptions.of_batches(options, sweep, batch_size=16)
+    summary, site, measure = Summary(**own), as_patch_site(what), as_metric(metric)
     if method not in METHODS or steps < 1:
         raise ValueError(f"method {method!r} with {steps} steps; valid: {', '.join(METHODS)}, 1 step or more")
     targets = targets_of(site, model.cfg, layers, "each" if site.unit else "together")
@@ -183,12 +180,9 @@ def attribute_patching(
             bar.update(len(batch.pairs))
     shape, axes, labels = targets.layout(by, tuple(masks))
     change, gap = torch.cat(estimates).view(len(pairs), *shape), torch.cat(gaps)
-    settings: dict[str, Any] = {
-        "metric": metric,
-        "direction": direction,
-        "of": f"{what}, estimated by {method}",
-    }
-    return summary.result(change, gap, pairs, axes=axes, labels=labels, **settings)
+    settings: dict[str, Any] = {"metric": metric, "direction": direction}
+    settings |= {"axes": axes, "labels": labels, "of": f"{what}, estimated by {method}"}
+    return summary.result(change, gap, pairs, **settings)
 
 
 def _first_order(job: _AttributionBatch) -> list[Float[Tensor, "batch component sum"]]:
