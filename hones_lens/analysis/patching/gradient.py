@@ -180,9 +180,8 @@ def attribute_patching(
             bar.update(len(batch.pairs))
     shape, axes, labels = targets.layout(by, tuple(masks))
     change, gap = torch.cat(estimates).view(len(pairs), *shape), torch.cat(gaps)
-    settings: dict[str, Any] = {"metric": metric, "direction": direction}
-    settings |= {"axes": axes, "labels": labels, "of": f"{what}, estimated by {method}"}
-    return summary.result(change, gap, pairs, **settings)
+    settings: dict[str, Any] = {"metric": metric, "direction": direction, "axes": axes, "labels": labels}
+    return summary.result(change, gap, pairs, of=f"{what}, estimated by {method}", **settings)
 
 
 def _first_order(job: _AttributionBatch) -> list[Float[Tensor, "batch component sum"]]:
