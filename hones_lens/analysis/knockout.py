@@ -1,4 +1,4 @@
-"""Attention knockout: what the right answer loses when tokens can't look at other tokens, layer by layer.
+"""Attention knockout: the effect of blocking attention between groups of tokens, layer by layer.
 
 Source: Geva et al., "Dissecting recall of factual associations in auto-regressive language models" (EMNLP
 2023); for image, question and last position Zhang et al., "Cross-modal information flow in multimodal large
@@ -52,9 +52,9 @@ class _Plan:
     """All arms of a knockout, edge by edge within each layer.
 
     Attributes:
-        edges: By name.
-        windows: The layers that are cut together, by centre.
-        spared: By edge, how many queries would have been left without any key in the batches so far.
+        edges: (source, target) groups by name.
+        windows: Layers that are cut together, by centre layer.
+        spared: By edge, the number of queries in the batches so far that would have had no key left.
     """
 
     edges: dict[str, Edge]
@@ -66,7 +66,7 @@ class _Plan:
         return len(self.windows) * len(self.edges)
 
     def arms(self, inputs: VLMInputs, masks: Mapping[str, _Masks]) -> list[list[Hook]]:
-        """Hooks of each arm, for masks of source and target by edge.
+        """Hooks of each arm, from masks of source and target by edge.
 
         Raises:
             ValueError: An edge that cuts nothing in a row.
@@ -88,7 +88,7 @@ class _Plan:
     def result(
         self, description: str, statistics: Mapping[str, Any], n: int, notes: Sequence[str]
     ) -> Labelled:
-        """A result of values (and ends of intervals) by arm."""
+        """The result, from values (and interval ends) by arm."""
         shape = (len(self.windows), len(self.edges))
         fields = {
             name: torch.as_tensor(statistics[name]).reshape(shape) for name in statistics if name != "n"
@@ -124,7 +124,7 @@ def attention_knockout(
     options: SweepOptions | None = None,
     **sweep: Unpack[SweepKeywords],
 ) -> Labelled:
-    """What is lost when target positions can't see source positions, in a window of layers around each.
+    """Effect of blocking attention from target to source positions, in a window of layers around each layer.
 
     A query that would be left without any key (the first token of a prompt, cut off from itself) keeps
     itself; the result's notes say how many did.
@@ -180,7 +180,7 @@ def _metric_values(
     metric: Metric,
     options: SweepOptions,
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, "row arm"]]:
-    """The metric of every row with nothing cut, and under each arm."""
+    """Metric of every row with nothing cut, and under each arm."""
     clean: list[Tensor] = []
     cut: list[Tensor] = []
     budget = {"memory_budget": options.memory_budget, "tally": options.tally}
@@ -236,7 +236,7 @@ def _batches(
     edges: Mapping[str, Edge],
     batch_size: int,
 ) -> Iterator[tuple[PatchPairs, dict[str, _Masks]]]:
-    """Prompts with their right answers, and the masks of each edge."""
+    """Batches of prompts with their right answers, and the masks of each edge."""
     if not isinstance(data, (PatchPairs, VLMInputs)) or task is not None:
         known_task, examples = _check_task_examples(data, task)
         for batch in answer_batches(model, known_task, examples, batch_size, answers=False):

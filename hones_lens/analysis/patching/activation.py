@@ -1,4 +1,4 @@
-"""Activation patching: put activations of one run into another, and measure what that changes."""
+"""Activation patching: replace activations of one run by another run's, and measure the effect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def patch_activations(
     options: SweepOptions | None = None,
     **keywords: Unpack[PatchingKeywords],
 ) -> Labelled:
-    """Patch each layer, head or neuron with what it is in the other run, and measure what that changes.
+    """Patch each layer, head or neuron with its activation in the other run, and measure the effect.
 
     The share of the whole effect, a ratio of means over pairs: `(patched − base) / (other − base)`, where
     base is the run that is patched. 0: the patch does nothing; 1: it does what changing the input does.
@@ -77,7 +77,7 @@ def patch_activations(
 
 
 def _pairs_for_metric(pairs: PatchPairs, metric: str | Metric) -> PatchPairs:
-    """Pairs as a metric takes them: for the task's own score, without the beginnings of answers."""
+    """The pairs that a metric needs: for the task's own score, without the beginnings of answers."""
     if metric != "task":
         as_metric(metric)
         return pairs

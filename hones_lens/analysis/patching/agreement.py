@@ -1,4 +1,4 @@
-"""How well estimates of patching rank components: attribution patching beside the measured effects."""
+"""Agreement of attribution patching with measured effects: how well the estimates rank components."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Agreement(Result):
     """Estimated and measured changes of the metric, of the same components in the same pairs.
 
     Attributes:
-        what: What was patched, and how it was estimated.
-        components: (layer, index) of each.
+        what: Description of what was patched and how it was estimated.
+        components: (layer, index) of each component.
         estimated, measured: Patched minus base, [pair component], float64 on the CPU.
     """
 
@@ -74,7 +74,7 @@ class Agreement(Result):
         )
 
     def of(self, components: Sequence[tuple[int, int]]) -> Agreement:
-        """Some components.
+        """The agreement restricted to some components.
 
         Raises:
             ValueError: One that was not measured.
@@ -86,7 +86,7 @@ class Agreement(Result):
         return Agreement(self.what, tuple(components), self.estimated[:, columns], self.measured[:, columns])
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a component: layer, index, and the mean changes, estimated and measured."""
+        """One row per component: layer, index, and the mean changes, estimated and measured."""
         layers, index = zip(*self.components, strict=True)
         means = {"estimated": self.estimated.mean(0).numpy(), "measured": self.measured.mean(0).numpy()}
         return pd.DataFrame({"layer": layers, "index": index, **means})

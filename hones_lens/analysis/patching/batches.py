@@ -1,4 +1,4 @@
-"""What measures of patching share: who is patched with whom, batch by batch, and means with intervals."""
+"""Batches of pairs with their base and source runs, shared by all kinds of patching."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ DIRECTIONS = {"noise": "corrupted into clean", "denoise": "clean into corrupted"
 
 @dataclass(frozen=True, eq=False)
 class PairBatch:
-    """Some pairs, with what one patches: the base run, and the source run whose activations it is given.
+    """A batch of pairs: the base run that is patched, and the source run that activations are taken from.
 
     Attributes:
         pairs: The pairs.
-        base, source: Inputs, images encoded.
-        clean_logits: Of the clean run's next token, [batch d_vocab].
+        base, source: Inputs of the two runs, with image embeddings.
+        clean_logits: Next-token logits of the clean run, [batch d_vocab].
     """
 
     pairs: PatchPairs
@@ -50,7 +50,7 @@ class PairBatch:
         return source - base
 
     def mask_rows(self, mask: Tensor, start: int) -> Tensor:
-        """Rows from `start` of a mask [pairs pos], without the padding that these pairs don't have."""
+        """This batch's rows of a mask [pairs pos] that starts at `start`, without surplus padding."""
         rows = mask[start : start + len(self.pairs)]
         return rows[:, rows.shape[1] - self.base.input_ids.shape[1] :]
 
@@ -65,7 +65,7 @@ def check_direction(direction: str) -> None:
 def pair_batches(
     model: HookedVLM, pairs: PatchPairs, direction: str, batch_size: int
 ) -> Iterator[tuple[int, PairBatch]]:
-    """The number of a batch's first pair, and the batch.
+    """Yield each batch with the index of its first pair.
 
     Raises:
         ValueError: An unknown direction.
@@ -83,7 +83,7 @@ def pair_batches(
 
 
 def check_no_hooks(model: HookedVLM, names: Sequence[str], why: str) -> None:
-    """Raise ValueError if the model has lasting hooks at one of these, which would be passed by."""
+    """Raise ValueError if the model has lasting hooks at one of these, which would be bypassed."""
     for name in names:
         if model.hook_dict[name].fwd_hooks:
             raise ValueError(f"the model has hooks at {name}, which {why} passes by: remove them")

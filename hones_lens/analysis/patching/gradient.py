@@ -1,4 +1,4 @@
-"""Attribution patching: what patching each component does, to first order, from one backward pass."""
+"""Attribution patching: the first-order effect of patching each component, from one backward pass."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ STEPS = 20
 
 @dataclass(frozen=True, eq=False)
 class _AttributionBatch:
-    """One batch, and what is asked of it.
+    """One batch of pairs, with the activations and the metric to attribute.
 
     Attributes:
-        model, batch: What runs.
-        site, layers: The activations.
-        metric: What is differentiated.
-        where: Positions by the name of the sum, [batch pos].
-        steps: Of an integral.
+        model, batch: The model and the batch.
+        site, layers: Kind of activation, and the layers.
+        metric: The metric that is differentiated.
+        where: Masks [batch pos] of the positions to sum over, by label.
+        steps: Number of steps of the integral.
     """
 
     model: HookedVLM
@@ -49,16 +49,16 @@ class _AttributionBatch:
 
     @property
     def masks(self) -> Float[Tensor, "sum batch pos"]:
-        """Of all sums, as numbers."""
+        """The masks of `where`, stacked as floats."""
         return torch.stack(list(self.where.values())).double()
 
     def inputs(self, source: bool) -> VLMInputs:
-        """Of the source run or of the base run; for the vision tower to encode where it is patched."""
+        """Inputs of the source or base run; without image embeddings where the vision tower is patched."""
         inputs = self.batch.source if source else self.batch.base
         return replace(inputs, image_embeds=None) if self.site.vision else inputs
 
     def estimates(self, method: str) -> Float[Tensor, "batch layer component sum"]:
-        """By a method of `METHODS`."""
+        """Estimated changes of the metric, by a method of `METHODS`."""
         self.check()
         return torch.stack(METHODS[method](self), dim=1)
 
@@ -97,7 +97,7 @@ class _AttributionBatch:
 
     @torch.no_grad()
     def activations(self, names: Sequence[str], source: bool) -> ActivationCache:
-        """Of the source run or of the base run."""
+        """Activations of the source run or of the base run."""
         inputs = self.inputs(source)
         return self.model.run_with_cache(inputs, names_filter=list(names), logits_to_keep=1)[1]
 
@@ -268,12 +268,12 @@ def _integrated_gradients(job: _AttributionBatch) -> list[Float[Tensor, "batch c
 def _metric_gradient(
     job: _AttributionBatch, start: tuple[int, Tensor] | None, name: str, value: Tensor
 ) -> Tensor:
-    """The metric's gradient where a hook has this value.
+    """Gradient of the metric with respect to an activation that is set to a value.
 
     Args:
-        job: What runs.
-        start: A decoder layer and the stream that enters it, if nothing below has to run.
-        name, value: The hook.
+        job: The batch.
+        start: A decoder layer and the stream that enters it, if lower layers need not run.
+        name, value: Hook point, and the value its activation is set to.
     """
     value = value.detach().requires_grad_()
 

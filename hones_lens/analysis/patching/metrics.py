@@ -1,4 +1,4 @@
-"""What patching is measured by: functions of the next token's logits, differentiable, one value a pair."""
+"""Metrics of patching: differentiable functions of the next token's logits, one value per pair."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from hones_lens.analysis.patching.pairs import PatchPairs
 
 Logits = Float[Tensor, "batch d_vocab"]
-# Of the run's logits, the pairs, and the clean run's logits: a value for each pair, [batch].
+# Takes the run's logits, the pairs and the clean run's logits; returns one value per pair, [batch].
 Metric = Callable[[Logits, PatchPairs, Logits], Float[Tensor, " batch"]]
 
 

@@ -1,4 +1,4 @@
-"""Results of estimates and of paths, told as activation patching tells its own: as shares or as changes."""
+"""Results of all kinds of patching: mean changes of the metric, or shares of the whole effect."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VERBS = {"denoise": "restored", "noise": "lost"}
 
 
 class SummaryKeywords(TypedDict, total=False):
-    """How a result of patching is told, by keyword; see `Summary`."""
+    """Keywords of `Summary`: how the result of patching is summarised."""
 
     raw: bool
     by_pair: bool
@@ -35,11 +35,12 @@ class PatchingKeywords(SummaryKeywords, SweepKeywords, total=False):
 
 @dataclass(frozen=True)
 class Summary:
-    """How the changes of a metric, of every pair, are told.
+    """How the changes of a metric in every pair are summarised.
 
     Attributes:
-        raw: The mean change of the metric, instead of its share of the whole, a ratio of means over pairs.
-        by_pair: Each pair's change on a first axis `pair`, without intervals.
+        raw: Whether to give the mean change of the metric instead of its share of the whole effect (a ratio
+            of means over pairs).
+        by_pair: Whether to keep each pair's change, on a first axis `pair`, without intervals.
         draws, seed: Of the bootstrap over pairs (paired: a draw takes all runs of a pair together); 0 draws
             for no intervals.
 
@@ -69,16 +70,16 @@ class Summary:
         of: str,
         notes: Sequence[str] = (),
     ) -> Labelled:
-        """Each pair's changes as a result.
+        """Summarise the changes of all pairs in one result.
 
         Args:
-            change: Of the metric, on the CPU.
+            change: Change of the metric, on the CPU.
             gap: The metric of the source run minus that of the base run.
-            pairs: Whose.
-            axes, labels: Of the result, without pairs.
-            metric, direction: What was measured, and how.
-            of: Of what, in words.
-            notes: Of the result; default: the gap.
+            pairs: The pairs.
+            axes, labels: Axes and labels of the result, without the axis of pairs.
+            metric, direction: The metric, and the direction of patching.
+            of: Description of what was patched.
+            notes: Notes of the result; default: the gap.
 
         Raises:
             ValueError: A mean gap of 0, of which there is no share.
@@ -99,7 +100,7 @@ class Summary:
 
 
 def metric_name(metric: str | Metric) -> str:
-    """What a metric is called."""
+    """Name of a metric."""
     return metric if isinstance(metric, str) else getattr(metric, "__name__", "the metric")
 
 

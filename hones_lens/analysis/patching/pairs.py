@@ -1,4 +1,4 @@
-"""Clean and corrupted inputs side by side, with the two tokens that tell their answers apart."""
+"""Pairs of clean and corrupted inputs, with the two tokens that distinguish their answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PatchPairs:
             Where the answers begin alike, what they share is at the end of both.
         answer: The token that comes next on the clean input, [batch].
         foil: The one that comes next on the corrupted input, [batch]; None where there is no other answer.
-        ids: What the pairs are called, for errors and results.
+        ids: Names of the pairs, for error messages and results.
         facts: The counterfactual pairs that they were made from, if they were.
         task: Whose prompts those were given: its name, or the task itself.
         shared: How many tokens of the answers are at the end of each, [batch]; () for none.
@@ -69,7 +69,7 @@ class PatchPairs:
         return len(self.clean)
 
     def __getitem__(self, rows: slice | Sequence[int]) -> PatchPairs:
-        """Some pairs, without the padding that none of them needs."""
+        """The selected pairs, without padding that none of them needs."""
         index = torch.arange(len(self))[rows]
         numbers = index.tolist()
         listed = {
@@ -82,7 +82,7 @@ class PatchPairs:
         return replace(self, clean=clean, corrupted=corrupted, answer=self.answer[index], foil=foil, **listed)
 
     def swapped(self) -> PatchPairs:
-        """The other way round: what was corrupted is clean.
+        """The pairs with clean and corrupted exchanged.
 
         Raises:
             ValueError: There is no other answer.
@@ -97,7 +97,7 @@ class PatchPairs:
         return replace(self, **sides, answer=self.foil, foil=self.answer, facts=facts)
 
     def without_answer_prefix(self) -> PatchPairs:
-        """The same pairs without what their answers share at the end, which a model may then say itself."""
+        """The same pairs without the shared beginnings of their answers, for a model to generate them."""
         if not any(self.shared):
             return self
         counts = torch.tensor(self.shared, device=self.answer.device)
@@ -142,7 +142,7 @@ def corrupted_by(
     foils: Int[Tensor, " batch"] | Sequence[int] | None = None,
     ids: Sequence[str] = (),
 ) -> PatchPairs:
-    """Inputs and what a corruption makes of them.
+    """Pairs of inputs and their corrupted versions.
 
     Args:
         model, inputs: The clean batch, from `model.prepare`.
@@ -150,7 +150,7 @@ def corrupted_by(
             `hones_lens.interventions.corruptions`).
         answers: The token that is right on the clean inputs, one a row.
         foils: Another token, one a row.
-        ids: What the rows are called; default: their numbers.
+        ids: Names of the rows; default: their numbers.
 
     Raises:
         ValueError: The corruption moved tokens, or changed nothing in a row; another number of answers than
@@ -180,14 +180,14 @@ def with_shared_prefix(
     answers: Sequence[Sequence[list[int]]],
     ids: tuple[str, ...],
 ) -> PatchPairs:
-    """Pairs whose answers' common beginning is put behind the prompts.
+    """Pairs in which the tokens that both answers begin with are appended to the prompts.
 
     Args:
         model: The model.
         clean, corrupted: The prompts.
         answers: Of each pair the ids of the right answers to the clean and to the corrupted prompt, as they
             follow it (`model.continuation`).
-        ids: What the pairs are called.
+        ids: Names of the pairs.
 
     Raises:
         ValueError: Both answers of a pair are the same tokens.
@@ -211,7 +211,7 @@ def with_shared_prefix(
 
 
 def _append_tokens(model: HookedVLM, inputs: VLMInputs, suffixes: Sequence[list[int]]) -> VLMInputs:
-    """Rows with tokens behind them, of different numbers, padded on the left anew."""
+    """Inputs with a suffix of its own appended to each row, padded on the left again."""
     longest = max(map(len, suffixes))
     pad = [[*row, *[model.cfg.pad_token_id] * (longest - len(row))] for row in suffixes]
     tokens = torch.tensor(pad, device=inputs.input_ids.device)
@@ -220,5 +220,5 @@ def _append_tokens(model: HookedVLM, inputs: VLMInputs, suffixes: Sequence[list[
 
 
 def logits_at_end(model: HookedVLM, inputs: VLMInputs) -> Float[Tensor, "batch d_vocab"]:
-    """Logits of the token that comes next."""
+    """Logits of the next token."""
     return model(inputs, logits_to_keep=1)[:, -1]

@@ -1,4 +1,4 @@
-"""Path patching: what heads do to others, or to the logits, along chosen paths of the residual stream.
+"""Path patching: effects of heads on other components, or on the logits, along chosen paths.
 
 Source: Wang et al. 2022 (IOI), Goldowsky-Dill et al. 2023. A receiver reads the stream as it is in the
 patched run, plus what the senders would write otherwise; everything else reads the stream as it is. With
@@ -51,8 +51,9 @@ def path_patching(
     """Change of the metric when receivers, and they alone, read what the senders write in the source run.
 
     Args:
-        model, pairs: What to patch.
-        senders: Heads (layer, head), which all send together.
+        model: The model.
+        pairs: Clean and corrupted inputs.
+        senders: Heads (layer, head), patched together.
         receivers: `logits`; or a list of `"logits"`, (layer, head, "q"), (layer, key-value head, "k" or "v")
             and neurons (layer, index), each patched alone; or lists by name, each patched together. Keys
             and values of a key-value head are received for all heads of its group. What no sender comes
@@ -132,7 +133,7 @@ class _Paths:
     """Paths from each set of senders to each group of receivers.
 
     Attributes:
-        groups: Receivers by what they are called.
+        groups: Receivers by label.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class _Paths:
         check_no_hooks(model, sorted(self._replaced()), "path patching")
 
     def _replaced(self) -> set[str]:
-        """Hooks whose activations are made anew."""
+        """Hook points whose activations are recomputed."""
         names = {receiver_hook(r) for receivers in self.groups.values() for r in receivers if r != "logits"}
         if self.through_mlps:
             names |= {f"blocks.{layer}.mlp.hook_post" for layer in range(self.model.cfg.n_layers)}
@@ -164,7 +165,7 @@ class _Paths:
         positions: Group,
         options: SweepOptions,
     ) -> tuple[Float[Tensor, "pair senders receiver"], Float[Tensor, " pair"]]:
-        """Change of the metric, of each pair, and source minus base."""
+        """Change of the metric in each pair, and metric of the source run minus that of the base run."""
         shape, mask = (len(self.senders), len(self.groups)), pairs.mask(positions)
         changes, gaps, total = [], [], len(pairs) * shape[0] * shape[1]
         budget = {"memory_budget": options.memory_budget, "tally": options.tally}
@@ -202,8 +203,8 @@ class _Path:
         model: The model.
         source: The senders' z in the source run, by layer, [batch pos head d_head].
         senders: Heads by layer.
-        receivers: Who receives.
-        where: Positions at which senders change, [batch pos].
+        receivers: The receivers.
+        where: Positions at which senders are patched, [batch pos].
     """
 
     def __init__(
@@ -221,11 +222,11 @@ class _Path:
         for receiver in receivers:
             if receiver != "logits" and receiver[0] >= self.first + (len(receiver) == 3):
                 self.received.setdefault(receiver_hook(receiver), []).append(receiver[1])
-        self.stream: Tensor | None = None  # as it is, where a block reads it
-        self.change: Tensor | None = None  # what receivers read besides
+        self.stream: Tensor | None = None  # the unpatched stream at a block's input
+        self.change: Tensor | None = None  # the senders' change, which receivers add to it
 
     def hooks(self, through_mlps: bool) -> list[Hook]:
-        """For one pass at a time; none where no receiver comes after a sender."""
+        """The hooks of one forward pass; empty where no receiver comes after a sender."""
         if not self.logits and not self.received:
             return []
         layers = [int(name.split(".")[1]) for name in self.received]
@@ -300,7 +301,7 @@ class _Path:
 
 
 def _neurons(block: Any, stream: Tensor) -> Float[Tensor, "batch pos d_mlp"]:
-    """What a stream makes of a block's neurons."""
+    """Activations of a block's neurons for a given residual stream."""
     mlp, x = block.mlp, block.ln2(stream)
     return mlp.act(mlp.hook_pre(mlp.gate(x))) * mlp.hook_pre_linear(mlp.up(x))
 

@@ -1,4 +1,4 @@
-"""Who sends and who receives along a path: heads; and heads' q, k or v, neurons, or the logits."""
+"""Senders and receivers of path patching: heads send; heads' q, k or v, neurons and the logits receive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Receivers = str | Sequence[Receiver] | Mapping[str, Sequence[Receiver]]
 
 
 def every_receiver(model: HookedVLM, senders: Sequence[Head], neurons: bool = True) -> list[Receiver]:
-    """All that can receive from heads: q, k, v of the layers above, neurons, and the logits.
+    """All possible receivers of heads: q, k and v of the layers above, neurons, and the logits.
 
     Args:
         model: The model.
@@ -34,7 +34,7 @@ def every_receiver(model: HookedVLM, senders: Sequence[Head], neurons: bool = Tr
 
 
 def receiver_hook(receiver: Receiver) -> str:
-    """Where a head or neuron receives."""
+    """Name of the hook point at which a head or neuron receives."""
     if len(receiver) == 3:
         return f"blocks.{receiver[0]}.attn.hook_{receiver[2]}"
     return f"blocks.{receiver[0]}.mlp.hook_post"
@@ -49,7 +49,7 @@ def check_senders(model: HookedVLM, heads: Sequence[Head]) -> None:
 
 
 def receiver_groups(model: HookedVLM, receivers: Receivers) -> dict[str, list[Receiver]]:
-    """Receivers by the name of what is patched together.
+    """Receivers grouped by the name under which they are patched together.
 
     Raises:
         ValueError: None at all, one twice, or one that the model does not have.
@@ -72,7 +72,7 @@ def receiver_groups(model: HookedVLM, receivers: Receivers) -> dict[str, list[Re
 
 
 def _receiver_name(model: HookedVLM, receiver: object) -> str:
-    """What a receiver is called: `logits`, `3.5.q`, or `3.n17` for a neuron."""
+    """Label of a receiver: `logits`, `3.5.q`, or `3.n17` for a neuron."""
     cfg = model.cfg
     if receiver == "logits":
         return "logits"

@@ -1,4 +1,4 @@
-"""The work of activation patching: the metric of every pair under every patch, nothing computed twice."""
+"""Running activation patching: the metric of every pair under every patch."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from hones_lens.engine import Budget, SweepOptions, stacked
 from hones_lens.interventions import HeadEdit, Hook
 from hones_lens.model import HookedVLM, VLMInputs
 
-_MOST_SHARED = 16  # groups of positions for which a layer's changed heads are held
+_MOST_SHARED = 16  # position groups up to which the patches of one layer's heads share a batch
 
 
 @dataclass(frozen=True, eq=False)
 class ActivationPatch:
-    """A hook function that puts another run's activation in, at some positions of some heads or neurons.
+    """Hook function that replaces an activation by another run's, at given positions, heads or neurons.
 
-    While answers are generated, what comes behind the prompt is left alone.
+    While answers are generated, positions after the prompt are not patched.
 
     Attributes:
-        name: The hook.
-        site: What it holds.
+        name: Name of the hook point.
+        site: Kind of activation at the hook point.
         value: The other run's activation.
-        mask: At which positions.
-        units: Which heads or neurons; None for all.
+        mask: Positions to patch.
+        units: Heads or neurons to patch; None for all.
     """
 
     name: str
@@ -64,10 +64,10 @@ class PatchMeasurements:
     """The metric of every pair, unpatched and under each patch.
 
     Attributes:
-        clean, corrupted: Of the two runs, [pair].
-        values: Under each patch, [patch pair].
-        run, full: How many patches were run, and how many of those as full passes, times pairs. Where both
-            runs have the same activations, there is nothing to run.
+        clean, corrupted: Metric of the two unpatched runs, [pair].
+        values: Metric under each patch, [patch pair].
+        run, full: Number of patches that were run, and of those run as full passes, both times pairs. Where
+            both runs have the same activations, nothing is run.
     """
 
     clean: Tensor
@@ -77,15 +77,15 @@ class PatchMeasurements:
     full: int = 0
 
     def change(self, direction: str) -> Float[Tensor, "patch pair"]:
-        """Patched minus not patched."""
+        """Metric with the patch minus metric without it."""
         return self.values - (self.clean if direction == "noise" else self.corrupted)
 
     def gap(self, direction: str) -> Float[Tensor, " pair"]:
-        """The other run minus the one that is patched."""
+        """Metric of the source run minus metric of the run that is patched."""
         return (self.corrupted - self.clean) * (1 if direction == "noise" else -1)
 
     def notes(self, name: str) -> tuple[str, ...]:
-        """Baselines and what was run, in lines."""
+        """The baselines and the number of patches run, as lines of text."""
         gap = self.clean - self.corrupted
         error = float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0
         lines = [f"{name}: clean {self.clean.mean():.4g}, corrupted {self.corrupted.mean():.4g}"]
@@ -113,7 +113,7 @@ def measure_patches(
     direction: str,
     metric: str | Metric,
 ) -> PatchMeasurements:
-    """Every target patched at every group of positions, targets first: `patch_activations` before means.
+    """Patch every target at every group of positions; the values by pair behind `patch_activations`.
 
     Raises:
         ValueError, FloatingPointError: As `patch_activations`.
@@ -144,7 +144,7 @@ def measure_patches(
 
 @dataclass(frozen=True, eq=False)
 class _PatchBatch:
-    """One batch, and what is patched in it."""
+    """One batch of pairs with the patches to run in it."""
 
     model: HookedVLM
     batch: PairBatch
@@ -186,12 +186,12 @@ class _PatchBatch:
 
     @property
     def _full(self) -> bool:
-        """Whether patches run as full passes: vision's, of answers, and under lasting hooks of the model."""
+        """Whether patches need full passes: vision sites, generated answers, permanent hooks."""
         lasting = any(point.fwd_hooks for point in self.model.hook_dict.values())
         return lasting or self.site.vision or self.metric == "task"
 
     def _run_inputs(self, inputs: VLMInputs) -> VLMInputs:
-        """A run's inputs; where the vision tower is patched, not encoded yet."""
+        """Inputs of a run; without image embeddings where the vision tower is patched."""
         if not self.site.vision or inputs.image_embeds is None:
             return inputs
         plain = replace(inputs, image_embeds=None)
@@ -242,7 +242,7 @@ class _PatchBatch:
         return self.batch.value(as_metric(self.metric), logits)
 
     def _values(self, base: VLMInputs, arms: list[list[Hook]]) -> Iterator[tuple[int, Tensor]]:
-        """Of each patch, its number and the metric [row]."""
+        """The number of each patch, and the metric under it, [row]."""
         if not self.site.vision and self.metric != "task":
             budget = {"memory_budget": self.options.memory_budget, "tally": self.options.tally}
             for number, logits in engine.logits_under(self.model, base, arms, **budget):
@@ -275,6 +275,6 @@ class _PatchBatch:
         return list(torch.tensor(scores, dtype=torch.float64).view(len(arms), -1))
 
     def _stacked_arms(self, base: VLMInputs, arms: list[list[Hook]]) -> tuple[VLMInputs, list[Hook]]:
-        """The rows once for each arm, and hooks that do to each what its arm does."""
+        """The rows repeated for each arm, and hooks that apply each arm to its own copy."""
         rows = sum(map(len, base.grids)) if self.site.vision else len(base)
         return base[list(range(len(base))) * len(arms)], stacked([(rows, arm) for arm in arms])

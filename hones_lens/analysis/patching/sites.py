@@ -26,12 +26,12 @@ class PatchSite:
     """A kind of activation.
 
     Attributes:
-        what: What it is called.
-        hook: Its hook in a layer.
-        unit: What its components are called; None where it has none.
-        unit_axis, position_axis: Of the activation.
-        count: How many components a layer has.
-        vision: Of the vision tower instead of the decoder.
+        what: Name of the site.
+        hook: Name of its hook point within a layer.
+        unit: Name of its components, such as `head`; None where it has none.
+        unit_axis, position_axis: Axes of components and positions in the activation.
+        count: Number of components in a layer.
+        vision: Whether the site is in the vision tower instead of the decoder.
     """
 
     what: str
@@ -43,21 +43,21 @@ class PatchSite:
     vision: bool = False
 
     def name(self, layer: int) -> str:
-        """Of the hook in a layer."""
+        """Full name of the hook point in a layer."""
         return ("vision_encoder." if self.vision else "") + f"blocks.{layer}.{self.hook}"
 
     def n_layers(self, cfg: VLMConfig) -> int:
-        """How many layers have it."""
+        """Number of layers that have this site."""
         return cfg.vision.n_layers if self.vision else cfg.n_layers
 
     def by_unit(self, x: Bool[Tensor, "row *rest"]) -> Bool[Tensor, "row pos unit"]:
-        """Whether anything is true at a position of a unit."""
+        """Whether any entry is true, by position and unit."""
         if x.ndim == 3:
             return x.any(-1, keepdim=True) if self.unit is None else x
         return x.movedim((self.position_axis, self.unit_axis), (1, 2)).flatten(3).any(-1)
 
     def broadcast_mask(self, chosen: Bool[Tensor, "row pos unit"]) -> Bool[Tensor, "row *rest"]:
-        """Positions and units as a mask that can be laid over the activation."""
+        """A mask over positions and units, reshaped to broadcast over the activation."""
         if self.unit in (None, "neuron"):
             return chosen
         return chosen[..., None].movedim((1, 2), (self.position_axis, self.unit_axis))
@@ -100,12 +100,12 @@ def as_patch_site(what: str) -> PatchSite:
 
 @dataclass(frozen=True)
 class Targets:
-    """What is patched, one after the other, and how the results are laid out.
+    """The patches to run, and the layout of their results.
 
     Attributes:
-        cells: Each patch, in the order of `shape`.
-        axes, shape: Of the results.
-        labels: By axis, where entries are not just numbered.
+        cells: The patches, in the order of `shape`.
+        axes, shape: Axes and shape of the results.
+        labels: Labels by axis, for axes whose entries are not simply numbered.
     """
 
     cells: tuple[Target, ...]
@@ -115,7 +115,7 @@ class Targets:
 
     @property
     def layers(self) -> list[int]:
-        """Every layer that is patched, once."""
+        """The layers that are patched, sorted, without duplicates."""
         return sorted({layer for cell in self.cells for layer, _ in cell})
 
     def layout(
@@ -172,7 +172,7 @@ def targets_of(
 
 
 def _targets_of_units(site: PatchSite, cfg: VLMConfig, units: Any) -> Targets:
-    """Pairs (layer, index), one at a time, or sets of them."""
+    """Targets for pairs (layer, index), one at a time or in named sets."""
     assert site.unit is not None
     sets = units if isinstance(units, Mapping) else {f"L{p[0]}.{p[1]}": [p] for p in units}
     if len(sets) < len(units) or not sets:
@@ -212,7 +212,7 @@ def positions_of(
     by: str,
     groups: Mapping[str, Group] | Sequence[Group] | None,
 ) -> dict[str, Bool[Tensor, "pair pos"]]:
-    """Masks of the positions that are patched at once, by what they are called.
+    """Masks of the positions that are patched together, by label.
 
     Raises:
         ValueError: An unknown `by`, groups where there is nothing to choose, a group that is empty in a
@@ -238,7 +238,7 @@ def positions_of(
 
 
 def position_labels(model: HookedVLM, pairs: PatchPairs) -> tuple[str, ...]:
-    """What each position holds, which is the same in all pairs: its number and its token.
+    """Label of each position, the same in all pairs: its number and its token.
 
     Image tokens are called by their row and column, a token that is corrupted by both tokens.
 
@@ -274,13 +274,14 @@ def vision_mask(
 ) -> Bool[Tensor, "image token"]:
     """A mask over the decoder's positions as one over the tokens of the vision tower.
 
-    What the tower holds beside patches (a class token, padding) is meant where a whole image is.
+    Tower tokens that are not patches (a class token, padding) are included where the whole image is.
 
     Args:
-        model, inputs: Whose.
-        mask: Over the inputs.
-        width: How many tokens of the tower an image has.
-        group: What the mask is called, for errors.
+        model: The model.
+        inputs: A prepared batch.
+        mask: Mask over the positions of the inputs.
+        width: Number of tower tokens per image.
+        group: Name of the mask, for error messages.
 
     Raises:
         ValueError: A row without an image token in the mask.
