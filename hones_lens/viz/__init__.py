@@ -1,4 +1,4 @@
-"""Figures: functions that take results and return what shows in Jupyter and saves.
+"""Figures: functions that take results and return figures to show in Jupyter or save.
 
 Others import these names from here, never from the modules inside; they are listed in `__init__.pyi`.
 """

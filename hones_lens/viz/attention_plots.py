@@ -35,9 +35,9 @@ def attention_over_image(
     smooth: bool = False,
     bare: bool = False,
 ) -> Plot:
-    """A picture, lit where a head looks: values on the patch grid laid over it, dark at 0.
+    """Attention of a head over a picture: values on the patch grid are laid over it, dark at 0.
 
-    By patch, the brightest one is outlined.
+    Without smoothing, the patch with the largest value is outlined.
 
     Args:
         image: The picture; its proportions are kept.
@@ -95,18 +95,18 @@ def attention_maps(
     one_scale: bool = False,
     title: str = "",
 ) -> Plot:
-    """Heads side by side over the pictures of a row, lit where each looks; every picture starts a new line.
+    """Attention maps of several heads over the pictures of a row; every picture starts a new line.
 
     Args:
         found: From `head_attention`.
-        pictures: All pictures of the row, in order, or the one.
-        images: Which of them to draw; default: all.
+        pictures: All pictures of the row, in order; a single picture need not be in a list.
+        images: Indices of the pictures to draw; default: all.
         smooth: Interpolate between patches; else the brightest patch is outlined.
-        remove_sinks: Put out the image tokens that draw attention from everywhere (`HeadAttention.sinks`), or
-            those of a mask on the grid. They are crossed out, and what they held is written above each map.
+        remove_sinks: Set attention sinks (`HeadAttention.sinks`), or the tokens of a mask on the grid, to 0.
+            They are crossed out, and the attention they held is written above each map.
         times: How much more attention than the median image token a sink has.
         one_scale: All maps share one scale; else each goes up to its own brightest patch.
-        title: Default: who looks.
+        title: Default: the query token or group.
 
     Raises:
         ValueError: Another number of pictures than the row has, a mask of another shape, and as
@@ -150,7 +150,7 @@ def _head_maps(
     remove_sinks: bool | Tensor,
     times: float,
 ) -> list[_HeadMap]:
-    """Every head over one picture."""
+    """The map of every head over one picture."""
     on_image = found.on_image(image)
     grid = tuple(on_image.shape[1:])
     removed = torch.zeros(grid, dtype=torch.bool)
@@ -224,7 +224,7 @@ def _draw(axes: Axes, head_map: _HeadMap, limit: float, smooth: bool) -> None:
     axes.set_title(head_map.name, size=9.2, pad=12 + 9.5 * caption.count("\n"))
 
 
-# -- what both share -----------------------------------------------------------------------------------
+# -- shared by both figures ----------------------------------------------------------------------
 
 
 def _check_attention(heatmap: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def _draw_attention(
 
 
 def _add_colorbar(figure: Plot, axes: list[Axes], limit: float, label: str, aspect: float = 16) -> None:
-    """The spotlight's scale, whatever the page's background."""
+    """Colour bar of the spotlight colours, the same on light and dark pages."""
     scale = on_grey(Normalize(0, limit), theme.spotlight())
     bar = figure.colorbar(scale, ax=axes, fraction=0.045, pad=0.02, aspect=aspect, ticks=MaxNLocator(4))
     bar.outline.set(edgecolor=GRID)

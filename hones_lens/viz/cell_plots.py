@@ -1,4 +1,4 @@
-"""Pictures of tokens in cells: the attention between them, and a value each."""
+"""Figures of tokens in cells: attention between cells, and one value per cell."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LIGHT_TEXT_FROM = 0.55  # share of the largest value from which a cell is so da
 
 @styled
 def cell_patterns(folded: FoldedAttention, title: str = "") -> Plot:
-    """A map of query by key for each head, over the cells; one scale for all.
+    """A heat map of queries by keys for each head, over the cells; all share one colour scale.
 
     Args:
         folded: From `folded_attention`.
@@ -53,7 +53,7 @@ def cell_patterns(folded: FoldedAttention, title: str = "") -> Plot:
 
 
 class _PlacedCell(NamedTuple):
-    """A cell's name, and where it lies [points]."""
+    """A cell's name and position [points]."""
 
     name: str
     left: float
@@ -65,14 +65,14 @@ class _PlacedCell(NamedTuple):
 def cell_values(
     cells: Cells, values: Float[Tensor, " pos"], *, fold: str = "mean", what: str = "value", title: str = ""
 ) -> Plot:
-    """The row's tokens one after the other, coloured by a value each.
+    """The row's tokens in order, each coloured by its value.
 
     Args:
         cells: From `fold_tokens`.
-        values: One a position of the row.
-        fold: How a cell's tokens become one value: `sum`, `mean` or `max`.
-        what: What the values are.
-        title: Default: the same.
+        values: One value per position of the row.
+        fold: Reduction over a cell's tokens: `sum`, `mean` or `max`.
+        what: Name of the values.
+        title: Default: `what`.
 
     Raises:
         ValueError: An unknown fold, another number of values, or values that are not finite.
@@ -113,7 +113,7 @@ def check_finite(values: Tensor, what: str) -> Tensor:
 
 
 def _place_cells(names: tuple[str, ...], across: float) -> list[_PlacedCell]:
-    """Names in lines, as long as there is room."""
+    """Place the names from left to right, with a new line where a name does not fit."""
     font, left, line, out = FontProperties(family=FONT, size=_SIZE), 0.0, 0, []
     for name in names:
         text = shorten_token(name, _LONGEST)

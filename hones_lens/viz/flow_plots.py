@@ -27,7 +27,7 @@ LINKS = ("head-neuron", "neuron-token")
 
 @dataclass
 class _Node:
-    """A bar: its name, how much flows through it, and where it begins, counted downwards."""
+    """A bar: its name, the flow through it, and its upper end, counted downwards."""
 
     name: str
     colour: str
@@ -38,7 +38,7 @@ class _Node:
 
 @dataclass(frozen=True)
 class _Link:
-    """From a node of a column to one of the next."""
+    """A link from a node of one column to a node of the next."""
 
     source: int
     target: int
@@ -54,7 +54,7 @@ class _Drawing:
 
     @property
     def total(self) -> float:
-        """All that flows."""
+        """The total flow."""
         return sum(node.size for node in self.columns[1])
 
 
@@ -103,7 +103,7 @@ def head_neuron_token_flow(
 def flow_tooltips(
     flow: HeadNeuronFlow, *, heads: int = 8, neurons: int = 12, tokens: int = 2
 ) -> dict[str, list[str]]:
-    """What each bar and link of the figure says when pointed at, for `theme.themed_svg`."""
+    """Tooltips of each bar and link of the figure, for `theme.themed_svg`."""
     drawing = _lay_out(flow, heads, neurons, tokens)
     tooltips = {
         name: [f"{node.name}: {_amount(node.size, drawing)}" for node in column]
@@ -122,11 +122,11 @@ def _amount(size: float, drawing: _Drawing) -> str:
     return f"{size:.3g} ({percent(size / drawing.total)} of what is drawn)"
 
 
-# -- what is drawn where -------------------------------------------------------------------------------
+# -- layout -------------------------------------------------------------------------------
 
 
 def _lay_out(flow: HeadNeuronFlow, heads: int, neurons: int, tokens: int) -> _Drawing:
-    """The nodes with their sizes and places, and the links."""
+    """The nodes with sizes and positions, and the links."""
     if min(heads, neurons, tokens) < 1:
         raise ValueError(f"draw at least one of each, not {heads} heads, {neurons} neurons, {tokens} tokens")
     if tokens > len(flow.promoted[0]):
@@ -174,7 +174,7 @@ def _neuron_name(flow: HeadNeuronFlow, n: int) -> str:
 
 
 def _by_layer(flow: HeadNeuronFlow, shown: Sequence[int], links: Sequence[_Link]) -> list[int]:
-    """The neurons by layer, in a layer those first whose heads stand first."""
+    """The neurons by layer; within a layer in the order of their heads."""
     middle = {
         n: _weighted_mean([(link.source, link.size) for link in links if link.target == n])
         for n in range(len(shown))
@@ -189,7 +189,7 @@ def _weighted_mean(weighted: Sequence[tuple[float, float]]) -> float:
 def _tokens(
     flow: HeadNeuronFlow, shown: Sequence[int], sizes: np.ndarray, most: int
 ) -> tuple[list[_Node], list[_Link]]:
-    """The tokens, one node each however many neurons promote it, those first whose neurons stand first."""
+    """The tokens, one node per token, in the order of the neurons that promote them."""
     into: dict[str, list[tuple[int, float]]] = {}
     for n, (neuron, size) in enumerate(zip(shown, sizes, strict=True)):
         best = [promoted for promoted in flow.promoted[neuron][:most] if promoted.logit > 0]
@@ -203,7 +203,7 @@ def _tokens(
 
 
 def _stack_nodes(column: Sequence[_Node], total: float) -> None:
-    """Half of the height for the nodes, half for equal gaps between them."""
+    """Place the nodes of a column: half of the height for nodes, half for equal gaps between them."""
     gap = total / (len(column) - 1) if len(column) > 1 else 0.0
     top = 0.0 if len(column) > 1 else total / 2
     for node in column:
@@ -215,7 +215,7 @@ def _stack_nodes(column: Sequence[_Node], total: float) -> None:
 
 
 def _draw_links(axes: Axes, drawing: _Drawing, stage: int, name: str) -> None:
-    """Bands whose height at either end is the link's size, each beginning below the one before."""
+    """Draw each link as a band as tall as its size, each below the one before."""
     left, right = drawing.columns[stage], drawing.columns[stage + 1]
     links = drawing.links[stage]
     starts, ends = {}, {}

@@ -1,4 +1,4 @@
-"""Figures of values over pictures, such as what patching each image token restores."""
+"""Figures of values over pictures, such as the effect of patching each image token."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_region(region: Region | None, picture: Image.Image) -> Region:
 
 
 def region_of(inputs: VLMInputs, row: int, image: int, picture: Image.Image) -> Region:
-    """Which part of a picture the grid of an image shows.
+    """The region of a picture that the grid of an image covers.
 
     Raises:
         IndexError: No such image.
@@ -59,7 +59,7 @@ def region_of(inputs: VLMInputs, row: int, image: int, picture: Image.Image) -> 
 
 
 def veil(axes: Axes, size: tuple[int, int], region: Region) -> None:
-    """Veil what of a picture lies outside of a region."""
+    """Cover the part of a picture outside a region with a veil."""
     width, height = size
     left, top, right, bottom = region
     sides = {
@@ -75,14 +75,14 @@ def veil(axes: Axes, size: tuple[int, int], region: Region) -> None:
 
 
 def on_grey(norm: Normalize, colours: ListedColormap) -> ScalarMappable:
-    """A scale of see-through colours as it looks on a light picture."""
+    """A colour scale for transparent colours, as they look on a light picture."""
     shades = colours(np.linspace(0, 1, 256))
     mixed = shades[:, :3] * shades[:, 3:] + _BACKING * (1 - shades[:, 3:])
     return ScalarMappable(norm, ListedColormap(mixed))
 
 
 class _ImageMap(NamedTuple):
-    """What one small picture shows."""
+    """One map over the picture."""
 
     name: str
     values: Tensor  # [rows columns]
@@ -100,14 +100,14 @@ def on_image(
     scale: str | None = None,
     title: str = "",
 ) -> Plot:
-    """Values over a picture's patches, for instance what patching each position restores.
+    """Values over a picture's patches, for instance the effect of patching each position.
 
     Args:
         values: [pos], [token] or [rows columns]; or Labelled on `position` or on `row` and `column`, with at
             most one other axis, each of whose entries gets a picture.
-        inputs: Whose positions, and where the picture lies.
+        inputs: The prepared inputs that the positions refer to.
         picture: The picture.
-        row, image: Which image of the inputs.
+        row, image: Index of the row, and of the image in it.
         scale: `diverging` around 0, or `sequential` from the smallest value; default: diverging where a value
             is negative, else sequential from 0.
         title: Default: what the values are.
@@ -165,7 +165,7 @@ def _as_labelled(values: Tensor, inputs: VLMInputs) -> Labelled:
 
 
 def _layers(result: Labelled, inputs: VLMInputs, row: int, image: int) -> list[_ImageMap]:
-    """A map for each entry of the axis besides those of positions."""
+    """One map for each entry of the axis that is not a position."""
     on = ("position",) if "position" in result.axes else _GRID_AXES
     others = [axis for axis in result.axes if axis not in on]
     if not set(on) <= set(result.axes) or len(others) > 1:
@@ -270,7 +270,7 @@ def _note(
 
 
 def _largest_in_text(result: Labelled, inputs: VLMInputs, row: int) -> str:
-    """The largest value at a token of text, which the picture can't show."""
+    """A note with the largest value at a text token, which the picture can't show."""
     off = (~inputs.image_mask[row]).nonzero()[:, 0].tolist()
     by_position = result.values.movedim(result.axes.index("position"), -1)
     if by_position.shape[-1] != inputs.input_ids.shape[1] or not off:

@@ -1,4 +1,4 @@
-"""Figures of `Labelled` results: curves, bars, heat maps, and one heat map beside the other."""
+"""Figures of `Labelled` results: curves, bars, and one or several heat maps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LIGHT_TEXT_FROM = 0.55  # share of the largest value from which a cell is so da
 
 
 def significant(result: Labelled) -> Tensor | None:
-    """Values that differ from 0: false discovery rate below 5 % where there are p-values, else by interval.
+    """Mask of values that differ from 0: by p-values at a false discovery rate of 5 %, else by interval.
 
     Returns:
         bool, shaped as the values; None where the result has neither.
@@ -59,8 +59,8 @@ def labelled(result: Labelled, *, title: str | None = None, panels: str | None =
 
     Args:
         result: What to draw.
-        title: Default: what the result says it is.
-        panels: With three axes, the one whose entries have a map each; default: the one with the fewest.
+        title: Default: `result.what`.
+        panels: With three axes, the axis with one map per entry; default: the one with the fewest entries.
 
     Raises:
         ValueError: No axes, more than three, more than 16 panels (`select` some first), an unknown axis.
@@ -85,7 +85,7 @@ def labelled(result: Labelled, *, title: str | None = None, panels: str | None =
 
 
 def _note(result: Labelled) -> str:
-    """n, what marks mean, and what the result notes."""
+    """Note below the figure: n, the meaning of marks, and the result's own notes."""
     parts = [] if result.n is None else [f"n = {result.n:,}."]
     if result.p is not None:
         parts.append("Dot: differs from 0 (false discovery rate < 5 %).")
@@ -98,12 +98,12 @@ def _note(result: Labelled) -> str:
 
 
 def _has_numeric_axis(result: Labelled) -> bool:
-    """The first axis has numbers for names, so that a curve can be drawn over it."""
+    """Whether the labels of the first axis are numbers, so that a curve can be drawn over it."""
     return all(isinstance(name, (int, float)) for name in result.names(result.axes[0]))
 
 
 def _value_label(result: Labelled, title: str, width: int) -> str:
-    """What the values are, in lines, where the title does not say it."""
+    """Label of the values, wrapped; empty where the title already says it."""
     return "" if title == result.what else textwrap.fill(result.what, width)
 
 
@@ -200,7 +200,7 @@ def _map(axes: Axes, part: Labelled, limit: float, turned: bool) -> QuadMesh:
 
 
 def _draw_dots(axes: Axes, values: Tensor, marked: Tensor, limit: float, offset: tuple[float, float]) -> None:
-    """A dot at (x, y) of `offset` in each marked cell."""
+    """Draw a dot at `offset` (x, y) in each marked cell."""
     rows, columns = (index.numpy() for index in torch.nonzero(marked, as_tuple=True))
     strong = (values.abs()[marked] > _LIGHT_TEXT_FROM * limit).tolist()
     size = 9 if values.shape[1] <= 16 else 3
@@ -209,7 +209,7 @@ def _draw_dots(axes: Axes, values: Tensor, marked: Tensor, limit: float, offset:
 
 
 def _ticks(axis: Axis, names: Sequence[Any]) -> None:
-    """Names in the middle of the cells: of numbers some, of words all while there is room."""
+    """Tick labels in the middle of the cells; long axes show only some of them."""
     n = len(names)
     step = math.ceil(n / _MOST_TICKS)
     if all(isinstance(name, int) for name in names):

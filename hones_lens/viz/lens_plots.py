@@ -57,20 +57,20 @@ def _panels(
 
 
 def shorten_token(token: str, longest: int) -> str:
-    """A token with what can't be seen or drawn written as escapes, cut to a length."""
+    """A token with characters that can't be drawn as escapes, cut to a length."""
     text = theme.drawable(token)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 @styled
 def lens_grid(lens: LogitLens, place: int = 0, *, k: int = _NARROW, title: str = "") -> Plot:
-    """Layers by likeliest tokens at one position, shaded by probability.
+    """A grid of layers by most likely tokens at one position, shaded by probability.
 
     Args:
         lens: From `logit_lens`.
-        place: Which of its positions.
-        k: Tokens a layer, likeliest first; no more than the lens has.
-        title: Default: where it is.
+        place: Index of the position in the lens.
+        k: Number of tokens per layer, most likely first; at most as many as the lens has.
+        title: Default: the position and its token.
 
     Raises:
         IndexError: No such place.
@@ -128,14 +128,14 @@ def image_lens(
     layers: Sequence[Any] | None = None,
     title: str = "",
 ) -> Plot:
-    """A picture for each layer, lit where the stream speaks for the token; one scale for all layers.
+    """The lens value over the picture for each layer; all layers share one colour scale.
 
     Args:
         result: From `image_token_lens`: layer, row, column.
         image: The picture.
         region: The part of it that the grid shows, `inputs.regions[row][image]`; default: all.
-        layers: Which layers, as they are called in the result; default: all.
-        title: Default: what the result is.
+        layers: Labels of the layers to draw; default: all.
+        title: Default: `result.what`.
 
     Raises:
         ValueError: A result of other axes, a layer that it does not have, values that are not finite, or a
@@ -184,7 +184,7 @@ def _map(
     values: Tensor,
     limits: tuple[float, float],
 ) -> None:
-    """One layer's values over the picture in pale grey, the strongest outlined."""
+    """Draw one layer's values over the picture in pale grey, with the largest outlined."""
     width, height = image.size
     left, top, right, bottom = region
     pale = Image.blend(image.convert("L"), Image.new("L", image.size, 255), 0.5).convert("RGB")
@@ -213,13 +213,13 @@ def _map(
 
 @styled
 def direct_bars(result: Labelled, k: int = 20, title: str = "") -> Plot:
-    """What the components add to a logit: by layer from below, or the k largest heads or neurons.
+    """Contributions of components to a logit: by layer from below, or the k largest heads or neurons.
 
     Args:
         result: From `direct_logit_attribution`, over the rows (`mean=True`) or of one (`select(row=0)`), at
             one position.
-        k: How many heads or neurons, by size, whatever their sign.
-        title: Default: what the result is.
+        k: Number of heads or neurons, by absolute value.
+        title: Default: `result.what`.
 
     Raises:
         ValueError: A result of several rows or positions.
@@ -243,7 +243,7 @@ def _capitalised(text: str) -> str:
 
 
 def _error_bars(result: Labelled) -> Tensor | None:
-    """How far the intervals reach below and above the values, [2 …]."""
+    """Distances from the values to the lower and upper ends of their intervals, [2 …]."""
     if result.low is None or result.high is None:
         return None
     return torch.stack((result.values - result.low, result.high - result.values)).clamp(min=0)
@@ -256,7 +256,7 @@ def _note(result: Labelled) -> str:
 
 
 def _layer_bars(result: Labelled, names: Sequence[str], parts: dict[str, slice], title: str) -> Plot:
-    """Upright bars from the embedding upwards, several parts of a layer side by side."""
+    """Vertical bars from the embedding to the last layer, with the parts of a layer side by side."""
     values, ends, n_places = result.values.numpy(), _error_bars(result), len(names)
     several = len(parts) > 1
     figure, (axes,) = theme.new_plot(title or _capitalised(result.what), _note(result), 2.75, legend=several)
@@ -289,7 +289,7 @@ def _whiskers(axes: Axes, x: np.ndarray, values: np.ndarray, ends: Tensor | None
 
 
 def _largest_bars(result: Labelled, k: int, title: str) -> Plot:
-    """Lying bars of the k values of largest size, the largest on top."""
+    """Horizontal bars of the k values of largest absolute value, the largest on top."""
     flat = result.values.flatten()
     order = flat.abs().argsort(descending=True, stable=True)[:k]
     layers, units = (index.tolist() for index in torch.unravel_index(order, result.values.shape))
@@ -327,7 +327,7 @@ def knockout_curves(result: Labelled, title: str = "") -> Plot:
 
     Args:
         result: From `attention_knockout`.
-        title: Default: what the result is.
+        title: Default: `result.what`.
 
     Raises:
         ValueError: A result of other axes.

@@ -20,7 +20,7 @@ DOTS = {"s": 9, "alpha": 0.5, "linewidths": 0}  # one random set each
 
 
 def _sample_note(results: Sequence[MaskingResult]) -> str:
-    """n, interval and random sets in words."""
+    """Note on n, the interval and the random sets."""
     ns = sorted({r.metric_interval.n for r in results})
     n = f"{ns[0]:,}" if len(ns) == 1 else f"{ns[0]:,}–{ns[-1]:,}"
     interval = f"{level(results[0].metric_interval)} bootstrap interval of the drop"
@@ -33,7 +33,7 @@ def _sample_note(results: Sequence[MaskingResult]) -> str:
 
 
 def error_bar_lengths(drop: float, interval: Interval) -> list[list[float]]:
-    """How far the interval reaches below and above the drop, as matplotlib's error bars want it."""
+    """Distances from the drop to both ends of its interval, in the form of matplotlib's error bars."""
     return [[max(0.0, drop - interval.low)], [max(0.0, interval.high - drop)]]
 
 

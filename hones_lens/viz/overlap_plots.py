@@ -20,7 +20,7 @@ _MOST_BARS = 12  # layers up to which counts by layer are bars
 
 @styled
 def overlap_sizes(overlap: Overlap) -> Plot:
-    """How many neurons each group has, beside the mean for random sets."""
+    """Number of neurons in each group, beside the mean for random sets."""
     sizes = {name: len(neurons) for name, neurons in overlap.groups.items()}
     chance = chance_sizes(overlap)
     note = f"{_selected_note(overlap)} Line: mean if each task's neurons were random, as many in each layer."
@@ -32,7 +32,7 @@ def overlap_sizes(overlap: Overlap) -> Plot:
 
 @styled
 def overlap_shared(overlap: Overlap) -> Plot:
-    """What every pair of tasks shares, and what all share, beside chance, with p-values."""
+    """Neurons shared by every pair of tasks and by all tasks, beside chance, with p-values."""
     names = [" & ".join(sharing.tasks) for sharing in overlap.shared]
     if len(overlap.tasks) > 2:
         names[-1] = f"all {len(overlap.tasks)} tasks"
@@ -53,7 +53,7 @@ def overlap_figure(overlap: Overlap, what: str = "sizes") -> Plot:
     """One of the figures of an overlap.
 
     Args:
-        overlap: Which.
+        overlap: The overlap.
         what: `sizes` of the groups beside chance, what tasks have `shared` beside chance, or counts by
             `layers`.
 
@@ -98,7 +98,7 @@ def _count_bars(
 
 @styled
 def overlap_layers(overlap: Overlap) -> Plot:
-    """How many neurons of each degree of sharing lie in each layer: those of one task, pairs and so on."""
+    """Number of neurons in each layer by degree of sharing: of one task, of each pair, and so on."""
     frame, n = overlap.per_layer(), len(overlap.tasks)
     alone = list(frame.columns[:n])
     curves = {_SPECIFIC: frame[alone].sum(axis=1), **{name: frame[name] for name in frame.columns[n:]}}

@@ -36,7 +36,7 @@ _LIGHT_TEXT_FROM = 0.55  # share of the largest score from which a cell is so da
 
 @styled
 def head_heatmap(heads: HeadScores) -> Plot:
-    """Map of layers × heads: by how much the metric falls when a head is replaced.
+    """Heat map of layers × heads: drop of the metric when a head is replaced.
 
     The scale is centred at 0. Critical heads are outlined; a dot marks the heads whose
     drop stands at a false discovery rate of 5 % over all heads (`HeadScores.discoveries`).
@@ -134,7 +134,7 @@ def _log_choose(n: int, k: int) -> float:
 
 @styled
 def neurons_per_layer(neurons: Sequence[NeuronScores]) -> Plot:
-    """How many task neurons lie in each layer, for one ranking or several (of tasks, or methods).
+    """Number of task neurons in each layer, for one or several rankings (of tasks, or methods).
 
     Raises:
         ValueError: No rankings, or rankings of models with different numbers of layers.
@@ -170,7 +170,7 @@ def _sizes(neurons: Sequence[NeuronScores]) -> str:
 
 
 def _names(neurons: Sequence[NeuronScores]) -> list[str]:
-    """What tells the rankings apart: the task, or else the method."""
+    """Names that distinguish the rankings: the task, or else task and method."""
     by_task = len({ranking.task for ranking in neurons}) == len(neurons)
     return [ranking.task if by_task else f"{ranking.task} · {ranking.method}" for ranking in neurons]
 

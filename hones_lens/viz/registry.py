@@ -1,4 +1,4 @@
-"""Which figure a result has: `draw` finds it by the result's class."""
+"""Figures by class of result: `draw` dispatches on the class."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw(result: Any, *args: Any, **options: Any) -> Plot:
 
     Args:
         result: Of a class that has a figure; `draw.register(Class, function)` gives it one.
-        args, options: Of the function that draws the class.
+        args, options: Arguments of the function that draws the class.
 
     Raises:
         TypeError: The class has no figure; lists those that have.

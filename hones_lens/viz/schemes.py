@@ -33,7 +33,7 @@ _LIGHT, _DARK = (np.array([to_rgb(pair[i]) for pair in PALETTE.values()]) for i 
 
 
 def check_scheme(scheme: str) -> int:
-    """Where in a pair of the palette the scheme's colour is.
+    """Index of the scheme's colour in each pair of the palette.
 
     Raises:
         ValueError: An unknown scheme.
@@ -52,8 +52,8 @@ def scheme_css(selector: str, light: str, dark: str) -> str:
     """CSS rules that follow the scheme of the page, or of Jupyter, marimo, Colab and VS Code.
 
     Args:
-        selector: Of what is styled.
-        light, dark: Declarations.
+        selector: CSS selector of the styled elements.
+        light, dark: CSS declarations of each scheme.
     """
     hosts = {
         'body[data-jp-theme-light="true"]': light,
@@ -72,7 +72,7 @@ def scheme_css(selector: str, light: str, dark: str) -> str:
 
 
 def scheme_following_svg(svg: str) -> str:
-    """The text of an SVG file whose colours follow its reader; programs that know no CSS see it light."""
+    """SVG text whose colours follow the reader's scheme; programs without CSS show it light."""
     rules = [
         f'[style*="{what}: {light}"] {{ {what}: {dark} !important }}'
         for light, dark in PALETTE.values()
@@ -84,7 +84,7 @@ def scheme_following_svg(svg: str) -> str:
 
 
 def dark_svg(svg: str) -> str:
-    """The text of an SVG file in the dark colours."""
+    """SVG text in the dark colours."""
     for light, dark in PALETTE.values():
         svg = svg.replace(f": {light}", f": {dark}")
     return svg
@@ -94,7 +94,7 @@ def dark_svg(svg: str) -> str:
 
 
 def dark_colours(colours: np.ndarray) -> np.ndarray:
-    """RGBA rows with the palette's colours in their dark counterparts, opacity kept."""
+    """RGBA rows with the palette's light colours replaced by their dark counterparts; opacity is kept."""
     changed = np.array(colours, dtype=float, copy=True)
     if changed.size:
         distance = np.abs(changed[:, None, :3] - _LIGHT).max(-1)
@@ -108,14 +108,14 @@ def _dark_colour(colour: Any) -> Any:
 
 
 class _DarkContext(GraphicsContextBase):
-    """Lines and text."""
+    """Graphics context of lines and text in the dark colours."""
 
     def set_foreground(self, fg: Any, isRGBA: bool = False) -> None:
         super().set_foreground(_dark_colour(fg), isRGBA=True)
 
 
 class _DarkRenderer(RendererAgg):
-    """Draws what it is told, in the dark colours."""
+    """Renderer that draws everything in the dark colours."""
 
     def __init__(self, width: float, height: float, dpi: float):
         super().__init__(width, height, dpi)
@@ -158,6 +158,6 @@ class DarkCanvas(FigureCanvasAgg):
     """Prints a figure as PNG in the dark colours."""
 
     def get_renderer(self) -> RendererAgg:
-        """A new one."""
+        """A new dark renderer of the canvas's size."""
         like = super().get_renderer()
         return _DarkRenderer(like.width, like.height, like.dpi)

@@ -1,4 +1,4 @@
-"""Numbers as text, and what a masking result says in words. Figures, report and terminal share them."""
+"""Formatting of numbers, intervals and lists as text, shared by figures, report and terminal."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hones_lens.results import Interval
 
 
 def number(value: float, digits: int = 3, sign: bool = False, *, significant: bool = False) -> str:
-    """A number with a true minus sign; `–` for one that is not known.
+    """A number as text with a true minus sign; `–` for NaN.
 
     Args:
         value: The number.
-        digits: How many after the point.
-        sign: Also a plus sign.
-        significant: Count the digits from the first that is not 0 instead.
+        digits: Number of digits after the point.
+        sign: Whether positive numbers have a plus sign.
+        significant: Whether `digits` counts significant digits instead.
     """
     if math.isnan(value):
         return "–"
@@ -27,13 +27,13 @@ def number(value: float, digits: int = 3, sign: bool = False, *, significant: bo
 
 
 def percent(ratio: float) -> str:
-    """A share to two significant digits: 0.00977 is `0.98 %`."""
+    """A ratio as a percentage with two significant digits: 0.00977 is `0.98 %`."""
     value = 100 * ratio
     return f"{value:.0f} %" if value >= 9.95 else f"{value:.2g} %"
 
 
 def nonbreaking(text: str) -> str:
-    """The text with spaces that no line breaks at in `95 %` and `n = 200`."""
+    """The text with no-break spaces in `95 %` and `n = 200`."""
     return re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?==)|(?<=\bn =) ", "\N{NO-BREAK SPACE}", text)
 
 
@@ -51,7 +51,7 @@ def span(interval: Interval | None, digits: int = 3, *, significant: bool = Fals
 
 
 def p_value(p: float | None) -> str:
-    """To two significant digits; `–` where nothing was tested."""
+    """A p-value to two significant digits; `–` where nothing was tested."""
     return "–" if p is None else f"{p:.2g}"
 
 
@@ -61,5 +61,5 @@ def level(interval: Interval) -> str:
 
 
 def join_words(parts: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Words as an enumeration: `a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

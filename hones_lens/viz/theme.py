@@ -169,7 +169,7 @@ class Plot(Figure):
         return self._data("png", "light")
 
     def _repr_html_(self) -> str:
-        """Both pictures, of which the page's scheme chooses; where styles are taken out, the light one."""
+        """Both renderings; the page's scheme selects one, the light one where styles are removed."""
         light, dark = (base64.b64encode(self._data("png", scheme)).decode() for scheme in SCHEMES)
         name = f"hones-figure-{uuid.uuid4().hex[:12]}"
         style = scheme_css(
@@ -194,9 +194,9 @@ def new_plot(
 
     Args:
         title: The heading; empty for none.
-        note: What is drawn, n and interval; stands below, wrapped.
-        height: Of the panels, without heading, legend and note [inches].
-        panels: How many, side by side.
+        note: Text below the panels, wrapped: what is drawn, n and the kind of interval.
+        height: Height of the panels, without heading, legend and note [inches].
+        panels: Number of panels side by side.
         legend: Keep a line for `add_legend`.
     """
     width = WIDTH * panels
@@ -223,7 +223,7 @@ def _glyphs() -> frozenset[int]:
 
 
 def drawable(text: str) -> str:
-    """A text with what can't be seen, or is not in the font, written as escapes."""
+    """A text with characters that are unprintable, or missing from the font, written as escapes."""
     return "".join(
         c
         if (c.isprintable() or c == "\N{NO-BREAK SPACE}") and ord(c) in _glyphs()
@@ -233,7 +233,7 @@ def drawable(text: str) -> str:
 
 
 def add_legend(figure: Plot, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """One line of legend between heading and panels (`new_plot(..., legend=True)`)."""
+    """Add one line of legend between heading and panels (`new_plot(..., legend=True)`)."""
     assert figure.heading is not None
     top = 1 - (figure.heading.above + 3) / (72 * figure.get_figheight())
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.012, top), ncols=len(labels))
@@ -262,7 +262,7 @@ def themed_svg(
     Args:
         figure: What a function of `plots` returned.
         name: Prefix of the ids in it: a page may hold several figures.
-        label: What it shows, for screen readers.
+        label: Description for screen readers.
         tooltips: By group id: a text for each of the group's shapes, shown when pointed at; where several
             groups have the id, group after group.
     """
@@ -290,7 +290,7 @@ def themed_svg(
 
 
 def page_of(figure: Plot, scheme: str | None = None) -> str:
-    """A page with the figure alone, in the colours of its reader's scheme, or of one."""
+    """An HTML page of the figure alone, in a given scheme, or following the reader's."""
     heading = figure.heading or Heading("", "", 0.0, 0.0, ())
     title = escape(heading.title)
     colours = f":root {{ {palette_css(0 if scheme is None else check_scheme(scheme))} }}"
@@ -309,7 +309,7 @@ def page_of(figure: Plot, scheme: str | None = None) -> str:
 
 
 def _strip_svg(root: ElementTree.Element, name: str) -> None:
-    """No namespaces, no metadata, no style sheet of its own; ids only where they are used, with a prefix."""
+    """Remove namespaces, metadata, style sheets and unused ids; give the other ids a prefix."""
     for element in list(root):
         if element.tag.endswith("metadata") or element.find("{*}style") is not None:
             root.remove(element)
@@ -363,7 +363,7 @@ def image_uri(image: Image.Image, longest: int = 480) -> str:
 
 
 def plot_image(figure: Plot, dpi: int = 100) -> Image.Image:
-    """The figure as a picture."""
+    """The figure rendered as a PIL image."""
     buffer = io.BytesIO()
     with rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=dpi)

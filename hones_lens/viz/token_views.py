@@ -102,11 +102,11 @@ def attention_tokens(
     source: int = -1,
     title: str = "",
 ) -> TokenView:
-    """Patterns of several heads, query by key, over the cells; below, each image's patches to open.
+    """Attention patterns of several heads over the cells; below, each image's patches in a fold-out.
 
     Args:
         folded: From `folded_attention`.
-        pictures: The row's, to lie under the patches; none: a bare grid.
+        pictures: The row's pictures, drawn under the patches; without them only the grid is drawn.
         source: The cell whose attention to the patches is shown; default: the last.
         title: Default: the model and its heads.
 
@@ -151,14 +151,14 @@ def coloured_tokens(
     fold: str = "mean",
     what: str = "value",
 ) -> TokenView:
-    """Tokens coloured by a value each, such as a neuron's activation; below, each image's patches to open.
+    """Tokens coloured by value, such as a neuron's activation; below, each image's patches in a fold-out.
 
     Args:
         cells: From `fold_tokens`.
-        values: One a position of the row.
-        pictures: The row's, to lie under the patches; none: a bare grid.
-        fold: How a cell's tokens become one value: `sum` (attention), `mean` or `max` (activations).
-        what: What the values are.
+        values: One value per position of the row.
+        pictures: The row's pictures, drawn under the patches; without them only the grid is drawn.
+        fold: Reduction over a cell's tokens: `sum` (attention), `mean` or `max` (activations).
+        what: Name of the values.
 
     Raises:
         ImportError: circuitsvis is not installed.
@@ -192,7 +192,7 @@ def coloured_tokens(
 
 
 def _component(name: str, **properties: Any) -> str:
-    """An element that a component of circuitsvis fills, with the script that does so."""
+    """HTML of an element, and the script by which a circuitsvis component fills it."""
     element_id = f"circuits-vis-{uuid.uuid4().hex[:12]}"
     arguments = json.dumps(properties).replace("<", "\\u003c")  # a token can't end the script
     call = f'CircuitsVis.render("{element_id}", CircuitsVis.{name}, {arguments})'
@@ -201,7 +201,7 @@ def _component(name: str, **properties: Any) -> str:
 
 @cache
 def _bundle() -> str:
-    """The JavaScript that circuitsvis brings along.
+    """The JavaScript bundle of the installed circuitsvis.
 
     Raises:
         ImportError: It is not installed, or brings none.
@@ -233,11 +233,11 @@ def _without_markup(token: str) -> str:
     return token.replace("<", f"<{_JOINER}").replace("&", f"&{_JOINER}")
 
 
-# -- what lies around it -------------------------------------------------------------------------------
+# -- the HTML around it -------------------------------------------------------------------------------
 
 
 def _view_html(heading: str, note: str, view: str, grids: Sequence[str]) -> str:
-    """With colours that follow the page's scheme."""
+    """HTML of the whole view, with colours that follow the page's scheme."""
     light, dark = f"{palette_css(0)} --turned: none;", f"{palette_css(1)} --turned: {_INVERT_FILTER};"
     return (
         f'<div class="hones-tokens"><style>{scheme_css(".hones-tokens", light, dark)}{_STYLE}</style>'
@@ -252,7 +252,7 @@ def _image_details(
     description: str,
     pictures: Image.Image | Sequence[Image.Image],
 ) -> str:
-    """What an image's cell opens to: a grid for each map."""
+    """Fold-out of an image's cell: a patch grid for each map."""
     picture_list = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     count = sum(i is not None for i in cells.images)
     if picture_list and len(picture_list) != count:
@@ -268,7 +268,7 @@ def _image_details(
 
 
 def _patch_grid_svg(name: str, values: Tensor, picture: Image.Image | None) -> str:
-    """A map as an SVG, over the picture if there is one; every patch says its value when pointed at."""
+    """A map as an SVG, over the picture if there is one; every patch has its value as tooltip."""
     rows, columns = values.shape
     width, height = (columns, rows) if picture is None else picture.size
     scale = _SIDE / max(width, height)
