@@ -66,7 +66,7 @@ class Arm:
             return None
         name, first = self.hooks[0]
         if isinstance(first, HeadEdit):
-            return None if first.only is None or first.late else first
+            return None if first.single_head is None or first.last_position_only else first
         if isinstance(first, Scale) and name.endswith("mlp.hook_post") and first.axis in (-1, 2):
             return first
         return None
@@ -76,15 +76,15 @@ class Arm:
         if len(self.hooks) != 1:
             return None
         name, edit = self.hooks[0]
-        if isinstance(edit, HeadEdit) and edit.late and edit.only is not None:
-            return Arm([(name, replace(edit, late=False))])
+        if isinstance(edit, HeadEdit) and edit.last_position_only and edit.single_head is not None:
+            return Arm([(name, replace(edit, last_position_only=False))])
         return None
 
     @property
     def group(self) -> tuple:
         """Arms of one group can be rows of one batch."""
         edit = self.shortcut
-        return (self.start, type(edit), edit.alone if isinstance(edit, HeadEdit) else None)
+        return (self.start, type(edit), edit.replacement if isinstance(edit, HeadEdit) else None)
 
     def __str__(self) -> str:
         return ", ".join(str(fn) if isinstance(fn, (HeadEdit, Scale)) else name for name, fn in self.hooks)
@@ -121,10 +121,10 @@ def stacked(parts: Sequence[tuple[int, Sequence[Hook]]]) -> list[Hook]:
             return torch.cat(out)
 
         firsts = [fns[0] for fns in each if len(fns) == 1]
-        edits = [fn for fn in firsts if isinstance(fn, HeadEdit) and fn.only is not None]
-        if len(edits) < len(each) or len({edit.alone for edit in edits}) > 1:
+        edits = [fn for fn in firsts if isinstance(fn, HeadEdit) and fn.single_head is not None]
+        if len(edits) < len(each) or len({edit.replacement for edit in edits}) > 1:
             return to_own_rows
-        heads = torch.tensor([edit.only for edit in edits])
+        heads = torch.tensor([edit.single_head for edit in edits])
         return replace(edits[0], head=heads.repeat_interleave(torch.tensor(counts)))
 
     return [(name, dispatch(each)) for name, each in by_name.items()]

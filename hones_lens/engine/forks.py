@@ -203,17 +203,17 @@ def _changed_heads(model: HookedVLM, step: Step, edits: Sequence[HeadEdit]) -> T
     With r the new norm's scale, `gate' = (r_clean · gate + Δz · W_O[h] · diag(w) · W_gate) / r`.
     """
     block = model.blocks[step.layer]
-    heads = torch.tensor([edit.only for edit in edits], device=step.z.device)
+    heads = torch.tensor([edit.single_head for edit in edits], device=step.z.device)
     edits[0].check(heads, step.z.shape[2])
     d_model, made = step.mid.shape[-1], step.made
     if "into" not in made:
         w_gu = torch.cat((block.mlp.W_gate, block.mlp.W_in), dim=1)
         made["into"] = (block.attn.W_O * block.ln2.weight) @ w_gu
         made["gu"] = (torch.cat((step.gate, step.up), dim=-1) * step.scale).flatten(0, 1).to(step.gate.dtype)
-    alone = edits[0].alone
-    if alone not in made:
-        made[alone] = (alone(step.z) - step.z).flatten(0, 1).transpose(0, 1).contiguous()
-    dz = made[alone][heads]  # [arm row·pos d_head]
+    replacement = edits[0].replacement
+    if replacement not in made:
+        made[replacement] = (replacement(step.z) - step.z).flatten(0, 1).transpose(0, 1).contiguous()
+    dz = made[replacement][heads]  # [arm row·pos d_head]
     mid = torch.baddbmm(
         step.mid.reshape(1, -1, d_model).expand(len(edits), -1, -1), dz, block.attn.W_O[heads]
     )

@@ -1,4 +1,4 @@
-"""Whether a model has a head or a neuron that is named by layer and index."""
+"""Checks that a model has the heads or neurons that are given by layer and index."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hones_lens.model import HookedVLM
 def check_component(
     kind: str, layer: int, index: int, n_layers: int, per_layer: int, source: str = ""
 ) -> None:
-    """Refuse a head or neuron that does not exist.
+    """Check that a head or neuron exists.
 
     Args:
         kind: `head`, `key-value head` or `neuron`.
-        layer, index: Which one.
-        n_layers, per_layer: How many layers there are, and how many of the kind in each.
-        source: What names it, for the error.
+        layer, index: The component.
+        n_layers, per_layer: Number of layers, and of components of that kind in each.
+        source: Where the component was named, for the error, e.g. a file.
 
     Raises:
         ValueError: Either is out of range, e.g. `neuron L3N20 does not exist: 3 layers of 20 neurons`.
@@ -29,7 +29,7 @@ def check_component(
 
 
 def check_heads(model: HookedVLM, heads: Iterable[Sequence[Any]]) -> tuple[tuple[int, int], ...]:
-    """(layer, head) of each.
+    """The heads as (layer, head) tuples, after checking that each exists.
 
     Raises:
         ValueError: No heads, or one that the model does not have.

@@ -1,6 +1,6 @@
 """Interventions as hook factories: each returns `(name, fn)` for `run_with_hooks` or `hooks`.
 
-No function here changes its input in place, and none is a no-op: what it can't do it refuses.
+No hook function changes its input in place, and none is silently a no-op: an impossible edit raises.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ class HeadEdit:
     Attributes:
         name: The hook.
         head: One head for all rows, or one head for each row of the batch.
-        alone: From z, what each head becomes if it is the one that is changed; same shape, token by token.
-        what: In words.
-        late: Only at the last position of a pass: under `generate`, from the end of the prompt on.
+        replacement: Maps z to the replacement of every head, of the same shape, token by token; only the
+            chosen head is replaced.
+        description: For `str`.
+        last_position_only: Edit only the last position of a pass: under `generate`, from the end of the
+            prompt on.
     """
 
     name: str
     head: int | Sequence[int] | Tensor
-    alone: Callable[[Tensor], Tensor]
-    what: str
-    late: bool = False
+    replacement: Callable[[Tensor], Tensor]
+    description: str
+    last_position_only: bool = False
 
     def __call__(
         self, z: Float[Tensor, "batch pos head d_head"], hook: object
@@ -49,25 +51,25 @@ class HeadEdit:
             raise ValueError(f"{self.name}: {len(heads)} heads for a batch of {len(z)} rows")
         self.check(heads, n_heads)
         chosen = torch.nn.functional.one_hot(heads, n_heads).bool()[:, None, :, None]
-        if self.late:
+        if self.last_position_only:
             chosen = chosen & (torch.arange(z.shape[1], device=z.device) == z.shape[1] - 1)[:, None, None]
-        return torch.where(chosen, self.alone(z), z)
+        return torch.where(chosen, self.replacement(z), z)
 
     @property
-    def only(self) -> int | None:
-        """The head, if it is one for all rows."""
+    def single_head(self) -> int | None:
+        """The head, if all rows have the same; else None."""
         heads = torch.as_tensor(self.head)
         return int(heads) if heads.ndim == 0 else None
 
     def check(self, heads: Tensor, n_heads: int) -> None:
         """Raise ValueError for heads that a layer does not have."""
-        if n_heads == 1 and self.alone is _mean_of_others:
+        if n_heads == 1 and self.replacement is _mean_of_others:
             raise ValueError(f"{self.name}: with one head there are no other heads to take the mean of")
         if int(heads.min()) < 0 or int(heads.max()) >= n_heads:
             raise ValueError(f"{self.name}: heads {to_list(heads)} are not all in 0 … {n_heads - 1}")
 
     def __str__(self) -> str:
-        return f"{self.what} of head {self.head} at {self.name}"
+        return f"{self.description} of head {self.head} at {self.name}"
 
 
 def replace_with_other_heads_mean(
@@ -90,17 +92,17 @@ def replace_with_other_heads_mean(
     if positions not in ("all", "last"):
         raise ValueError(f"unknown positions {positions!r}; valid: all, last")
     name = f"blocks.{layer}.attn.hook_z"
-    what = "the other heads' mean instead"
-    return name, HeadEdit(name, head, _mean_of_others, what, late=positions == "last")
+    description = "the other heads' mean instead"
+    return name, HeadEdit(name, head, _mean_of_others, description, last_position_only=positions == "last")
 
 
 def _mean_of_others(z: Tensor) -> Tensor:
-    # Sums of the heads before and of those behind: a head's own value, even an infinite one, has no part.
-    wide = z.float()
-    none = torch.zeros_like(wide[:, :, :1])
-    before = torch.cat((none, wide[:, :, :-1]), dim=2).cumsum(2)
-    behind = torch.cat((wide[:, :, 1:], none), dim=2).flip(2).cumsum(2).flip(2)
-    return ((before + behind) / (z.shape[2] - 1)).to(z.dtype)
+    # Sums over the heads before and after: a head's own value, even an infinite one, does not enter.
+    values = z.float()
+    zeros = torch.zeros_like(values[:, :, :1])
+    before = torch.cat((zeros, values[:, :, :-1]), dim=2).cumsum(2)
+    after = torch.cat((values[:, :, 1:], zeros), dim=2).flip(2).cumsum(2).flip(2)
+    return ((before + after) / (z.shape[2] - 1)).to(z.dtype)
 
 
 def zero_head(layer: int, head: int | Sequence[int] | Tensor) -> Hook:
@@ -138,12 +140,12 @@ class Scale:
     def multiplier(self, x: Tensor) -> Tensor:
         """The factor of every entry of the axis, [size of the axis].
 
-        Factors of each entry's own keep their precision where x has less: in bfloat16 a factor of 1.003
-        would be 1.
+        If there is one factor per entry and x has a lower precision, the factors keep theirs: in bfloat16 a
+        factor of 1.003 would be 1.
         """
-        wide = torch.promote_types(x.dtype, self.factor.dtype) if self.factor.ndim else x.dtype
-        ones = torch.ones(x.shape[self.axis], device=x.device, dtype=wide)
-        return ones.index_put((self.index.to(x.device),), self.factor.to(x.device, wide))
+        dtype = torch.promote_types(x.dtype, self.factor.dtype) if self.factor.ndim else x.dtype
+        ones = torch.ones(x.shape[self.axis], device=x.device, dtype=dtype)
+        return ones.index_put((self.index.to(x.device),), self.factor.to(x.device, dtype))
 
     def __call__(self, x: Tensor, hook: object) -> Tensor:
         shape = [1] * x.ndim
@@ -153,8 +155,8 @@ class Scale:
 
     def __str__(self) -> str:
         n, first = len(self.index), int(self.index[0])
-        which = f"entry {first}" if n == 1 else f"{n} entries, the first {first},"
-        return f"{which} times {to_list(self.factor) if n == 1 else 'a factor'} at {self.name}"
+        entries = f"entry {first}" if n == 1 else f"{n} entries, the first {first},"
+        return f"{entries} times {to_list(self.factor) if n == 1 else 'a factor'} at {self.name}"
 
 
 def scale(name: str, index: Sequence[int] | Tensor, factor: float | Tensor, axis: int = -1) -> Hook:
@@ -207,20 +209,20 @@ def mean_ablate(name: str, mean: Tensor, index: Sequence[int] | Tensor, axis: in
 
 
 def patch(name: str, value: Tensor, positions: Bool[Tensor, "batch pos"] | None = None) -> Hook:
-    """Put in another run's activation, at some positions or at all.
+    """Replace the activation by another run's, at some positions or at all.
 
     Raises:
         ValueError: When run: a shape that differs, or a mask that selects nothing.
     """
 
-    def put(x: Tensor, hook: object) -> Tensor:
+    def patch_activation(x: Tensor, hook: object) -> Tensor:
         if x.shape != value.shape:
             raise ValueError(
                 f"{name}: patch of shape {tuple(value.shape)} for an activation {tuple(x.shape)}"
             )
-        return torch.where(_at(positions, x, name), value.to(x.device, x.dtype), x)
+        return torch.where(_broadcast_mask(positions, x, name), value.to(x.device, x.dtype), x)
 
-    return name, put
+    return name, patch_activation
 
 
 def add(name: str, vector: Tensor, positions: Bool[Tensor, "batch pos"] | None = None) -> Hook:
@@ -231,12 +233,12 @@ def add(name: str, vector: Tensor, positions: Bool[Tensor, "batch pos"] | None =
     """
 
     def add_vector(x: Tensor, hook: object) -> Tensor:
-        return torch.where(_at(positions, x, name), x + vector.to(x.device, x.dtype), x)
+        return torch.where(_broadcast_mask(positions, x, name), x + vector.to(x.device, x.dtype), x)
 
     return name, add_vector
 
 
-def _at(positions: Tensor | None, x: Tensor, name: str) -> Tensor:
+def _broadcast_mask(positions: Tensor | None, x: Tensor, name: str) -> Tensor:
     if positions is None:
         return torch.ones((1,) * x.ndim, dtype=torch.bool, device=x.device)
     if positions.shape != x.shape[:2]:
@@ -253,38 +255,41 @@ def block_attention(
     *,
     spare_self: bool = False,
 ) -> Hook:
-    """Keep some queries from seeing some keys in one layer (scores set to −∞).
+    """Keep some queries from attending to some keys in one layer (scores set to −∞).
 
-    Under `generate`, a new token is in the groups that its row's last prompt token is in.
+    Under `generate`, a new token belongs to the groups that contain its row's last prompt token.
 
     Args:
         layer: Decoder layer.
         queries, keys: Masks over the prompts.
-        spare_self: A query that would be left without any key may still see itself.
+        spare_self: A query that would be left without any key may still attend to itself.
 
     Raises:
         ValueError: An empty group. When run: a query left without any key, or masks of other prompts.
     """
     name = f"blocks.{layer}.attn.hook_attn_scores"
-    for what, mask in (("query", queries), ("key", keys)):
+    for side, mask in (("query", queries), ("key", keys)):
         if not bool(mask.any()):
-            raise ValueError(f"{name}: the {what} group is empty")
-    seeing, seen = PromptMask(name, queries), PromptMask(name, keys)
+            raise ValueError(f"{name}: the {side} group is empty")
+    query_mask, key_mask = PromptMask(name, queries), PromptMask(name, keys)
 
-    def cut(scores: Float[Tensor, "batch head query key"], hook: object) -> Tensor:
+    def mask_scores(scores: Float[Tensor, "batch head query key"], hook: object) -> Tensor:
         rows, _, n_queries, n_keys = scores.shape
-        before = n_keys - n_queries
-        edges = seeing.over(rows, n_keys)[:, before:, None] & seen.over(rows, n_keys)[:, None, :]
-        out = scores.masked_fill(edges[:, None].to(scores.device), -torch.inf)
-        lost = (out == -torch.inf).all(-1, keepdim=True)
+        n_before = n_keys - n_queries
+        blocked = (
+            query_mask.over_sequence(rows, n_keys)[:, n_before:, None]
+            & key_mask.over_sequence(rows, n_keys)[:, None, :]
+        )
+        out = scores.masked_fill(blocked[:, None].to(scores.device), -torch.inf)
+        without_keys = (out == -torch.inf).all(-1, keepdim=True)
         if spare_self:
             ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=scores.device)
-            return torch.where(lost & ones.tril(before).triu(before), scores, out)
-        if bool(lost.any()):
+            return torch.where(without_keys & ones.tril(n_before).triu(n_before), scores, out)
+        if bool(without_keys.any()):
             raise ValueError(f"{name}: a query would be left without any key")
         return out
 
-    return name, cut
+    return name, mask_scores
 
 
 def resid_hook(layer: int, at: str = "post") -> str:
@@ -313,11 +318,11 @@ def steering_vector(
     Args:
         layer: Decoder layer.
         vector: One for all rows, or one for each, [batch d_model].
-        group: Where in the prompts: a mask [batch pos], a name or a `Box`. None: at all positions.
+        group: Positions in the prompts: a mask [batch pos], a name or a `Box`. None: all positions.
         inputs: The prompts, where the group is a name or a box.
-        strength: What the vector is multiplied by.
-        generated: Whether it is added to new tokens too. Default: where the row's last prompt token is in
-            the group, so `last` and all positions go on, and `image` does not.
+        strength: Factor on the vector.
+        generated: Whether the vector is added to new tokens too. Default: if the row's last prompt token is
+            in the group, so new tokens are included with `last` and all positions, and not with `image`.
         at: `pre`, `mid` or `post`.
 
     Raises:
@@ -334,20 +339,22 @@ def steering_vector(
     else:
         mask = PromptMask.of(name, group, inputs, generated)
 
-    def push(resid: Float[Tensor, "batch pos d_model"], hook: object) -> Tensor:
-        rows, n, width = resid.shape
-        if vector.shape[-1] != width or (vector.ndim == 2 and len(vector) != rows):
+    def add_vector(resid: Float[Tensor, "batch pos d_model"], hook: object) -> Tensor:
+        rows, n, d_model = resid.shape
+        if vector.shape[-1] != d_model or (vector.ndim == 2 and len(vector) != rows):
             raise ValueError(f"{name}: vector {tuple(vector.shape)} for a stream {tuple(resid.shape)}")
-        added = strength * vector.to(resid.device, resid.dtype).view(-1, 1, width)
+        scaled_vector = strength * vector.to(resid.device, resid.dtype).view(-1, 1, d_model)
         if mask is None:
-            return resid + added
-        return torch.where(mask.shown(rows, n)[..., None].to(resid.device), resid + added, resid)
+            return resid + scaled_vector
+        return torch.where(
+            mask.over_visible(rows, n)[..., None].to(resid.device), resid + scaled_vector, resid
+        )
 
-    return name, push
+    return name, add_vector
 
 
 def scale_heads(heads: Iterable[tuple[int, int]], factor: float | Tensor | Sequence[float]) -> list[Hook]:
-    """Multiply what heads write, at all positions, in forward passes and at every step of `generate`.
+    """Multiply the outputs of heads, at all positions, in forward passes and at every step of `generate`.
 
     Source: V-SEAM (visual semantic editing and attention modulating), where key heads are rescaled.
 
@@ -364,11 +371,11 @@ def scale_heads(heads: Iterable[tuple[int, int]], factor: float | Tensor | Seque
     factors = torch.as_tensor(factor, dtype=torch.float32)
     if factors.ndim and factors.shape != (len(chosen),):
         raise ValueError(f"{factors.numel()} factors for {len(chosen)} heads")
-    each = dict(zip(chosen, factors.expand(len(chosen)), strict=True))
+    factor_of = dict(zip(chosen, factors.expand(len(chosen)), strict=True))
     hooks: list[Hook] = []
     for layer, index in by_layer(chosen).items():
-        mine = torch.stack([each[layer, head] for head in index])
-        hooks.append(scale(f"blocks.{layer}.attn.hook_z", index, mine, axis=2))
+        layer_factors = torch.stack([factor_of[layer, head] for head in index])
+        hooks.append(scale(f"blocks.{layer}.attn.hook_z", index, layer_factors, axis=2))
     return hooks
 
 
@@ -392,9 +399,9 @@ def by_layer(components: Iterable[tuple[int, int]]) -> Mapping[int, list[int]]:
     Raises:
         ValueError: No components.
     """
-    found: dict[int, list[int]] = {}
+    indices: dict[int, list[int]] = {}
     for component in components:
-        found.setdefault(int(component[0]), []).append(int(component[1]))
-    if not found:
+        indices.setdefault(int(component[0]), []).append(int(component[1]))
+    if not indices:
         raise ValueError("no components given")
-    return found
+    return indices

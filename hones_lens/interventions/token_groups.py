@@ -1,4 +1,4 @@
-"""Token groups: which positions a word, a box on the picture or a mask stands for."""
+"""Token groups: the positions that a name, a box on the picture or a mask selects."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Box:
     """A rectangle on a picture, in the picture's own pixels, the origin at its top left.
 
     Attributes:
-        left, top, right, bottom: Its sides; right and bottom are the first pixels outside.
-        image: Which of a row's images.
-        outside: The image tokens that the rectangle does not touch, instead of those that it does.
+        left, top, right, bottom: The sides; right and bottom are the first pixels outside.
+        image: Index of the image in its row.
+        outside: Select the image tokens that the rectangle does not touch, instead of those that it does.
     """
 
     left: float
@@ -71,16 +71,16 @@ def token_mask(inputs: VLMInputs, group: Group) -> Bool[Tensor, "batch pos"]:
 
 
 def _touched(cells: int, start: float, end: float) -> Tensor:
-    """Which cells along one side lie between two shares of it, [cells].
+    """Mask of the cells along one side that overlap [start, end], given as fractions of the side, [cells].
 
-    A box that ends on an edge, but for the rounding of its numbers, does not reach into the next cell.
+    A box that ends on a cell's edge, up to rounding, does not reach into the next cell.
     """
     edges = torch.arange(cells + 1, dtype=torch.float64)
     return (edges[:-1] + 1e-6 < end * cells) & (edges[1:] - 1e-6 > start * cells)
 
 
 def _box_mask(inputs: VLMInputs, row: int, box: Box) -> Tensor:
-    """[pos]; cells count as touched where the box covers any of their area."""
+    """Mask [pos] of one row; a cell counts as touched if the box covers any of its area."""
     if len(inputs.regions) != len(inputs):
         raise ValueError("where pictures lie is not known of these inputs: make them with model.prepare")
     if box.image >= len(inputs.regions[row]):
@@ -89,8 +89,8 @@ def _box_mask(inputs: VLMInputs, row: int, box: Box) -> Tensor:
     if not (box.left < box.right and box.top < box.bottom):
         raise ValueError(f"{box} has no area")
     if box.left >= right or box.right <= left or box.top >= bottom or box.bottom <= top:
-        shown = f"{left:g},{top:g} – {right:g},{bottom:g}"
-        raise ValueError(f"{box} is outside of what the model sees of the image of row {row}, {shown}")
+        visible = f"{left:g},{top:g} – {right:g},{bottom:g}"
+        raise ValueError(f"{box} is outside of what the model sees of the image of row {row}, {visible}")
     rows, columns = inputs.grids[row][box.image]
     touched_y = _touched(rows, (box.top - top) / (bottom - top), (box.bottom - top) / (bottom - top))
     touched_x = _touched(columns, (box.left - left) / (right - left), (box.right - left) / (right - left))
@@ -98,27 +98,27 @@ def _box_mask(inputs: VLMInputs, row: int, box: Box) -> Tensor:
     if box.outside:
         touched = ~touched
     mask = torch.zeros_like(inputs.image_mask[row])
-    places = inputs.image_mask[row].nonzero()[:, 0]
+    image_positions = inputs.image_mask[row].nonzero()[:, 0]
     sizes = [r * c + inputs.leading_tokens for r, c in inputs.grids[row]]
-    mine = torch.split(places, sizes)[box.image][inputs.leading_tokens :]
-    mask[mine] = touched.to(mask.device)
+    grid_positions = torch.split(image_positions, sizes)[box.image][inputs.leading_tokens :]
+    mask[grid_positions] = touched.to(mask.device)
     return mask
 
 
 def group_name(group: Group) -> str:
-    """What a group is called in results."""
+    """The name of a group in results."""
     return "mask" if isinstance(group, Tensor) else str(group)
 
 
 def named_groups(
     inputs: VLMInputs, groups: Mapping[str, Group] | list[Group] | tuple[Group, ...]
 ) -> dict[str, Tensor]:
-    """Masks [batch pos] by name; of a list, each group is called what `group_name` says.
+    """Masks [batch pos] by name; groups of a list are named by `group_name`.
 
     Raises:
         ValueError: No groups, or two of one name; and as `token_mask`.
     """
-    given = dict(groups) if isinstance(groups, Mapping) else {group_name(g): g for g in groups}
-    if not given or len(given) < len(groups):
+    groups_by_name = dict(groups) if isinstance(groups, Mapping) else {group_name(g): g for g in groups}
+    if not groups_by_name or len(groups_by_name) < len(groups):
         raise ValueError("no token groups" if not groups else "two token groups have one name")
-    return {name: token_mask(inputs, group) for name, group in given.items()}
+    return {name: token_mask(inputs, group) for name, group in groups_by_name.items()}

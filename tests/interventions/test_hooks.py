@@ -277,16 +277,16 @@ def test_a_prompts_mask_at_every_step() -> None:
     for generated, behind in ((None, [False, True]), (True, [True, True]), (False, [False, False])):
         found = PromptMask("a", mask, generated)
         with pytest.raises(ValueError, match=r"a: mask of shape \(2, 3\) for 2 rows of 1 positions"):
-            found.shown(2, 1)
-        assert torch.equal(found.shown(2, 3), mask)
+            found.over_visible(2, 1)
+        assert torch.equal(found.over_visible(2, 3), mask)
         expected = torch.tensor(behind)[:, None]
-        assert torch.equal(found.shown(2, 1), expected), "the newest token alone"
-        assert torch.equal(found.shown(2, 4), torch.cat((mask, expected), 1)), "all of them"
-        assert torch.equal(found.shown(2, 5), torch.cat((mask, expected, expected), 1))
-        assert torch.equal(found.shown(2, 3), mask)
+        assert torch.equal(found.over_visible(2, 1), expected), "the newest token alone"
+        assert torch.equal(found.over_visible(2, 4), torch.cat((mask, expected), 1)), "all of them"
+        assert torch.equal(found.over_visible(2, 5), torch.cat((mask, expected, expected), 1))
+        assert torch.equal(found.over_visible(2, 3), mask)
         for rows, n in ((2, 5), (2, 2), (1, 3), (1, 1), (3, 4)):
             with pytest.raises(ValueError, match=f"for {rows} rows of {n} positions"):
-                found.shown(rows, n)
+                found.over_visible(rows, n)
 
 
 def test_a_prompts_mask_refuses() -> None:
@@ -294,7 +294,7 @@ def test_a_prompts_mask_refuses() -> None:
         PromptMask("a", torch.zeros(1, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="prompts of one token can't be told from new tokens"):
         PromptMask("a", torch.ones(2, 1, dtype=torch.bool), False)
-    assert PromptMask("a", torch.ones(2, 1, dtype=torch.bool)).shown(2, 1).all()
+    assert PromptMask("a", torch.ones(2, 1, dtype=torch.bool)).over_visible(2, 1).all()
 
 
 def test_spared_queries_keep_themselves_only_where_they_must() -> None:

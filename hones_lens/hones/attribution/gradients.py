@@ -275,7 +275,7 @@ def first_order_falls(
         with engine.naming(batch.ids):
             found = _gradients_at(model, batch.inputs, names)
         for layer, (z, gradient) in enumerate(found):
-            change = (edit.alone(z) - z) * gradient
+            change = (edit.replacement(z) - z) * gradient
             total[layer] -= change.sum((0, 1, 3), dtype=torch.float64).cpu()
     return total / len(examples)
 
