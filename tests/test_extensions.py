@@ -29,7 +29,7 @@ from hones_lens.app import (
 )
 from hones_lens.app.runs.folder import Run
 from hones_lens.app.runs.steering import start_steering, steer_neurons
-from hones_lens.app.runs.views import keep_views
+from hones_lens.app.runs.views import save_report_views
 from hones_lens.data.shapes import questions
 from hones_lens.hones import learn_scales
 
@@ -246,7 +246,7 @@ def test_a_task_that_is_not_registered_goes_into_run_folders_and_their_report(
     heads = find_heads(model, run, task, data, 3)
     neurons = find_neurons(model, run, task, data, heads, 0.01)
     masking = mask_neurons(model, run, task, data, neurons, 1)
-    keep_views(model, run, task, data, heads, neurons)
+    save_report_views(model, run, task, data, heads, neurons)
     options = {"methods": ("Base", "Fixed-Amp"), "config": hl.SteeringConfig()}
     folder = run.path("steering") / "shapes"
     inner = start_steering(model, task, data, folder, neurons, options)

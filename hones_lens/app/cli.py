@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if getattr(args, "config", None):
-            _take_config(args)
+            _apply_config(args)
             args = parser.parse_args(argv)
         return args.run(args) or 0
     except KeyboardInterrupt:
@@ -74,21 +74,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _take_config(args: argparse.Namespace) -> None:
+def _apply_config(args: argparse.Namespace) -> None:
     """Make the file's values the defaults of the command, so that options given here win."""
     import yaml
 
     data = yaml.safe_load(Path(args.config).read_text(encoding="utf-8")) or {}
     options = {a.dest: a for a in args.parser._actions if a.dest not in ("help", "config", "debug")}
     if is_hones_config(data):
-        found = _of_hones(args, data)
-        args.parser.set_defaults(**{k: v for k, v in found.items() if k in options or k == "outputs"})
+        hones_options = _hones_options(args, data)
+        args.parser.set_defaults(**{k: v for k, v in hones_options.items() if k in options or k == "outputs"})
         return
     for key, value in data.items():
         name = key.replace("-", "_")
         if name not in options:
-            near = difflib.get_close_matches(name, options, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(options)}"
+            closest = difflib.get_close_matches(name, options, n=1)
+            hint = f"; did you mean {closest[0]!r}?" if closest else f"; valid: {', '.join(options)}"
             raise ValueError(f"{args.config}: unknown key {key!r}{hint}")
         choices = options[name].choices
         if choices is not None and value not in choices:
@@ -96,13 +96,13 @@ def _take_config(args: argparse.Namespace) -> None:
         args.parser.set_defaults(**{name: value})
 
 
-def _of_hones(args: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
+def _hones_options(args: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
     """Options from a configuration of the HONES release; for steering from the data set asked for."""
     steers = args.parser.prog.endswith(" steer")
-    asked = args.dataset if args.dataset != args.parser.get_default("dataset") else None
-    if steers and asked is None:
-        asked = data.get("steering", {}).get("dataset")
-    return read_options(data, args.config, asked, steers=steers)
+    dataset = args.dataset if args.dataset != args.parser.get_default("dataset") else None
+    if steers and dataset is None:
+        dataset = data.get("steering", {}).get("dataset")
+    return read_options(data, args.config, dataset, steers=steers)
 
 
 if __name__ == "__main__":

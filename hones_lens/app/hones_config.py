@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 SECTIONS = ("model", "data", "run", "steering")
-_SET_KEYS = ("name", "data_file", "image_dir", "dev_split", "test_split", "dev_limit", "test_limit")
+_DATASET_KEYS = ("name", "data_file", "image_dir", "dev_split", "test_split", "dev_limit", "test_limit")
 _KEYS = {
     "model": ("name", "model_id", "dtype", "device_map", "min_pixels", "max_pixels"),
     "data": (
@@ -66,8 +66,8 @@ def read_options(
     for section, fixed in _FIXED.items():
         for key, wanted in fixed.items():
             if data.get(section, {}).get(key, wanted) != wanted:
-                said = data[section][key]
-                raise ValueError(f"{file}: {section}.{key} is {said!r}; every stage here takes {wanted}")
+                value = data[section][key]
+                raise ValueError(f"{file}: {section}.{key} is {value!r}; every stage here takes {wanted}")
     options = {
         "model": model.get("model_id") or model.get("name"),
         "dtype": _dtype(model.get("dtype", "auto"), file),
@@ -87,20 +87,20 @@ def read_options(
 
 def _check_keys(data: Mapping[str, Any], file: str | Path) -> None:
     for section, values in data.items():
-        _known(section, SECTIONS, "section", file)
+        _check_known(section, SECTIONS, "section", file)
         for key in values or {}:
-            _known(key, _KEYS[section], f"key {section}.", file)
+            _check_known(key, _KEYS[section], f"key {section}.", file)
     for name, entry in data.get("data", {}).get("datasets", {}).items():
         for key in entry:
-            _known(key, _SET_KEYS, f"key data.datasets.{name}.", file)
+            _check_known(key, _DATASET_KEYS, f"key data.datasets.{name}.", file)
 
 
-def _known(key: str, valid: tuple[str, ...], what: str, file: str | Path) -> None:
+def _check_known(key: str, valid: tuple[str, ...], what: str, file: str | Path) -> None:
     if key not in valid:
-        near = difflib.get_close_matches(str(key), valid, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
-        said = f"{what}{key}" if what.endswith(".") else f"{what} {key!r}"
-        raise ValueError(f"{file}: unknown {said}; {hint}")
+        closest = difflib.get_close_matches(str(key), valid, n=1)
+        hint = f"did you mean {closest[0]!r}?" if closest else f"valid: {', '.join(valid)}"
+        unknown = f"{what}{key}" if what.endswith(".") else f"{what} {key!r}"
+        raise ValueError(f"{file}: unknown {unknown}; {hint}")
 
 
 def _root(file: Path) -> Path:
@@ -145,7 +145,7 @@ def _data_options(
 
 def _steering_options(steering: Mapping[str, Any], task: str | None, root: Path) -> dict[str, Any]:
     banks = steering.get("neuron_banks") or {}
-    found = {
+    options = {
         "methods": steering.get("methods"),
         "factors": steering.get("grid_amps"),
         "lr": None if steering.get("lr") is None else (float(steering["lr"]),),
@@ -160,4 +160,4 @@ def _steering_options(steering: Mapping[str, Any], task: str | None, root: Path)
         "dev_limit": steering.get("dev_limit"),
         "limit": steering.get("test_limit"),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in options.items() if value is not None}

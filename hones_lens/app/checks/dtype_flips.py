@@ -19,20 +19,20 @@ from hones_lens.tasks import Task
 
 
 @dataclass(frozen=True)
-class Flips:
-    """Cells (heads × examples) of one task that come out differently than in float32.
+class DtypeFlips:
+    """Number of cells (heads × examples) of one task whose result differs from that in float32.
 
     Attributes:
-        task: Which.
-        dtype: The other type's name.
-        cells: How many were compared.
-        answers: In how many the answer differs (retrieval: the first five candidates, in order).
-        drops: In how many the example's drop differs: the metric with the clean model minus with the head
-            replaced, each in its own type.
-        clean: Of how many examples the clean answer differs, of `n`.
-        n: How many examples.
-        rank_correlation: Spearman's, of the heads' scores in the two types; NaN where all scores are equal.
-        top_k, shared: How many heads are critical, and how many of them are so in both types.
+        task: Name of the task.
+        dtype: Name of the other type.
+        cells: Number of cells compared.
+        answers: Cells whose answer differs (retrieval: the first five candidates, in order).
+        drops: Cells whose drop differs: the metric of the clean model minus that with the head replaced,
+            each in its own type.
+        clean: Examples, of `n`, whose clean answer differs.
+        n: Number of examples.
+        rank_correlation: Spearman's correlation of the head scores in the two types; NaN if all are equal.
+        top_k, shared: Number of critical heads, and of those that are critical in both types.
     """
 
     task: str
@@ -62,18 +62,18 @@ def dtype_flips(
     examples: Sequence[Example],
     top_k: int | None = None,
     batch_size: int = 32,
-) -> Flips:
+) -> DtypeFlips:
     """Localize heads (HONES eq. H1) in two types, and count the cells that differ.
 
     Args:
-        model: In float32.
+        model: The model in float32.
         other: The same weights in another type.
-        task, examples: On what.
-        top_k: Critical heads; default from `model_configs/`.
-        batch_size: Examples at a time.
+        task, examples: The task and its examples.
+        top_k: Number of critical heads; default from `model_configs/`.
+        batch_size: Examples per batch.
 
     Raises:
-        ValueError: The first model isn't in float32, or the second is; models of different shape.
+        ValueError: `model` is not in float32, `other` is, or the models have different heads.
     """
     task = engine.as_task(task)
     if model.cfg.dtype is not torch.float32 or other.cfg.dtype is torch.float32:
@@ -84,14 +84,14 @@ def dtype_flips(
     if cells != cells_of(other):
         raise ValueError("the two models have different heads")
     engine.check_examples(task, examples)
-    found = [_run(each, task, examples, batch_size) for each in (model, other)]
-    said, scores = zip(*found, strict=True)
-    differs = np.array([[a != b for a, b in zip(*arms, strict=True)] for arms in zip(*said, strict=True)])
+    outcomes = [_predictions_and_scores(each, task, examples, batch_size) for each in (model, other)]
+    answers, scores = zip(*outcomes, strict=True)
+    differs = np.array([[a != b for a, b in zip(*arms, strict=True)] for arms in zip(*answers, strict=True)])
     drops = [each[:1] - each[1:] for each in scores]
     means = [torch.from_numpy(each.mean(1)).view(model.cfg.n_layers, -1) for each in drops]
     k = default_top_k(model) if top_k is None else top_k
     critical = [{(c.layer, c.index) for c in ranked(mean, k, positive_only=True)} for mean in means]
-    return Flips(
+    return DtypeFlips(
         task=task.name,
         dtype=str(other.cfg.dtype).removeprefix("torch."),
         cells=int(differs[1:].size),
@@ -105,18 +105,21 @@ def dtype_flips(
     )
 
 
-def _run(
+def _predictions_and_scores(
     model: HookedVLM, task: Task, examples: Sequence[Example], batch_size: int
 ) -> tuple[list[list[Prediction]], np.ndarray]:
-    """What every arm says, the clean model first, and its scores, [arm example]."""
+    """Predictions of every arm, the clean model first, and their scores [arm example]."""
     arms = [[], *([replace_with_other_heads_mean(*cell)] for cell in cells_of(model))]
-    said: list[list[Prediction]] = [[] for _ in arms]
+    predictions: list[list[Prediction]] = [[] for _ in arms]
     for batch in engine.prompt_batches(model, task, examples, batch_size):
-        for mine, new in zip(said, engine.Sweep(model, arms).predictions(task, batch), strict=True):
-            mine += new
-    scores = [[task.score(a, e) for a, e in zip(answers, examples, strict=True)] for answers in said]
+        for arm_predictions, batch_predictions in zip(
+            predictions, engine.Sweep(model, arms).predictions(task, batch), strict=True
+        ):
+            arm_predictions += batch_predictions
+    scores = [[task.score(a, e) for a, e in zip(answers, examples, strict=True)] for answers in predictions]
     if task.ranks:
-        said = [
-            [np.argsort(-np.array(margins), kind="stable")[:5].tolist() for margins in arm] for arm in said
+        predictions = [
+            [np.argsort(-np.array(margins), kind="stable")[:5].tolist() for margins in arm]
+            for arm in predictions
         ]
-    return said, np.array(scores)
+    return predictions, np.array(scores)

@@ -1,4 +1,4 @@
-"""`hones check`: prove on the user's own checkpoint that ours computes what Hugging Face's does."""
+"""`hones check`: whether the hooked model computes what Hugging Face's does, on a given checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-9, torch.bfloat16: 4e-2, to
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked, whether it held, and the figure."""
+    """Result of one check: its name, whether it passed, and the measured figures as text."""
 
     name: str
     passed: bool
@@ -31,9 +31,9 @@ def check_model(hooked: HookedVLM, hf_model, max_new_tokens: int = 16) -> list[C
     """Parity of logits and greedy tokens, live hooks, image geometry and peak memory.
 
     Args:
-        hooked: Ours, made from `hf_model`.
-        hf_model: Hugging Face's model.
-        max_new_tokens: Greedy tokens to compare on each of the prompts.
+        hooked: The hooked model, made from `hf_model`.
+        hf_model: The model of Hugging Face.
+        max_new_tokens: Number of greedy tokens to compare for each prompt.
     """
     examples = load_examples("shapes-varied", "vqa", "test", limit=3)
     prompts = [load_task("vqa").prompts(example)[0] for example in examples]
@@ -51,12 +51,14 @@ def check_model(hooked: HookedVLM, hf_model, max_new_tokens: int = 16) -> list[C
 @torch.no_grad()
 def _logits(hooked: HookedVLM, hf_model, inputs: VLMInputs) -> Check:
     ours, theirs = hooked(inputs).float(), hf_model(**inputs.to_hf()).logits.float()
-    real = inputs.attention_mask.bool().to(ours.device)
-    difference = float((ours - theirs)[real].abs().max())
-    largest = float(theirs[real].abs().max())
-    agree = float((ours.argmax(-1) == theirs.argmax(-1))[real].float().mean())
+    not_padding = inputs.attention_mask.bool().to(ours.device)
+    difference = float((ours - theirs)[not_padding].abs().max())
+    largest = float(theirs[not_padding].abs().max())
+    agreement = float((ours.argmax(-1) == theirs.argmax(-1))[not_padding].float().mean())
     passed = difference <= TOLERANCES[hooked.cfg.dtype] * max(1.0, largest)
-    figure = f"max |difference| {difference:.2e} (largest logit {largest:.1f}), same top token at {agree:.1%}"
+    figure = (
+        f"max |difference| {difference:.2e} (largest logit {largest:.1f}), same top token at {agreement:.1%}"
+    )
     return Check("logits equal Hugging Face's", passed, figure)
 
 
@@ -74,12 +76,19 @@ def _greedy(hooked: HookedVLM, hf_model, inputs: VLMInputs, max_new_tokens: int)
 
 @torch.no_grad()
 def _layers(hooked: HookedVLM, inputs: VLMInputs) -> Check:
-    whole = hooked(inputs)
-    worst = 0.0
+    full_logits = hooked(inputs)
+    largest_difference = 0.0
     for layer in range(hooked.cfg.n_layers + 1):
         resid = hooked(inputs, stop_at_layer=layer)
-        worst = max(worst, float((hooked(resid, start_at_layer=layer, inputs=inputs) - whole).abs().max()))
-    return Check("stopping and starting at every layer", worst == 0, f"max |difference| {worst:.1e}")
+        largest_difference = max(
+            largest_difference,
+            float((hooked(resid, start_at_layer=layer, inputs=inputs) - full_logits).abs().max()),
+        )
+    return Check(
+        "stopping and starting at every layer",
+        largest_difference == 0,
+        f"max |difference| {largest_difference:.1e}",
+    )
 
 
 @torch.no_grad()
@@ -92,36 +101,40 @@ def _hooks(hooked: HookedVLM, inputs: VLMInputs) -> Check:
         finite = x[torch.isfinite(x)].float()
         return x + (0.5 * finite.std() * noise).to(x.dtype)
 
-    dead = []
+    without_effect = []
     for name in hooked.hook_dict:
         if bool((hooked.run_with_hooks(inputs, fwd_hooks=[(name, nudge)]) == clean).all()):
-            dead.append(name)
-    figure = f"{len(hooked.hook_dict)} hooks edited, {len(dead)} without effect"
-    return Check("every hook is causal", not dead, figure + (f": {', '.join(dead[:5])}" if dead else ""))
+            without_effect.append(name)
+    figure = f"{len(hooked.hook_dict)} hooks edited, {len(without_effect)} without effect"
+    return Check(
+        "every hook is causal",
+        not without_effect,
+        figure + (f": {', '.join(without_effect[:5])}" if without_effect else ""),
+    )
 
 
 @torch.no_grad()
 def _geometry(hooked: HookedVLM) -> Check:
-    """A mark on one patch of a blank picture must show at that patch of the grid."""
+    """Check that a mark on one patch of a blank picture changes the embedding of that patch most."""
     side = hooked.cfg.vision.image_size
     width, height = (side, side) if side else (140, 112)
     blank = Image.new("RGB", (width, height), (114, 114, 114))
     rows, columns = hooked.prepare(blank, "Look.").patch_grids[0][0]
-    wrong: list[tuple[int, int]] = []
+    misplaced: list[tuple[int, int]] = []
     for row, column in _corners(rows, columns):
         marked = blank.copy()
-        across = [round(width * c / columns) for c in (column, column + 1)]
-        down = [round(height * r / rows) for r in (row, row + 1)]
-        marked.paste((255, 255, 255), (across[0], down[0], across[1], down[1]))
+        x_range = [round(width * c / columns) for c in (column, column + 1)]
+        y_range = [round(height * r / rows) for r in (row, row + 1)]
+        marked.paste((255, 255, 255), (x_range[0], y_range[0], x_range[1], y_range[1]))
         inputs = hooked.prepare([blank, marked], ["Look.", "Look."])
         _, cache = hooked.run_with_cache(inputs, names_filter="vision_encoder.hook_embed")
         embeds = cache["vision_encoder.hook_embed"].float()
         change = (embeds[1] - embeds[0]).norm(dim=-1)[-rows * columns :]
         grid = inputs.heatmap(torch.nn.functional.pad(change, (inputs.leading_tokens, 0)))
         if divmod(int(grid.argmax()), columns) != (row, column):
-            wrong.append((row, column))
-    figure = f"grid of {rows} × {columns}, {len(wrong)} of {len(_corners(rows, columns))} marks misplaced"
-    return Check("patches lie where the picture has them", not wrong, figure)
+            misplaced.append((row, column))
+    figure = f"grid of {rows} × {columns}, {len(misplaced)} of {len(_corners(rows, columns))} marks misplaced"
+    return Check("patches lie where the picture has them", not misplaced, figure)
 
 
 def _corners(rows: int, columns: int) -> Sequence[tuple[int, int]]:
@@ -129,10 +142,10 @@ def _corners(rows: int, columns: int) -> Sequence[tuple[int, int]]:
 
 
 def _memory(hooked: HookedVLM) -> Check:
-    held = sum(p.numel() * p.element_size() for p in hooked.parameters())
+    weight_bytes = sum(p.numel() * p.element_size() for p in hooked.parameters())
     if hooked.cfg.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(hooked.cfg.device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    figure = f"{peak / 2**30:.2f} GiB at the peak, of which weights {held / 2**30:.2f} GiB"
+    figure = f"{peak / 2**30:.2f} GiB at the peak, of which weights {weight_bytes / 2**30:.2f} GiB"
     return Check("memory", True, figure)

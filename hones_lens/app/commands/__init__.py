@@ -1,1 +1,1 @@
-"""The commands of `hones`, a module each: `add` declares options, `run` does it and imports what is heavy."""
+"""The commands of `hones`, one module each: `add` declares options, `execute` runs the command."""

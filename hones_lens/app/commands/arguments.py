@@ -1,4 +1,4 @@
-"""What several commands make of their arguments: the model, the examples, the run folder, the heads."""
+"""Objects that several commands build from their arguments: model, examples, run folder, heads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model_from(args: argparse.Namespace) -> HookedVLM:
 
 
 def data_from(args: argparse.Namespace) -> DataChoice:
-    """Which examples the stages read."""
+    """The examples that the options select."""
     from hones_lens.app.runs.data_choice import DataChoice
 
     return DataChoice(
@@ -46,7 +46,7 @@ def data_from(args: argparse.Namespace) -> DataChoice:
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """The run folder; a folder that a configuration means for one task is not another task's."""
+    """The run folder; if a configuration names one for a single task, other tasks get a folder beside it."""
     if args.out:
         return Path(args.out)
     if not args.outputs:
@@ -58,7 +58,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 
 def planned(args: argparse.Namespace, model: HookedVLM, data: DataChoice, stages: Sequence[str]) -> bool:
-    """Print the plan of these stages if `--plan` asks for it; whether it does."""
+    """Print the plan of these stages if `--plan` is given; returns whether it is."""
     from hones_lens.app.runs import plan
 
     if args.plan:
@@ -68,7 +68,7 @@ def planned(args: argparse.Namespace, model: HookedVLM, data: DataChoice, stages
 
 
 def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> Run:
-    """The run folder of localization and masking, opened."""
+    """Open the run folder of localization and masking."""
     from hones_lens.app.runs import stages as pipeline
 
     names = ("top_k", "ratio", "controls", "positions", "prefilter", "race")
@@ -77,7 +77,7 @@ def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> R
 
 
 def find_heads(args: argparse.Namespace, model: HookedVLM, run: Run, data: DataChoice) -> HeadScores:
-    """The critical heads of the run, measured as the options say."""
+    """The critical heads of the run, measured with the given options."""
     from hones_lens.app.runs import stages as pipeline
     from hones_lens.results import Racing
 
@@ -88,7 +88,7 @@ def find_heads(args: argparse.Namespace, model: HookedVLM, run: Run, data: DataC
 
 
 def write_result(args: argparse.Namespace, data: Any) -> None:
-    """Write what JSON can say to the file of `--json`, if there is one."""
+    """Write a result to the file of `--json`, if the option is given."""
     if args.json:
         from hones_lens.results import write_json
 

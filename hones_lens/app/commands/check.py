@@ -9,7 +9,7 @@ from hones_lens.app.commands.arguments import write_result
 from hones_lens.app.commands.options import add_command, model_options
 
 if TYPE_CHECKING:
-    from hones_lens.app.checks.dtype_flips import Flips
+    from hones_lens.app.checks.dtype_flips import DtypeFlips
 
 
 def add(commands: Any) -> None:
@@ -46,7 +46,7 @@ def execute(args: argparse.Namespace) -> int:
     return 0 if all(check.passed for check in checks) else 1
 
 
-def _flips(args: argparse.Namespace, dtype: Any) -> list[Flips]:
+def _flips(args: argparse.Namespace, dtype: Any) -> list[DtypeFlips]:
     """What a localization gives in another type than float32, task by task, as it comes."""
     import torch
 
@@ -55,8 +55,10 @@ def _flips(args: argparse.Namespace, dtype: Any) -> list[Flips]:
     from hones_lens.model import load_model
 
     exact, other = (load_model(args.model_name, args.device, kind) for kind in (torch.float32, dtype))
-    found = []
+    results = []
     for task in tasks_of("shapes"):
-        found.append(dtype_flips(exact, other, task, load_examples("shapes", task, "discovery", args.flips)))
-        print(found[-1])
-    return found
+        results.append(
+            dtype_flips(exact, other, task, load_examples("shapes", task, "discovery", args.flips))
+        )
+        print(results[-1])
+    return results

@@ -32,22 +32,22 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.app.report.run_folder import read_view
     from hones_lens.app.report.terminal import print_summary
     from hones_lens.app.runs import stages as pipeline
-    from hones_lens.app.runs.views import keep_views
+    from hones_lens.app.runs.views import save_report_views
 
     model, data = model_from(args), data_from(args)
     if planned(args, model, data, ("heads", "held out", "neurons", "masking", "others")):
         return 0
     run = start_run(args, model, data)
     heads = find_heads(args, model, run, data)
-    pipeline.heads_again(model, run, args.task, data, heads)
+    pipeline.remeasure_on_held_out(model, run, args.task, data, heads)
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
     pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
     pipeline.mask_others(model, run, args.task, data, neurons.ratio)
-    keep_views(model, run, args.task, data, heads, neurons)
+    save_report_views(model, run, args.task, data, heads, neurons)
     view = read_view(run.folder)
     page = write_report(run.path("report.html"), [view])
     print_summary(Console(), view)
     print(f"\nReport: {page.resolve()}")
-    found = {name: json.loads(run.path(f"{name}.json").read_text(encoding="utf-8")) for name in _RESULTS}
-    write_result(args, {"report": str(page), **found})
+    results = {name: json.loads(run.path(f"{name}.json").read_text(encoding="utf-8")) for name in _RESULTS}
+    write_result(args, {"report": str(page), **results})
     return 0

@@ -24,15 +24,15 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.engine import evaluate
     from hones_lens.tasks import load_task
 
-    model, found = model_from(args), []
+    model, results = model_from(args), []
     tasks = tasks_of(args.dataset, args.data_file) if args.task == "all" else (args.task,)
     for task in map(load_task, tasks):
         limit = args.limit or (100 if task.ranks else 1000)
         files = {"data_file": args.data_file, "image_dir": args.image_dir, "on_error": args.on_error}
         kind = task.examples_of or task.name
-        found.append(
+        results.append(
             evaluate(model, task, load_examples(args.dataset, kind, args.split, limit, args.seed, **files))
         )
-        print(found[-1])
-    write_result(args, [evaluation.to_dict() for evaluation in found])
+        print(results[-1])
+    write_result(args, [evaluation.to_dict() for evaluation in results])
     return 0

@@ -26,28 +26,28 @@ def add(commands: Any) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Critical heads and the neurons that they feed; `--stage` for one of the two."""
     from hones_lens.app.runs import stages as pipeline
-    from hones_lens.app.runs.views import keep_views
+    from hones_lens.app.runs.views import save_report_views
 
     model, data = model_from(args), data_from(args)
-    every = ("heads", "held out", "neurons")
-    stages = {"heads": every[:2], "neurons": every[2:]}.get(args.stage, every)
+    all_stages = ("heads", "held out", "neurons")
+    stages = {"heads": all_stages[:2], "neurons": all_stages[2:]}.get(args.stage, all_stages)
     if planned(args, model, data, stages):
         return 0
     run = start_run(args, model, data)
     if args.stage == "neurons" and not run.path("heads.json").exists():
         raise ValueError(f"{run.folder} has no heads.json yet: --stage heads makes it, --stage all does both")
     heads = find_heads(args, model, run, data)
-    found: dict[str, Any] = {"heads": [list(c) for c in heads.top()]}
+    results: dict[str, Any] = {"heads": [list(c) for c in heads.top()]}
     print(heads, end="\n\n")
-    again = pipeline.heads_again(model, run, args.task, data, heads)
-    if again is not None:
-        found["held_out"] = again.to_dataframe().to_dict("records")
-        print(again, end="\n\n")
+    held_out = pipeline.remeasure_on_held_out(model, run, args.task, data, heads)
+    if held_out is not None:
+        results["held_out"] = held_out.to_dataframe().to_dict("records")
+        print(held_out, end="\n\n")
     if args.stage != "heads":
         neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
-        found["neurons"] = [list(c) for c in neurons.top()]
+        results["neurons"] = [list(c) for c in neurons.top()]
         print(neurons, end="\n\n")
-        keep_views(model, run, args.task, data, heads, neurons)
+        save_report_views(model, run, args.task, data, heads, neurons)
     print(f"Run: {run.folder}")
-    write_result(args, found)
+    write_result(args, results)
     return 0

@@ -25,17 +25,17 @@ def add(commands: Any) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Heads and neurons where they are not there yet, then masking (H4)."""
     from hones_lens.app.runs import stages as pipeline
-    from hones_lens.app.runs.views import keep_views
+    from hones_lens.app.runs.views import save_report_views
 
     model, data = model_from(args), data_from(args)
     if planned(args, model, data, ("heads", "held out", "neurons", "masking")):
         return 0
     run = start_run(args, model, data)
     heads = find_heads(args, model, run, data)
-    again = pipeline.heads_again(model, run, args.task, data, heads)
+    held_out = pipeline.remeasure_on_held_out(model, run, args.task, data, heads)
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
     results = pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
-    keep_views(model, run, args.task, data, heads, neurons)
-    print(*([] if again is None else [again]), *results, f"Run: {run.folder}", sep="\n\n")
+    save_report_views(model, run, args.task, data, heads, neurons)
+    print(*([] if held_out is None else [held_out]), *results, f"Run: {run.folder}", sep="\n\n")
     write_result(args, json.loads(run.path("masking.json").read_text(encoding="utf-8")))
     return 0

@@ -18,9 +18,10 @@ def execute(args: argparse.Namespace) -> int:
     """The models that are known by name."""
     from hones_lens.model import all_settings
 
-    for s in all_settings().values():
-        where = "shipped" if s.checkpoint else f"Hub: {s.hub_id}"
-        names = ", ".join((s.name, *s.aliases))
-        print(f"{names:<28} {s.family:<12} {s.top_k:>3} heads, {100 * s.ratio:g} % of neurons   {where}")
-    write_result(args, [vars(s) for s in all_settings().values()])
+    for settings in all_settings().values():
+        source = "shipped" if settings.checkpoint else f"Hub: {settings.hub_id}"
+        names = ", ".join((settings.name, *settings.aliases))
+        share = f"{100 * settings.ratio:g} % of neurons"
+        print(f"{names:<28} {settings.family:<12} {settings.top_k:>3} heads, {share}   {source}")
+    write_result(args, [vars(settings) for settings in all_settings().values()])
     return 0

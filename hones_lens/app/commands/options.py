@@ -1,4 +1,4 @@
-"""Options that several commands have, and how their values are read."""
+"""Options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hones_lens.tasks import task_names
 
 
 def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    """A command with the options that all have; `run(args)` returns its exit code."""
+    """Add a command with the options that all have; `run(args)` returns its exit code."""
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.set_defaults(run=run, parser=command)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -19,7 +19,7 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.Argum
 
 
 def add_stage_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    """A command that runs stages of the method into a run folder."""
+    """Add a command that runs stages of the method in a run folder."""
     command = add_command(commands, name, run, text)
     model_options(command)
     data_options(command)
@@ -45,7 +45,7 @@ def add_stage_command(commands: Any, name: str, run: Any, text: str) -> argparse
 
 
 def split_options(command: argparse.ArgumentParser) -> None:
-    """Run folder, splits, and how many examples of each."""
+    """Add the options of the run folder, the splits and their sizes."""
     command.add_argument("--out", metavar="DIR", help="run folder (default: runs/MODEL-TASK)")
     command.set_defaults(outputs=None)
     command.add_argument("--limit", type=int, help="how many examples of each split")
@@ -59,7 +59,7 @@ def split_options(command: argparse.ArgumentParser) -> None:
 
 
 def model_options(command: argparse.ArgumentParser, named: bool = True) -> None:
-    """Which model (unless the command names it otherwise), on which device, in which type."""
+    """Add the options of the model: name (unless the command has an argument for it), device and type."""
     if named:
         command.add_argument(
             "--model", default="tiny-llava", help="name, folder or Hub id (default: tiny-llava)"
@@ -73,7 +73,7 @@ def model_options(command: argparse.ArgumentParser, named: bool = True) -> None:
 
 
 def data_options(command: argparse.ArgumentParser, several: bool = False) -> None:
-    """Which task, or with `several` also all that the data set has, and which data."""
+    """Add the options of the task and the data; with `several`, the task may be `all`."""
     choices = (*task_names(), "all") if several else task_names()
     default = "all" if several else "vqa"
     command.add_argument("--task", choices=choices, default=default, help=f"default: {default}")
@@ -81,7 +81,7 @@ def data_options(command: argparse.ArgumentParser, several: bool = False) -> Non
 
 
 def file_options(command: argparse.ArgumentParser) -> None:
-    """Which data set, from which files."""
+    """Add the options of the data set and its files."""
     command.add_argument("--dataset", default="shapes", help="name, file or folder (default: shapes)")
     command.add_argument("--data-file", help="annotations, for data sets read from files")
     command.add_argument("--image-dir", help="images, for data sets read from files")

@@ -22,8 +22,8 @@ def add(commands: Any) -> None:
     command.add_argument("--split", default="test", help="where results are measured (default: test)")
     model_options(command, named=False)
     file_options(command)
-    nothing = ("min_pixels", "max_pixels", "discovery_limit", "dev_limit")
-    command.set_defaults(discovery_split="discovery", dev_split="dev", **dict.fromkeys(nothing))
+    unused_options = ("min_pixels", "max_pixels", "discovery_limit", "dev_limit")
+    command.set_defaults(discovery_split="discovery", dev_split="dev", **dict.fromkeys(unused_options))
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -36,8 +36,8 @@ def execute(args: argparse.Namespace) -> int:
     out, result = args.out or f"runs/{name}-overlap{'-masked' if args.mask else ''}", {}
     if not args.mask:
         run = runs.start_overlap(out, name, neurons)
-        found = runs.share_neurons(run, neurons)
-        print(found)
+        overlap = runs.find_shared_neurons(run, neurons)
+        print(overlap)
     else:
         args.model = args.model or name
         model, data = model_from(args), data_from(args)
@@ -45,16 +45,16 @@ def execute(args: argparse.Namespace) -> int:
             raise ValueError(f"the runs are of {name}, not of {model.cfg.model_name}")
         examples = {task: data.test(task) for task in neurons}
         run = runs.start_overlap(out, name, neurons, model, examples)
-        found = runs.share_neurons(run, neurons)
-        print(found)
-        groups = runs.mask_shared(model, run, examples, found)
+        overlap = runs.find_shared_neurons(run, neurons)
+        print(overlap)
+        groups = runs.mask_shared_groups(model, run, examples, overlap)
         print(f"\n{groups}")
         result["groups"] = groups.to_dataframe().to_dict("records")
         result["lenses"] = {}
         for task, scores in neurons.items():
-            lens = runs.read_lens(model, run, task, examples[task], scores, f"lens-{task}")
+            lens = runs.find_lens_delta(model, run, task, examples[task], scores, f"lens-{task}")
             print(f"\n{lens}")
             result["lenses"][task] = lens.to_dataframe().to_dict("records")
     print(f"\nRun: {run.folder}\nFigures: hones report {run.folder} --out {run.folder / 'report.html'}")
-    write_result(args, {"overlap": asdict(found), **result})
+    write_result(args, {"overlap": asdict(overlap), **result})
     return 0

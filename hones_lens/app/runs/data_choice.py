@@ -1,4 +1,4 @@
-"""Which examples a run reads."""
+"""Options that select the examples of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEV_SIZES = {False: 210, True: 24}
 
 @dataclass(frozen=True)
 class DataChoice:
-    """Which examples a run reads: a data set, its files, a seed, and how many of which splits.
+    """The examples of a run: data set, files, seed, splits and their sizes.
 
     Splits are names, or split files of the data set (see `load_examples`).
     """
@@ -33,19 +33,19 @@ class DataChoice:
     on_error: str = "raise"
 
     def discovery(self, task: str | Task) -> list[Example]:
-        """The examples that heads and neurons are found on."""
+        """The examples on which heads and neurons are selected."""
         default = DEFAULT_SIZES[as_task(task).ranks][0]
         return self._load(task, self.discovery_split, self.n_discovery or default)
 
     def dev(self, task: str | Task) -> list[Example]:
-        """The examples that scales are learned and chosen on."""
+        """The examples on which scales are learned and chosen."""
         return self._load(task, self.dev_split, self.n_dev or DEV_SIZES[as_task(task).ranks])
 
     def test(self, task: str | Task) -> list[Example]:
-        """The held-out examples that neurons are masked on.
+        """The held-out examples on which results are measured.
 
         Raises:
-            ValueError: They would be the discovery examples.
+            ValueError: The held-out split is the discovery split.
         """
         if self.held_out == self.discovery_split:
             raise ValueError(

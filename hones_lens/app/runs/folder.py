@@ -1,6 +1,6 @@
-"""Run folders: settings with versions and hashes, results as they come, a log, and resuming.
+"""Run folders: settings with versions and hashes, results of the stages, a log, and resuming.
 
-A run folder says by itself what made it. The same command on the same folder goes on where it
+A run folder records the settings that produced it. The same command on the same folder resumes where it
 stopped; other settings are refused.
 """
 
@@ -39,9 +39,9 @@ def weights_hash(model: HookedVLM) -> str:
     digest = hashlib.blake2b(digest_size=12)
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
-        picked = flat[_evenly_spaced(flat.numel()).to(flat.device)]
+        sample = flat[_evenly_spaced(flat.numel()).to(flat.device)]
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(picked.float().cpu().numpy().tobytes())
+        digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -71,7 +71,7 @@ def examples_hash(task: Task, examples: Sequence[Example]) -> str:
 class Journal(UserDict):
     """Results of finished batches, one JSON line each: setting a key writes it to the disk.
 
-    A killed run loses at most the batch in flight: a last line that is cut short is dropped.
+    A killed run loses at most the current batch: an incomplete last line is dropped.
     """
 
     def __init__(self, file: Path):
@@ -81,11 +81,11 @@ class Journal(UserDict):
             self._read()
 
     def _read(self) -> None:
-        whole = self.file.read_bytes()
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if len(kept) < len(whole):
-            self.file.write_bytes(kept)
-        for line in kept.decode("utf-8").splitlines():
+        content = self.file.read_bytes()
+        complete_lines = content[: content.rfind(b"\n") + 1]
+        if len(complete_lines) < len(content):
+            self.file.write_bytes(complete_lines)
+        for line in complete_lines.decode("utf-8").splitlines():
             key, value = json.loads(line)
             self.data[key] = value
 
@@ -95,8 +95,8 @@ class Journal(UserDict):
             out.write(json.dumps([key, value], allow_nan=False) + "\n")
 
 
-class _Kept(Protocol):
-    """A result that a file can hold."""
+class _Saveable(Protocol):
+    """A result that can be saved to a file and loaded from it."""
 
     def save(self, file: Path) -> None: ...
 
@@ -104,15 +104,15 @@ class _Kept(Protocol):
     def load(cls, file: Path) -> Self: ...
 
 
-R = TypeVar("R", bound=_Kept)
+R = TypeVar("R", bound=_Saveable)
 
 
 class Run:
-    """One run folder.
+    """A run folder.
 
     Args:
-        folder: Made if it is not there.
-        settings: Everything that decides the numbers, JSON values only.
+        folder: Path of the folder; it is created if it does not exist.
+        settings: All settings on which the results depend, as JSON values.
 
     Raises:
         ValueError: The folder holds a run with other settings (names each difference), or is not a
@@ -138,36 +138,37 @@ class Run:
                 raise ValueError(f"{self.folder} is not empty and not a run folder; choose another --out")
             return False
         saved = json.loads(file.read_text(encoding="utf-8"))
-        now = {**self.settings, **self.environment}
-        then = {**saved["settings"], **saved["environment"]}
-        other = [
-            f"{k}: {then.get(k)!r} there, {now.get(k)!r} now"
-            for k in sorted(then | now)
-            if then.get(k) != now.get(k)
+        current = {**self.settings, **self.environment}
+        stored = {**saved["settings"], **saved["environment"]}
+        differences = [
+            f"{k}: {stored.get(k)!r} there, {current.get(k)!r} now"
+            for k in sorted(stored | current)
+            if stored.get(k) != current.get(k)
         ]
-        if other:
+        if differences:
             raise ValueError(
-                f"{self.folder} holds a run with other settings ({'; '.join(other)}); choose another --out"
+                f"{self.folder} holds a run with other settings ({'; '.join(differences)}); "
+                "choose another --out"
             )
         return True
 
     def log(self, message: str) -> None:
-        """Add a line with the time to log.txt."""
+        """Append a line with the time to log.txt."""
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
         with open(self.folder / "log.txt", "a", encoding="utf-8") as out:
             out.write(f"{stamp} {message}\n")
 
     def path(self, name: str) -> Path:
-        """A file of this run."""
+        """Path of a file in the run folder."""
         return self.folder / name
 
     def stage(self, name: str, result: type[R], compute: Callable[[], R]) -> R:
-        """A stage's result: read from `NAME.json` if that is there, else computed and kept there.
+        """The result of a stage: loaded from `NAME.json` if that exists, else computed and saved there.
 
         Args:
-            name: Of the stage, and of its file.
+            name: Name of the stage and of its file.
             result: Class of the result, which has `save(file)` and `load(file)`.
-            compute: Makes the result.
+            compute: Computes the result.
         """
         file = self.path(f"{name}.json")
         if not file.exists():
@@ -176,5 +177,5 @@ class Run:
         return result.load(file)
 
     def journal(self, stage: str) -> Journal:
-        """The finished batches of a stage."""
+        """The journal of a stage: results of its finished batches."""
         return Journal(self.folder / f"{stage}.journal.jsonl")

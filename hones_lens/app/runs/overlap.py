@@ -1,4 +1,4 @@
-"""What concerns several tasks at once, in a run folder of its own: what `hones overlap` does."""
+"""Comparison of the neurons of several tasks in a run folder, for `hones overlap`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from hones_lens.tasks import load_task
 
 
 def neurons_of_runs(folders: Sequence[str | Path]) -> tuple[str, dict[str, NeuronScores]]:
-    """The model's name and each task's neurons, from the run folders of `hones localize`.
+    """The model's name and each task's neurons, from run folders of `hones localize`.
 
     Raises:
-        ValueError: Runs of several models, or two of one task; a folder that is no run, or has no neurons.
+        ValueError: The runs are of several models, or two are of one task, or one has no neurons.
     """
     tasks: dict[str, NeuronScores] = {}
     models: dict[str, str | Path] = {}
@@ -42,8 +42,8 @@ def neurons_of_runs(folders: Sequence[str | Path]) -> tuple[str, dict[str, Neuro
         models.setdefault(settings["model"], folder)
         tasks[task] = NeuronScores.load(file)
     if len(models) > 1:
-        said = ", ".join(f"{folder} of {model}" for model, folder in models.items())
-        raise ValueError(f"runs of one model are compared, not {said}")
+        runs = ", ".join(f"{folder} of {model}" for model, folder in models.items())
+        raise ValueError(f"runs of one model are compared, not {runs}")
     return next(iter(models)), tasks
 
 
@@ -54,39 +54,41 @@ def start_overlap(
     model: HookedVLM | None = None,
     examples: Mapping[str, Sequence[Example]] | None = None,
 ) -> Run:
-    """Open a run folder whose settings tell neurons, and where groups are masked, weights and examples.
+    """Open a run folder whose settings identify the neurons and, for masking, weights and examples.
 
     Raises:
         ValueError: The folder holds a run with other settings.
     """
-    chosen = {task: [[c.layer, c.index] for c in found.top()] for task, found in neurons.items()}
-    settings: dict[str, Any] = {"model": model_name, "tasks": list(neurons), "neurons": digest(chosen)}
+    selected = {task: [[c.layer, c.index] for c in scores.top()] for task, scores in neurons.items()}
+    settings: dict[str, Any] = {"model": model_name, "tasks": list(neurons), "neurons": json_hash(selected)}
     if model is not None and examples is not None:
         settings["weights"] = weights_hash(model)
-        settings["examples"] = {task: examples_hash(load_task(task), some) for task, some in examples.items()}
+        settings["examples"] = {
+            task: examples_hash(load_task(task), task_examples) for task, task_examples in examples.items()
+        }
     return Run(out, settings)
 
 
-def share_neurons(run: Run, neurons: Mapping[str, NeuronScores]) -> Overlap:
-    """Which neurons tasks share, from the folder if that is there."""
+def find_shared_neurons(run: Run, neurons: Mapping[str, NeuronScores]) -> Overlap:
+    """Load or compute which neurons the tasks share."""
     return run.stage("overlap", Overlap, lambda: find_overlap(neurons))
 
 
-def mask_shared(
+def mask_shared_groups(
     model: HookedVLM, run: Run, examples: Mapping[str, Sequence[Example]], shared: Overlap
 ) -> GroupMasking:
-    """Every task with each group of neurons masked, from the folder if that is there."""
+    """Load or compute the results of every task with each group of neurons masked."""
     journals = {task: run.journal(f"groups-{task}") for task in examples}
     return run.stage("groups", GroupMasking, lambda: mask_groups(model, examples, shared, journals=journals))
 
 
-def read_lens(
+def find_lens_delta(
     model: HookedVLM, run: Run, task: str, examples: Sequence[Example], neurons: NeuronScores, name: str
 ) -> LensDelta:
-    """Baseline minus masked in the logit lens, from the folder if it is there under that name."""
+    """Load or compute the logit lens of the baseline minus that with the neurons masked, as stage `name`."""
     return run.stage(name, LensDelta, lambda: lens_delta(model, task, examples, neurons))
 
 
-def digest(data: Any) -> str:
-    """A hash of what JSON can say."""
+def json_hash(data: Any) -> str:
+    """A hash of JSON values."""
     return hashlib.blake2b(json.dumps(data).encode(), digest_size=12).hexdigest()

@@ -1,4 +1,4 @@
-"""One activation patching into a run folder: what `hones patch` does."""
+"""Activation patching into a run folder: the implementation of `hones patch`."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ from hones_lens.tasks import load_task
 
 CORRUPTIONS = ("noise", "blank", "blur", "shuffle", "mean")
 DEFAULT_LIMIT = 64
-_TIMED = 8  # patches that a plan times
+_N_TIMED = 8  # number of patches that a plan times
 
 
 @dataclass(frozen=True)
 class PairsChoice:
-    """Which clean and corrupted inputs are patched.
+    """Options that select the clean and corrupted inputs of a patching.
 
-    A picture with its own prompt and answer; or examples of a data set, corrupted; or, with neither a picture
-    nor a corruption, counterfactual pairs of the shapes world.
+    The pairs are a picture of the user with a prompt and an answer; or corrupted examples of a data set; or,
+    with neither a picture nor a corruption, counterfactual pairs of the shapes world.
 
     Attributes:
-        task: Of examples and counterfactual pairs.
-        kind: Of counterfactual pairs (see `counterfactual_pairs`).
-        image, prompt, answer, foil: The user's own clean input, what is right on it, and another answer.
-        corrupted_image, corrupted_prompt: The user's own corrupted input, where it differs.
-        corrupt: A built-in corruption, of `CORRUPTIONS`.
+        task: Task of the examples or counterfactual pairs.
+        kind: Kind of counterfactual pairs (see `counterfactual_pairs`).
+        image, prompt, answer, foil: The user's clean input, its right answer, and another answer.
+        corrupted_image, corrupted_prompt: The user's corrupted input, where it differs from the clean one.
+        corrupt: Name of a built-in corruption, one of `CORRUPTIONS`.
         strength: Standard deviations of the noise, or radius of the blur; None for the default.
-        color: Of `blank`.
-        corrupt_box: Corrupt there alone: left, top, right, bottom.
-        dataset, data_file, image_dir, split, limit, seed, on_error: Of the examples (see `load_examples`);
-            the seed is that of noise and shuffling too.
+        color: Colour of `blank`.
+        corrupt_box: Restricts the corruption to a box: left, top, right, bottom.
+        dataset, data_file, image_dir, split, limit, seed, on_error: Options of `load_examples`; the seed is
+            also that of noise and shuffling.
     """
 
     task: str = "vqa"
@@ -74,20 +74,20 @@ class PairsChoice:
     on_error: str = "raise"
 
     def load(self, model: HookedVLM) -> PatchPairs:
-        """The pairs, prepared.
+        """Load and prepare the pairs.
 
         Raises:
-            ValueError: Options that don't go together, or what the chosen source raises.
+            ValueError: Options contradict each other; also whatever the chosen source raises.
         """
         self._check()
         if self.image is not None:
-            return self._own(model)
+            return self._user_pair(model)
         if self.corrupt is None:
             limit = DEFAULT_LIMIT if self.limit is None else self.limit
             task = load_task(self.task)
             kind_of = task.examples_of or task.name
-            drawn = counterfactual_pairs(kind_of, self.kind, self.split, limit, self.seed)
-            return counterfactual(model, drawn, task)
+            fact_pairs = counterfactual_pairs(kind_of, self.kind, self.split, limit, self.seed)
+            return counterfactual(model, fact_pairs, task)
         task, examples = load_task(self.task), self._examples()
         prompts = [task.target_prompt(example) for example in examples]
         inputs = model.prepare([example.image for example in examples], prompts)
@@ -96,8 +96,8 @@ class PairsChoice:
             for prompt, example in zip(prompts, examples, strict=True)
         ]
         ids = [example.id for example in examples]
-        made = corrupted_by(model, inputs, self.corruption(), answers, ids=ids)
-        return replace(made, task=self.task)
+        pairs = corrupted_by(model, inputs, self.corruption(), answers, ids=ids)
+        return replace(pairs, task=self.task)
 
     def _examples(self) -> list[Example]:
         files = {"data_file": self.data_file, "image_dir": self.image_dir, "on_error": self.on_error}
@@ -106,8 +106,8 @@ class PairsChoice:
             self.dataset, task.examples_of or task.name, self.split, limit, self.seed, **files
         )
 
-    def first(self, pairs: PatchPairs) -> tuple[Image.Image, Image.Image | None, str]:
-        """The first of these pairs: its clean picture, its corrupted one if it is a picture, its prompt."""
+    def first_pictures(self, pairs: PatchPairs) -> tuple[Image.Image, Image.Image | None, str]:
+        """Clean picture, corrupted picture (None if there is none) and prompt of the first pair."""
         if self.image is not None:
             other = None if self.corrupted_image is None else open_image(self.corrupted_image)
             return open_image(self.image), other, str(self.prompt)
@@ -119,7 +119,7 @@ class PairsChoice:
         return example.image, None, task.target_prompt(example)
 
     def corruption(self) -> Corruption:
-        """The built-in corruption that was asked for."""
+        """The built-in corruption that the options select."""
         strength = {} if self.strength is None else {"sigma": self.strength}
         radius = {} if self.strength is None else {"radius": self.strength}
         made = {
@@ -131,37 +131,41 @@ class PairsChoice:
         }[str(self.corrupt)]()
         return made if self.corrupt_box is None else interventions.region(made, Box(*self.corrupt_box))
 
-    def _own(self, model: HookedVLM) -> PatchPairs:
-        """One pair: the user's picture and prompt."""
+    def _user_pair(self, model: HookedVLM) -> PatchPairs:
+        """The one pair that is made from the user's picture and prompt."""
         image, prompt, answer = str(self.image), str(self.prompt), str(self.answer)
         clean = model.prepare(image, prompt)
-        right = model.continuation(prompt, answer)
+        answer_ids = model.continuation(prompt, answer)
         if self.corrupt is not None:
             foils = None
             if self.foil is not None:
-                pair = (right, model.continuation(prompt, self.foil))
-                apart = with_shared_prefix(model, clean, clean, [pair], (Path(image).name,))
-                clean, right, foils = apart.clean, apart.answer.tolist(), apart.foil
-            return corrupted_by(model, clean, self.corruption(), right[:1], foils, [Path(image).name])
-        other = self.corrupted_prompt or prompt
-        corrupted = model.prepare(self.corrupted_image or image, other)
+                pair = (answer_ids, model.continuation(prompt, self.foil))
+                distinct = with_shared_prefix(model, clean, clean, [pair], (Path(image).name,))
+                clean, answer_ids, foils = distinct.clean, distinct.answer.tolist(), distinct.foil
+            return corrupted_by(model, clean, self.corruption(), answer_ids[:1], foils, [Path(image).name])
+        corrupted_prompt = self.corrupted_prompt or prompt
+        corrupted = model.prepare(self.corrupted_image or image, corrupted_prompt)
         if self.foil is None:
-            return corrupted_by(model, clean, lambda m, inputs: corrupted, right[:1], ids=[Path(image).name])
-        answers = (right, model.continuation(other, self.foil))
+            return corrupted_by(
+                model, clean, lambda m, inputs: corrupted, answer_ids[:1], ids=[Path(image).name]
+            )
+        answers = (answer_ids, model.continuation(corrupted_prompt, self.foil))
         return with_shared_prefix(model, clean, corrupted, [answers], (Path(image).name,))
 
     def _check(self) -> None:
-        own = {"prompt": self.prompt, "answer": self.answer}
-        others = {"corrupted-image": self.corrupted_image, "corrupted-prompt": self.corrupted_prompt}
+        required = {"prompt": self.prompt, "answer": self.answer}
+        corrupted = {"corrupted-image": self.corrupted_image, "corrupted-prompt": self.corrupted_prompt}
         if self.image is not None:
-            if missing := [name for name, value in own.items() if value is None]:
+            if missing := [name for name, value in required.items() if value is None]:
                 raise ValueError(f"--image needs --{' and --'.join(missing)} too")
-            given = [name for name, value in {**others, "corrupt": self.corrupt}.items() if value is not None]
+            given = [
+                name for name, value in {**corrupted, "corrupt": self.corrupt}.items() if value is not None
+            ]
             if not given or (self.corrupt is not None and len(given) > 1):
                 raise ValueError(
                     "--image needs --corrupt, or else --corrupted-image or --corrupted-prompt or both"
                 )
-        elif wrong := [n for n, v in {**own, **others, "foil": self.foil}.items() if v is not None]:
+        elif wrong := [n for n, v in {**required, **corrupted, "foil": self.foil}.items() if v is not None]:
             raise ValueError(f"--{wrong[0]} goes with --image")
         elif self.corrupt is None and self.dataset != "shapes":
             raise ValueError(
@@ -172,13 +176,13 @@ class PairsChoice:
             raise ValueError(f"unknown corruption {self.corrupt!r}; valid: {', '.join(CORRUPTIONS)}")
         if self.kind is not None and (self.image is not None or self.corrupt is not None):
             raise ValueError("--kind is for counterfactual pairs")
-        unread = {
+        unused = {
             "strength": self.strength is not None and self.corrupt not in ("noise", "blur"),
             "color": self.color is not None and self.corrupt != "blank",
             "corrupt-box": self.corrupt_box is not None and self.corrupt is None,
         }
-        for name, without_use in unread.items():
-            if without_use:
+        for name, is_unused in unused.items():
+            if is_unused:
                 raise ValueError(f"--{name} has nothing to act on with --corrupt {self.corrupt}")
 
 
@@ -204,34 +208,34 @@ def start_patching(
         },
     )
     if not run.path("pair.json").exists():
-        _save_first(model, run, pairs, choice)
+        _save_first_pair(model, run, pairs, choice)
     return run
 
 
-def _save_first(model: HookedVLM, run: Run, pairs: PatchPairs, choice: PairsChoice) -> None:
-    """Keep the first pair for the report: its pictures, texts, and where its patches lie."""
-    clean, corrupted, prompt = choice.first(pairs)
+def _save_first_pair(model: HookedVLM, run: Run, pairs: PatchPairs, choice: PairsChoice) -> None:
+    """Save the first pair for the report: its pictures, its texts, and the positions of its patches."""
+    clean, corrupted, prompt = choice.first_pictures(pairs)
     pictures = {"clean": clean, "corrupted": corrupted}
     files = {name: None if picture is None else f"pair-{name}.png" for name, picture in pictures.items()}
     for name, file in files.items():
         if file is not None:
             pictures[name].save(run.path(file))
     inputs, decode = pairs.clean[0].without_padding(), model.tokenizer.decode
-    about = {
+    fields = {
         "id": pairs.ids[0],
         "prompt": prompt,
         "answer": decode([int(pairs.answer[0])]),
         "foil": None if pairs.foil is None else decode([int(pairs.foil[0])]),
-        "image_mask": "".join(str(int(here)) for here in inputs.image_mask[0]),
+        "image_mask": "".join(str(int(is_image)) for is_image in inputs.image_mask[0]),
         "grids": inputs.grids[0],
         "regions": inputs.regions[0],
         "leading_tokens": inputs.leading_tokens,
     }
-    write_json(run.path("pair.json"), {"kind": "patch-pair", **files, **about})
+    write_json(run.path("pair.json"), {"kind": "patch-pair", **files, **fields})
 
 
 def run_patching(model: HookedVLM, run: Run, pairs: PatchPairs, options: dict[str, Any]) -> Labelled:
-    """The patching, from the folder if it is there, with its figure as PNG and SVG."""
+    """Load the patching from the folder, or run it and save it with its figure as PNG and SVG."""
 
     def patch() -> Labelled:
         result = patch_activations(model, pairs, journal=run.journal("patch"), **options)
@@ -246,29 +250,31 @@ def run_patching(model: HookedVLM, run: Run, pairs: PatchPairs, options: dict[st
 
 
 def plan_patching(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) -> list[str]:
-    """Lines that tell how many patches there are, and about how long they take: some are timed."""
+    """Lines that give the number of patches and an estimate of the time, from a few patches timed here."""
     site = as_patch_site(options["what"])
     targets = targets_of(site, model.cfg, options.get("layers"), options.get("units"))
     n_groups = len(positions_of(model, pairs, site, options["by"], options.get("groups")))
     middle = len(targets.cells) // 2
-    some = targets.cells[middle : middle + _TIMED]
-    sets = {str(i): [(n, unit) for n, units in cell for unit in units or ()] for i, cell in enumerate(some)}
+    timed_cells = targets.cells[middle : middle + _N_TIMED]
+    sets = {
+        str(i): [(n, unit) for n, units in cell for unit in units or ()] for i, cell in enumerate(timed_cells)
+    }
     if all(sets.values()):
         chosen: dict[str, Any] = {"layers": None, "units": sets}
     else:  # whole layers
-        chosen = {"layers": sorted({layer for cell in some for layer, _ in cell})}
+        chosen = {"layers": sorted({layer for cell in timed_cells for layer, _ in cell})}
     batch = pairs[: options.get("batch_size", 32)]
     timed: dict[str, Any] = {**options, **chosen, "progress": False, "draws": 0, "raw": True}
     started = time.perf_counter()
     patch_activations(model, batch, **timed)
-    each = (time.perf_counter() - started) / (len(some) * n_groups * len(batch))
+    seconds_per_row = (time.perf_counter() - started) / (len(timed_cells) * n_groups * len(batch))
     patches = len(targets.cells) * n_groups
     rows, tokens = patches * len(pairs), pairs.clean.input_ids.shape[1]
     return [
         f"{model.cfg.model_name}: {options['what']} by {options['by']}, {len(pairs)} pairs of up to {tokens} "
         "tokens",
-        f"  {patches:,} patches × {len(pairs)} pairs = {rows:,} rows, {1000 * each:.2g} ms each as timed in "
-        f"the middle, about {rows * each:.0f} s",
+        f"  {patches:,} patches × {len(pairs)} pairs = {rows:,} rows, {1000 * seconds_per_row:.2g} ms each "
+        f"as timed in the middle, about {rows * seconds_per_row:.0f} s",
     ]
 
 

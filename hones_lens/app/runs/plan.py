@@ -1,4 +1,4 @@
-"""What a run would do and cost, before it does it (`--plan`)."""
+"""Estimate of the cost of a run before it starts (`--plan`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Cost(NamedTuple):
-    """Interventions, examples, and how many layers a row computes on average."""
+    """Number of interventions and examples, and the mean number of layers that a row computes."""
 
     arms: int
     examples: int
@@ -36,7 +36,7 @@ def plan(
     n_controls: int,
     memory_budget: float | None = None,
 ) -> list[str]:
-    """Lines that tell rows, operations, memory and time of each stage.
+    """Lines that give rows, operations, memory and time of each stage.
 
     A row is one prompt under one intervention. Operations count two per weight and prompt token of the
     decoder layers that a row computes, and attention's own; rows that decode on are not counted, and
@@ -47,16 +47,16 @@ def plan(
     discovery, test = data.discovery(task), data.test(task)
     sample = next(engine.prompt_batches(model, chosen, discovery[:1], 1)).inputs
     n_layers, heads = model.cfg.n_layers, model.cfg.n_layers * model.cfg.n_heads
-    forked = (n_layers + 1) / 2  # a head of layer l computes what is above it
-    masked = 1 + len(RATIOS) * (n_controls + 1)
-    again = default_top_k(model)
-    others = len(pipeline.OTHER_RANKINGS) * (pipeline.OTHERS_CONTROLS + 1)
+    mean_layers = (n_layers + 1) / 2  # a head of layer l computes what is above it
+    masking_arms = 1 + len(RATIOS) * (n_controls + 1)
+    n_critical = default_top_k(model)
+    other_arms = len(pipeline.OTHER_RANKINGS) * (pipeline.OTHERS_CONTROLS + 1)
     costs = {
-        "heads": _Cost(heads, len(discovery), forked),
-        "held out": _Cost(1 + min(heads, again * 6), len(test), forked),  # with five random sets
+        "heads": _Cost(heads, len(discovery), mean_layers),
+        "held out": _Cost(1 + min(heads, n_critical * 6), len(test), mean_layers),  # with five random sets
         "neurons": _Cost(min(heads, 30) + 1, len(discovery), n_layers, ranks=False),
-        "masking": _Cost(masked, len(test), n_layers),
-        "others": _Cost(1 + others, len(test), n_layers),
+        "masking": _Cost(masking_arms, len(test), n_layers),
+        "others": _Cost(1 + other_arms, len(test), n_layers),
     }
     rate = _operations_per_second(model, sample)
     lines = [
@@ -95,7 +95,7 @@ def _per_layer(model: HookedVLM, tokens: float) -> float:
 
 @torch.no_grad()
 def _operations_per_second(model: HookedVLM, sample: VLMInputs) -> float:
-    """Of a batch of such rows through the decoder, after one that does not count."""
+    """Operations per second of a batch through the decoder, after one warm-up pass."""
     rows = sample[[0] * Budget(model).rows(sample.input_ids.shape[1])]
     seconds = 0.0
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""From heads to overlap: the stages of all tasks, one after the other, into run folders."""
+"""All stages of all tasks of one model, in run folders."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.app.report.reproduction import Reproduction, TaskResults
-from hones_lens.app.runs import stages, steering as steered, views
+from hones_lens.app.runs import stages, steering as steering_run, views
 from hones_lens.app.runs.data_choice import DataChoice
 from hones_lens.app.runs.folder import Run
-from hones_lens.app.runs.overlap import digest, mask_shared, read_lens, share_neurons
+from hones_lens.app.runs.overlap import find_lens_delta, find_shared_neurons, json_hash, mask_shared_groups
 from hones_lens.app.runs.stages import MaskingResults
 from hones_lens.data import Example, tasks_of
 from hones_lens.hones import (
@@ -36,7 +36,7 @@ RANKINGS = ("activation_probability", "mean_activation", "activation_entropy", "
 # Learning rates and epochs among which dev chooses; HONES's own rate hardly moves a scale in so few steps.
 STEERING = {"learning_rates": (5e-3, 5e-2), "epochs": (4,), "draws": 5}
 # Examples of a ranking task where none are asked for: more than the demo's, for intervals that say something.
-RANKED = {"n_discovery": 48, "n_dev": 48, "n_held_out": 60}
+RANKING_SIZES = {"n_discovery": 48, "n_dev": 48, "n_held_out": 60}
 
 
 def reproduce(
@@ -53,13 +53,13 @@ def reproduce(
     """Localize, attribute, mask, steer and compare the tasks of one model, into run folders.
 
     Heads and neurons come from the discovery split, scales from dev; everything is measured on the
-    held-out split. A killed run goes on where it stopped.
+    held-out split. A killed run resumes where it stopped.
 
     Args:
         model: The model.
-        out: Folder; each task has a run folder in it, and `across` holds what concerns all of them.
-        data: Which examples.
-        tasks: Which tasks; default: all that the data set has.
+        out: Folder; each task has a run folder in it, and `across` holds the comparison of the tasks.
+        data: The examples.
+        tasks: Names of the tasks; default: all that the data set has.
         shifted: A second data set: scales learned on `data` are measured there with no further fitting,
             and others are learned there. None: leave it out.
         ratios: Shares of all neurons to mask; the last one's neurons are steered.
@@ -72,42 +72,44 @@ def reproduce(
     tasks = tasks_of(data.dataset, data.data_file) if tasks is None else tasks
     if len(set(tasks)) < 2:
         raise ValueError(f"what tasks share is part of it: at least two tasks are needed, not {list(tasks)}")
-    out, first = Path(out), data
-    found, neurons, lenses = {}, {}, {}
+    out, all_data = Path(out), data
+    results, neurons, lenses = {}, {}, {}
     for task in tasks:
-        data = _sized(first, task)
-        worlds = _worlds(data, shifted)
+        data = _with_ranking_sizes(all_data, task)
+        datasets = _datasets(data, shifted)
         settings = {"controls": n_controls, "ratios": list(ratios), "rankings": list(RANKINGS)}
         run = stages.start_run(model, task, data, out / task, tasks=list(tasks), **settings)
         heads = stages.find_heads(model, run, task, data)
-        held_out = stages.heads_again(model, run, task, data, heads)
+        held_out = stages.remeasure_on_held_out(model, run, task, data, heads)
         if held_out is None:
             raise ValueError(f"no head of {model.cfg.model_name} lowers {heads.metric_name} of {task}")
         neurons[task] = stages.find_neurons(model, run, task, data, heads, ratios[-1])
         masking = _mask(model, run, task, data, neurons[task], tasks, ratios, n_controls)
-        lenses[task] = read_lens(model, run, task, data.test(task), neurons[task], "lens")
-        views.keep_views(model, run, task, data, heads, neurons[task])
-        tables = _steer(model, run, task, worlds, neurons[task], steering)
-        found[task] = TaskResults(heads, held_out, masking, tables)
-    groups, shared, effects = _across(model, out / "across", _worlds(first, shifted), neurons, found)
-    result = Reproduction(model.cfg.model_name, found, shared, groups, lenses, effects)
+        lenses[task] = find_lens_delta(model, run, task, data.test(task), neurons[task], "lens")
+        views.save_report_views(model, run, task, data, heads, neurons[task])
+        tables = _steer(model, run, task, datasets, neurons[task], steering)
+        results[task] = TaskResults(heads, held_out, masking, tables)
+    groups, shared, effects = _compare_tasks(
+        model, out / "across", _datasets(all_data, shifted), neurons, results
+    )
+    result = Reproduction(model.cfg.model_name, results, shared, groups, lenses, effects)
     (out / "tables.md").write_text(result.to_markdown(), encoding="utf-8")
     return result
 
 
-def _sized(data: DataChoice, task: str) -> DataChoice:
-    """The choice with enough examples of a ranking task, where it says no number."""
+def _with_ranking_sizes(data: DataChoice, task: str) -> DataChoice:
+    """The choice with default sizes for a ranking task where none are given."""
     if not load_task(task).ranks:
         return data
-    return replace(data, **{name: getattr(data, name) or n for name, n in RANKED.items()})
+    return replace(data, **{name: getattr(data, name) or n for name, n in RANKING_SIZES.items()})
 
 
-def _worlds(data: DataChoice, shifted: str | None) -> dict[str, DataChoice]:
-    """The data sets by name, the one that heads and neurons come from first."""
-    worlds = {_short(data.dataset): data}
+def _datasets(data: DataChoice, shifted: str | None) -> dict[str, DataChoice]:
+    """The data sets by name; the first is the one on which heads and neurons are selected."""
+    datasets = {_dataset_label(data.dataset): data}
     if shifted is not None:
-        worlds[shifted] = replace(data, dataset=shifted, data_file=None, image_dir=None)
-    return worlds
+        datasets[shifted] = replace(data, dataset=shifted, data_file=None, image_dir=None)
+    return datasets
 
 
 def _mask(
@@ -120,7 +122,7 @@ def _mask(
     ratios: Sequence[float],
     n_controls: int,
 ) -> dict[tuple[str, float], MaskingResult]:
-    """HONES's neurons and other rankings', at several sizes, beside matched random sets of their own."""
+    """Masking of HONES's neurons and of other rankings, at several sizes, beside matched random sets."""
     names = [name for name in RANKINGS for _ in ratios]
 
     def mask() -> MaskingResults:
@@ -133,10 +135,10 @@ def _mask(
         sets = [ranking.top(k) for ranking in others for k in sizes]
         return stages.mask_rankings(model, run, task, data, names, sets)
 
-    places = [("hones", ratio) for ratio in ratios]
-    places += zip(names, list(ratios) * len(RANKINGS), strict=True)
+    keys = [("hones", ratio) for ratio in ratios]
+    keys += zip(names, list(ratios) * len(RANKINGS), strict=True)
     results = run.stage("masking", MaskingResults, mask) + run.stage("others", MaskingResults, mask_others)
-    return dict(zip(places, results, strict=True))
+    return dict(zip(keys, results, strict=True))
 
 
 def _ranking(model: HookedVLM, task: str, data: DataChoice, name: str, tasks: Sequence[str]) -> NeuronScores:
@@ -151,23 +153,23 @@ def _steer(
     model: HookedVLM,
     run: Run,
     task: str,
-    worlds: Mapping[str, DataChoice],
+    datasets: Mapping[str, DataChoice],
     neurons: NeuronScores,
     steering: Mapping[str, Any],
 ) -> dict[tuple[str, str], SteeringTable]:
-    """Scales learned in each world, measured there; those of the first in the second too."""
-    options = {"methods": steered.steering_methods(None), "config": SteeringConfig(), **steering}
+    """Scales learned and measured on each data set, and those of the first measured on the others."""
+    options = {"methods": steering_run.steering_methods(None), "config": SteeringConfig(), **steering}
     tables: dict[tuple[str, str], SteeringTable] = {}
-    for name, data in worlds.items():
+    for name, data in datasets.items():
         folder = run.folder / "steering" / name
-        mine = steered.start_steering(model, task, data, folder, neurons, options)
-        tables[name, name] = steered.steer_neurons(model, mine, task, data, neurons, options)
-    first, *others = worlds
+        steering_folder = steering_run.start_steering(model, task, data, folder, neurons, options)
+        tables[name, name] = steering_run.steer_neurons(model, steering_folder, task, data, neurons, options)
+    first, *others = datasets
     for name in others:
         tables[first, name] = run.stage(
             f"steering/{first}/on-{name}",
             SteeringTable,
-            partial(_transfer, model, tables[first, first], worlds[name], task),
+            partial(_transfer, model, tables[first, first], datasets[name], task),
         )
     return tables
 
@@ -176,34 +178,36 @@ def _transfer(model: HookedVLM, table: SteeringTable, data: DataChoice, task: st
     return transfer_steering(model, table, data.test(task))
 
 
-def _across(
+def _compare_tasks(
     model: HookedVLM,
     folder: Path,
-    worlds: Mapping[str, DataChoice],
+    datasets: Mapping[str, DataChoice],
     neurons: Mapping[str, NeuronScores],
-    found: Mapping[str, TaskResults],
+    results: Mapping[str, TaskResults],
 ) -> tuple[GroupMasking, Overlap, dict[str, SideEffects]]:
-    """What concerns all tasks at once, in a run folder of its own: groups masked, and side effects."""
-    tables = {name: {task: r.steering[name, name] for task, r in found.items()} for name in worlds}
+    """Comparison of the tasks in a run folder: shared neurons, masked groups, and side effects."""
+    tables = {name: {task: r.steering[name, name] for task, r in results.items()} for name in datasets}
     scales = {
-        name: {task: table.scales() for task, table in here.items() if _learned(table)}
-        for name, here in tables.items()
+        name: {task: table.scales() for task, table in by_task.items() if _has_learned_scales(table)}
+        for name, by_task in tables.items()
     }
     run = Run(
         folder,
         {
             "model": model.cfg.model_name,
-            "tasks": list(found),
-            "neurons": digest({task: [list(c) for c in scores.top()] for task, scores in neurons.items()}),
-            "examples": digest([[t.example_ids for t in here.values()] for here in tables.values()]),
-            "scales": digest([[s.offsets for s in here.values()] for here in scales.values()]),
+            "tasks": list(results),
+            "neurons": json_hash({task: [list(c) for c in scores.top()] for task, scores in neurons.items()}),
+            "examples": json_hash([[t.example_ids for t in by_task.values()] for by_task in tables.values()]),
+            "scales": json_hash([[s.offsets for s in by_task.values()] for by_task in scales.values()]),
         },
     )
-    shared = share_neurons(run, neurons)
-    held_out = {name: {t: _sized(data, t).test(t) for t in found} for name, data in worlds.items()}
-    first = next(iter(worlds))
-    groups, effects = mask_shared(model, run, held_out[first], shared), {}
-    for name in worlds:
+    shared = find_shared_neurons(run, neurons)
+    held_out = {
+        name: {t: _with_ranking_sizes(data, t).test(t) for t in results} for name, data in datasets.items()
+    }
+    first = next(iter(datasets))
+    groups, effects = mask_shared_groups(model, run, held_out[first], shared), {}
+    for name in datasets:
         if scales[name]:
             stage = f"side-effects-on-{name}"
             measure = partial(side_effects, model, held_out[name], scales[name], journal=run.journal(stage))
@@ -211,10 +215,10 @@ def _across(
     return groups, shared, effects
 
 
-def _short(dataset: str) -> str:
-    """A data set's name, or that of its file, as a part of a path."""
+def _dataset_label(dataset: str) -> str:
+    """The data set's name, or the stem of its file, for use in a path."""
     return dataset if dataset.replace("-", "").isalnum() else Path(dataset).stem
 
 
-def _learned(table: SteeringTable) -> bool:
+def _has_learned_scales(table: SteeringTable) -> bool:
     return any(row.method == "HONES" for row in table.rows)

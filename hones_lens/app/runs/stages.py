@@ -1,4 +1,4 @@
-"""The stages of localization and masking into a run folder: what `hones demo`, `localize` and `mask` do."""
+"""Stages of localization and masking in a run folder, for `hones demo`, `localize` and `mask`."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ OTHER_RANKINGS = (
     "gradient_times_activation",
     "random",
 )
-# Matched random sets beside every other ranking's neurons.
+# Number of matched random sets for each of the other rankings.
 OTHERS_CONTROLS = 5
 
 
 class MaskingResults(list[MaskingResult]):
-    """Results of several sets of neurons, in one file."""
+    """Masking results of several sets of neurons, saved in one file."""
 
     def save(self, file: str | Path) -> None:
-        """Write them to JSON."""
+        """Write the results as JSON."""
         save_masking(file, self)
 
     @classmethod
@@ -53,15 +53,15 @@ class MaskingResults(list[MaskingResult]):
 
 
 def start_run(model: HookedVLM, task: str | Task, data: DataChoice, out: str | Path, **settings: Any) -> Run:
-    """Open a run folder whose settings tell model, weights and examples by their hashes.
+    """Open a run folder whose settings identify model, weights and examples by hashes.
 
     Raises:
         ValueError: The folder holds a run with other settings, or an example is in both splits.
     """
     chosen, discovery, test = as_task(task), data.discovery(task), data.test(task)
-    if shared := sorted({example.id for example in discovery} & {example.id for example in test}):
+    if overlapping := sorted({example.id for example in discovery} & {example.id for example in test}):
         raise ValueError(
-            f"{len(shared)} {chosen.name} examples, the first {shared[0]!r}, are both in "
+            f"{len(overlapping)} {chosen.name} examples, the first {overlapping[0]!r}, are both in "
             f"{data.discovery_split!r} and in {data.held_out!r}: what they select can't be judged on them"
         )
     return Run(
@@ -77,7 +77,7 @@ def start_run(model: HookedVLM, task: str | Task, data: DataChoice, out: str | P
 
 
 def common_settings(model: HookedVLM, task: Task, data: DataChoice) -> dict[str, Any]:
-    """What every run's settings begin with."""
+    """The settings that all runs have."""
     return {
         "model": model.cfg.model_name,
         "weights": weights_hash(model),
@@ -92,7 +92,7 @@ def common_settings(model: HookedVLM, task: Task, data: DataChoice) -> dict[str,
 def find_heads(
     model: HookedVLM, run: Run, task: str | Task, data: DataChoice, top_k: int | None = None, **options: Any
 ) -> HeadScores:
-    """Stage H1, from the folder if it is there; options are those of `localize_heads`."""
+    """Load or compute the head scores (HONES eq. H1); options are those of `localize_heads`."""
 
     def localize() -> HeadScores:
         examples, tally, journal = data.discovery(task), Tally(), run.journal("heads")
@@ -104,10 +104,10 @@ def find_heads(
     return run.stage("heads", HeadScores, localize)
 
 
-def heads_again(
+def remeasure_on_held_out(
     model: HookedVLM, run: Run, task: str | Task, data: DataChoice, heads: HeadScores
 ) -> HeldOutHeads | None:
-    """The critical heads on the held-out split, from the folder if they are there; None without any."""
+    """Load or measure the critical heads on the held-out split; None if there are no critical heads."""
     if not heads.top():
         return None
     name = "heads-held-out"
@@ -126,7 +126,7 @@ def find_neurons(
     heads: HeadScores,
     ratio: float | None = None,
 ) -> NeuronScores:
-    """Stages H2 and H3, from the folder if they are there."""
+    """Load or compute the neuron scores (HONES eqs. H2 and H3)."""
 
     def attribute() -> NeuronScores:
         neurons = attribute_neurons(model, task, data.discovery(task), heads, ratio)
@@ -145,7 +145,7 @@ def mask_neurons(
     neurons: NeuronScores,
     n_controls: int = 20,
 ) -> list[MaskingResult]:
-    """Stage H4 on the held-out split, from the folder if it is there."""
+    """Load or compute masking on the held-out split (HONES eq. H4)."""
 
     def mask() -> MaskingResults:
         options: dict[str, Any] = {"n_controls": n_controls, "journal": run.journal("masking")}
@@ -162,9 +162,9 @@ def mask_others(
     ratio: float,
     names: Sequence[str] = OTHER_RANKINGS,
 ) -> dict[str, MaskingResult]:
-    """Other rankings of METHOD under the same budget, each masked on the held-out split.
+    """Load or compute masking of other rankings under the same budget, on the held-out split.
 
-    Beside each are matched random sets of its own.
+    Each ranking is compared with matched random sets of its own.
     """
 
     def mask() -> MaskingResults:
@@ -183,8 +183,8 @@ def mask_rankings(
     names: Sequence[str],
     sets: Sequence[Sequence[Component]],
 ) -> MaskingResults:
-    """Sets of neurons masked on the held-out split, each under the name of its ranking."""
+    """Mask sets of neurons on the held-out split; each result has the name of its ranking."""
     options: dict[str, Any] = {"n_controls": OTHERS_CONTROLS, "journal": run.journal("others")}
-    neurons = [[(c.layer, c.index) for c in chosen] for chosen in sets]
+    neurons = [[(neuron.layer, neuron.index) for neuron in chosen] for chosen in sets]
     results = masking_curve(model, task, data.test(task), neurons, **options)
-    return MaskingResults(replace(r, method=name) for name, r in zip(names, results, strict=True))
+    return MaskingResults(replace(result, method=name) for name, result in zip(names, results, strict=True))

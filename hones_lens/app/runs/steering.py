@@ -1,4 +1,4 @@
-"""Steering into a run folder: what `hones steer` does."""
+"""Steering in a run folder: the implementation of `hones steer`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from hones_lens.tasks import Task
 
 
 def steering_methods(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Methods of steering by our names, or by those of HONES's configurations.
+    """Steering methods from the names used here or in HONES's configurations; None selects all.
 
     Raises:
-        ValueError: An unknown one; lists the valid ones.
+        ValueError: A name is unknown; the message lists the valid ones.
     """
     known = {name.lower(): name for name in METHODS}
     known |= {name.lower().replace("-", "_").replace(" ", "_"): name for name in METHODS}
     known |= {"rand_neuron": "RandNeuron", "ours": "HONES", "ours_no_kl": "HONES without KL"}
     known["hones_no_kl"] = "HONES without KL"
-    out = []
+    methods = []
     for name in METHODS if names is None else names:
         if name.lower() not in known:
             raise ValueError(f"unknown method of steering {name!r}; valid: {', '.join(METHODS)}")
-        out.append(known[name.lower()])
-    return tuple(out)
+        methods.append(known[name.lower()])
+    return tuple(methods)
 
 
 def start_steering(
@@ -68,7 +68,7 @@ def steer_neurons(
     neurons: NeuronScores,
     options: Mapping[str, Any],
 ) -> SteeringTable:
-    """Stage H5, from the folder if it is there; options are those of `compare_steering`."""
+    """Load or compute steering (HONES eq. H5); options are those of `compare_steering`."""
 
     def steer() -> SteeringTable:
         dev, test, journal = data.dev(task), data.test(task), run.journal("steering")

@@ -1,4 +1,4 @@
-"""What a run keeps for its report: examples with lenses and attention, and the way from heads to tokens."""
+"""Data that a run saves for its report: examples with lenses and attention, and promoted tokens."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from hones_lens.results import Component, write_json
 from hones_lens.tasks import Task
 
 _EXAMPLE_TEXTS = ("prompt", "target", "answer", "answer_masked", "head", "masked_label", "region")
-_MOST_HEADS = 64  # heads up to which all of a model's are looked at
+_MOST_HEADS = 64  # models with at most this many heads show all of them
 _LENS_TOKENS = 5
 _FLOW_EXAMPLES = 96
 
 
-def keep_views(
+def save_report_views(
     model: HookedVLM, run: Run, task: str | Task, data: DataChoice, heads: HeadScores, neurons: NeuronScores
 ) -> None:
-    """Keep what the report draws of examples, and of the way from heads to tokens, if it is not there."""
+    """Save examples, the flow from heads to tokens and promoted tokens for the report, unless they exist."""
     if not heads.top():
         return
     flow = find_flow(model, run, task, data, heads, neurons)
     if not run.path("promoted.json").exists():
         save_promoted(model, run, flow)
     if not run.path("examples.json").exists():
-        save_examples(run, look_at_examples(model, task, data, heads.top(), neurons))
+        save_examples(run, example_views(model, task, data, heads.top(), neurons))
 
 
-def look_at_examples(
+def example_views(
     model: HookedVLM,
     task: str | Task,
     data: DataChoice,
@@ -44,60 +44,60 @@ def look_at_examples(
     neurons: NeuronScores,
     count: int = 2,
 ) -> list[ExampleView]:
-    """Answers with and without the neurons, where heads look from the last prompt token, and logit lenses.
+    """Examples with answers with and without the neurons, attention from the last prompt token, and lenses.
 
-    Every head of a small model can be chosen, else those given; the first of them is shown.
+    All heads of a small model are included, otherwise only those given; the first given one is shown first.
     """
     chosen = as_task(task)
     masked = zero_neurons((c.layer, c.index) for c in neurons.top())
-    every = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
-    looking = every if len(every) <= _MOST_HEADS else heads
-    first, views = f"L{heads[0].layer}H{heads[0].index}", []
+    all_heads = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    shown_heads = all_heads if len(all_heads) <= _MOST_HEADS else heads
+    first_head, views = f"L{heads[0].layer}H{heads[0].index}", []
     for example in data.test(task)[:count]:
         inputs = next(engine.answer_batches(model, chosen, [example], 1, answers=False)).inputs
         answer = model.generate(inputs, engine.MAX_NEW_TOKENS)[0]
         with model.hooks(fwd_hooks=masked):
             answer_masked = model.generate(inputs, engine.MAX_NEW_TOKENS)[0]
-        found = head_attention(model, inputs, looking)
-        looks = dict(zip(found.names, found.on_image(), strict=True))
-        prompt, right = chosen.target_prompt(example), chosen.answer(example)
+        attention = head_attention(model, inputs, shown_heads)
+        attention_maps = dict(zip(attention.names, attention.on_image(), strict=True))
+        prompt, target = chosen.target_prompt(example), chosen.answer(example)
         views.append(
             ExampleView(
                 image=example.image,
                 prompt=prompt,
-                target=right,
+                target=target,
                 answer=str(answer),
                 answer_masked=str(answer_masked),
-                head=first,
+                head=first_head,
                 masked_label=f"{neurons.count()} neurons masked",
                 region=inputs.regions[0][0],
-                looks=looks,
+                looks=attention_maps,
                 lens=logit_lens(model, inputs, k=_LENS_TOKENS),
-                image_lens=image_token_lens(model, inputs, model.continuation(prompt, right)[0]),
+                image_lens=image_token_lens(model, inputs, model.continuation(prompt, target)[0]),
             )
         )
     return views
 
 
 def save_examples(run: Run, views: Sequence[ExampleView]) -> None:
-    """Keep example views in the run folder: pictures as PNG, lenses, the rest in examples.json."""
-    rows = []
+    """Save examples in the run folder: pictures as PNG, lenses as JSON, the rest in examples.json."""
+    entries = []
     for i, view in enumerate(views):
         view.image.save(run.path(f"example-{i}.png"))
         texts = {name: getattr(view, name) for name in _EXAMPLE_TEXTS}
-        looks = {head: values.tolist() for head, values in view.looks.items()}
-        rows.append({**texts, "image": f"example-{i}.png", "looks": looks})
+        attention_maps = {head: values.tolist() for head, values in view.looks.items()}
+        entries.append({**texts, "image": f"example-{i}.png", "looks": attention_maps})
         if view.lens is not None:
             view.lens.save(run.path(f"example-{i}-logit-lens.json"))
         if view.image_lens is not None:
             view.image_lens.save(run.path(f"example-{i}-image-lens.json"))
-    write_json(run.path("examples.json"), {"kind": "examples", "examples": rows})
+    write_json(run.path("examples.json"), {"kind": "examples", "examples": entries})
 
 
 def find_flow(
     model: HookedVLM, run: Run, task: str | Task, data: DataChoice, heads: HeadScores, neurons: NeuronScores
 ) -> HeadNeuronFlow:
-    """Which heads feed the neurons, and what these promote, from the folder if it is there."""
+    """Load or compute how much each critical head contributes to each task neuron."""
     return run.stage(
         "flow",
         HeadNeuronFlow,
@@ -106,17 +106,17 @@ def find_flow(
 
 
 def save_promoted(model: HookedVLM, run: Run, flow: HeadNeuronFlow, count: int = 5) -> None:
-    """Keep the tokens that each task neuron promotes, and its mean activation, in the run folder."""
-    places = [(c.layer, c.index) for c in flow.neurons]
-    ids = promoted_tokens(model, places, flow.activations, count).ids.tolist()
+    """Save the tokens that each task neuron promotes, and its mean activation, in the run folder."""
+    neurons = [(c.layer, c.index) for c in flow.neurons]
+    ids = promoted_tokens(model, neurons, flow.activations, count).ids.tolist()
     rows = [
-        [*place, [_readable(model.tokenizer, i) for i in tokens], activation]
-        for place, tokens, activation in zip(places, ids, flow.activations.tolist(), strict=True)
+        [*neuron, [_readable(model.tokenizer, i) for i in tokens], activation]
+        for neuron, tokens, activation in zip(neurons, ids, flow.activations.tolist(), strict=True)
     ]
     write_json(run.path("promoted.json"), {"kind": "promoted", "neurons": rows})
 
 
 def _readable(tokenizer: Any, token_id: int) -> str:
-    """A token as text without the space before it; one that is all space, or half a letter, as it is."""
+    """A token as stripped text; white space and incomplete UTF-8 as the string in the vocabulary."""
     text = tokenizer.decode([token_id]).strip()
     return text if text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(token_id)

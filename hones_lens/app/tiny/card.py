@@ -1,4 +1,4 @@
-"""The model card of a shipped model: measured metrics, and what each head and neuron does to them."""
+"""The model card of a shipped model: metrics, and the ablation effects of each head and neuron."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def write_card(folder: Path, name: str, recipe: Recipe, datasets: Sequence[str] 
     """Measure the model in `folder` and write `README.md` and `ablation.json` beside its weights.
 
     The metrics are of the test split of each data set (words that training never saw); the
-    brute-force effects of replacing each head and zeroing each neuron are mean falls of the right
+    brute-force effects of replacing each head and zeroing each neuron are mean drops of the right
     answer's log-probability, in nats, on 64 examples of the dev split.
     """
     model = load_model(str(folder))
-    found = [
+    evaluations = [
         (data, evaluate(model, task, load_examples(data, task, "test", _SIZES[task])))
         for data in datasets
         for task in tasks_of("shapes")
@@ -47,7 +47,13 @@ def write_card(folder: Path, name: str, recipe: Recipe, datasets: Sequence[str] 
         "neurons": {task: round_floats(effect.tolist(), 5) for task, effect in neurons.items()},
     }
     write_json(folder / "ablation.json", effects)
-    text = [_header(name, model), _how(name, recipe), _metrics(found), _heads(heads), _neurons(neurons)]
+    text = [
+        _header(name, model),
+        _training(name, recipe),
+        _metric_tables(evaluations),
+        _head_effects(heads),
+        _neuron_effects(neurons),
+    ]
     (folder / "README.md").write_text("\n".join(text), encoding="utf-8")
 
 
@@ -73,11 +79,11 @@ It knows drawings of one or two shapes and a boxed word, the prompts of the four
 """
 
 
-def _how(name: str, recipe: Recipe) -> str:
+def _training(name: str, recipe: Recipe) -> str:
     family = name.removeprefix("tiny-")
     settings = "\n".join(f"| {key} | {value} |" for key, value in asdict(recipe).items())
-    part = recipe.frozen_steps < recipe.naming_steps
-    frozen = f" for the first {recipe.frozen_steps} steps" if part else ""
+    is_partly_frozen = recipe.frozen_steps < recipe.naming_steps
+    frozen = f" for the first {recipe.frozen_steps} steps" if is_partly_frozen else ""
     length = f"--steps {recipe.steps} --naming-steps {recipe.naming_steps}"
     shapes = ""
     if recipe.shape_steps:
@@ -98,18 +104,19 @@ There the loss also had a price on what neurons write.{shapes}
 """
 
 
-def _ends(interval: Interval | None) -> str:
+def _interval_text(interval: Interval | None) -> str:
     return f"{interval.low:.3f}–{interval.high:.3f}" if interval else "–"
 
 
-def _metrics(found: Sequence[tuple[str, Evaluation]]) -> str:
+def _metric_tables(evaluations: Sequence[tuple[str, Evaluation]]) -> str:
     rows = [
-        f"| {data} | {e.task} | {e.metric_name} | {e.metric:.3f} | {_ends(e.interval)} | {e.interval.n} |"
-        for data, e in found
+        f"| {data} | {e.task} | {e.metric_name} | {e.metric:.3f} | {_interval_text(e.interval)} | "
+        f"{e.interval.n} |"
+        for data, e in evaluations
     ]
     kinds = [
-        f"| {data} | {e.task}: {kind} | {k.value:.3f} | {_ends(k.interval)} | {k.n} |"
-        for data, e in found
+        f"| {data} | {e.task}: {kind} | {k.value:.3f} | {_interval_text(k.interval)} | {k.n} |"
+        for data, e in evaluations
         for kind, k in e.kinds.items()
     ]
     return "\n".join(
@@ -131,8 +138,8 @@ def _metrics(found: Sequence[tuple[str, Evaluation]]) -> str:
     )
 
 
-def _heads(effects: dict[str, Tensor]) -> str:
-    out = [
+def _head_effects(effects: dict[str, Tensor]) -> str:
+    lines = [
         "## What each head does",
         "",
         f"Fall of the right answer's log-probability (nats, mean of {N_ABLATION} dev examples) when the head",
@@ -141,18 +148,18 @@ def _heads(effects: dict[str, Tensor]) -> str:
     ]
     for task, effect in effects.items():
         n_heads = effect.shape[1]
-        out += [f"**{task}**", "", "| layer | " + " | ".join(f"H{h}" for h in range(n_heads)) + " |"]
-        out.append("| --- |" + " --- |" * n_heads)
-        out += [
+        lines += [f"**{task}**", "", "| layer | " + " | ".join(f"H{h}" for h in range(n_heads)) + " |"]
+        lines.append("| --- |" + " --- |" * n_heads)
+        lines += [
             f"| {layer} | " + " | ".join(f"{x:.2f}" for x in row) + " |"
             for layer, row in enumerate(effect.tolist())
         ]
-        out.append("")
-    return "\n".join(out)
+        lines.append("")
+    return "\n".join(lines)
 
 
-def _neurons(effects: dict[str, Tensor]) -> str:
-    out = [
+def _neuron_effects(effects: dict[str, Tensor]) -> str:
+    lines = [
         "## What each neuron does",
         "",
         "The same with one neuron zeroed at all positions; the ten largest, and how much of the sum of all",
@@ -167,5 +174,5 @@ def _neurons(effects: dict[str, Tensor]) -> str:
         shares = [
             float(positive[: max(1, round(f * len(positive)))].sum() / positive.sum()) for f in (0.01, 0.05)
         ]
-        out.append(f"| {task} | {best} | {shares[0]:.0%} | {shares[1]:.0%} |")
-    return "\n".join([*out, ""])
+        lines.append(f"| {task} | {best} | {shares[0]:.0%} | {shares[1]:.0%} |")
+    return "\n".join([*lines, ""])

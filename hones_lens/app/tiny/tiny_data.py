@@ -26,8 +26,8 @@ from hones_lens.model import AttentionContext, HookedVLM, VLMInputs
 from hones_lens.tasks import load_task
 
 _VQA_PAIRS = 4
-# How often a false caption changes what its part of training dwells on.
-_DWELL = 0.6
+# Probability that a false caption changes the attribute that its phase of training emphasizes.
+_EMPHASIS_SHARE = 0.6
 
 
 @dataclass
@@ -67,7 +67,7 @@ def conversation(
     rng: SeededRandom,
     naming: bool = True,
     ocr_share: float = 0.5,
-    dwell: str | None = "column",
+    emphasis: str | None = "column",
 ) -> list[Turn]:
     """Turns on one scene: four VQA pairs, often a word and a caption, and four captions to judge.
 
@@ -77,44 +77,46 @@ def conversation(
         naming: Not the first part of training: names are among the VQA pairs, and the captions to judge
             are all of the whole scene.
         ocr_share: How probable it is that the word is asked for.
-        dwell: What most false captions change: a thing's "column" in its row, or its "shape" (then
-            the shape question is asked wherever there is one). None: each attribute as often.
+        emphasis: What most false captions change: a thing's "column" in its row, or its "shape" (then
+            the shape question is asked wherever there is one). None: each attribute equally often.
     """
     vqa, ocr, caption, retrieval = map(load_task, ("vqa", "ocr", "caption", "retrieval"))
     kinds = sorted({q.kind for q in questions(scene)} - ({"name"} if not naming else set()))
     turns = []
-    asked_first = [k for k in kinds if k == dwell]
-    drawn = rng.shuffled([k for k in kinds if k != dwell])
+    asked_first = [k for k in kinds if k == emphasis]
+    drawn = rng.shuffled([k for k in kinds if k != emphasis])
     for kind in (asked_first + drawn)[:_VQA_PAIRS]:
-        asked = random_question(rng, scene, kind)
-        prompt = vqa.prompts(Example("", scene, question=asked.text))[0]
-        turns.append(Turn(kind, prompt, asked.answer))
+        question = random_question(rng, scene, kind)
+        prompt = vqa.prompts(Example("", scene, question=question.text))[0]
+        turns.append(Turn(kind, prompt, question.answer))
     if rng.bernoulli(ocr_share):
         turns.append(Turn("ocr", ocr.prompts(Example("", scene))[0], scene.word))
     if rng.bernoulli(0.5):
         turns.append(Turn("caption", caption.prompts(Example("", scene))[0], scene.captions[0]))
-    for candidate, true in _candidates(scene, rng, naming, dwell):
+    for candidate, true in _candidates(scene, rng, naming, emphasis):
         prompt = retrieval.prompts(Example("", scene, candidates=(candidate,)))[0]
         turns.append(Turn("retrieval", prompt, "Yes" if true else "No"))
     return turns
 
 
-def _candidates(scene: Scene, rng: SeededRandom, naming: bool, dwell: str | None) -> list[tuple[str, bool]]:
+def _candidates(
+    scene: Scene, rng: SeededRandom, naming: bool, emphasis: str | None
+) -> list[tuple[str, bool]]:
     """Four captions and whether they are true; in the first part two are of one thing alone (easier)."""
     parts = [replace(scene, things=(rng.choice(scene.things),)) for _ in range(0 if naming else 2)]
     scenes = [*parts, *[scene] * (4 - len(parts))]
-    out = []
-    for whole in scenes:
-        false = None if rng.bernoulli(0.5) else _false_caption(scene, whole, rng, dwell)
-        out.append((whole.captions[0] if false is None else false, false is None))
-    return out
+    captions = []
+    for shown in scenes:
+        false = None if rng.bernoulli(0.5) else _false_caption(scene, shown, rng, emphasis)
+        captions.append((shown.captions[0] if false is None else false, false is None))
+    return captions
 
 
-def _false_caption(scene: Scene, part: Scene, rng: SeededRandom, dwell: str | None) -> str:
-    """The caption of `part` with one attribute changed (mostly what is dwelt on), or at times two."""
+def _false_caption(scene: Scene, part: Scene, rng: SeededRandom, emphasis: str | None) -> str:
+    """The caption of `part` with one attribute changed (mostly the emphasized one), sometimes two."""
     while True:
-        if dwell is not None and rng.bernoulli(_DWELL):
-            other = rng.choice(_changed_there(part, dwell))
+        if emphasis is not None and rng.bernoulli(_EMPHASIS_SHARE):
+            other = rng.choice(_emphasized_changes(part, emphasis))
         else:
             other = rng.choice(counterfactual_scenes(part, (rng.choice(ATTRIBUTES),)))
         if rng.bernoulli(0.2):
@@ -123,10 +125,10 @@ def _false_caption(scene: Scene, part: Scene, rng: SeededRandom, dwell: str | No
             return other.captions[0]
 
 
-def _changed_there(scene: Scene, dwell: str) -> list[Scene]:
+def _emphasized_changes(scene: Scene, emphasis: str) -> list[Scene]:
     """The scenes with one thing of another shape, or one thing in another column of its row."""
-    if dwell != "column":
-        return counterfactual_scenes(scene, (dwell,))
+    if emphasis != "column":
+        return counterfactual_scenes(scene, (emphasis,))
     rows = [thing.row for thing in scene.things]
     return [s for s in counterfactual_scenes(scene, ("where",)) if [thing.row for thing in s.things] == rows]
 
@@ -158,12 +160,12 @@ def pack(
     scenes: list[tuple[Scene, SeededRandom]],
     naming: bool = True,
     ocr_share: float = 0.5,
-    dwell: str | None = "column",
+    emphasis: str | None = "column",
 ) -> PackedBatch:
     """Tokenize one step's scenes and pack each one's turns (see `conversation`) behind its image."""
     pixels, counts = model.process_images([scene.load() for scene, _ in scenes])
-    talks = [conversation(scene, rng, naming, ocr_share, dwell) for scene, rng in scenes]
-    rows = [_tokenize(model, turns, count) for turns, count in zip(talks, counts, strict=True)]
+    conversations = [conversation(scene, rng, naming, ocr_share, emphasis) for scene, rng in scenes]
+    rows = [_tokenize(model, turns, count) for turns, count in zip(conversations, counts, strict=True)]
     length = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), length), model.cfg.pad_token_id)
     shift, segments = torch.zeros_like(ids), torch.full_like(ids, -1)
@@ -177,13 +179,13 @@ def pack(
     q, k = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     mask = causal & ((k == 0) | (k == q)) & (k >= 0) | torch.eye(length, dtype=torch.bool)
-    at_rows, at_cols, targets, weights, kinds = zip(*answers, strict=True)
+    row_indices, columns, targets, weights, kinds = zip(*answers, strict=True)
     return PackedBatch(
         inputs=model.as_inputs(VLMInputs(ids, (segments >= 0).long(), **pixels)),
         shift=shift,
         mask=mask[:, None],
-        rows=torch.tensor(at_rows),
-        cols=torch.tensor(at_cols),
+        rows=torch.tensor(row_indices),
+        cols=torch.tensor(columns),
         targets=torch.tensor(targets),
         weights=torch.tensor(weights),
         kinds=list(kinds),
@@ -212,18 +214,20 @@ def _tokenize(model: HookedVLM, turns: list[Turn], image_tokens: int) -> _Row:
     tokenizer = model.tokenizer
     row = _Row([], [], [], [])
     for segment, (kind, prompt, answer) in enumerate(turns, start=1):
-        asked = model.render(prompt, [image_tokens])
-        opening = tokenizer(asked).input_ids
-        full = tokenizer(f"{asked}{model.answer_separator}{answer}{tokenizer.eos_token}").input_ids
+        prompt_text = model.render(prompt, [image_tokens])
+        opening = tokenizer(prompt_text).input_ids
+        full = tokenizer(f"{prompt_text}{model.answer_separator}{answer}{tokenizer.eos_token}").input_ids
         start = len(opening) - opening[::-1].index(model.cfg.image_token_id)
         if segment == 1:
             row.ids += full[:start]
             row.shift += [0] * start
             row.segments += [0] * start
-        before = len(row.ids) - start
+        offset = len(row.ids) - start
         row.ids += full[start:]
-        row.shift += [before] * (len(full) - start)
+        row.shift += [offset] * (len(full) - start)
         row.segments += [segment] * (len(full) - start)
-        said = len(full) - len(opening)
-        row.answers += [(before + len(opening) - 1 + j, said**-0.5, kind) for j in range(said)]
+        n_answer_tokens = len(full) - len(opening)
+        row.answers += [
+            (offset + len(opening) - 1 + j, n_answer_tokens**-0.5, kind) for j in range(n_answer_tokens)
+        ]
     return row

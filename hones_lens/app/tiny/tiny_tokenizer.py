@@ -72,12 +72,12 @@ def _right_to_left(word: str) -> list[tuple[str, str]]:
 def _merges() -> list[tuple[str, str]]:
     """Merges in rank order; roles grow from their colon, so they never touch the boxed words."""
     words = [*_WORDS.split(), *COLORS, *SHAPES, *NUMBER_WORDS, *THING_NAMES.values()]
-    out = [pair for role in ("USER:", "ASSISTANT:") for pair in _right_to_left(role)]
-    out += [(SPACE, "USER:"), (SPACE, "ASSISTANT:")]
-    out += [pair for word in _LINE_STARTS for pair in _left_to_right(word)]
-    out += [(SPACE, letter) for letter in string.ascii_uppercase]
-    out += [pair for word in words for pair in _left_to_right(SPACE + word)]
-    return list(dict.fromkeys(out))
+    merges = [pair for role in ("USER:", "ASSISTANT:") for pair in _right_to_left(role)]
+    merges += [(SPACE, "USER:"), (SPACE, "ASSISTANT:")]
+    merges += [pair for word in _LINE_STARTS for pair in _left_to_right(word)]
+    merges += [(SPACE, letter) for letter in string.ascii_uppercase]
+    merges += [pair for word in words for pair in _left_to_right(SPACE + word)]
+    return list(dict.fromkeys(merges))
 
 
 def _vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
@@ -112,8 +112,8 @@ def _byte_merges(words: Iterable[str]) -> list[tuple[str, str]]:
                 pairs = list(itertools.pairwise(pieces))
                 best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
                 ranks.setdefault(best, len(ranks))
-                at = pairs.index(best)
-                pieces[at : at + 2] = ["".join(best)]
+                position = pairs.index(best)
+                pieces[position : position + 2] = ["".join(best)]
     return list(ranks)
 
 

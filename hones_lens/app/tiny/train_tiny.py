@@ -85,8 +85,8 @@ def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
     return [muon, torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))]
 
 
-def _begins(step: int, recipe: Recipe) -> bool:
-    """Whether a part begins at this step, or that of the second in which nothing is frozen."""
+def _begins_phase(step: int, recipe: Recipe) -> bool:
+    """Whether a phase begins at this step, or the vision tower is unfrozen within the second phase."""
     return step in (
         recipe.steps,
         recipe.steps + recipe.frozen_steps,
@@ -94,35 +94,35 @@ def _begins(step: int, recipe: Recipe) -> bool:
     )
 
 
-def _begin(model: HookedVLM, recipe: Recipe, step: int) -> list[torch.optim.Optimizer]:
-    """Freeze what is not trained at this step, and make the optimizers of the rest."""
+def _begin_phase(model: HookedVLM, recipe: Recipe, step: int) -> list[torch.optim.Optimizer]:
+    """Freeze the modules that are not trained at this step, and build optimizers for the others."""
     frozen = recipe.steps <= step < recipe.steps + min(recipe.frozen_steps, recipe.naming_steps)
     model.requires_grad_()
-    for seeing in (model.vision_encoder, model.vision_projector):
-        seeing.requires_grad_(not frozen)
+    for vision_module in (model.vision_encoder, model.vision_projector):
+        vision_module.requires_grad_(not frozen)
     return _optimizers(model, recipe)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """In each part: linear warm-up, then a cosine down to 2 % of the part's peak."""
-    parts = (
+    """Learning rate at a step: in each phase linear warm-up, then a cosine to 2 % of the phase's peak."""
+    phases = (
         (recipe.lr, recipe.steps),
         (recipe.naming_lr, recipe.naming_steps),
         (recipe.shape_lr, recipe.shape_steps),
     )
-    peak, total = parts[0]
-    for (_, before), (peak_here, here) in pairwise(parts):
-        if step < before:
+    peak, total = phases[0]
+    for (_, previous_length), (next_peak, length) in pairwise(phases):
+        if step < previous_length:
             break
-        step, peak, total = step - before, peak_here, here
+        step, peak, total = step - previous_length, next_peak, length
     if step < recipe.warmup:
         return peak * (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, total - recipe.warmup)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    progress = (step - recipe.warmup) / max(1, total - recipe.warmup)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class NeuronPrice:
-    """What the decoder's neurons write in forward passes, added up by lasting hooks.
+    """Penalty on the output of the decoder's neurons, accumulated by permanent hooks in forward passes.
 
     `Σ_i |m_i| ‖W_out[i]‖`; mean over tokens and layers.
     """
@@ -138,14 +138,14 @@ class NeuronPrice:
         self._written.append((post.abs().mean((0, 1)) * lengths).sum())
 
     def take(self) -> Tensor:
-        """The price since the last call."""
+        """The penalty of the forward passes since the last call."""
         total = torch.stack(self._written).mean()
         self._written.clear()
         return total
 
 
-def _by_kind(right: Tensor, kinds: list[str]) -> dict[str, float]:
-    """Share of answer tokens that are right, by kind of question."""
+def _accuracy_by_kind(right: Tensor, kinds: list[str]) -> dict[str, float]:
+    """Share of right answer tokens, by kind of question."""
     groups = defaultdict(list)
     for ok, kind in zip(right.tolist(), kinds, strict=True):
         groups[kind].append(ok)
@@ -153,14 +153,14 @@ def _by_kind(right: Tensor, kinds: list[str]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _held_out(family: ModuleType, model: HookedVLM, recipe: Recipe) -> dict[str, float]:
+def _held_out_accuracy(family: ModuleType, model: HookedVLM, recipe: Recipe) -> dict[str, float]:
     right, kinds = [], []
     for step in range(-4, 0):
         scenes = tiny_data.training_scenes(recipe.seed, step, 16, "dev", family.TRAINING_SIDES)
         batch = tiny_data.pack(model, scenes)
         right.append(tiny_data.answer_logits(model, batch).argmax(-1) == batch.targets)
         kinds += batch.kinds
-    return _by_kind(torch.cat(right), kinds)
+    return _accuracy_by_kind(torch.cat(right), kinds)
 
 
 def train(family: ModuleType, out: Path, recipe: Recipe) -> HookedVLM:
@@ -191,11 +191,11 @@ def train(family: ModuleType, out: Path, recipe: Recipe) -> HookedVLM:
     first, optimizers = _resume(state_file, model, recipe)
     with open(out / "log.jsonl", "a") as log:
         for step in tqdm(range(first, last), initial=first, total=last, mininterval=10):
-            if _begins(step, recipe):
-                optimizers = _begin(model, recipe, step)
+            if _begins_phase(step, recipe):
+                optimizers = _begin_phase(model, recipe, step)
             record = _step(family, model, optimizers, price, step, recipe)
             if step % recipe.save_every == 0 or step == last - 1:
-                record["held_out"] = _held_out(family, model, recipe)
+                record["held_out"] = _held_out_accuracy(family, model, recipe)
                 price.take()
                 _save(state_file, model, optimizers, recipe, step + 1)
             log.write(json.dumps(record) + "\n")
@@ -219,8 +219,8 @@ def _step(
     scenes = tiny_data.training_scenes(recipe.seed, step, recipe.batch, sides=sides)
     naming = step >= recipe.steps
     last_part = step >= recipe.steps + recipe.naming_steps
-    dwell = "shape" if last_part else "column" if naming else None
-    batch = tiny_data.pack(model, scenes, naming, recipe.ocr_share, dwell)
+    emphasis = "shape" if last_part else "column" if naming else None
+    batch = tiny_data.pack(model, scenes, naming, recipe.ocr_share, emphasis)
     logits = tiny_data.answer_logits(model, batch)
     losses = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     loss = (losses * batch.weights).sum() / batch.weights.sum()
@@ -234,7 +234,7 @@ def _step(
             group["lr"] = learning_rate(step, recipe)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    right = _by_kind(logits.argmax(-1) == batch.targets, batch.kinds)
+    right = _accuracy_by_kind(logits.argmax(-1) == batch.targets, batch.kinds)
     seconds = round(time.perf_counter() - started, 3)
     figures = {"loss": loss.item(), "neurons": written.item(), "norm": norm.item()}
     return {"step": step, **figures, "right": right, "s": seconds}
@@ -254,15 +254,15 @@ def _save(
 
 
 def _resume(file: Path, model: HookedVLM, recipe: Recipe) -> tuple[int, list[torch.optim.Optimizer]]:
-    """The step to go on from, and the optimizers of its part."""
+    """The step from which training resumes, and the optimizers of its phase."""
     if not file.exists():
-        return 0, _begin(model, recipe, 0)
+        return 0, _begin_phase(model, recipe, 0)
     state = torch.load(file, weights_only=True)
     if state["recipe"] != asdict(recipe):
         raise ValueError(f"{file} holds a run of another recipe: {state['recipe']}, not {asdict(recipe)}")
     model.load_state_dict(state["model"])
-    optimizers = _begin(model, recipe, state["step"])
-    if not _begins(state["step"], recipe):
+    optimizers = _begin_phase(model, recipe, state["step"])
+    if not _begins_phase(state["step"], recipe):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     return state["step"], optimizers

@@ -57,7 +57,7 @@ def test_promoted_tokens_of_a_run_turn_with_the_activation_s_sign(name: str, tmp
 def test_examples_hold_every_head_s_attention_and_the_lenses_readings(name: str, tmp_path: Path) -> None:
     model = hl.HookedVLM.from_pretrained(name)
     heads, neurons = made.heads().top(), made.neurons()
-    views = run_views.look_at_examples(model, "vqa", FEW, heads, neurons)
+    views = run_views.example_views(model, "vqa", FEW, heads, neurons)
     example, view = FEW.test("vqa")[1], views[1]
     inputs = model.prepare(example.image, view.prompt)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_of_a_large_model_the_given_heads_are_looked_at(monkeypatch: pytest.Monk
     monkeypatch.setattr(run_views, "_MOST_HEADS", 31)
     model = hl.HookedVLM.from_pretrained("tiny-llava")
     heads = made.heads().top()
-    (view,) = run_views.look_at_examples(model, "vqa", FEW, heads, made.neurons(), count=1)
+    (view,) = run_views.example_views(model, "vqa", FEW, heads, made.neurons(), count=1)
     assert list(view.looks) == [f"L{head.layer}H{head.index}" for head in heads] and len(heads) == 3
 
 

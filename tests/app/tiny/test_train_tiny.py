@@ -198,7 +198,7 @@ def test_the_third_part_dwells_on_shapes():
             possible += any(q.kind == "shape" for q in shapes.questions(scene))
             things = [f"{t.size} {t.color}" for t in sorted(scene.things, key=lambda t: (t.row, t.col))]
             places = [f"{t.row} {t.col}" for t in sorted(scene.things, key=lambda t: (t.row, t.col))]
-            for turn in tiny_data.conversation(scene, rng, dwell="shape"):
+            for turn in tiny_data.conversation(scene, rng, emphasis="shape"):
                 asked += turn.kind == "shape"
                 if turn.kind == "retrieval" and turn.answer == "No":
                     said = [
