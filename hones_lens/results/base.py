@@ -1,4 +1,4 @@
-"""What every result of a stage can do: print, plot, become a table, be saved and loaded."""
+"""Base class of the results of all stages: printing, plots, tables, saving and loading."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ R = TypeVar("R", bound="Result")
 
 
 class Plottable:
-    """Prints as its text, and has a figure in `hones_lens.viz`.
+    """Base of classes that print as their `str` and have a figure in `hones_lens.viz`.
 
-    Dataclasses derive from it with `repr=False`, so that the text is what Jupyter shows.
+    Dataclasses that derive from it are declared with `repr=False`, so that Jupyter shows their `str`.
     """
 
     def __repr__(self) -> str:
@@ -28,7 +28,7 @@ class Plottable:
         """The figure of this result.
 
         Args:
-            args, options: Of the function that `hones_lens.viz.draw` has for the class.
+            args, options: Passed to the function that is registered with `hones_lens.viz.draw` for the class.
 
         Returns:
             A matplotlib figure.
@@ -42,11 +42,12 @@ class Plottable:
 class Result(Plottable):
     """Base of the dataclasses that stages return.
 
-    A subclass sets `kind` and defines `to_dataframe`, and `__str__` where a table says too little. Its fields
-    are what `results.codec` writes: numbers, strings, tensors, tuples, mappings, named tuples, dataclasses.
+    A subclass sets `kind` and defines `to_dataframe`, and `__str__` where the table is not enough. Its fields
+    are of types that `results.codec` can write: numbers, strings, tensors, tuples, mappings, named tuples,
+    dataclasses.
 
     Attributes:
-        kind: What a file calls it.
+        kind: The value of `kind` in saved files.
     """
 
     kind: ClassVar[str]
@@ -62,12 +63,12 @@ class Result(Plottable):
         return self.to_dataframe().to_html(index=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as the values that JSON holds."""
+        """All fields as JSON values."""
         return {"kind": self.kind, **to_json(self)}
 
     @classmethod
     def from_dict(cls: type[R], data: Mapping[str, Any]) -> R:
-        """From what `to_dict` gave, also through JSON.
+        """Rebuild the result from the output of `to_dict`, also after a round trip through JSON.
 
         Raises:
             ValueError: A field is missing.
@@ -75,12 +76,12 @@ class Result(Plottable):
         return from_json(cls, data)
 
     def save(self, file: str | Path) -> None:
-        """Write everything to JSON."""
+        """Write the result to a JSON file."""
         write_json(file, self.to_dict())
 
     @classmethod
     def load(cls: type[R], file: str | Path) -> R:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             ValueError: Another kind of file, or one that lacks a field.

@@ -1,4 +1,4 @@
-"""Dataclasses to the values that JSON holds, and back by the annotations of their fields."""
+"""Dataclasses to JSON values, and back by the annotations of their fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hones_lens.results.files import nan_to_none, none_to_nan
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses become objects by field, tuples and tensors lists; NaN in a tensor becomes null.
+    """Convert a value to JSON: dataclasses to objects, tuples and tensors to lists, NaN in a tensor to null.
 
     Raises:
         TypeError: A value of another kind.
@@ -40,28 +40,28 @@ def _nested_list(tensor: Any) -> Any:
 
 
 def from_json(annotation: Any, data: Any) -> Any:
-    """Undo `to_json`.
+    """Rebuild a value from JSON; the inverse of `to_json`.
 
     Tensors of floats are float64 on the CPU unless their annotation says otherwise. A field that the data
-    lacks has its default; what is no field is passed over.
+    lacks gets its default; keys that are not fields are ignored.
 
     Args:
         annotation: A dataclass or named tuple, a tensor (jaxtyping's included), tuple, mapping, or one of
             these or None; of anything else the data is returned as it is.
-        data: What JSON held.
+        data: The JSON value.
 
     Raises:
         ValueError: A field without a default is missing.
     """
-    kind, inner = get_origin(annotation), get_args(annotation)
-    if kind in (Union, types.UnionType):
-        known = [each for each in inner if each is not types.NoneType]
-        return data if data is None or len(known) != 1 else from_json(known[0], data)
-    if kind is tuple:
-        each = inner[:1] * len(data) if inner[-1] is Ellipsis else inner
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        not_none = [each for each in arguments if each is not types.NoneType]
+        return data if data is None or len(not_none) != 1 else from_json(not_none[0], data)
+    if origin is tuple:
+        each = arguments[:1] * len(data) if arguments[-1] is Ellipsis else arguments
         return tuple(from_json(one, entry) for one, entry in zip(each, data, strict=True))
-    if isinstance(kind, type) and issubclass(kind, Mapping):
-        return {key: from_json(inner[1], entry) for key, entry in data.items()}
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {key: from_json(arguments[1], entry) for key, entry in data.items()}
     if not isinstance(annotation, type):
         return data
     wanted = cast("type[Any]", annotation)
@@ -81,11 +81,11 @@ def _is_named_tuple(kind: type[Any]) -> bool:
 
 def _dataclass(kind: type, data: Mapping[str, Any]) -> Any:
     hints = _hints(kind)
-    given = {f.name: from_json(hints[f.name], data[f.name]) for f in fields(kind) if f.name in data}
-    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in needed if name not in given]:
+    values = {f.name: from_json(hints[f.name], data[f.name]) for f in fields(kind) if f.name in data}
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in values]:
         raise ValueError(f"{kind.__name__} without {', '.join(missing)}")
-    return kind(**given)
+    return kind(**values)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Correlations of many rows at once."""
+"""Correlations of many rows at once, vectorised."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from jaxtyping import Float
 
 
 def pearson(x: Float[np.ndarray, "*rows n"], y: Float[np.ndarray, "*rows n"]) -> Float[np.ndarray, "*rows"]:
-    """Pearson's correlation over the last axis; NaN where all values of a side are equal."""
-    a, b = (side - side.mean(-1, keepdims=True) for side in (x, y))
-    spread = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    return np.divide((a * b).sum(-1), spread, out=np.full_like(spread, np.nan), where=spread > 0)
+    """Pearson's correlation over the last axis; NaN where all values of x or of y are equal."""
+    x_centred, y_centred = (values - values.mean(-1, keepdims=True) for values in (x, y))
+    spread = np.sqrt((x_centred * x_centred).sum(-1) * (y_centred * y_centred).sum(-1))
+    return np.divide(
+        (x_centred * y_centred).sum(-1), spread, out=np.full_like(spread, np.nan), where=spread > 0
+    )
 
 
 def spearman(x: Float[np.ndarray, "*rows n"], y: Float[np.ndarray, "*rows n"]) -> Float[np.ndarray, "*rows"]:
     """Spearman's rank correlation over the last axis: `pearson` of ranks, ties at their mean rank."""
-    return pearson(*(np.apply_along_axis(_ranks, -1, side) for side in (x, y)))
+    return pearson(*(np.apply_along_axis(_ranks, -1, values) for values in (x, y)))
 
 
 def _ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[which]
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]

@@ -1,4 +1,4 @@
-"""What stage results share: components, ordering, JSON files that are never half written."""
+"""Components and their ranking, and JSON files that are written atomically."""
 
 from __future__ import annotations
 
@@ -29,23 +29,25 @@ def ranked(scores: Tensor, k: int, positive_only: bool = False) -> list[Componen
     if bool(torch.isnan(scores).any()):
         layer, index = (int(place) for place in torch.nonzero(torch.isnan(scores))[0])
         raise ValueError(f"the score of layer {layer}, index {index} is NaN")
-    width = scores.shape[1]
+    n_columns = scores.shape[1]
     order = [int(place) for place in torch.argsort(scores.flatten(), descending=True, stable=True)[:k]]
-    found = [Component(i // width, i % width, float(scores[i // width, i % width])) for i in order]
-    return [c for c in found if c.score > 0] if positive_only else found
+    components = [
+        Component(i // n_columns, i % n_columns, float(scores[i // n_columns, i % n_columns])) for i in order
+    ]
+    return [c for c in components if c.score > 0] if positive_only else components
 
 
 def write_json(file: str | Path, data: Any) -> None:
-    """Write JSON at once or not at all.
+    """Write JSON atomically: the file is complete or not written at all.
 
     Raises:
-        ValueError: A number that JSON can't hold (NaN, infinity).
+        ValueError: A number that JSON can't represent (NaN, infinity).
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(data, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+    partial = file.with_name(file.name + ".part")
+    partial.write_text(json.dumps(data, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def read_json(file: str | Path, kind: str) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def read_json(file: str | Path, kind: str) -> dict[str, Any]:
 
 
 def nan_to_none(value: Any) -> Any:
-    """Nested lists with None for NaN, which JSON can't hold."""
+    """Nested lists with None for NaN, which JSON can't represent."""
     if isinstance(value, list):
         return [nan_to_none(v) for v in cast("list[Any]", value)]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""`Labelled`: a result whose axes have names, which prints, plots, saves and becomes a table."""
+"""`Labelled`: a tensor result with named axes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ _OPTIONAL = ("low", "high", "p")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Labelled(Result):
-    """Numbers with the names of their axes.
+    """Numbers with named axes.
 
-    `plot(**options)` draws one axis as a curve or as bars with intervals, two as a heat map, three as a map
-    for each entry of one; options: of `hones_lens.viz.labelled`.
+    `plot(**options)` draws one axis as a curve or as bars with intervals, two as a heat map, three as one map
+    for each entry of an axis; the options are those of `hones_lens.viz.labelled`.
 
     Attributes:
-        what: What they are, with unit, in one line: "logit difference restored, share of the whole".
-        values: On the CPU, detached.
+        what: Description of the values with their unit, in one line, e.g. "logit difference restored, share
+            of the whole".
+        values: The numbers, on the CPU, detached.
         axes: A name for each axis: `layer`, `head`, `group`, `position`, `token`, …
-        labels: What the entries of an axis are called, by axis; where it has none, they are numbered.
-        n: Over how many examples the values are means; None where they are no means.
+        labels: Names of the entries of an axis, by axis; the entries of an axis without labels are numbered.
+        n: Number of examples that the values are means over; None where they are not means.
         low, high: Ends of 95 % intervals, shaped as `values`, if there are any.
-        p: One-sided or two-sided p-values as `what` says, shaped as `values`, if there are any.
-        notes: What a reader must know, such as baselines; lines that are printed below.
+        p: P-values, one-sided or two-sided as `what` states, shaped as `values`, if there are any.
+        notes: Lines that are printed below the values, e.g. baselines.
     """
 
     kind: ClassVar[str] = "labelled"
@@ -62,8 +63,8 @@ class Labelled(Result):
             if tensor is not None:
                 object.__setattr__(self, name, tensor.detach().cpu())
 
-    def _given(self) -> list[str]:
-        """Those of low, high and p that there are."""
+    def _present_fields(self) -> list[str]:
+        """The names of those of low, high and p that are not None."""
         return [name for name in _OPTIONAL if getattr(self, name) is not None]
 
     def _axis(self, name: str) -> int:
@@ -73,11 +74,11 @@ class Labelled(Result):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the values."""
+        """Shape of the values."""
         return tuple(self.values.shape)
 
     def names(self, axis: str) -> tuple[Any, ...]:
-        """What the entries of an axis are called.
+        """Labels of the entries of an axis.
 
         Raises:
             ValueError: No such axis.
@@ -85,25 +86,29 @@ class Labelled(Result):
         return self.labels.get(axis, tuple(range(self.shape[self._axis(axis)])))
 
     def select(self, **chosen: Any) -> Labelled:
-        """One entry of some axes, by its label: `result.select(layer=3, group="image")`.
+        """Select one entry of some axes by its label: `result.select(layer=3, group="image")`.
 
         Raises:
-            ValueError: No such axis or label; lists what there is.
+            ValueError: No such axis or label; lists those that exist.
         """
-        out = self
+        selected = self
         for axis, label in chosen.items():
-            names = out.names(axis)
+            names = selected.names(axis)
             if label not in names:
-                raise ValueError(f"{out.what}: no {axis} {label!r}; there are {', '.join(map(str, names))}")
-            at, where = out._axis(axis), names.index(label)
-            cut = {n: getattr(out, n).select(at, where) for n in ("values", *out._given())}
-            axes = tuple(name for name in out.axes if name != axis)
-            labels = {name: value for name, value in out.labels.items() if name != axis}
-            out = replace(out, axes=axes, labels=labels, **cut)
-        return out
+                raise ValueError(
+                    f"{selected.what}: no {axis} {label!r}; there are {', '.join(map(str, names))}"
+                )
+            dim, index = selected._axis(axis), names.index(label)
+            tensors = {
+                n: getattr(selected, n).select(dim, index) for n in ("values", *selected._present_fields())
+            }
+            axes = tuple(name for name in selected.axes if name != axis)
+            labels = {name: value for name, value in selected.labels.items() if name != axis}
+            selected = replace(selected, axes=axes, labels=labels, **tensors)
+        return selected
 
     def item(self) -> float:
-        """The one value of a result without axes."""
+        """The single value of a result without axes."""
         return float(self.values.item())
 
     def top(self, k: int = 10) -> pd.DataFrame:
@@ -111,7 +116,7 @@ class Labelled(Result):
         return self.to_dataframe().sort_values("value", ascending=False, kind="stable").head(k)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a value: a column for each axis, then value, and low, high, p, n where there are any."""
+        """One row per value: a column for each axis, then value, and low, high, p and n if present."""
         index = np.indices(self.shape).reshape(len(self.axes), -1) if self.axes else np.zeros((0, 1), int)
         names = [np.array(self.names(axis), dtype=object) for axis in self.axes]
         columns: dict[str, Any] = {
@@ -119,17 +124,17 @@ class Labelled(Result):
             for axis, name, i in zip(self.axes, names, index, strict=True)
         }
         columns["value"] = self.values.flatten().numpy()
-        columns |= {name: getattr(self, name).flatten().numpy() for name in self._given()}
+        columns |= {name: getattr(self, name).flatten().numpy() for name in self._present_fields()}
         frame = pd.DataFrame(columns)
         return frame if self.n is None else frame.assign(n=self.n)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as the values that JSON holds, with the shape."""
+        """All fields as JSON values, with the shape."""
         return {**super().to_dict(), "shape": list(self.shape)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Labelled:
-        """From what `to_dict` gave, also through JSON.
+        """Rebuild the result from the output of `to_dict`, also after a round trip through JSON.
 
         Raises:
             ValueError: A field is missing.
@@ -143,12 +148,12 @@ class Labelled(Result):
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.shape, strict=True))
-        head = self.what + (f" [{sizes}]" if sizes else "") + (f", n = {self.n}" if self.n else "")
-        rows = self.to_dataframe().drop(columns="n", errors="ignore")
-        most = rows.iloc[np.argsort(-rows["value"].abs().to_numpy(), kind="stable")[:10]]
-        body = (most if math.prod(self.shape) > 10 else rows).to_string(index=False, float_format="%.4g")
-        more = [f"(the 10 largest of {len(rows)})"] if len(rows) > 10 else []
-        return "\n".join([head, body, *more, *self.notes])
+        title = self.what + (f" [{sizes}]" if sizes else "") + (f", n = {self.n}" if self.n else "")
+        frame = self.to_dataframe().drop(columns="n", errors="ignore")
+        largest = frame.iloc[np.argsort(-frame["value"].abs().to_numpy(), kind="stable")[:10]]
+        body = (largest if math.prod(self.shape) > 10 else frame).to_string(index=False, float_format="%.4g")
+        omitted = [f"(the 10 largest of {len(frame)})"] if len(frame) > 10 else []
+        return "\n".join([title, body, *omitted, *self.notes])
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(self.what)}</p>{self.top().to_html(index=False)}"

@@ -1,13 +1,13 @@
-"""Racing: which K of many arms have the largest means over N examples, without measuring all of them.
+"""Racing: finds the K of many arms with the largest means over N examples, without measuring all of them.
 
-Examples come in a random order. For every arm a confidence sequence for its mean over *these* N examples
-is kept: sampling without replacement, so that it closes as they run out. Arms that can no longer be among
-the K leave the race, and those that can no longer be driven out are accepted.
+Examples come in a random order. Every arm has a confidence sequence for its mean over *these* N examples;
+they are sampled without replacement, so the sequence shrinks to a point as the examples run out. Arms that
+can no longer be among the K are eliminated, and arms that are certain to be among them are accepted.
 
-The sequence is that of betting (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by
-betting", JRSS B 2024, section 5): for each candidate mean m a gambler bets on and against it, and m is out
-when one of the two has multiplied the stake by 2/α. It holds at every time at once, so one may look and
-stop at will.
+The confidence sequences are built by betting (Waudby-Smith and Ramdas, "Estimating means of bounded random
+variables by betting", JRSS B 2024, section 5): for each candidate mean m a gambler bets that the mean is
+above m, and one that it is below; m is rejected when one of the two has multiplied the stake by 2/α. The
+coverage holds uniformly over time, so one may look at any time and stop at any time.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_LARGEST_BET = 0.75  # of what could ruin the gambler
+_LARGEST_BET = 0.75  # as a share of the bet that could ruin the gambler
 
 
 @dataclass(frozen=True)
 class Racing:
-    """How to race.
+    """Options of a race.
 
     Attributes:
-        delta: The K arms are right, up to epsilon, with probability at least 1 − delta.
-        epsilon: An arm whose mean is within epsilon of the K-th largest may take its place (ties).
-        round_size: Examples between two looks.
-        seed: Of the order of the examples.
+        delta: The K winners are correct, up to epsilon, with probability at least 1 − delta.
+        epsilon: An arm whose mean is within epsilon of the K-th largest may win in its stead (ties).
+        round_size: Number of examples between two eliminations.
+        seed: Seed of the order of the examples.
     """
 
     delta: float = 0.05
@@ -40,15 +40,15 @@ class Racing:
             raise ValueError(f"racing needs 0 < delta < 1, epsilon ≥ 0 and a round of examples, not {self}")
 
 
-class Confidence:
+class ConfidenceSequences:
     """Confidence sequences for the means of several arms over N examples each, drawn without replacement.
 
     Args:
-        n_arms, n_examples: How many (N).
+        n_arms, n_examples: Number of arms, and of examples (N).
         alpha: Each arm's mean lies within its bounds at all times with probability 1 − alpha.
-        low, high: Between which every value lies.
-        grid: How many candidate means are kept track of; denser around `dense`.
-        dense: Where.
+        low, high: Bounds of the values.
+        grid: Number of candidate means, which are denser around `dense`.
+        dense: The value around which they are denser.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Confidence:
         self.count = np.zeros(n_arms, dtype=int)
         self._sum = np.zeros(n_arms)
         self._spread = np.full(n_arms, 0.25)  # of the values about their running mean, one value assumed
-        self._for = np.zeros((n_arms, grid))  # log wealth of the gambler who bets on more than m
-        self._against = np.zeros((n_arms, grid))
-        self._in = np.ones((n_arms, grid), dtype=bool)
+        self._log_for = np.zeros((n_arms, grid))  # log wealth of the gambler who bets on a mean above m
+        self._log_against = np.zeros((n_arms, grid))
+        self._in_set = np.ones((n_arms, grid), dtype=bool)
 
     def add(self, arms: np.ndarray, values: np.ndarray) -> None:
-        """Take in the next values of some arms, [arm example], all of equal count so far.
+        """Add the next values of some arms, [arm example]; these arms must have equal counts so far.
 
         Raises:
             ValueError: A value out of bounds, or more values than examples.
@@ -85,25 +85,26 @@ class Confidence:
             raise ValueError(f"racing needs values between {self.low} and {self.high}")
         if int(self.count[arms].max()) + values.shape[1] > self.n_examples:
             raise ValueError(f"more values than the {self.n_examples} examples")
-        total, spread, count = self._sum[arms], self._spread[arms], self.count[arms].astype(float)
-        more, less, inside = self._for[arms], self._against[arms], self._in[arms]
-        stake = 2 * np.log(2 / self.alpha)
+        sums, spread, count = self._sum[arms], self._spread[arms], self.count[arms].astype(float)
+        log_for, log_against, in_set = self._log_for[arms], self._log_against[arms], self._in_set[arms]
+        log_stake = 2 * np.log(2 / self.alpha)
         for x in ((values - self.low) / (self.high - self.low)).T:
-            left = self.n_examples - count
-            mean = (self.n_examples * self.grid - total[:, None]) / left[:, None]  # of those still to come
-            inside &= (mean >= -1e-9) & (mean <= 1 + 1e-9)
+            n_left = self.n_examples - count
+            # The mean of the remaining examples if the candidate is the mean of all.
+            mean = (self.n_examples * self.grid - sums[:, None]) / n_left[:, None]
+            in_set &= (mean >= -1e-9) & (mean <= 1 + 1e-9)
             mean = mean.clip(1e-9, 1 - 1e-9)
             n = count + 1
-            bet = np.sqrt(stake / (spread * np.log(n + 1)))[:, None]
-            gap = x[:, None] - mean
-            more += np.log1p(np.minimum(bet, _LARGEST_BET / mean) * gap)
-            less += np.log1p(-np.minimum(bet, _LARGEST_BET / (1 - mean)) * gap)
-            guess = (0.5 + total) / n
-            total, count = total + x, n
-            spread = spread + (x - guess) ** 2
-            inside &= np.maximum(more, less) < np.log(2 / self.alpha)
-        self._sum[arms], self._spread[arms], self.count[arms] = total, spread, count.astype(int)
-        self._for[arms], self._against[arms], self._in[arms] = more, less, inside
+            bet = np.sqrt(log_stake / (spread * np.log(n + 1)))[:, None]
+            excess = x[:, None] - mean
+            log_for += np.log1p(np.minimum(bet, _LARGEST_BET / mean) * excess)
+            log_against += np.log1p(-np.minimum(bet, _LARGEST_BET / (1 - mean)) * excess)
+            running_mean = (0.5 + sums) / n
+            sums, count = sums + x, n
+            spread = spread + (x - running_mean) ** 2
+            in_set &= np.maximum(log_for, log_against) < np.log(2 / self.alpha)
+        self._sum[arms], self._spread[arms], self.count[arms] = sums, spread, count.astype(int)
+        self._log_for[arms], self._log_against[arms], self._in_set[arms] = log_for, log_against, in_set
 
     @property
     def mean(self) -> np.ndarray:
@@ -113,30 +114,32 @@ class Confidence:
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bound of each arm's mean over the N examples."""
-        first = self._in.argmax(1)
-        last = len(self.grid) - 1 - self._in[:, ::-1].argmax(1)
-        none = ~self._in.any(1)  # between two candidates: the nearest to the mean
+        first = self._in_set.argmax(1)
+        last = len(self.grid) - 1 - self._in_set[:, ::-1].argmax(1)
+        # Where all candidates are rejected, the mean lies between two of them: take the nearest.
+        all_rejected = ~self._in_set.any(1)
         nearest = np.abs(self.grid - (self._sum / np.maximum(self.count, 1))[:, None]).argmin(1)
-        first[none] = last[none] = nearest[none]
-        # The set is an interval between candidates: its ends may lie up to the next one that is out.
+        first[all_rejected] = last[all_rejected] = nearest[all_rejected]
+        # The ends of the interval may lie anywhere up to the next rejected candidate.
         low = self.grid[np.maximum(first - 1, 0)]
         high = self.grid[np.minimum(last + 1, len(self.grid) - 1)]
-        left = self.n_examples - self.count
-        least, most = self._sum / self.n_examples, (self._sum + left) / self.n_examples  # all 0, or all 1
-        low, high = low.clip(least, most), high.clip(least, most)
+        n_left = self.n_examples - self.count
+        # The means if all remaining values were 0, and if all were 1.
+        smallest, largest = self._sum / self.n_examples, (self._sum + n_left) / self.n_examples
+        low, high = low.clip(smallest, largest), high.clip(smallest, largest)
         span = self.high - self.low
         return self.low + span * low, self.low + span * high
 
 
 @dataclass(frozen=True)
 class RaceResult:
-    """Who won.
+    """Result of a race.
 
     Attributes:
-        winners: Numbers of the K arms.
-        examples: How many examples each arm was measured on.
-        low, high: Bounds of each arm's mean, all true at once with probability 1 − delta.
-        racing: How it was raced.
+        winners: Indices of the K arms.
+        examples: Number of examples that each arm was measured on.
+        low, high: Bounds of each arm's mean, which hold simultaneously with probability 1 − delta.
+        racing: Options of the race.
     """
 
     winners: tuple[int, ...]
@@ -147,11 +150,11 @@ class RaceResult:
 
 
 class Race:
-    """The K best of several arms.
+    """A race for the K best of several arms.
 
     Args:
-        n_arms, n_examples: How many.
-        k: How many to find.
+        n_arms, n_examples: Number of arms and of examples.
+        k: Number of arms to find.
         racing: Confidence and tolerance.
 
     Raises:
@@ -162,45 +165,45 @@ class Race:
         if not 1 <= k <= n_arms:
             raise ValueError(f"k must be between 1 and {n_arms}, not {k}")
         self.k, self.racing = k, racing
-        self.confidence = Confidence(n_arms, n_examples, racing.delta / n_arms)
+        self.confidence = ConfidenceSequences(n_arms, n_examples, racing.delta / n_arms)
         self.running = np.ones(n_arms, dtype=bool)
         self.accepted = np.zeros(n_arms, dtype=bool)
 
     @property
     def done(self) -> bool:
-        """Whether nothing is open."""
+        """Whether every arm is accepted or eliminated."""
         return not self.running.any()
 
     def add(self, values: np.ndarray) -> None:
-        """Take in a round of the running arms, [running arm, example], and let arms leave.
+        """Add a round of values of the running arms, [running arm, example]; eliminate and accept arms.
 
-        With `o` open places: an arm leaves when its mean can't be above the o-th largest lower bound by
-        more than epsilon / 2 (those that have the o largest lower bounds stay); it is accepted when fewer
-        than o others can be above it by more than epsilon / 2. Together, at most K − 1 arms are above a
-        winner by more than epsilon.
+        Let o be K minus the number of accepted arms. An arm is eliminated when its mean can't exceed the
+        o-th largest lower bound by more than epsilon / 2 (the arms with the o largest lower bounds stay); it
+        is accepted when fewer than o others can exceed it by more than epsilon / 2. Together, at most K − 1
+        arms exceed a winner by more than epsilon.
         """
         arms = np.flatnonzero(self.running)
         self.confidence.add(arms, values)
         low, high = (bound[arms] for bound in self.confidence.bounds())
-        places, half = self.k - int(self.accepted.sum()), self.racing.epsilon / 2
-        by_high = np.sort(np.append(high, -np.inf))[::-1]
-        first = by_high[places - 1]
-        # The o-th largest upper bound among the others: one further down for those that are before it.
-        rival = np.full_like(high, first)
-        rival[high >= first] = by_high[places]
-        surely = np.flatnonzero(low + half >= rival)
-        surely = surely[np.argsort(-low[surely], kind="stable")][:places]
-        best = np.argsort(-low, kind="stable")[:places]
-        leaves = high <= low[best[-1]] + half
-        leaves[best] = False
-        self.accepted[arms[surely]] = True
-        leaves[surely] = True
-        self.running[arms[leaves]] = False
-        if len(surely) == places:
+        n_open, tolerance = self.k - int(self.accepted.sum()), self.racing.epsilon / 2
+        sorted_high = np.sort(np.append(high, -np.inf))[::-1]
+        first = sorted_high[n_open - 1]
+        # The o-th largest upper bound among the other arms; for the arms above it, that is the next one.
+        rival_high = np.full_like(high, first)
+        rival_high[high >= first] = sorted_high[n_open]
+        certain = np.flatnonzero(low + tolerance >= rival_high)
+        certain = certain[np.argsort(-low[certain], kind="stable")][:n_open]
+        leaders = np.argsort(-low, kind="stable")[:n_open]
+        eliminated = high <= low[leaders[-1]] + tolerance
+        eliminated[leaders] = False
+        self.accepted[arms[certain]] = True
+        eliminated[certain] = True
+        self.running[arms[eliminated]] = False
+        if len(certain) == n_open:
             self.running[:] = False
 
     def result(self) -> RaceResult:
-        """Who won.
+        """The winners and all bounds.
 
         Raises:
             ValueError: The race is not over.
@@ -218,11 +221,11 @@ class Race:
 
 
 def replay(values: np.ndarray, k: int, racing: Racing) -> RaceResult:
-    """Race on values that are all known, such as stored drops: what would have been measured, and found.
+    """Race on values that are all known, e.g. stored drops: which of them a race would have measured.
 
     Args:
         values: Between −1 and 1, [n_arms n_examples].
-        k: How many to find.
+        k: Number of arms to find.
         racing: Confidence, tolerance, and the seed of the examples' order.
 
     Raises:
@@ -230,8 +233,8 @@ def replay(values: np.ndarray, k: int, racing: Racing) -> RaceResult:
     """
     n_arms, n_examples = values.shape
     order = np.random.default_rng(racing.seed).permutation(n_examples)
-    race, at = Race(n_arms, n_examples, k, racing), 0
+    race, start = Race(n_arms, n_examples, k, racing), 0
     while not race.done:
-        race.add(values[race.running][:, order[at : at + racing.round_size]])
-        at += racing.round_size
+        race.add(values[race.running][:, order[start : start + racing.round_size]])
+        start += racing.round_size
     return race.result()

@@ -21,9 +21,11 @@ _ROUNDING = 1e-12
 
 
 class SummedMetric(Protocol):
-    """Something with a metric, such as a task: of statistics summed over examples, [..., n_statistics]."""
+    """An object with a metric of statistics that are summed over examples, such as a task."""
 
-    def metric(self, statistics: np.ndarray) -> np.ndarray: ...
+    def metric(self, statistics: np.ndarray) -> np.ndarray:
+        """The metric of summed statistics [..., n_statistics], [...]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Interval:
         value: The value on all examples.
         low, high: Ends of the percentile interval.
         level: Its coverage, e.g. 0.95.
-        n: How many examples.
+        n: Number of examples.
     """
 
     value: float
@@ -54,7 +56,7 @@ class Interval:
 
     @property
     def span(self) -> str:
-        """Its ends, e.g. `[0.123, 0.456]`."""
+        """The interval alone, e.g. `[0.123, 0.456]`."""
         return f"[{self.low:.3f}, {self.high:.3f}]"
 
 
@@ -98,14 +100,14 @@ def bootstrap_intervals(
     """`bootstrap_interval` of metric(base) - metric(other) for each of many arms, on the same resamples."""
     if not statistics_others:
         return []
-    pairs = [_arms(statistics_base, other) for other in statistics_others]
+    pairs = [_check_paired_arms(statistics_base, other) for other in statistics_others]
     base = pairs[0][0]
 
     def differences(counts: np.ndarray) -> np.ndarray:
         clean = task.metric(counts @ base)
         return np.stack([clean - task.metric(counts @ other) for _, other in pairs])
 
-    return _bootstraps(differences, len(base), draws, level, seed)
+    return _bootstrap_intervals(differences, len(base), draws, level, seed)
 
 
 def mean_difference_interval(
@@ -122,7 +124,7 @@ def mean_difference_interval(
     Raises:
         ValueError: No arms, and as there.
     """
-    pairs = [_arms(statistics_base, other) for other in statistics_others]
+    pairs = [_check_paired_arms(statistics_base, other) for other in statistics_others]
     if not pairs:
         raise ValueError("a mean over arms needs at least one")
     base = pairs[0][0]
@@ -131,7 +133,7 @@ def mean_difference_interval(
         clean = task.metric(counts @ base)
         return np.mean([clean - task.metric(counts @ other) for _, other in pairs], axis=0)
 
-    return _bootstrap(mean, len(base), draws, level, seed)
+    return _bootstrap_interval(mean, len(base), draws, level, seed)
 
 
 def relative_interval(
@@ -145,25 +147,25 @@ def relative_interval(
 ) -> Interval:
     """As `bootstrap_interval`, of the difference in per cent of metric(base).
 
-    Each resample is divided by its own metric(base), so that the interval knows that the base is measured
-    too. Where the base is 0 there is nothing to lose, and the share is 0.
+    Each resample is divided by its own metric(base), so that the interval includes the uncertainty of the
+    base. Where the base is 0, the relative difference is 0.
     """
-    base, other = _arms(statistics_base, statistics_other)
+    base, other = _check_paired_arms(statistics_base, statistics_other)
 
     def share(counts: np.ndarray) -> np.ndarray:
         clean = np.asarray(task.metric(counts @ base), dtype=np.float64)
-        lost = 100 * (clean - task.metric(counts @ other))
-        return np.divide(lost, clean, out=np.zeros_like(lost), where=clean != 0)
+        drops = 100 * (clean - task.metric(counts @ other))
+        return np.divide(drops, clean, out=np.zeros_like(drops), where=clean != 0)
 
-    return _bootstrap(share, len(base), draws, level, seed)
+    return _bootstrap_interval(share, len(base), draws, level, seed)
 
 
 def metric_interval(
     task: SummedMetric, statistics: np.ndarray, *, draws: int = DRAWS, level: float = 0.95, seed: int = 0
 ) -> Interval:
     """Bootstrap over examples of one arm's metric; arguments as in `bootstrap_interval`."""
-    arm = _checked(statistics, 2)
-    return _bootstrap(lambda counts: task.metric(counts @ arm), len(arm), draws, level, seed)
+    arm = _check_array(statistics, 2)
+    return _bootstrap_interval(lambda counts: task.metric(counts @ arm), len(arm), draws, level, seed)
 
 
 def mean_interval(
@@ -173,9 +175,9 @@ def mean_interval(
 
     For a paired difference give the differences. Raises as `bootstrap_interval` does.
     """
-    numbers = _checked(values, 1)
+    numbers = _check_array(values, 1)
     n = len(numbers)
-    return _bootstrap(lambda counts: counts @ numbers / n, n, draws, level, seed)
+    return _bootstrap_interval(lambda counts: counts @ numbers / n, n, draws, level, seed)
 
 
 def permutation_p(
@@ -195,15 +197,15 @@ def permutation_p(
     Raises:
         ValueError: As `bootstrap_interval`.
     """
-    a, b = _arms(a, b)
+    a, b = _check_paired_arms(a, b)
     _check_draws(draws)
     rng = np.random.default_rng(seed)
-    sum_a, sum_b, gap = a.sum(axis=0), b.sum(axis=0), b - a
+    sum_a, sum_b, arm_gaps = a.sum(axis=0), b.sum(axis=0), b - a
     observed = abs(float(task.metric(sum_a) - task.metric(sum_b)))
     as_large = 0
     for size in _chunks(draws, len(a)):
-        moved = (rng.random((size, len(a))) < 0.5).astype(np.float64) @ gap
-        differences = task.metric(sum_a + moved) - task.metric(sum_b - moved)
+        swapped_gap = (rng.random((size, len(a))) < 0.5).astype(np.float64) @ arm_gaps
+        differences = task.metric(sum_a + swapped_gap) - task.metric(sum_b - swapped_gap)
         as_large += int((np.abs(differences) >= observed - _ROUNDING).sum())
     return (1 + as_large) / (1 + draws)
 
@@ -231,22 +233,22 @@ def sign_flip_p(
         ValueError: No arms, fewer than two examples, values that are not finite, another alternative,
             or `draws` out of range.
     """
-    rows = np.asarray(differences, dtype=np.float64)
-    if rows.ndim != 2 or not len(rows):
-        raise ValueError(f"expected differences of shape [n_arms, n_examples], got shape {rows.shape}")
+    arms = np.asarray(differences, dtype=np.float64)
+    if arms.ndim != 2 or not len(arms):
+        raise ValueError(f"expected differences of shape [n_arms, n_examples], got shape {arms.shape}")
     if alternative not in ("greater", "two-sided"):
         raise ValueError(f"unknown alternative {alternative!r}; valid: greater, two-sided")
     _check_draws(draws)
-    by_example = _checked(rows.T, 2)
+    by_example = _check_array(arms.T, 2)
     n_examples, n_arms = by_example.shape
-    size_of = np.abs if alternative == "two-sided" else np.asarray
-    observed = size_of(by_example.mean(axis=0))
+    magnitude = np.abs if alternative == "two-sided" else np.asarray
+    observed = magnitude(by_example.mean(axis=0))
     rng = np.random.default_rng(seed)
     as_large = np.zeros(n_arms, dtype=np.int64)
     for size in _chunks(draws, max(n_examples, n_arms)):
         signs = np.where(rng.random((size, n_examples)) < 0.5, -1.0, 1.0)
         means = signs @ by_example / n_examples
-        as_large += (size_of(means) >= observed - _ROUNDING).sum(axis=0)
+        as_large += (magnitude(means) >= observed - _ROUNDING).sum(axis=0)
     return (1 + as_large) / (1 + draws)
 
 
@@ -283,45 +285,45 @@ def benjamini_hochberg(
         raise ValueError(f"{int((~((p >= 0) & (p <= 1))).sum())} of the p-values do not lie in 0 … 1")
     if not 0 < q < 1:
         raise ValueError(f"q must lie between 0 and 1, not {q}")
-    places = np.arange(1, len(p) + 1)
-    factor = (1 / places).sum() if dependent else 1.0
+    ranks = np.arange(1, len(p) + 1)
+    correction = (1 / ranks).sum() if dependent else 1.0
     order = np.argsort(p, kind="stable")
-    raised = p[order] * len(p) * factor / places
+    scaled = p[order] * len(p) * correction / ranks
     adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.minimum.accumulate(raised[::-1])[::-1], 1.0)
+    adjusted[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
     return adjusted, adjusted <= q
 
 
-def _bootstrap(
+def _bootstrap_interval(
     statistic: Callable[[np.ndarray], np.ndarray], n: int, draws: int, level: float, seed: int
 ) -> Interval:
     """Percentile interval of a statistic of the counts [draws, n] with which examples are drawn."""
-    return _bootstraps(lambda counts: statistic(counts)[None], n, draws, level, seed)[0]
+    return _bootstrap_intervals(lambda counts: statistic(counts)[None], n, draws, level, seed)[0]
 
 
-def _bootstraps(
+def _bootstrap_intervals(
     statistic: Callable[[np.ndarray], np.ndarray], n: int, draws: int, level: float, seed: int
 ) -> list[Interval]:
-    """The same of a statistic of several values, [value, draws]."""
+    """As `_bootstrap_interval`, for a statistic of several values, [value, draws]."""
     _check_draws(draws)
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, not {level}")
-    ends = _ends(statistic, n, draws, level, seed)
+    bounds = _percentile_ends(statistic, n, draws, level, seed)
     values = statistic(np.ones((1, n)))[:, 0]
     return [
         Interval(float(value), float(low), float(high), level, n)
-        for value, low, high in zip(values, *ends, strict=True)
+        for value, low, high in zip(values, *bounds, strict=True)
     ]
 
 
-def _ends(
+def _percentile_ends(
     statistic: Callable[[np.ndarray], np.ndarray], n: int, draws: int, level: float, seed: int
 ) -> Float[np.ndarray, "2 value"]:
-    """Ends of the percentile intervals alone."""
+    """Ends of the percentile intervals."""
     rng = np.random.default_rng(seed)
-    even = np.full(n, 1 / n)
-    parts = [statistic(rng.multinomial(n, even, size).astype(np.float64)) for size in _chunks(draws, n)]
-    return np.quantile(np.concatenate(parts, axis=-1), [(1 - level) / 2, (1 + level) / 2], axis=-1)
+    uniform = np.full(n, 1 / n)
+    chunks = [statistic(rng.multinomial(n, uniform, size).astype(np.float64)) for size in _chunks(draws, n)]
+    return np.quantile(np.concatenate(chunks, axis=-1), [(1 - level) / 2, (1 + level) / 2], axis=-1)
 
 
 def _chunks(draws: int, n: int) -> Iterator[int]:
@@ -336,14 +338,14 @@ def _check_draws(draws: int) -> None:
         raise ValueError(f"draws must be at least 1, not {draws}")
 
 
-def _arms(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    first, second = _checked(a, 2), _checked(b, 2)
+def _check_paired_arms(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    first, second = _check_array(a, 2), _check_array(b, 2)
     if first.shape != second.shape:
         raise ValueError(f"the two arms have different shapes, {first.shape} and {second.shape}")
     return first, second
 
 
-def _checked(values: Sequence[float] | np.ndarray, ndim: int) -> np.ndarray:
+def _check_array(values: Sequence[float] | np.ndarray, ndim: int) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != ndim:
         raise ValueError(f"expected an array of {ndim} dimensions, got shape {array.shape}")
@@ -359,7 +361,7 @@ def mean_over_pairs(
 ) -> dict[str, Any]:
     """Mean over pairs with bootstrap intervals, as arguments of `Labelled`: values, n, low, high.
 
-    Pairs are drawn with replacement, in all entries alike (percentile intervals). Of a single pair, or with
+    Pairs are drawn with replacement, the same for all entries (percentile intervals). With a single pair or
     no draws, there is no interval.
 
     Raises:
@@ -367,14 +369,14 @@ def mean_over_pairs(
     """
     if draws < 0:
         raise ValueError(f"draws must not be negative: {draws}")
-    n, rest = values.shape[0], values.shape[1:]
-    found: dict[str, Any] = {"values": values.double().mean(0), "n": n}
+    n, shape = values.shape[0], values.shape[1:]
+    fields: dict[str, Any] = {"values": values.double().mean(0), "n": n}
     if n < 2 or not draws:
-        return found
-    flat = values.detach().cpu().double().reshape(n, -1).numpy()
-    low, high = bootstrap_ends(lambda counts, part: counts / n @ part, flat, draws, level, seed)
-    found["low"], found["high"] = (torch.as_tensor(end).reshape(rest) for end in (low, high))
-    return found
+        return fields
+    flattened = values.detach().cpu().double().reshape(n, -1).numpy()
+    low, high = bootstrap_ends(lambda counts, columns: counts / n @ columns, flattened, draws, level, seed)
+    fields["low"], fields["high"] = (torch.as_tensor(bound).reshape(shape) for bound in (low, high))
+    return fields
 
 
 def bootstrap_ends(
@@ -389,15 +391,15 @@ def bootstrap_ends(
     Args:
         statistic: From counts [draws, n], how often each row is drawn, and some of the columns [n, some] to
             the statistic of each draw, [draws, some]; draws on which it is not defined may be left out.
-        values: One row an example.
+        values: One row per example.
         draws, level, seed: As in `bootstrap_interval`.
     """
     width = max(1, _CHUNK_ELEMENTS // draws)
-    parts = [values[:, start : start + width] for start in range(0, values.shape[1], width)]
+    column_chunks = [values[:, start : start + width] for start in range(0, values.shape[1], width)]
     return np.concatenate(
         [
-            _ends(lambda counts, p=part: statistic(counts, p).T, len(values), draws, level, seed)
-            for part in parts
+            _percentile_ends(lambda counts, p=chunk: statistic(counts, p).T, len(values), draws, level, seed)
+            for chunk in column_chunks
         ],
         axis=1,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hones_lens.results.racing import Confidence, Race, Racing, replay
+from hones_lens.results.racing import ConfidenceSequences, Race, Racing, replay
 
 
 def drops(rng: np.random.Generator, means: np.ndarray, n: int) -> np.ndarray:
@@ -20,7 +20,7 @@ def test_bounds_hold_at_all_times_and_close_at_the_end() -> None:
     values = drops(rng, np.full(trials, 0.1), n) + 0.3 * drops(rng, np.full(trials, -0.2), n)
     values = values.clip(-1, 1)
     means, outside = values.mean(1), np.zeros(trials, dtype=bool)
-    confidence = Confidence(trials, n, alpha)
+    confidence = ConfidenceSequences(trials, n, alpha)
     for start in range(0, n, 5):
         order = values[:, start : start + 5]  # exchangeable: drawn independently of the position
         confidence.add(np.arange(trials), order)
@@ -33,7 +33,7 @@ def test_bounds_hold_at_all_times_and_close_at_the_end() -> None:
 
 def test_bounds_tighten_where_values_are_rare() -> None:
     rng = np.random.default_rng(1)
-    confidence = Confidence(2, 5000, 0.01)
+    confidence = ConfidenceSequences(2, 5000, 0.01)
     confidence.add(np.arange(2), drops(rng, np.array([0.01, 0.4]), 500))
     low, high = confidence.bounds()
     assert low[0] < 0.01 < high[0] and low[1] < 0.4 < high[1]
