@@ -126,7 +126,9 @@ def _llama() -> PreTrainedTokenizerFast:
 def _in_hf_format(family: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer.from_str(member(family, "models/tokenizer.json").decode("utf-8"))
     config: dict[str, Any] = json.loads(member(family, "models/tokenizer_config.json"))
-    named = {key: config[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(key)}
+    named = {
+        key: config[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(key)
+    }
     for key, value in named.items():
         named[key] = value["content"] if isinstance(value, dict) else value
     return PreTrainedTokenizerFast(tokenizer_object=backend, **named)

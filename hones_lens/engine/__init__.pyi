@@ -1,4 +1,4 @@
-from .arms import stacked as stacked
+from .arms import stack_hooks as stack_hooks
 from .batches import (
     Batch as Batch,
     answer_batches as answer_batches,
@@ -7,8 +7,12 @@ from .batches import (
     prompt_batches as prompt_batches,
 )
 from .evaluation import Evaluation as Evaluation, evaluate as evaluate
-from .forks import Step as Step, steps_of as steps_of
-from .full_passes import MAX_NEW_TOKENS as MAX_NEW_TOKENS, Prediction as Prediction, naming as naming
+from .forks import LayerStep as LayerStep, layer_steps as layer_steps
+from .full_passes import (
+    MAX_NEW_TOKENS as MAX_NEW_TOKENS,
+    Prediction as Prediction,
+    error_context as error_context,
+)
 from .measurement import (
     Outcome as Outcome,
     measure as measure,
@@ -21,6 +25,6 @@ from .options import (
     SweepOptions as SweepOptions,
     split_keywords as split_keywords,
 )
-from .segments import Segment as Segment, behind_shared_prefix as behind_shared_prefix
+from .segments import Segment as Segment, split_shared_prefix as split_shared_prefix
 from .speculation import Tally as Tally
 from .sweep import Sweep as Sweep, logits_under as logits_under

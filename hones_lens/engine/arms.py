@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from hones_lens.interventions import HeadEdit, Hook, Scale
 
 
-class Place(IntEnum):
+class ForkPoint(IntEnum):
     """From where in a block a fork can start."""
 
     BLOCK = 0
@@ -23,17 +23,17 @@ class Place(IntEnum):
 
 
 # By the lowest hook that a fork has there; elsewhere it starts from the block.
-_START = {
-    "attn.hook_z": Place.Z,
-    "hook_attn_out": Place.MID,
-    "hook_resid_mid": Place.MID,
-    "ln2": Place.MID,
-    "mlp": Place.MID,
-    "mlp.hook_post": Place.POST,
-    "hook_mlp_out": Place.POST,
-    "hook_resid_post": Place.POST,
+_FORK_POINTS = {
+    "attn.hook_z": ForkPoint.Z,
+    "hook_attn_out": ForkPoint.MID,
+    "hook_resid_mid": ForkPoint.MID,
+    "ln2": ForkPoint.MID,
+    "mlp": ForkPoint.MID,
+    "mlp.hook_post": ForkPoint.POST,
+    "hook_mlp_out": ForkPoint.POST,
+    "hook_resid_post": ForkPoint.POST,
 }
-_OF_TOKEN_PAIRS = ("attn.hook_attn_scores", "attn.hook_pattern")
+_TOKEN_PAIR_HOOKS = ("attn.hook_attn_scores", "attn.hook_pattern")
 
 
 class Arm:
@@ -45,17 +45,17 @@ class Arm:
     """
 
     def __init__(self, hooks: Sequence[Hook] = ()):
-        places = [place_of(name) for name, _ in hooks]
+        places = [fork_point_of(name) for name, _ in hooks]
         self._places = sorted(place for place in places if place is not None)
         self.start, self.hooks = None, tuple(hooks)
         if hooks and len(self._places) == len(hooks):
             self.start = self._places[0]
-            self.hooks = tuple(sorted(hooks, key=lambda hook: place_of(hook[0]) or (0, Place.BLOCK)))
+            self.hooks = tuple(sorted(hooks, key=lambda hook: fork_point_of(hook[0]) or (0, ForkPoint.BLOCK)))
 
     @property
     def sees_tokens_alone(self) -> bool:
         """Whether no hook is on pairs of tokens, so that the tokens may come in portions."""
-        return not any(name.endswith(_OF_TOKEN_PAIRS) for name, _ in self.hooks)
+        return not any(name.endswith(_TOKEN_PAIR_HOOKS) for name, _ in self.hooks)
 
     @property
     def shortcut(self) -> HeadEdit | Scale | None:
@@ -90,15 +90,15 @@ class Arm:
         return ", ".join(str(fn) if isinstance(fn, (HeadEdit, Scale)) else name for name, fn in self.hooks)
 
 
-def place_of(name: object) -> tuple[int, Place] | None:
+def fork_point_of(name: object) -> tuple[int, ForkPoint] | None:
     """Layer and place of a hook; None where it is not in a decoder block."""
     if not isinstance(name, str) or not name.startswith("blocks."):
         return None
     _, layer, rest = name.split(".", 2)
-    return int(layer), _START.get(rest, _START.get(rest.split(".")[0], Place.BLOCK))
+    return int(layer), _FORK_POINTS.get(rest, _FORK_POINTS.get(rest.split(".")[0], ForkPoint.BLOCK))
 
 
-def stacked(parts: Sequence[tuple[int, Sequence[Hook]]]) -> list[Hook]:
+def stack_hooks(parts: Sequence[tuple[int, Sequence[Hook]]]) -> list[Hook]:
     """Hooks for a batch whose rows belong to several interventions.
 
     Args:

@@ -15,14 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from hones_lens.engine.arms import Arm, Place, place_of, stacked
+from hones_lens.engine.arms import Arm, ForkPoint, fork_point_of, stack_hooks
 from hones_lens.engine.segments import Segment
 from hones_lens.interventions import HeadEdit, Hook, Scale
 from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, attention_mask, rotate
 
 
 @dataclass(frozen=True)
-class Step:
+class LayerStep:
     """One layer of a clean pass over one segment.
 
     Attributes:
@@ -49,7 +49,7 @@ class Step:
     cache: KVCache
     made: dict[Any, Any] = field(default_factory=dict)
 
-    def last(self, keep: int) -> Step:
+    def last(self, keep: int) -> LayerStep:
         """The same at the last positions alone."""
         if keep == self.before.shape[1]:
             return self
@@ -70,7 +70,7 @@ _WATCHED = {
 }
 
 
-def walk(model: HookedVLM, segments: Sequence[Segment]) -> Iterator[list[Step]]:
+def walk(model: HookedVLM, segments: Sequence[Segment]) -> Iterator[list[LayerStep]]:
     """Run the clean model one layer at a time, and give the step of each segment.
 
     Of the layers below, only keys and values are held.
@@ -85,14 +85,14 @@ def walk(model: HookedVLM, segments: Sequence[Segment]) -> Iterator[list[Step]]:
         yield steps
 
 
-def steps_of(model: HookedVLM, inputs: VLMInputs) -> Iterator[Step]:
+def layer_steps(model: HookedVLM, inputs: VLMInputs) -> Iterator[LayerStep]:
     """`walk` for whole inputs."""
     for (step,) in walk(model, [Segment.of(model, inputs, inputs.input_ids.shape[1])]):
         yield step
 
 
 @torch.no_grad()
-def _step(model: HookedVLM, layer: int, before: Tensor, context: AttentionContext) -> Step:
+def _step(model: HookedVLM, layer: int, before: Tensor, context: AttentionContext) -> LayerStep:
     kept: dict[str, Any] = {}
 
     def keep(x: Tensor, hook: HookPoint) -> None:
@@ -102,11 +102,11 @@ def _step(model: HookedVLM, layer: int, before: Tensor, context: AttentionContex
     with model.hooks(fwd_hooks=watch):
         after = model.run_blocks(before, context, layer, layer + 1)
     assert context.kv_cache is not None
-    return Step(layer=layer, before=before, after=after, cache=context.kv_cache, **kept)
+    return LayerStep(layer=layer, before=before, after=after, cache=context.kv_cache, **kept)
 
 
 @dataclass(frozen=True)
-class Forked:
+class ForkOutput:
     """What some arms made of one segment; rows of the first arm come first.
 
     Attributes:
@@ -122,10 +122,10 @@ class Forked:
 def fork(
     model: HookedVLM,
     segments: Sequence[Segment],
-    steps: Sequence[Step],
+    steps: Sequence[LayerStep],
     arms: Sequence[Arm],
     whole: bool = False,
-) -> list[Forked]:
+) -> list[ForkOutput]:
     """Run, for each of some arms, all that lies above its start.
 
     Args:
@@ -137,59 +137,61 @@ def fork(
     """
     layer, top = steps[0].layer, model.cfg.n_layers - 1
     names = [name for arm in arms for name, _ in arm.hooks]
-    brief = all(_above_attention_of(top, name) for name in names)
+    brief = all(_is_above_attention(top, name) for name in names)
     if whole:
         brief = not any(name.startswith(f"blocks.{top}.") for name in names)
-    out: list[Forked] = []
+    out: list[ForkOutput] = []
     for segment, step in zip(segments, steps, strict=True):
         rows, length = segment.resid.shape[:2]
         keep = segment.keep if brief else length
         context = segment.context(len(arms), out[0].cache if segment.prefixed else None, above=layer)
         skip = 1 if arms[0].shortcut else 0
-        with model.hooks(fwd_hooks=stacked([(rows, arm.hooks[skip:]) for arm in arms])):
+        with model.hooks(fwd_hooks=stack_hooks([(rows, arm.hooks[skip:]) for arm in arms])):
             here = step.last(keep) if layer == top else step
-            resid = _changed(model, here, arms, context)
+            resid = _block_output(model, here, arms, context)
             if layer < top:
-                resid = _rise(model, resid, layer + 1, context, keep)
+                resid = _run_to_top(model, resid, layer + 1, context, keep)
             logits = None
             if segment.keep:
                 kept = resid[:, resid.shape[1] - segment.keep :]
                 logits = model.unembed(model.ln_final(kept)).unflatten(0, (len(arms), rows))
         assert context.kv_cache is not None
-        out.append(Forked(logits, context.kv_cache))
+        out.append(ForkOutput(logits, context.kv_cache))
     return out
 
 
 @torch.no_grad()
-def clean(model: HookedVLM, segment: Segment, step: Step) -> Forked:
+def clean(model: HookedVLM, segment: Segment, step: LayerStep) -> ForkOutput:
     """What the clean model made of a segment, from its top step, as one arm."""
     if not segment.keep:
-        return Forked(None, step.cache)
+        return ForkOutput(None, step.cache)
     kept = step.after[:, step.after.shape[1] - segment.keep :]
-    return Forked(model.unembed(model.ln_final(kept))[None], step.cache)
+    return ForkOutput(model.unembed(model.ln_final(kept))[None], step.cache)
 
 
-def _above_attention_of(top: int, name: str) -> bool:
-    place = place_of(name)
-    return place is not None and (place[0] < top or place[1] != Place.BLOCK)
+def _is_above_attention(top: int, name: str) -> bool:
+    place = fork_point_of(name)
+    return place is not None and (place[0] < top or place[1] != ForkPoint.BLOCK)
 
 
-def _changed(model: HookedVLM, step: Step, arms: Sequence[Arm], context: AttentionContext) -> Tensor:
+def _block_output(
+    model: HookedVLM, step: LayerStep, arms: Sequence[Arm], context: AttentionContext
+) -> Tensor:
     """The stream that leaves the layer where the arms start, [arm·row pos d_model]."""
     edits = [arm.shortcut for arm in arms]
     if isinstance(edits[0], HeadEdit):
-        return _changed_heads(model, step, [e for e in edits if isinstance(e, HeadEdit)])
+        return _output_with_changed_heads(model, step, [e for e in edits if isinstance(e, HeadEdit)])
     if isinstance(edits[0], Scale):
-        return _changed_neurons(model, step, [e for e in edits if isinstance(e, Scale)])
+        return _output_with_scaled_neurons(model, step, [e for e in edits if isinstance(e, Scale)])
     block, times = model.blocks[step.layer], len(arms)
     assert arms[0].start is not None
     place = arms[0].start[1]
-    if place == Place.BLOCK:
+    if place == ForkPoint.BLOCK:
         return block(_repeat(step.before, times), context)
-    if place == Place.POST:
+    if place == ForkPoint.POST:
         return block.leave(_repeat(step.mid, times), block.mlp.write(_repeat(step.neurons, times)))
     wrote = step.attn_out
-    wrote = block.attn.write(_repeat(step.z, times)) if place == Place.Z else _repeat(wrote, times)
+    wrote = block.attn.write(_repeat(step.z, times)) if place == ForkPoint.Z else _repeat(wrote, times)
     return block.after_attention(_repeat(step.before, times), wrote)
 
 
@@ -197,7 +199,7 @@ def _repeat(x: Tensor, times: int) -> Tensor:
     return x.repeat(times, *[1] * (x.ndim - 1))
 
 
-def _changed_heads(model: HookedVLM, step: Step, edits: Sequence[HeadEdit]) -> Tensor:
+def _output_with_changed_heads(model: HookedVLM, step: LayerStep, edits: Sequence[HeadEdit]) -> Tensor:
     """One head changed: attention's output, gate and up all change by what this head writes otherwise.
 
     With r the new norm's scale, `gate' = (r_clean · gate + Δz · W_O[h] · diag(w) · W_gate) / r`.
@@ -225,7 +227,7 @@ def _changed_heads(model: HookedVLM, step: Step, edits: Sequence[HeadEdit]) -> T
     return after.view(len(edits) * len(step.mid), -1, d_model)
 
 
-def _changed_neurons(model: HookedVLM, step: Step, edits: Sequence[Scale]) -> Tensor:
+def _output_with_scaled_neurons(model: HookedVLM, step: LayerStep, edits: Sequence[Scale]) -> Tensor:
     """Some neurons scaled: the stream changes by what they write otherwise."""
     w_out = model.blocks[step.layer].mlp.W_out
     out = []
@@ -237,7 +239,7 @@ def _changed_neurons(model: HookedVLM, step: Step, edits: Sequence[Scale]) -> Te
     return torch.cat(out)
 
 
-def _rise(model: HookedVLM, resid: Tensor, layer: int, context: AttentionContext, keep: int) -> Tensor:
+def _run_to_top(model: HookedVLM, resid: Tensor, layer: int, context: AttentionContext, keep: int) -> Tensor:
     """The stream above all blocks at the last `keep` positions, from the stream that enters a block.
 
     Of the positions before them the top block computes only the keys and values.

@@ -24,7 +24,7 @@ def predict(model: HookedVLM, task: Task, batch: Batch, hooks: Sequence[Hook] = 
     Raises:
         FloatingPointError: Logits that are not finite; names the hooks and the examples.
     """
-    with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)), naming(batch.ids, hooks):
+    with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)), error_context(batch.ids, hooks):
         if not task.ranks:
             return list(model.generate(batch.inputs, max_new_tokens=MAX_NEW_TOKENS))
         return _margins(model, task, batch)
@@ -55,7 +55,7 @@ def yes_no_ids(model: HookedVLM, prompt: str) -> tuple[int, int]:
 
 
 @contextmanager
-def naming(ids: Sequence[str], hooks: Sequence[Hook] = ()) -> Iterator[None]:
+def error_context(ids: Sequence[str], hooks: Sequence[Hook] = ()) -> Iterator[None]:
     """Add hooks and ids of the examples to a FloatingPointError that is raised inside."""
     try:
         yield

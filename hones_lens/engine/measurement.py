@@ -66,7 +66,7 @@ def measure(
             for batch in prompt_batches(model, task, some, options.batch_size):
                 for mine, new in zip(said, sweep.predictions(task, batch), strict=True):
                     mine += new
-            return _scored(task, some, said)
+            return _score_answers(task, some, said)
 
         for saved in _batches(run, examples, options, label, bar):
             for outcome, rows in zip(found, saved, strict=True):
@@ -128,7 +128,7 @@ def _batches(
         yield saved
 
 
-def _scored(
+def _score_answers(
     task: Task, examples: Sequence[Example], said: Sequence[Sequence[Prediction]]
 ) -> list[list[list[float]]]:
     """For each arm and example its score, then its statistics; equal answers are scored once."""

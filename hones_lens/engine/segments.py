@@ -101,7 +101,7 @@ def buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], VLMI
             yield some, inputs[some].without_padding()
 
 
-def behind_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segment], list[list[int]]]:
+def split_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segment], list[list[int]]]:
     """Rows that begin alike, image included: their common beginning once, then what is behind it.
 
     Returns:
@@ -111,7 +111,7 @@ def behind_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segm
     lengths = inputs.attention_mask.sum(-1).tolist()
     width = inputs.input_ids.shape[1]
     ids = [row[width - n :].tolist() for row, n in zip(inputs.input_ids, lengths, strict=True)]
-    shared = _common_beginning(ids)
+    shared = _shared_prefix_length(ids)
     pads = [width - n for n in lengths]
     if any(bool(mask[pad + shared :].any()) for mask, pad in zip(inputs.image_mask, pads, strict=True)):
         shared = 0
@@ -136,7 +136,7 @@ def behind_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segm
     return segments, members
 
 
-def _common_beginning(rows: Sequence[list[int]]) -> int:
+def _shared_prefix_length(rows: Sequence[list[int]]) -> int:
     """How many tokens all rows begin with; of the shortest, the last is left out."""
     shortest = min(map(len, rows)) - 1
     for i in range(shortest):

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hones_lens.engine.arms import Arm, stacked
-from hones_lens.engine.forks import Forked, Step
+from hones_lens.engine.arms import Arm, stack_hooks
+from hones_lens.engine.forks import ForkOutput, LayerStep
 from hones_lens.engine.memory import Budget
 from hones_lens.engine.segments import Segment, buckets
 from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, greedy
@@ -27,7 +27,7 @@ class Tally:
 
     Attributes:
         forked, full: Rows that were forked from a clean pass, and rows that had to be run whole.
-        decoded: Forked rows that decoded on, since they did not say what the clean model says.
+        decoded: Forked rows that were decoded further, because their answer differs from the clean model's.
         near_ties: Choices between two tokens whose logits differ by less than 1e-4.
         row_layers: Decoder layers computed, times rows (the fork's own layer counts as one).
     """
@@ -79,10 +79,10 @@ class Draft:
     def of_clean_answers(cls, model: HookedVLM, inputs: VLMInputs, max_new_tokens: int) -> Draft:
         """What the clean model says, end-of-sequence tokens included."""
         tokens = greedy(model, inputs, max_new_tokens).tolist()
-        return cls(inputs, [_until_end(row, model.cfg.eos_token_ids) for row in tokens])
+        return cls(inputs, [_cut_after_eos(row, model.cfg.eos_token_ids) for row in tokens])
 
 
-def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+def _cut_after_eos(tokens: list[int], ends: Sequence[int]) -> list[int]:
     for i, token in enumerate(tokens):
         if token in ends:
             return tokens[: i + 1]
@@ -110,7 +110,7 @@ def check_finite(
 
 
 @dataclass(frozen=True, eq=False)
-class Expected:
+class ExpectedAnswers:
     """A draft as what forks say is compared with it.
 
     Attributes:
@@ -131,7 +131,7 @@ class Expected:
     @classmethod
     def of(
         cls, model: HookedVLM, draft: Draft, rows: Sequence[int], ids: Sequence[str], max_new_tokens: int
-    ) -> Expected:
+    ) -> ExpectedAnswers:
         """A draft with the angles of the positions behind its prompts."""
         prompts = draft.inputs
         filler = torch.full((len(draft.tokens), max_new_tokens), model.cfg.pad_token_id)
@@ -141,12 +141,12 @@ class Expected:
 
 
 @dataclass
-class _Unfinished:
+class _DecodingRow:
     """A row that left its draft, and what it has said; its keys and values are in a slot."""
 
     arm: Arm
     number: int  # of the arm
-    expected: Expected
+    expected: ExpectedAnswers
     row: int  # of the draft
     said: list[int]
 
@@ -173,11 +173,16 @@ class Answers:
     def __init__(self, model: HookedVLM, longest: int, max_new_tokens: int, rows_at_once: int, tally: Tally):
         self.model, self.tally, self.max_new_tokens = model, tally, max_new_tokens
         self.found: dict[tuple[int, int], list[int]] = {}  # (arm, row) → tokens, where not the draft's
-        self._waiting: list[_Unfinished] = []
+        self._waiting: list[_DecodingRow] = []
         self._slots = _Slots(count=rows_at_once, size=longest + max_new_tokens)
 
     def check(
-        self, expected: Expected, numbers: Sequence[int], arms: Sequence[Arm], step: Step, forked: Forked
+        self,
+        expected: ExpectedAnswers,
+        numbers: Sequence[int],
+        arms: Sequence[Arm],
+        step: LayerStep,
+        forked: ForkOutput,
     ) -> None:
         """Compare what arms say with the draft.
 
@@ -202,7 +207,7 @@ class Answers:
             if said[-1] in self.model.cfg.eos_token_ids or len(said) == self.max_new_tokens:
                 self.found[numbers[arm], expected.rows[row]] = said
                 continue
-            new = _Unfinished(arms[arm], numbers[arm], expected, row, said)
+            new = _DecodingRow(arms[arm], numbers[arm], expected, row, said)
             at = arm * logits.shape[1] + row
             for layer in range(self.model.cfg.n_layers):
                 cache, i = (forked.cache, at) if layer in forked.cache.keys else (step.cache, row)
@@ -222,7 +227,7 @@ class Answers:
             slots.at = torch.tensor([row.at for row in rows], device=device)
             token = torch.tensor([[row.said[-1]] for row in rows], device=device)
             parts = [(len(same), same[0].arm.hooks) for same in _by_arm(rows)]
-            with model.hooks(fwd_hooks=stacked(parts)):
+            with model.hooks(fwd_hooks=stack_hooks(parts)):
                 resid = model.hook_embed(model.hook_text_embed(model.embed(token)))
                 resid = model.run_blocks(resid, _context(rows, slots))
                 logits = model.unembed(model.ln_final(resid))[:, 0]
@@ -231,9 +236,9 @@ class Answers:
             best = logits.float().topk(2, dim=-1).values
             self.tally.near_ties += int((best[:, 0] - best[:, 1] < NEAR_TIE).sum())
             self.tally.row_layers += len(rows) * model.cfg.n_layers
-            rows = self._go_on(rows, logits.argmax(-1).tolist())
+            rows = self._advance(rows, logits.argmax(-1).tolist())
 
-    def _go_on(self, rows: list[_Unfinished], tokens: list[int]) -> list[_Unfinished]:
+    def _advance(self, rows: list[_DecodingRow], tokens: list[int]) -> list[_DecodingRow]:
         """The rows that are not at their end, moved together."""
         left = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
@@ -246,15 +251,15 @@ class Answers:
         return left
 
 
-def _context(rows: list[_Unfinished], slots: _Slots) -> AttentionContext:
+def _context(rows: list[_DecodingRow], slots: _Slots) -> AttentionContext:
     cos = torch.stack([row.expected.cos[row.row, row.at] for row in rows])[:, None]
     sin = torch.stack([row.expected.sin[row.row, row.at] for row in rows])[:, None]
     seen = torch.arange(slots.length, device=slots.at.device) <= slots.at[:, None]
     return AttentionContext(cos, sin, seen[:, None, None], causal=True, kv_cache=slots)
 
 
-def _by_arm(rows: Sequence[_Unfinished]) -> Iterator[list[_Unfinished]]:
-    same: list[_Unfinished] = []
+def _by_arm(rows: Sequence[_DecodingRow]) -> Iterator[list[_DecodingRow]]:
+    same: list[_DecodingRow] = []
     for row in rows:
         if same and same[0].number != row.number:
             yield same

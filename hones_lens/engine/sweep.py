@@ -18,12 +18,19 @@ from torch import Tensor
 from hones_lens.engine import forks
 from hones_lens.engine.arms import Arm
 from hones_lens.engine.batches import Batch
-from hones_lens.engine.forks import Step
-from hones_lens.engine.full_passes import MAX_NEW_TOKENS, Prediction, log_probs, naming, predict, yes_no_ids
+from hones_lens.engine.forks import LayerStep
+from hones_lens.engine.full_passes import (
+    MAX_NEW_TOKENS,
+    Prediction,
+    error_context,
+    log_probs,
+    predict,
+    yes_no_ids,
+)
 from hones_lens.engine.memory import Budget
 from hones_lens.engine.options import SweepOptions
-from hones_lens.engine.segments import Segment, behind_shared_prefix, buckets
-from hones_lens.engine.speculation import Answers, Draft, Expected, Tally, answer_buckets, check_finite
+from hones_lens.engine.segments import Segment, buckets, split_shared_prefix
+from hones_lens.engine.speculation import Answers, Draft, ExpectedAnswers, Tally, answer_buckets, check_finite
 from hones_lens.interventions import Hook
 from hones_lens.model import HookedVLM, KVCache, VLMInputs, summed_log_probs
 from hones_lens.tasks import Task
@@ -39,10 +46,10 @@ class _PromptEnds:
     """
 
     def __init__(self, segments: Sequence[Segment]):
-        self.segments, self.steps = segments, list[list[Step]]()
+        self.segments, self.steps = segments, list[list[LayerStep]]()
         self.pasts = [KVCache() for _ in segments]
 
-    def add(self, steps: Sequence[Step]) -> None:
+    def add(self, steps: Sequence[LayerStep]) -> None:
         """Keep what is needed of a layer."""
         for past, step, segment in zip(self.pasts, steps, self.segments, strict=True):
             early = step.cache.keys[step.layer].shape[1] - segment.keep
@@ -112,10 +119,10 @@ class Sweep:
         clean: dict[int, list[int]] = {}
         for rows, inputs in buckets(batch.inputs, self.budget):
             names = [ids[row] for row in rows]
-            with naming(names):
+            with error_context(names):
                 draft = Draft.of_clean_answers(self.model, inputs, MAX_NEW_TOKENS)
             clean |= zip(rows, draft.tokens, strict=True)
-            expected = Expected.of(self.model, draft, rows, names, MAX_NEW_TOKENS)
+            expected = ExpectedAnswers.of(self.model, draft, rows, names, MAX_NEW_TOKENS)
             for some, steps, (forked,) in self.forks_of([draft.segment(self.model)], numbers):
                 arms = [self.arms[i] for i in some]
                 if arms[0].hooks:  # what the clean model says is the draft
@@ -136,7 +143,7 @@ class Sweep:
     def _margins(self, task: Task, batch: Batch, numbers: Sequence[int]) -> list[list[list[float]]]:
         (example,) = batch.examples
         yes, no = yes_no_ids(self.model, task.prompts(example)[0])
-        segments, rows = behind_shared_prefix(self.model, batch.inputs)
+        segments, rows = split_shared_prefix(self.model, batch.inputs)
         margins = torch.zeros(len(self.arms), len(batch.inputs))
         for some, _, forked in self.forks_of(segments, numbers):
             arms = [self.arms[i] for i in some]
@@ -175,7 +182,7 @@ class Sweep:
 
     def forks_of(
         self, segments: Sequence[Segment], numbers: Sequence[int], whole: bool = False
-    ) -> Iterator[tuple[list[int], list[Step], list[forks.Forked]]]:
+    ) -> Iterator[tuple[list[int], list[LayerStep], list[forks.ForkOutput]]]:
         """Numbers of arms, the clean steps they were forked from, and what came of them.
 
         Arms that change nothing before the end of the prompt need the clean keys and values of all layers,
@@ -194,7 +201,7 @@ class Sweep:
         for i, arm in arms.items():
             if arm.hooks and i not in late:
                 groups.setdefault(arm.group, []).append(i)
-        ends, steps = _PromptEnds(segments), list[Step]()
+        ends, steps = _PromptEnds(segments), list[LayerStep]()
         for steps in forks.walk(self.model, segments):
             for group in [group for group in groups if group[0][0] == steps[0].layer]:
                 yield from self._batches_of(segments, steps, arms, groups[group], whole)
@@ -207,11 +214,11 @@ class Sweep:
 
     def _late_forks_of(
         self, ends: _PromptEnds, cache: KVCache, arms: dict[int, Arm]
-    ) -> Iterator[tuple[list[int], list[Step], list[forks.Forked]]]:
+    ) -> Iterator[tuple[list[int], list[LayerStep], list[forks.ForkOutput]]]:
         """As `forks_of`, of arms that change nothing before the end of the prompt."""
         wanted = [i for i, segment in enumerate(ends.segments) if segment.keep]
         behind = [ends.segments[i].late(ends.pasts[i]) for i in wanted]
-        none = [forks.Forked(None, KVCache())] * (len(ends.segments) - len(wanted))
+        none = [forks.ForkOutput(None, KVCache())] * (len(ends.segments) - len(wanted))
         for steps in ends.steps:
             mine = [i for i, arm in arms.items() if arm.start and arm.start[0] == steps[0].layer]
             for some, _, forked in self._batches_of(behind, [steps[i] for i in wanted], arms, mine):
@@ -220,11 +227,11 @@ class Sweep:
     def _batches_of(
         self,
         segments: Sequence[Segment],
-        steps: list[Step],
+        steps: list[LayerStep],
         arms: dict[int, Arm],
         left: list[int],
         whole: bool = False,
-    ) -> Iterator[tuple[list[int], list[Step], list[forks.Forked]]]:
+    ) -> Iterator[tuple[list[int], list[LayerStep], list[forks.ForkOutput]]]:
         """Arms of one group, as many at a time as memory has room for."""
         tokens = sum(segment.resid[..., 0].numel() for segment in segments)
         kept = sum(len(segment.resid) * segment.keep for segment in segments)

@@ -2,7 +2,7 @@ from .attribution.ablation import exact_ablation as exact_ablation, exact_head_a
 from .attribution.attribute import attribute_neurons as attribute_neurons
 from .attribution.compare import compare_rankings as compare_rankings
 from .attribution.flow import HeadNeuronFlow as HeadNeuronFlow, head_neuron_flow as head_neuron_flow
-from .attribution.head_scores import HeadScores as HeadScores, cells_of as cells_of
+from .attribution.head_scores import HeadScores as HeadScores, all_heads as all_heads
 from .attribution.heads import default_top_k as default_top_k, localize_heads as localize_heads
 from .attribution.held_out import (
     HeldOutHeads as HeldOutHeads,
@@ -13,10 +13,10 @@ from .attribution.neuron_scores import NeuronScores as NeuronScores
 from .masking import RATIOS as RATIOS, evaluate_masking as evaluate_masking, masking_curve as masking_curve
 from .masking_result import (
     MEASURES as MEASURES,
+    MaskingMeasure as MaskingMeasure,
     MaskingResult as MaskingResult,
-    Measured as Measured,
     load_masking as load_masking,
-    measured as measured,
+    masking_measure as masking_measure,
     save_masking as save_masking,
 )
 from .overlap.group_masking import GroupMasking as GroupMasking, mask_groups as mask_groups

@@ -79,7 +79,7 @@ def evaluate_masking(
         model,
         task,
         examples,
-        [selection(model, neurons, k)],
+        [select_neurons(model, neurons, k)],
         method=neurons.method if isinstance(neurons, NeuronScores) else "given",
         n_controls=n_controls,
         seed=seed,
@@ -87,7 +87,7 @@ def evaluate_masking(
     )[0]
 
 
-def selection(
+def select_neurons(
     model: HookedVLM, neurons: NeuronScores | Neurons, k: int | None = None, purpose: str = "mask"
 ) -> Neurons:
     """Neurons as (layer, index): a ranking's top k, or those that are given.
@@ -128,9 +128,9 @@ def masking_curve(
     engine.check_examples(task, examples)
     if isinstance(neurons, NeuronScores):
         method = neurons.method
-        sets = [selection(model, neurons, neurons.count(ratio)) for ratio in ratios]
+        sets = [select_neurons(model, neurons, neurons.count(ratio)) for ratio in ratios]
     else:
-        sets = [selection(model, chosen, None) for chosen in neurons]
+        sets = [select_neurons(model, chosen, None) for chosen in neurons]
     shape = (model.cfg.n_layers, model.cfg.d_mlp)
     arms: list[list[Hook]] = [[]]
     for chosen in sets:

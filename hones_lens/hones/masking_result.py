@@ -189,7 +189,7 @@ def load_masking(file: str | Path) -> list[MaskingResult]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MaskingMeasure:
     """One of a masking result's two measures.
 
     Attributes:
@@ -241,7 +241,7 @@ class Measured:
         return self.exceeds and self.interval.low > 0
 
 
-def measured(result: MaskingResult, measure: str = "metric") -> Measured:
+def masking_measure(result: MaskingResult, measure: str = "metric") -> MaskingMeasure:
     """One measure of a result.
 
     Raises:
@@ -251,12 +251,14 @@ def measured(result: MaskingResult, measure: str = "metric") -> Measured:
         values, beaten = tuple(c.metric for c in result.controls), result.beats("metric")
         arms = (result.baseline, result.masked, result.metric_interval)
         arms += (result.baseline_interval, result.masked_interval)
-        return Measured(result.metric_name, result.metric_name, "", *arms, values, beaten, result.metric_p)
+        return MaskingMeasure(
+            result.metric_name, result.metric_name, "", *arms, values, beaten, result.metric_p
+        )
     if measure == "log_prob":
         values, beaten = tuple(c.log_prob for c in result.controls), result.beats("log_prob")
         arms = (result.baseline_log_prob, result.masked_log_prob, result.log_prob_interval)
         arms += (result.baseline_log_prob_interval, result.masked_log_prob_interval)
         name = "log-probability"
-        what = f"{name} of the right answer"
-        return Measured(what, name, " nats", *arms, values, beaten, result.log_prob_p)
+        long_name = f"{name} of the right answer"
+        return MaskingMeasure(long_name, name, " nats", *arms, values, beaten, result.log_prob_p)
     raise ValueError(f"unknown measure {measure!r}; valid: {', '.join(MEASURES)}")

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from hones_lens.hones import MEASURES, MaskingResult, Measured, measured
+from hones_lens.hones import MEASURES, MaskingMeasure, MaskingResult, masking_measure
 from hones_lens.results import Interval
 from hones_lens.viz import theme
 from hones_lens.viz.text import join_words, level, number, percent
@@ -51,18 +51,18 @@ def masking_curve(results: Sequence[MaskingResult], measures: Sequence[str] = ME
     if not results:
         raise ValueError("no masking results to draw")
     results = sorted(results, key=lambda r: r.ratio)
-    shown = [measured(results[0], measure).short for measure in measures]
+    shown = [masking_measure(results[0], measure).short for measure in measures]
     title = f"{results[0].task}: {join_words(shown)} with neurons masked"
     note = f"Neurons selected by {results[0].method.replace('_', ' ')}. {_sample_note(results)}"
     figure, panels = theme.new_plot(title, note, 2.75, panels=len(measures), legend=True)
     for axes, measure in zip(panels, measures, strict=True):
-        _curve_panel(axes, results, [measured(result, measure) for result in results])
+        _curve_panel(axes, results, [masking_measure(result, measure) for result in results])
     handles, labels = panels[0].get_legend_handles_labels()
     theme.add_legend(figure, handles, labels)
     return figure
 
 
-def _curve_panel(axes: Axes, results: Sequence[MaskingResult], values: Sequence[Measured]) -> None:
+def _curve_panel(axes: Axes, results: Sequence[MaskingResult], values: Sequence[MaskingMeasure]) -> None:
     shares = np.array([100 * result.ratio for result in results])
     axes.axhline(values[0].baseline, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label="nothing masked")
     if any(m.controls for m in values):
@@ -93,7 +93,7 @@ def masking_bars(result: MaskingResult, measures: Sequence[str] = MEASURES) -> P
     title = f"{result.task}: {result.n_neurons:,} neurons masked ({percent(result.ratio)})"
     figure, panels = theme.new_plot(title, _sample_note([result]), 2.6, panels=len(measures))
     for axes, measure in zip(panels, measures, strict=True):
-        m = measured(result, measure)
+        m = masking_measure(result, measure)
         heights = [m.baseline, m.masked] + ([m.random_mean] if m.controls else [])
         names = ["nothing\nmasked", "selected\nneurons", f"{len(m.controls)} random\nsets"][: len(heights)]
         bars = axes.bar(names, heights, 0.62, color=[INK, SELECTED, RANDOM][: len(heights)])
@@ -197,7 +197,7 @@ def ranking_bars(results: Mapping[str, MaskingResult], measure: str = "metric") 
     """
     if not results:
         raise ValueError("no masking results to draw")
-    measured_by_name = {name: measured(result, measure) for name, result in results.items()}
+    measured_by_name = {name: masking_measure(result, measure) for name, result in results.items()}
     order = sorted(measured_by_name, key=lambda name: -measured_by_name[name].drop)
     rows = []
     for name in order:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from hones_lens.hones import GroupMasking, MaskingResult, Overlap, chance_sizes, measured
+from hones_lens.hones import GroupMasking, MaskingResult, Overlap, chance_sizes, masking_measure
 from hones_lens.viz import theme
 from hones_lens.viz.masking_plots import DropRow, draw_rows
 from hones_lens.viz.text import level, number
@@ -142,7 +142,7 @@ def group_masking_bars(
     shown = list(by_task) if tasks is None else list(tasks)
     if unknown := [task for task in shown if task not in by_task]:
         raise ValueError(f"tasks {unknown} were not measured; there are: {', '.join(by_task)}")
-    m, single_task = measured(by_task[shown[0]][0], measure), shown[0] if len(shown) == 1 else ""
+    m, single_task = masking_measure(by_task[shown[0]][0], measure), shown[0] if len(shown) == 1 else ""
     subject = f"{single_task}: drop" if single_task else "Drop"
     title = f"{subject} with {groups.size:,} neurons of each group masked"
     count = sum(len(by_task[task]) for task in shown)
@@ -154,7 +154,7 @@ def group_masking_bars(
     for axes, task in zip(grid, shown, strict=True):
         results = by_task[task]
         draw_rows(axes, [_row(result, measure) for result in results])
-        task_measure = measured(results[0], measure)
+        task_measure = masking_measure(results[0], measure)
         if not single_task:
             axes.set_title(f"{task} ({task_measure.short}{task_measure.unit})", fontweight="bold")
     name = m.short if single_task or m.unit else "the metric"
@@ -163,7 +163,7 @@ def group_masking_bars(
 
 
 def _row(result: MaskingResult, measure: str) -> DropRow:
-    m = measured(result, measure)
+    m = masking_measure(result, measure)
     return DropRow(result.method, m.drop, m.interval, [m.baseline - value for value in m.controls])
 
 
@@ -176,6 +176,6 @@ def _groups_note(by_task: dict[str, list[MaskingResult]], shown: Sequence[str], 
     text = f"n = {n} held-out examples. Whiskers: {level(firsts[0].metric_interval)} bootstrap interval. "
     text += f"Grey: {'/'.join(map(str, draws))} random sets for each group, as many neurons in each layer."
     if len(firsts) == 1:
-        m = measured(firsts[0], measure)
+        m = masking_measure(firsts[0], measure)
         text += f" Nothing masked: {m.short} {number(m.baseline)}{m.unit}."
     return text

@@ -17,7 +17,7 @@ import hones_lens as hl
 from hones_lens import HookedVLM, localize_heads
 from hones_lens.engine import full_passes
 from hones_lens.engine.speculation import Tally
-from hones_lens.hones.attribution.head_scores import cells_of
+from hones_lens.hones.attribution.head_scores import all_heads
 from hones_lens.interventions.hooks import replace_with_other_heads_mean
 from hones_lens.tasks.registry import TASKS, load_task
 
@@ -82,7 +82,7 @@ def test_shipped_models(name: str, task_name: str, speedups, note) -> None:
     hf_model, model = shipped(name)
     task, dice = load_task(task_name), random.Random(0)
     examples = hl.load_examples("shapes", task_name, "discovery", N_EXAMPLES)
-    cells = cells_of(model)
+    cells = all_heads(model)
     found: list[hl.HeadScores] = []
     tally = Tally()
     differing = 0
@@ -132,7 +132,7 @@ def test_larger_model_against_the_batched_loop(task_name: str, n: int, bar: str,
     )
     task = load_task(task_name)
     examples = hl.load_examples("shapes", task_name, "discovery", n)
-    arms = [[replace_with_other_heads_mean(*cell)] for cell in cells_of(model)[::4]]  # two of every layer
+    arms = [[replace_with_other_heads_mean(*cell)] for cell in all_heads(model)[::4]]  # two of every layer
     picked = arms[::8]
 
     def engine() -> None:

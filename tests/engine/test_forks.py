@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hones_lens import HookedVLM
-from hones_lens.engine.arms import Arm, stacked
+from hones_lens.engine.arms import Arm, stack_hooks
 from hones_lens.engine.forks import fork, walk
 from hones_lens.engine.segments import Segment
 from hones_lens.engine.sweep import logits_under
@@ -139,7 +139,7 @@ def test_stacked_hooks_see_their_own_rows_alone() -> None:
     def double(x: Tensor, hook: object) -> Tensor:
         return 2 * x
 
-    hooks = stacked([(1, [("a", look)]), (2, []), (1, [("a", double), ("b", look), ("a", double)])])
+    hooks = stack_hooks([(1, [("a", look)]), (2, []), (1, [("a", double), ("b", look), ("a", double)])])
     assert [name for name, _ in hooks] == ["a", "b"]
     x = torch.arange(8.0).view(4, 2)
     assert torch.equal(hooks[0][1](x, HookPoint()), torch.cat((x[:3], 4 * x[3:])))

@@ -25,7 +25,7 @@ from hones_lens.data.examples import Example
 from hones_lens.engine import Sweep, SweepOptions, forks, full_passes, measurement
 from hones_lens.engine.memory import Budget
 from hones_lens.engine.speculation import Tally
-from hones_lens.hones.attribution.head_scores import cells_of
+from hones_lens.hones.attribution.head_scores import all_heads
 from hones_lens.interventions.hooks import (
     Hook,
     replace_with_other_heads_mean,
@@ -251,7 +251,7 @@ def with_candidates(example: Example, n: int) -> Example:
 def assert_equal_drops(name: str, task_name: str, examples: Sequence[Example], which: slice) -> None:
     """Per-example drops of heads, by the engine and by one `generate` (or ranking) a head and example."""
     model, task = HookedVLM.from_pretrained(name), load_task(task_name)
-    cells, n = cells_of(model)[which], len(examples)
+    cells, n = all_heads(model)[which], len(examples)
     found = hl.localize_heads(model, task, examples, progress=False)
     clean = naive(model, task, examples, [])
     assert found.base_scores.tolist() == clean
@@ -290,13 +290,13 @@ def test_candidates_without_a_common_image_share_nothing() -> None:
     _, model = pair()
     example = examples_of("retrieval")[0]
     inputs = model.prepare([None, None], ["a circle", "a square"])
-    segments, rows = engine.behind_shared_prefix(model, inputs)
+    segments, rows = engine.split_shared_prefix(model, inputs)
     assert len(segments) == 2 and segments[0].keep == 0 and rows[1] == [0, 1]
     inputs = model.prepare([example.image] * 2, ["a circle", "a circle and a square"])
     ids = inputs.input_ids.clone()
     first = int(inputs.attention_mask[0].int().argmax())
     ids[0, first] = 5 if int(ids[0, first]) != 5 else 6  # the rows differ before the image
-    segments, rows = engine.behind_shared_prefix(model, replace(inputs, input_ids=ids))
+    segments, rows = engine.split_shared_prefix(model, replace(inputs, input_ids=ids))
     assert [s.keep for s in segments] == [1, 1] and not any(s.prefixed for s in segments)
     assert rows == [[0], [1]]
 

@@ -15,7 +15,7 @@ from hones_lens import viz
 from hones_lens.analysis.attention import HeadAttention, head_attention
 from hones_lens.analysis.lens.table import LensPosition, LogitLens
 from hones_lens.analysis.token_cells import FoldedAttention, folded_attention
-from hones_lens.hones.attribution.flow import HeadNeuronFlow, Promoted
+from hones_lens.hones.attribution.flow import HeadNeuronFlow, PromotedToken
 from hones_lens.results.files import Component
 from hones_lens.results.labelled import Labelled
 from hones_lens.viz.theme import Plot
@@ -51,7 +51,7 @@ def lens() -> LogitLens:
 def flow() -> HeadNeuronFlow:
     feeds = random(0, 3, 5).abs().double()
     promoted = tuple(
-        tuple(Promoted(HOSTILE[(i + j) % len(HOSTILE)], 2.0 - j) for j in range(2)) for i in range(5)
+        tuple(PromotedToken(HOSTILE[(i + j) % len(HOSTILE)], 2.0 - j) for j in range(2)) for i in range(5)
     )
     return HeadNeuronFlow(
         task=TASK,

@@ -7,13 +7,13 @@ import torch
 from hones_lens.analysis.lens.difference import LensToken
 from hones_lens.analysis.lens.table import LensPosition, LogitLens
 from hones_lens.engine.evaluation import Evaluation, KindMetric
-from hones_lens.hones.attribution.flow import HeadNeuronFlow, Promoted
+from hones_lens.hones.attribution.flow import HeadNeuronFlow, PromotedToken
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.held_out import HeldOutHead, HeldOutHeads
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking_result import Control, KindDrop, MaskingResult
 from hones_lens.hones.overlap.group_masking import GroupMasking
-from hones_lens.hones.overlap.groups import Overlap, Shared
+from hones_lens.hones.overlap.groups import Overlap, SharedNeurons
 from hones_lens.hones.overlap.lens_delta import LensDelta
 from hones_lens.hones.steering.scales import NeuronScales
 from hones_lens.hones.steering.side_effects import SideEffect, SideEffects
@@ -141,14 +141,14 @@ RESULTS = {
         contributions=tensor([[0.5], [0.25]]),
         total=1.5,
         activations=tensor([-0.5]),
-        promoted=((Promoted("▁red", 1.5), Promoted("<s>", 0.5)),),
+        promoted=((PromotedToken("▁red", 1.5), PromotedToken("<s>", 0.5)),),
         n_examples=60,
     ),
     "overlap": Overlap(
         selected={"vqa": ((0, 1), (1, 2)), "ocr": ((1, 2),)},
         n_layers=2,
         d_mlp=4,
-        shared=(Shared(("vqa", "ocr"), 1, 0.5, 0.25, 0.5, 1.0),),
+        shared=(SharedNeurons(("vqa", "ocr"), 1, 0.5, 0.25, 0.5, 1.0),),
         draws=100,
     ),
     "lens-delta": LensDelta(

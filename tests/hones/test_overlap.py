@@ -12,7 +12,7 @@ from helpers.hf_task_loops import D_MLP, FAMILIES, N_LAYERS, examples_of, pair
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import evaluate_masking, matched_random_sets
 from hones_lens.hones.masking_result import load_masking
-from hones_lens.hones.overlap.group_masking import GroupMasking, mask_groups, masked_parts
+from hones_lens.hones.overlap.group_masking import GroupMasking, equal_size_groups, mask_groups
 from hones_lens.hones.overlap.groups import Overlap, find_overlap
 from hones_lens.hones.overlap.lens_delta import LensDelta, lens_delta
 from hones_lens.results.statistics import mean_interval
@@ -174,14 +174,14 @@ def test_groups_are_masked_at_one_size_on_every_task(tmp_path) -> None:
 
 def test_a_part_is_drawn_from_seed_and_name_and_empty_groups_are_left_out() -> None:
     known = found().groups
-    parts = masked_parts(found(), None, None, seed=0)
+    parts = equal_size_groups(found(), None, None, seed=0)
     assert list(parts) == list(known) and all(len(part) == 1 for part in parts.values())
     assert all(set(part) <= set(known[name]) for name, part in parts.items())
-    assert masked_parts(found(), ["vqa only"], 1, seed=0)["vqa only"] == parts["vqa only"]
-    drawn = {tuple(masked_parts(found(), ["vqa only"], 2, seed)["vqa only"]) for seed in range(20)}
+    assert equal_size_groups(found(), ["vqa only"], 1, seed=0)["vqa only"] == parts["vqa only"]
+    drawn = {tuple(equal_size_groups(found(), ["vqa only"], 2, seed)["vqa only"]) for seed in range(20)}
     assert len(drawn) == 3, "all parts of two come up"
     two = find_overlap({"vqa": GENERAL, "ocr": GENERAL + PAIR}, shape=(N_LAYERS, D_MLP), draws=10)
-    assert list(masked_parts(two, None, None, seed=0)) == ["ocr only", "general"]
+    assert list(equal_size_groups(two, None, None, seed=0)) == ["ocr only", "general"]
 
 
 def test_journals_take_up_where_a_run_stopped() -> None:

@@ -11,7 +11,7 @@ import torch
 from helpers.figures import check_drawing, groups
 from matplotlib.colors import to_hex
 
-from hones_lens.hones.attribution.flow import HeadNeuronFlow, Promoted
+from hones_lens.hones.attribution.flow import HeadNeuronFlow, PromotedToken
 from hones_lens.results.files import Component
 from hones_lens.viz import theme
 from hones_lens.viz.flow_plots import COLUMNS, LINKS, flow_tooltips, head_neuron_token_flow
@@ -29,7 +29,7 @@ def flow(n_heads: int = 10, n_neurons: int = 15, seed: int = 0) -> HeadNeuronFlo
     for _ in range(n_neurons):
         chosen = rng.choice(TOKENS, 3, replace=False)
         logits = np.sort(rng.uniform(0.5, 2, 3))[::-1]
-        promoted.append(tuple(Promoted(str(t), float(v)) for t, v in zip(chosen, logits, strict=True)))
+        promoted.append(tuple(PromotedToken(str(t), float(v)) for t, v in zip(chosen, logits, strict=True)))
     return HeadNeuronFlow(
         task="vqa",
         model_name="tiny-llava",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import example_results as made
 
-from hones_lens.hones.masking_result import measured
+from hones_lens.hones.masking_result import masking_measure
 from hones_lens.results.statistics import Interval
 from hones_lens.viz import text as words
 from hones_lens.viz.text import number, percent
@@ -34,4 +34,4 @@ def test_numbers_as_text():
     )
     assert words.join_words(["a"]) == "a" and words.join_words(["a", "b", "c"]) == "a, b and c"
     with pytest.raises(ValueError, match="'loss'; valid: metric, log_prob"):
-        measured(made.masking(), "loss")
+        masking_measure(made.masking(), "loss")

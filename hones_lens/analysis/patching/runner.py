@@ -17,7 +17,7 @@ from hones_lens.analysis.patching.batches import PairBatch, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, Target, Targets, vision_mask
-from hones_lens.engine import Budget, SweepOptions, stacked
+from hones_lens.engine import Budget, SweepOptions, stack_hooks
 from hones_lens.interventions import HeadEdit, Hook
 from hones_lens.model import HookedVLM, VLMInputs
 
@@ -277,4 +277,4 @@ class _PatchBatch:
     def _stacked_arms(self, base: VLMInputs, arms: list[list[Hook]]) -> tuple[VLMInputs, list[Hook]]:
         """The rows repeated for each arm, and hooks that apply each arm to its own copy."""
         rows = sum(map(len, base.grids)) if self.site.vision else len(base)
-        return base[list(range(len(base))) * len(arms)], stacked([(rows, arm) for arm in arms])
+        return base[list(range(len(base))) * len(arms)], stack_hooks([(rows, arm) for arm in arms])

@@ -11,7 +11,7 @@ import torch
 from hones_lens import engine
 from hones_lens.data import Example
 from hones_lens.engine import Prediction
-from hones_lens.hones import cells_of, default_top_k
+from hones_lens.hones import all_heads, default_top_k
 from hones_lens.interventions import replace_with_other_heads_mean
 from hones_lens.model import HookedVLM
 from hones_lens.results import ranked, spearman
@@ -80,8 +80,8 @@ def dtype_flips(
         raise ValueError(
             f"models in {model.cfg.dtype} and {other.cfg.dtype}; give float32, then another type"
         )
-    cells = cells_of(model)
-    if cells != cells_of(other):
+    cells = all_heads(model)
+    if cells != all_heads(other):
         raise ValueError("the two models have different heads")
     engine.check_examples(task, examples)
     outcomes = [_predictions_and_scores(each, task, examples, batch_size) for each in (model, other)]
@@ -109,7 +109,7 @@ def _predictions_and_scores(
     model: HookedVLM, task: Task, examples: Sequence[Example], batch_size: int
 ) -> tuple[list[list[Prediction]], np.ndarray]:
     """Predictions of every arm, the clean model first, and their scores [arm example]."""
-    arms = [[], *([replace_with_other_heads_mean(*cell)] for cell in cells_of(model))]
+    arms = [[], *([replace_with_other_heads_mean(*cell)] for cell in all_heads(model))]
     predictions: list[list[Prediction]] = [[] for _ in arms]
     for batch in engine.prompt_batches(model, task, examples, batch_size):
         for arm_predictions, batch_predictions in zip(

@@ -15,7 +15,7 @@ from hones_lens.app.report.run_view import ExampleView, RunView
 from hones_lens.app.report.sections import Section, drawn, sections
 from hones_lens.app.report.tables import Cell, Strong, Table
 from hones_lens.app.report.verdict import verdict
-from hones_lens.hones import MEASURES, NeuronScores, measured
+from hones_lens.hones import MEASURES, NeuronScores, masking_measure
 from hones_lens.results import Labelled
 from hones_lens.viz import join_words, level, nonbreaking, number, percent, span
 
@@ -111,7 +111,7 @@ def _headlines(runs: Sequence[RunView]) -> Table:
         cells: list[Cell] = [run.title, f"{run.main.n_neurons:,}", percent(run.main.ratio)]
         cells += [run.main.metric_name, f"{run.main.metric_interval.n:,}"]
         for measure in MEASURES:
-            m = measured(run.main, measure)
+            m = masking_measure(run.main, measure)
             cells += [Strong(number(m.drop)) if m.clear else number(m.drop), span(m.interval)]
             cells.append(f"{m.beaten} of {len(m.controls)}" if m.controls else "–")
         rows.append(tuple(cells))
@@ -154,10 +154,10 @@ def story(run: RunView) -> list[str]:
 
 
 def _tiles(run: RunView) -> list[Tile]:
-    tiles = [_patched(run.patching.result)] if run.patching else []
+    tiles = [_localize_by_patching(run.patching.result)] if run.patching else []
     if (main := run.main) is not None:
         for measure in ("metric", "log_prob"):
-            m = measured(main, measure)
+            m = masking_measure(main, measure)
             random = f" Random sets: {number(m.random_mean)} on average, {number(m.random_worst)} at worst."
             interval = f"{level(m.interval)} interval {span(m.interval)}"
             ends = f"From {span(m.before)} to {span(m.after)}. "
@@ -191,7 +191,7 @@ def _tiles(run: RunView) -> list[Tile]:
     return tiles
 
 
-def _patched(result: Labelled) -> Tile:
+def _localize_by_patching(result: Labelled) -> Tile:
     """The largest value of a patching."""
     at = patch_sections.best(result)
     what = result.what.partition(",")[0]

@@ -18,7 +18,7 @@ from hones_lens.hones import (
     SteeringRow,
     SteeringTable,
     chance_sizes,
-    measured,
+    masking_measure,
 )
 from hones_lens.results import Interval
 from hones_lens.viz import level, number, p_value, span
@@ -162,7 +162,7 @@ def _group_row(result: MaskingResult) -> tuple[Cell, ...]:
     before = f"{number(result.baseline)} {span(result.baseline_interval)}"
     cells: list[Cell] = [result.task, result.method, before]
     for measure in ("metric", "log_prob"):
-        m = measured(result, measure)
+        m = masking_measure(result, measure)
         cells += [Strong(number(m.drop)) if m.clear else number(m.drop), span(m.interval)]
         cells += [number(m.baseline - m.random_mean), f"{m.beaten} of {len(m.controls)}"]
     return tuple(cells)

@@ -8,7 +8,14 @@ from typing import Any
 
 from hones_lens.app.report.run_view import NeuronTokens
 from hones_lens.app.report.verdict import kind_clear
-from hones_lens.hones import MEASURES, HeadScores, MaskingResult, Measured, NeuronScores, measured
+from hones_lens.hones import (
+    MEASURES,
+    HeadScores,
+    MaskingMeasure,
+    MaskingResult,
+    NeuronScores,
+    masking_measure,
+)
 from hones_lens.results import Interval
 from hones_lens.viz import level, number, p_value, percent, span
 
@@ -124,21 +131,21 @@ def masking(results: Sequence[MaskingResult], measure: str) -> Table:
     """One measure at every share: before, after, drop, interval, and the random sets."""
     columns = ("neurons", "share", "before", "after", "drop", "interval", "p", "relative")
     columns += ("random mean", "random largest", "beats")
-    rows = tuple(_masking_row(r, measured(r, measure)) for r in sorted(results, key=lambda r: r.ratio))
-    m = measured(results[0], measure)
+    rows = tuple(_masking_row(r, masking_measure(r, measure)) for r in sorted(results, key=lambda r: r.ratio))
+    m = masking_measure(results[0], measure)
     if m.unit:
         columns = tuple(c for c in columns if c != "relative")
         rows = tuple((*row[:7], *row[8:]) for row in rows)
     note = f"{level(m.interval)} bootstrap intervals, n = {m.interval.n:,}"
     note += "; p: paired permutation test" if m.p is not None else ""
     note += f"; {len(m.controls)} random sets." if m.controls else "; no random sets were run."
-    if any(m.clear for m in (measured(r, measure) for r in results)):
+    if any(m.clear for m in (masking_measure(r, measure) for r in results)):
         note += " Bold: larger than with every random set, and the interval lies above 0."
     title = f"{m.name[0].upper()}{m.name[1:]}{' (nats)' if m.unit else ''} with neurons masked"
     return Table(title, columns, rows, note)
 
 
-def _masking_row(result: MaskingResult, m: Measured) -> tuple[Cell, ...]:
+def _masking_row(result: MaskingResult, m: MaskingMeasure) -> tuple[Cell, ...]:
     drop = number(m.drop)
     return (
         f"{result.n_neurons:,}",
@@ -190,7 +197,7 @@ def rankings(results: Mapping[str, MaskingResult]) -> Table:
     for name, result in sorted(results.items(), key=lambda item: -item[1].drop):
         cells: list[Cell] = [name.replace("_", " "), f"{result.n_neurons:,}"]
         for measure in MEASURES:
-            m = measured(result, measure)
+            m = masking_measure(result, measure)
             beats = f"{m.beaten} of {len(m.controls)}" if m.controls else "–"
             drop, p = number(m.drop), p_value(m.p)
             cells += [Strong(drop) if m.clear else drop, span(m.interval), p, beats]

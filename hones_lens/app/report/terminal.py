@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hones_lens.app.report.run_view import RunView
 from hones_lens.app.report.verdict import verdict
-from hones_lens.hones import MEASURES, measured
+from hones_lens.hones import MEASURES, masking_measure
 from hones_lens.viz import level, number, percent, span
 
 _MOST_HEADS = 10
@@ -99,10 +99,10 @@ def _print_neurons(console: Console, run: RunView) -> None:
 def _print_masking(console: Console, run: RunView, measure: str) -> None:
     """One row a share of neurons."""
     results = sorted(run.masking, key=lambda r: r.ratio)
-    first = measured(results[0], measure)
+    first = masking_measure(results[0], measure)
     table = _table("masked", "after", "drop", "random", "beats")
     for result in results:
-        m = measured(result, measure)
+        m = masking_measure(result, measure)
         table.add_row(
             f"{result.n_neurons:,} ({percent(result.ratio)})",
             Text(f"{number(m.masked)} {span(m.after)}"),

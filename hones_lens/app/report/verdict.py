@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hones_lens.hones import MEASURES, MaskingResult, measured
+from hones_lens.hones import MEASURES, MaskingResult, masking_measure
 from hones_lens.viz import join_words, level, number, percent
 
 _DEFAULT_SHARE = 0.01
@@ -34,7 +34,7 @@ def finding(result: MaskingResult) -> str:
     """Where the drop is clear: `both`, `metric`, `log_prob`, `neither`; `unknown` without random sets."""
     if not result.controls:
         return UNKNOWN
-    metric, log_prob = (measured(result, m).clear for m in MEASURES)
+    metric, log_prob = (masking_measure(result, m).clear for m in MEASURES)
     if metric and log_prob:
         return BOTH
     return METRIC_ONLY if metric else LOG_PROB_ONLY if log_prob else NEITHER
@@ -76,7 +76,9 @@ def _conclusion(result: MaskingResult) -> str:
     size = f"{percent(result.ratio)} of the FFN neurons ({among(result)})"
     found = finding(result)
     # More than every random set, but the interval reaches 0: not refuted either.
-    carried = "shown to be carried" if any(measured(result, m).exceeds for m in _OPEN[found]) else "carried"
+    carried = (
+        "shown to be carried" if any(masking_measure(result, m).exceeds for m in _OPEN[found]) else "carried"
+    )
     if found == BOTH:
         return (
             f"These neurons carry part of the {task} task.\nMasking {size} lowers both {metric} and the "
@@ -96,7 +98,7 @@ def _conclusion(result: MaskingResult) -> str:
             "does, but not the probability of the right answer. The answers' form may be what suffers."
         )
     if found == NEITHER and carried != "carried":
-        more = join_words([m.name for m in (measured(result, w) for w in MEASURES) if m.exceeds])
+        more = join_words([m.name for m in (masking_measure(result, w) for w in MEASURES) if m.exceeds])
         return (
             f"The {task} task is not {carried} by these neurons.\nMasking {size} costs more than masking "
             f"any of {count} matched random sets ({more}), but {result.metric_interval.n} examples do not "
@@ -115,7 +117,7 @@ def _conclusion(result: MaskingResult) -> str:
 
 def _fact(result: MaskingResult, measure: str) -> str:
     """One measure's numbers as a sentence."""
-    m = measured(result, measure)
+    m = masking_measure(result, measure)
     name = m.name if m.name[1:2].isupper() else m.name[0].upper() + m.name[1:]
     before, after = number(m.baseline), number(m.masked)
     moved = "stays at" if before == after else f"{'falls' if m.drop > 0 else 'rises'} from {before} to"

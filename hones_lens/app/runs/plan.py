@@ -69,9 +69,7 @@ def plan(
         rows = cost.arms * cost.examples
         tokens = float(sample.input_ids.shape[1])
         if cost.ranks and chosen.ranks:
-            tokens = float(
-                sum(s.resid[..., 0].numel() for s in engine.behind_shared_prefix(model, sample)[0])
-            )
+            tokens = float(sum(s.resid[..., 0].numel() for s in engine.split_shared_prefix(model, sample)[0]))
         operations = rows * cost.layers * _per_layer(model, tokens)
         total += operations / rate
         lines.append(

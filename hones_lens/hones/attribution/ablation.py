@@ -12,7 +12,7 @@ from torch import Tensor
 from hones_lens import engine
 from hones_lens.data import Example
 from hones_lens.engine import SweepKeywords, SweepOptions
-from hones_lens.hones.attribution.head_scores import cells_of
+from hones_lens.hones.attribution.head_scores import all_heads
 from hones_lens.interventions import Hook, replace_with_other_heads_mean, zero_head, zero_neurons
 from hones_lens.model import HookedVLM
 from hones_lens.tasks import Task
@@ -57,7 +57,7 @@ def exact_ablation(
     arms = [[], *(zero_neurons([neuron]) for neuron in neurons)]
     label = "neuron ablation"
     if measure == "log_prob":
-        falls = _falls_of_log_prob(model, task, examples, arms, options, label)
+        falls = _log_prob_drops(model, task, examples, arms, options, label)
     elif measure == "metric":
         base, *under = engine.measure(model, task, examples, arms, options, label=label)
         clean = base.metric(task)
@@ -94,12 +94,12 @@ def exact_head_ablation(
         raise ValueError(f"unknown ablation {ablation!r}; valid: {', '.join(_HEAD_HOOKS)}")
     options, task = SweepOptions.of(options, sweep), engine.as_task(task)
     engine.check_examples(task, examples)
-    arms = [[], *([_HEAD_HOOKS[ablation](*cell)] for cell in cells_of(model))]
-    falls = _falls_of_log_prob(model, task, examples, arms, options, "head ablation")
+    arms = [[], *([_HEAD_HOOKS[ablation](*cell)] for cell in all_heads(model))]
+    falls = _log_prob_drops(model, task, examples, arms, options, "head ablation")
     return falls.view(model.cfg.n_layers, model.cfg.n_heads)
 
 
-def _falls_of_log_prob(
+def _log_prob_drops(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],

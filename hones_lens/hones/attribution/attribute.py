@@ -14,7 +14,7 @@ from hones_lens.data import Example
 from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
-from hones_lens.hones.attribution.neurons import default_ratio, head_conditioned
+from hones_lens.hones.attribution.neurons import default_ratio, head_conditioned_importance
 from hones_lens.model import HookedVLM
 from hones_lens.tasks import Task
 
@@ -88,7 +88,7 @@ def attribute_neurons(
     if method == "hones":
         if heads is None:
             raise ValueError("method 'hones' needs heads: pass what localize_heads returned")
-        scores, errors = head_conditioned(model, task, examples, heads.top(), **common, **own)
+        scores, errors = head_conditioned_importance(model, task, examples, heads.top(), **common, **own)
     else:
         rank = load_ranking(method) if isinstance(method, str) else method
         scores = rank(model, task, examples, **common, **own)

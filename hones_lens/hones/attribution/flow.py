@@ -20,14 +20,14 @@ from hones_lens.data import Example
 from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
-from hones_lens.hones.attribution.neurons import default_ratio, falls_by_head
+from hones_lens.hones.attribution.neurons import default_ratio, write_in_drops_by_head
 from hones_lens.hones.attribution.rankings import mean_activation
 from hones_lens.model import HookedVLM, token_names
 from hones_lens.results import Component, Result, ranked
 from hones_lens.tasks import Task
 
 
-class Promoted(NamedTuple):
+class PromotedToken(NamedTuple):
     """A token, and what a unit of a neuron's activation adds to its logit, before the final norm's scale."""
 
     token: str
@@ -63,7 +63,7 @@ class HeadNeuronFlow(Result):
     contributions: Float[Tensor, "head neuron"]
     total: float
     activations: Float[Tensor, " neuron"]
-    promoted: tuple[tuple[Promoted, ...], ...]
+    promoted: tuple[tuple[PromotedToken, ...], ...]
     n_examples: int
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -143,7 +143,7 @@ def head_neuron_flow(
     given, own = split_keywords(keywords, BatchKeywords.__annotations__)
     options = SweepOptions.of_batches(options, given, batch_size=16)
     critical = [head for head in heads.top() if head.score > 0]
-    weights, falls = falls_by_head(model, task, examples, critical, **options.of_a_batch, **own)
+    weights, falls = write_in_drops_by_head(model, task, examples, critical, **options.of_a_batch, **own)
     by_head = weights[:, None, None] * falls / weights.sum()
     scores = by_head.sum(0)
     if neurons is None:
@@ -167,10 +167,10 @@ def head_neuron_flow(
 
 def _promoted(
     model: HookedVLM, neurons: Sequence[Component], activations: Float[Tensor, " neuron"], k: int
-) -> tuple[tuple[Promoted, ...], ...]:
+) -> tuple[tuple[PromotedToken, ...], ...]:
     """The k tokens that each neuron promotes most, by name."""
     found = promoted_tokens(model, [(c.layer, c.index) for c in neurons], activations, k)
     return tuple(
-        tuple(Promoted(*pair) for pair in zip(token_names(model, ids), logits, strict=True))
+        tuple(PromotedToken(*pair) for pair in zip(token_names(model, ids), logits, strict=True))
         for ids, logits in zip(found.ids.tolist(), found.logits.tolist(), strict=True)
     )

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from hones_lens import engine
 from hones_lens.data import CounterfactualPair, Example
-from hones_lens.engine import Step, steps_of
+from hones_lens.engine import LayerStep, layer_steps
 from hones_lens.interventions import HeadEdit, neuron_hook, replace_with_other_heads_mean
 from hones_lens.model import Answer, HookedVLM, VLMInputs, at_positions
 from hones_lens.tasks import Task
@@ -48,7 +48,7 @@ def gradient_times_activation(
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     for batch in _batches(model, task, examples, batch_size, progress):
         where = at_positions(batch.inputs, positions)[..., None]
-        with engine.naming(batch.ids):
+        with engine.error_context(batch.ids):
             found = neuron_gradients(model, batch.inputs)
         for layer, (m, gradient) in enumerate(found):
             total[layer] += (where * m * gradient).sum((0, 1), dtype=torch.float64).cpu()
@@ -91,9 +91,9 @@ def attribution_patching(
     others = engine.answer_batches(model, task, corrupted, batch_size)
     for batch, other in zip(_batches(model, task, clean, batch_size, progress), others, strict=True):
         where = at_positions(batch.inputs, positions)[..., None]
-        with engine.naming(batch.ids):
+        with engine.error_context(batch.ids):
             found = neuron_gradients(model, batch.inputs)
-        for (m, gradient), step in zip(found, steps_of(model, other.inputs), strict=True):
+        for (m, gradient), step in zip(found, layer_steps(model, other.inputs), strict=True):
             product = where * (m - step.neurons) * gradient
             total[step.layer] += product.sum((0, 1), dtype=torch.float64).cpu()
     return total / len(pairs)
@@ -144,8 +144,8 @@ def qrnca(
         for instances in queries.values():
             attribution = torch.zeros(shape, dtype=torch.float64)
             for batch in engine.answer_batches(model, task, instances, batch_size=1):
-                with engine.naming(batch.ids):
-                    for step in steps_of(model, batch.inputs):
+                with engine.error_context(batch.ids):
+                    for step in layer_steps(model, batch.inputs):
                         attribution[step.layer] += integrated_gradients(model, batch.inputs, step, **options)
                 bar.update(1)
             largest = attribution.max()
@@ -175,7 +175,7 @@ def _by_query(task: Task, examples: Sequence[Example]) -> dict[tuple[str, str], 
 def integrated_gradients(
     model: HookedVLM,
     inputs: VLMInputs,
-    step: Step,
+    step: LayerStep,
     *,
     steps: int = STEPS,
     positions: str = "last",
@@ -191,7 +191,7 @@ def integrated_gradients(
     Args:
         model: The model.
         inputs: One row, prepared with its answer.
-        step: The layer, from `steps_of` these inputs.
+        step: The layer, from `layer_steps` these inputs.
         steps: Of the integral.
         positions: Where m is scaled: the last prompt position, or `all`.
         batch_size: Steps in one pass, a row each.
@@ -247,7 +247,7 @@ def _gradients_at(model: HookedVLM, inputs: VLMInputs, names: Sequence[str]) -> 
     return [(x.detach(), gradient) for x, gradient in zip(kept, gradients, strict=True)]
 
 
-def first_order_falls(
+def first_order_head_drops(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
@@ -272,7 +272,7 @@ def first_order_falls(
     _, edit = replace_with_other_heads_mean(0, 0)
     assert isinstance(edit, HeadEdit)
     for batch in _batches(model, task, examples, batch_size, progress):
-        with engine.naming(batch.ids):
+        with engine.error_context(batch.ids):
             found = _gradients_at(model, batch.inputs, names)
         for layer, (z, gradient) in enumerate(found):
             change = (edit.replacement(z) - z) * gradient

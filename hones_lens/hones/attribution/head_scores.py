@@ -113,7 +113,7 @@ class HeadScores(Result):
         n = len(self.example_ids)
         if n < 2 or bool((self.counts < n).any()):
             return None
-        return _permuted(self, _draws_for(self, _Q))
+        return _permutation_p_values(self, _draws_for(self, _Q))
 
     @cached_property
     def discoveries(self) -> frozenset[tuple[int, int]] | None:
@@ -221,7 +221,7 @@ def significant_heads(
             f"{len(short)} heads, the first L{short[0][0]}H{short[0][1]}, were not measured on every "
             "example: localize without racing or a prefilter"
         )
-    p = _permuted(heads, _draws_for(heads, q) if draws is None else draws, seed).flatten().numpy()
+    p = _permutation_p_values(heads, _draws_for(heads, q) if draws is None else draws, seed).flatten().numpy()
     found = benjamini_hochberg(p, q, dependent=dependent)[1].reshape(heads.scores.shape)
     if not found.any():
         return []
@@ -229,7 +229,7 @@ def significant_heads(
     return ranked(among, int(found.sum()))
 
 
-def _permuted(heads: HeadScores, draws: int, seed: int = 0) -> Tensor:
+def _permutation_p_values(heads: HeadScores, draws: int, seed: int = 0) -> Tensor:
     """One-sided p-values of no drop, [layer head]."""
     p = sign_flip_p(heads.drops.flatten(0, 1).numpy(), draws=draws, seed=seed)
     return torch.from_numpy(p).view(heads.scores.shape)
@@ -239,6 +239,6 @@ def _draws_for(heads: HeadScores, q: float) -> int:
     return max(10_000, math.ceil(heads.scores.numel() / q))
 
 
-def cells_of(model: HookedVLM) -> list[tuple[int, int]]:
+def all_heads(model: HookedVLM) -> list[tuple[int, int]]:
     """Every decoder head as (layer, head), in order."""
     return [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]

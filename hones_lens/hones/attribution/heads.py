@@ -13,8 +13,8 @@ from hones_lens import engine
 from hones_lens.analysis import SITES, PatchPairs, counterfactual, measure_patches, positions_of, targets_of
 from hones_lens.data import CounterfactualPair, Example
 from hones_lens.engine import SweepKeywords, SweepOptions, Tally
-from hones_lens.hones.attribution.gradients import first_order_falls
-from hones_lens.hones.attribution.head_scores import INTERVENTIONS, LEVEL, HeadScores, cells_of
+from hones_lens.hones.attribution.gradients import first_order_head_drops
+from hones_lens.hones.attribution.head_scores import INTERVENTIONS, LEVEL, HeadScores, all_heads
 from hones_lens.interventions import Hook, replace_with_other_heads_mean
 from hones_lens.model import HookedVLM, find_settings
 from hones_lens.results import (
@@ -91,14 +91,16 @@ def localize_heads(
         raise ValueError(f"unknown intervention {intervention!r}; valid: {', '.join(INTERVENTIONS)}")
     k = default_top_k(model) if top_k is None else top_k
     if intervention == "patch":
-        _refuse_shortcuts(prefilter, racing)
-        return _patched(model, task, _pairs_of(model, task, pairs, examples), k, positions, options)
+        _check_no_shortcuts(prefilter, racing)
+        return _localize_by_patching(
+            model, task, _pairs_of(model, task, pairs, examples), k, positions, options
+        )
     if pairs is not None:
         raise ValueError("pairs are for intervention='patch'")
-    return _replaced(model, task, examples, k, positions, prefilter, racing, options)
+    return _localize_by_mean(model, task, examples, k, positions, prefilter, racing, options)
 
 
-def _refuse_shortcuts(prefilter: int | None, racing: Racing | None) -> None:
+def _check_no_shortcuts(prefilter: int | None, racing: Racing | None) -> None:
     if prefilter is not None or racing is not None:
         raise ValueError(
             "prefilter and racing are for intervention='mean': a prefilter estimates another fall, and "
@@ -106,7 +108,7 @@ def _refuse_shortcuts(prefilter: int | None, racing: Racing | None) -> None:
         )
 
 
-def _replaced(
+def _localize_by_mean(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
@@ -137,7 +139,7 @@ def _replaced(
         )
         numbers = tuple(cells[i][0] * model.cfg.n_heads + cells[i][1] for i in race.winners)
         race = replace(race, winners=numbers)
-    all_drops, all_scores = (_laid_out(model, cells, values) for values in (drops, found))
+    all_drops, all_scores = (_by_layer_and_head(model, cells, values) for values in (drops, found))
     return HeadScores(
         task=task.name,
         metric_name=task.metric_name,
@@ -168,17 +170,19 @@ def _cells_to_measure(
     options: SweepOptions,
 ) -> tuple[list[tuple[int, int]], list[str]]:
     """(layer, head) of all heads or of those that the prefilter keeps, and what was traded for speed."""
-    cells = cells_of(model)
+    cells = all_heads(model)
     if prefilter is None:
         return cells, []
     if not k <= prefilter:
         raise ValueError(f"prefilter keeps {prefilter} heads, fewer than the {k} asked for")
-    falls = first_order_falls(model, task, examples, **options.of_a_batch)
+    falls = first_order_head_drops(model, task, examples, **options.of_a_batch)
     kept = sorted((c.layer, c.index) for c in ranked(falls, prefilter))
     return kept, [f"the best {prefilter} of {len(cells)} heads by attribution patching, others unmeasured"]
 
 
-def _laid_out(model: HookedVLM, cells: Sequence[tuple[int, int]], values: np.ndarray) -> torch.Tensor:
+def _by_layer_and_head(
+    model: HookedVLM, cells: Sequence[tuple[int, int]], values: np.ndarray
+) -> torch.Tensor:
     """Values by cell, [cell n], as [layer head n], NaN for heads without."""
     shape = (model.cfg.n_layers, model.cfg.n_heads, values.shape[1])
     out = torch.full(shape, torch.nan, dtype=torch.float64)
@@ -204,7 +208,7 @@ def _pairs_of(
     return made
 
 
-def _patched(
+def _localize_by_patching(
     model: HookedVLM, task: Task, pairs: PatchPairs, k: int, positions: str, options: SweepOptions
 ) -> HeadScores:
     """Every head's output on the corrupted input put into the clean run."""
@@ -216,7 +220,7 @@ def _patched(
     found = measure_patches(model, pairs, site, targets_of(site, model.cfg), where, options, **how)
     drops = (found.clean - found.values).view(model.cfg.n_layers, model.cfg.n_heads, -1)
     several = len(pairs) > 1
-    ends = torch.from_numpy(_means(drops.flatten(0, 1).numpy()))[:, 1:].reshape(*drops.shape[:2], 2)
+    ends = torch.from_numpy(_mean_drops(drops.flatten(0, 1).numpy()))[:, 1:].reshape(*drops.shape[:2], 2)
     return HeadScores(
         task=task.name,
         metric_name="logit difference",
@@ -263,7 +267,7 @@ def _measure_all(
     return base, drops, scores
 
 
-def _means(drops: np.ndarray) -> np.ndarray:
+def _mean_drops(drops: np.ndarray) -> np.ndarray:
     """Mean and ends of its interval, [head 3], over the examples each head was measured on."""
     found = np.full((len(drops), 3), np.nan)
     for row, some in zip(found, drops, strict=True):
@@ -305,4 +309,4 @@ def _race(
         found = np.array(clean.scores) - np.array([outcome.scores for outcome in under])
         drops[np.ix_(running, here)] = found
         race.add(found)
-    return base, drops, _means(drops), race.result()
+    return base, drops, _mean_drops(drops), race.result()

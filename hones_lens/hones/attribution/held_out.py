@@ -171,7 +171,7 @@ def remeasure_heads(
         model_name=model.cfg.model_name,
         n_selected_on=len(heads.example_ids),
         baseline=metric_interval(task, clean, seed=seed),
-        heads=_again(task, heads, top, clean, under, q, seed),
+        heads=_remeasured(task, heads, top, clean, under, q, seed),
         mean_drop=mean_difference_interval(task, clean, under, seed=seed),
         random=tuple(float(np.mean([falls[cell] for cell in some])) for some in random),
         q=q,
@@ -179,7 +179,7 @@ def remeasure_heads(
     )
 
 
-def _again(
+def _remeasured(
     task: Task,
     heads: HeadScores,
     top: Sequence[Component],

@@ -120,7 +120,7 @@ def default_ratio(model: HookedVLM) -> float:
     return settings.ratio if settings else DEFAULT_RATIO
 
 
-def head_conditioned(
+def head_conditioned_importance(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
@@ -136,8 +136,8 @@ def head_conditioned(
     of up to 20 parts of the examples, clamp and all (Kott, J. Off. Stat. 17, 2001; w_h is taken as it is).
 
     Args:
-        model, task, examples, heads: As for `falls_by_head`.
-        options: Of `falls_by_head`.
+        model, task, examples, heads: As for `write_in_drops_by_head`.
+        options: Of `write_in_drops_by_head`.
 
     Returns:
         Both float64 on the CPU; no error where there is one example.
@@ -145,7 +145,7 @@ def head_conditioned(
     Raises:
         ValueError: No head with w > 0: there is nothing to condition on.
     """
-    weights, sums, counts = _summed_falls(model, task, examples, heads, **options)
+    weights, sums, counts = _summed_drops(model, task, examples, heads, **options)
 
     def importance(total: Tensor, n: Tensor) -> Tensor:
         return torch.einsum("h,hln->ln", weights, (total / n).clamp(min=0)) / weights.sum()
@@ -162,7 +162,7 @@ def head_conditioned(
     return scores, variance.clamp(min=0).sqrt()
 
 
-def falls_by_head(
+def write_in_drops_by_head(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
@@ -182,11 +182,11 @@ def falls_by_head(
     Raises:
         ValueError: No head with w > 0: there is nothing to condition on.
     """
-    weights, sums, counts = _summed_falls(model, task, examples, heads, **options)
+    weights, sums, counts = _summed_drops(model, task, examples, heads, **options)
     return weights, (sums.sum(0) / counts.sum()).clamp(min=0)
 
 
-def _summed_falls(
+def _summed_drops(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],

@@ -39,7 +39,7 @@ def activation_probability(
     """
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     gates = [f"blocks.{layer}.mlp.hook_pre" for layer in range(model.cfg.n_layers)]
-    for kept in _at_last(model, task, examples, gates, batch_size=batch_size, progress=progress):
+    for kept in _activations_at_last(model, task, examples, gates, batch_size=batch_size, progress=progress):
         is_open = [block.mlp.act(gate) > 0 for block, gate in zip(model.blocks, kept, strict=True)]
         total += torch.stack(is_open).sum(1).cpu()
     return total / len(examples)
@@ -67,7 +67,7 @@ def mean_activation(
     """
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     names = [neuron_hook(layer) for layer in range(model.cfg.n_layers)]
-    for kept in _at_last(model, task, examples, names, batch_size=batch_size, progress=progress):
+    for kept in _activations_at_last(model, task, examples, names, batch_size=batch_size, progress=progress):
         m = torch.stack(kept).double()
         total += (m if signed else m.abs()).sum(1).cpu()
     return total / len(examples)
@@ -190,7 +190,7 @@ def random(
     return like.detach().double().cpu().gather(1, drawn.argsort(1))
 
 
-def _at_last(
+def _activations_at_last(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],

@@ -119,7 +119,7 @@ def mask_groups(
         )
     if n_controls < 1:
         raise ValueError(f"n_controls must be at least 1, not {n_controls}")
-    parts = masked_parts(overlap, groups, size, seed)
+    parts = equal_size_groups(overlap, groups, size, seed)
     sets, found = list(parts.values()), []
     for task, some in examples.items():
         mine = options if journals is None else replace(options, journal=journals[task])
@@ -128,7 +128,7 @@ def mask_groups(
     return GroupMasking(tuple(found))
 
 
-def masked_parts(
+def equal_size_groups(
     overlap: Overlap, groups: Sequence[str] | None, size: int | None, seed: int
 ) -> dict[str, list[Neuron]]:
     """What `mask_groups` masks of each group; arguments and errors as there."""

@@ -22,7 +22,7 @@ Neuron = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedNeurons:
     """How many neurons several tasks share, against chance.
 
     Attributes:
@@ -61,7 +61,7 @@ class Overlap(Result):
     selected: dict[str, tuple[Neuron, ...]]
     n_layers: int
     d_mlp: int
-    shared: tuple[Shared, ...]
+    shared: tuple[SharedNeurons, ...]
     draws: int
 
     @property
@@ -222,7 +222,7 @@ def _against_chance(
     d_mlp: int,
     draws: int,
     rng: np.random.Generator,
-) -> Shared:
+) -> SharedNeurons:
     """One comparison. Random sets are not drawn themselves, but the sizes of what they share.
 
     Of a layer's d neurons, a random set of c meets a fixed set of s in a hypergeometric number; that is
@@ -235,7 +235,7 @@ def _against_chance(
     for here in counts[1:]:
         remaining = rng.hypergeometric(remaining, d_mlp - remaining, here)
     hits = int((remaining.sum(axis=1) >= count).sum())
-    return Shared(
+    return SharedNeurons(
         tasks=tuple(selected),
         count=count,
         expected=float((d_mlp * np.prod(counts / d_mlp, axis=0)).sum()),

@@ -19,8 +19,8 @@ from hones_lens.data import Example
 from hones_lens.engine import Segment, free_bytes
 from hones_lens.hones.masking import Neurons
 from hones_lens.hones.steering.config import SteeringConfig
-from hones_lens.hones.steering.questions import Query, prepared, queries
-from hones_lens.hones.steering.scales import scaling
+from hones_lens.hones.steering.questions import LabelledPrompt, labelled_prompts, prepare_batch
+from hones_lens.hones.steering.scales import scaling_hooks
 from hones_lens.model import Answer, HookedVLM, summed_log_probs
 from hones_lens.tasks import Task
 
@@ -28,8 +28,8 @@ _SHARE = 0.5  # of free memory, for what the clean model gave
 
 
 @dataclass(frozen=True)
-class Clean:
-    """What the unsteered model makes of some queries.
+class CleanBatch:
+    """What the unsteered model makes of some prompts.
 
     Attributes:
         ids: Whose they are.
@@ -45,9 +45,9 @@ class Clean:
     log_probs: Float[Tensor, "row kept d_vocab"]
     weights: Float[Tensor, " row"]
 
-    def to(self, device: torch.device) -> Clean:
+    def to(self, device: torch.device) -> CleanBatch:
         """The same on another device."""
-        parts = {name: _moved(getattr(self, name), device) for name in ("segment", "answer")}
+        parts = {name: _tensors_to(getattr(self, name), device) for name in ("segment", "answer")}
         return replace(self, **parts, log_probs=self.log_probs.to(device), weights=self.weights.to(device))
 
     @property
@@ -57,11 +57,11 @@ class Clean:
         return sum(x.numel() * x.element_size() for x in held)
 
 
-def _moved(what: Any, device: torch.device) -> Any:
+def _tensors_to(what: Any, device: torch.device) -> Any:
     return replace(what, **{n: v.to(device) for n, v in vars(what).items() if isinstance(v, Tensor)})
 
 
-class Lessons:
+class TrainingBatches:
     """Right answers in steps of several examples, run once up to the first steered layer.
 
     Which examples make a step is drawn once, the order of steps anew for every epoch. What the clean
@@ -70,7 +70,7 @@ class Lessons:
     Args:
         model, task, examples: What to learn from.
         layer: The first steered one.
-        config: Says how many examples a step has, and which queries are asked.
+        config: Says how many examples a step has, and which labelled_prompts are asked.
         batch_size: Rows a pass.
         memory_budget: GB of main memory; default: half of what is free.
     """
@@ -87,15 +87,15 @@ class Lessons:
         memory_budget: float | None = None,
     ):
         self.model, self.layer, self.seed = model, layer, config.seed
-        asked = queries(task, examples, config.negatives, config.seed)
+        asked = labelled_prompts(task, examples, config.negatives, config.seed)
         order = np.random.default_rng(config.seed).permutation(len(asked)).tolist()
-        self.steps: list[list[list[Query]]] = []
+        self.steps: list[list[list[LabelledPrompt]]] = []
         for start in range(0, len(asked), config.accumulate):
             flat = [query for i in order[start : start + config.accumulate] for query in asked[i]]
             self.steps.append([flat[i : i + batch_size] for i in range(0, len(flat), batch_size)])
         cpu = torch.device("cpu")
         self._room = _SHARE * free_bytes(cpu) if memory_budget is None else memory_budget * 1e9
-        self._kept: dict[tuple[int, int], Clean] = {}
+        self._kept: dict[tuple[int, int], CleanBatch] = {}
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -112,7 +112,7 @@ class Lessons:
         """In which order an epoch takes the steps."""
         return np.random.default_rng([self.seed, epoch]).permutation(len(self)).tolist()
 
-    def of(self, step: int) -> Iterator[Clean]:
+    def of(self, step: int) -> Iterator[CleanBatch]:
         """The passes of one step."""
         for part, asked in enumerate(self.steps[step]):
             key = (step, part)
@@ -126,18 +126,18 @@ class Lessons:
             yield self._kept[key].to(self.model.cfg.device)
 
     @torch.no_grad()
-    def _clean(self, asked: Sequence[Query], total: float) -> Clean:
-        batch = prepared(self.model, asked)
+    def _clean(self, asked: Sequence[LabelledPrompt], total: float) -> CleanBatch:
+        batch = prepare_batch(self.model, asked)
         answer = Answer.of(batch.inputs)
         segment = Segment.of(self.model, batch.inputs, len(answer.positions) + 1)
         resid = self.model.run_blocks(segment.resid, segment.context(1), 0, self.layer)
         segment = replace(segment, resid=resid)
         weights = torch.tensor([query.weight / total for query in asked], device=resid.device)
-        log_probs = rise(self.model, segment, self.layer)
-        return Clean(batch.ids, segment, answer, log_probs, weights)
+        log_probs = log_probs_from_layer(self.model, segment, self.layer)
+        return CleanBatch(batch.ids, segment, answer, log_probs, weights)
 
 
-def rise(model: HookedVLM, segment: Segment, layer: int) -> Float[Tensor, "row kept d_vocab"]:
+def log_probs_from_layer(model: HookedVLM, segment: Segment, layer: int) -> Float[Tensor, "row kept d_vocab"]:
     """Log-probabilities where the answers' tokens are predicted, from the stream that enters a layer."""
     resid = model.run_blocks(segment.resid, segment.context(1), layer)
     kept = resid[:, -segment.keep : -1]
@@ -145,7 +145,7 @@ def rise(model: HookedVLM, segment: Segment, layer: int) -> Float[Tensor, "row k
 
 
 def losses(
-    clean: Clean, log_probs: Float[Tensor, "row kept d_vocab"]
+    clean: CleanBatch, log_probs: Float[Tensor, "row kept d_vocab"]
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
     """Cross-entropy and KL(original ‖ steered), in nats, each row's mean over its answer's tokens."""
     mask = clean.answer.mask
@@ -155,7 +155,7 @@ def losses(
 
 
 @contextmanager
-def frozen(model: HookedVLM) -> Iterator[None]:
+def frozen_parameters(model: HookedVLM) -> Iterator[None]:
     """No parameter asks for a gradient inside; afterwards those do that did before."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
@@ -169,7 +169,7 @@ def frozen(model: HookedVLM) -> Iterator[None]:
 
 @torch.enable_grad()
 def gradient_of_step(
-    model: HookedVLM, lessons: Lessons, step: int, neurons: Neurons, a: Tensor, config: SteeringConfig
+    model: HookedVLM, batches: TrainingBatches, step: int, neurons: Neurons, a: Tensor, config: SteeringConfig
 ) -> tuple[Float[Tensor, " neuron"], dict[str, float]]:
     """∂ loss/∂a of one step, and the loss with its parts, `ce` and `kl` (HONES eq. H5).
 
@@ -179,10 +179,10 @@ def gradient_of_step(
     penalty = config.l2_weight * a.square().mean()
     (total,) = torch.autograd.grad(penalty, a)
     parts = {"loss": float(penalty.detach()), "ce": 0.0, "kl": 0.0}
-    for clean in lessons.of(step):
-        hooks = scaling(neurons, 1 + a)
-        with engine.naming(clean.ids, hooks), model.hooks(fwd_hooks=hooks):
-            ce, kl = losses(clean, rise(model, clean.segment, lessons.layer))
+    for clean in batches.of(step):
+        hooks = scaling_hooks(neurons, 1 + a)
+        with engine.error_context(clean.ids, hooks), model.hooks(fwd_hooks=hooks):
+            ce, kl = losses(clean, log_probs_from_layer(model, clean.segment, batches.layer))
             loss = (clean.weights * (ce + config.kl_weight * kl)).sum()
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(f"the loss is {loss.item()}")

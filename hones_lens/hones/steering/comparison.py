@@ -14,11 +14,11 @@ from hones_lens.data import Example
 from hones_lens.engine import SweepKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons, matched_random_sets
-from hones_lens.hones.steering.batches import Lessons
+from hones_lens.hones.steering.batches import TrainingBatches
 from hones_lens.hones.steering.config import SteeringConfig
-from hones_lens.hones.steering.learning import Learner, measuring
-from hones_lens.hones.steering.questions import Arms, answer_log_probs, check_apart, split_by_picture
-from hones_lens.hones.steering.scales import NeuronScales, to_steer
+from hones_lens.hones.steering.learning import Learner, dev_measurement
+from hones_lens.hones.steering.questions import Arms, answer_log_probs, check_disjoint_images, split_by_image
+from hones_lens.hones.steering.scales import NeuronScales, neurons_to_steer
 from hones_lens.hones.steering.table import SteeringRow, SteeringTable
 from hones_lens.model import HookedVLM
 from hones_lens.results import bootstrap_interval, mean_interval, metric_interval, permutation_p
@@ -85,7 +85,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class _Data:
+class _Experiment:
     """The model, the task and its examples, and how they are run.
 
     Attributes:
@@ -160,19 +160,19 @@ def compare_steering(
     task, config = engine.as_task(task), config or SteeringConfig()
     for some in (dev, test, *([] if learn is None else [learn])):
         engine.check_examples(task, some)
-    chosen = to_steer(model, neurons, k)
+    chosen = neurons_to_steer(model, neurons, k)
     parts = list(learn or ()), list(dev)
     if learn is None:
-        parts = split_by_picture(dev, tuning.learn_share, config.seed)
-    check_apart({"learning": parts[0], "dev": parts[1], "test": test})
-    data = _Data(model, task, *parts, test, config, options, tuning)
-    fitted = [*_uniform(data, chosen, methods), *_learned(data, chosen, methods)]
-    rows = _rows(data, sorted(fitted, key=lambda one: METHODS.index(one.method)))
+        parts = split_by_image(dev, tuning.learn_share, config.seed)
+    check_disjoint_images({"learning": parts[0], "dev": parts[1], "test": test})
+    data = _Experiment(model, task, *parts, test, config, options, tuning)
+    fitted = [*_fit_uniform(data, chosen, methods), *_fit_learned(data, chosen, methods)]
+    rows = _test_rows(data, sorted(fitted, key=lambda one: METHODS.index(one.method)))
     return _table(data, neurons, len(chosen), rows)
 
 
 def _table(
-    data: _Data, neurons: NeuronScores | Neurons, n_neurons: int, rows: tuple[SteeringRow, ...]
+    data: _Experiment, neurons: NeuronScores | Neurons, n_neurons: int, rows: tuple[SteeringRow, ...]
 ) -> SteeringTable:
     return SteeringTable(
         task=data.task.name,
@@ -190,7 +190,7 @@ def _table(
 
 
 @dataclass(frozen=True)
-class _Fitted:
+class _FittedMethod:
     """What a method came to, and with which settings."""
 
     method: str
@@ -199,33 +199,35 @@ class _Fitted:
     scales: NeuronScales | None
 
 
-def _uniform(data: _Data, neurons: Neurons, methods: Sequence[str]) -> list[_Fitted]:
+def _fit_uniform(data: _Experiment, neurons: Neurons, methods: Sequence[str]) -> list[_FittedMethod]:
     """The methods with one factor for all neurons."""
     factors = data.tuning.factors
     about = {"task": data.task.name, "model_name": data.model.cfg.model_name}
-    out = [_Fitted("Base", 0, {}, None)]
+    out = [_FittedMethod("Base", 0, {}, None)]
     if "Fixed-Amp" in methods:
         scales = NeuronScales.uniform(neurons, AMPLIFICATION, method="Fixed-Amp", **about)
-        out.append(_Fitted("Fixed-Amp", 0, {"factor": AMPLIFICATION}, scales))
+        out.append(_FittedMethod("Fixed-Amp", 0, {"factor": AMPLIFICATION}, scales))
     if "Grid-Search" in methods:
         given = [NeuronScales.uniform(neurons, f, method="Grid-Search", **about) for f in factors]
-        best = _best(data, [*data.learn, *data.choose], given, "grid search")
-        out.append(_Fitted("Grid-Search", 0, {"factor": factors[best]}, given[best]))
+        best = _best_scales(data, [*data.learn, *data.choose], given, "grid search")
+        out.append(_FittedMethod("Grid-Search", 0, {"factor": factors[best]}, given[best]))
     return out
 
 
-def _best(data: _Data, examples: Sequence[Example], given: Sequence[NeuronScales], label: str) -> int:
+def _best_scales(
+    data: _Experiment, examples: Sequence[Example], given: Sequence[NeuronScales], label: str
+) -> int:
     """Which scales do best; of those that do equally well, the first."""
     found, likely = data.measured(examples, [scales.hooks() for scales in given], label)
     values = [(o.metric(data.task), float(lp.mean())) for o, lp in zip(found, likely, strict=True)]
     return max(range(len(given)), key=lambda i: values[i])
 
 
-def _learned(
-    data: _Data,
+def _fit_learned(
+    data: _Experiment,
     neurons: Neurons,
     methods: Sequence[str],
-) -> list[_Fitted]:
+) -> list[_FittedMethod]:
     """The methods that learn a factor for each neuron, tuned on the part of dev that chooses."""
     shape = (data.model.cfg.n_layers, data.model.cfg.d_mlp)
     wanted: list[tuple[str, int, Neurons]] = []
@@ -237,26 +239,31 @@ def _learned(
         return []
     first = min(layer for layer, *_ in neurons)
     limits: dict[str, Any] = {"batch_size": data.tuning.rows, "memory_budget": data.options.memory_budget}
-    lessons = Lessons(data.model, data.task, data.learn, first, data.config, **limits)
+    batches = TrainingBatches(data.model, data.task, data.learn, first, data.config, **limits)
     settings, all_scales = data.tuning.settings(data.config), []
     for method, draw, some in wanted:
         for i, config in enumerate(settings):
             config = replace(config, kl_weight=0.0) if method == "HONES without KL" else config
-            all_scales.append(_learn(data, lessons, some, config, method, f"{method}/{draw}/{i}"))
+            all_scales.append(_learn(data, batches, some, config, method, f"{method}/{draw}/{i}"))
     return _choose(data, wanted, all_scales, settings)
 
 
 def _learn(
-    data: _Data, lessons: Lessons, neurons: Neurons, config: SteeringConfig, method: str, key: str
+    data: _Experiment,
+    batches: TrainingBatches,
+    neurons: Neurons,
+    config: SteeringConfig,
+    method: str,
+    key: str,
 ) -> NeuronScales:
     journal, key = data.options.journal, f"steering/{key}"
     if journal is not None and key in journal:
         return NeuronScales.from_dict(journal[key])
     watch: dict[str, Any] = {}
     if data.tuning.patience is not None:
-        on_dev = measuring(data.model, data.task, data.choose, neurons, config)
+        on_dev = dev_measurement(data.model, data.task, data.choose, neurons, config)
         watch = {"on_dev": on_dev, "patience": data.tuning.patience}
-    learner = Learner(data.model, lessons, neurons, config, **watch)
+    learner = Learner(data.model, batches, neurons, config, **watch)
     label = f"{key} · {data.task.name}, lr {config.lr:g}, {config.epochs} epochs"
     learner.run(label, data.options.progress)
     scales = learner.scales(data.task, method, len(data.learn))
@@ -266,11 +273,11 @@ def _learn(
 
 
 def _choose(
-    data: _Data,
+    data: _Experiment,
     wanted: Sequence[tuple[str, int, Neurons]],
     all_scales: Sequence[NeuronScales],
     settings: Sequence[SteeringConfig],
-) -> list[_Fitted]:
+) -> list[_FittedMethod]:
     """Of each method's scales, in turn one for every setting, those that do best; all in one sweep."""
     found, likely = data.measured(data.choose, [scales.hooks() for scales in all_scales], "choosing")
     out = []
@@ -279,7 +286,7 @@ def _choose(
         best = max(mine, key=lambda i: (found[i].metric(data.task), float(likely[i].mean())))
         config = settings[best - mine.start]
         chosen = {"lr": config.lr, "epochs": config.epochs}
-        out.append(_Fitted(method, draw, chosen, all_scales[best]))
+        out.append(_FittedMethod(method, draw, chosen, all_scales[best]))
     return out
 
 
@@ -313,12 +320,12 @@ def transfer_steering(
         raise ValueError(f"the table is about {table.task}, the task is {task.name}")
     engine.check_examples(task, examples)
     config = SteeringConfig(seed=table.seed, negatives=table.negatives)
-    fitted = [_Fitted(row.method, row.draw, row.chosen, row.scales) for row in table.rows]
-    rows = _rows(_Data(model, task, (), (), examples, config, options), fitted)
+    fitted = [_FittedMethod(row.method, row.draw, row.chosen, row.scales) for row in table.rows]
+    rows = _test_rows(_Experiment(model, task, (), (), examples, config, options), fitted)
     return replace(table, rows=rows, example_ids=tuple(example.id for example in examples))
 
 
-def _rows(data: _Data, fitted: Sequence[_Fitted]) -> tuple[SteeringRow, ...]:
+def _test_rows(data: _Experiment, fitted: Sequence[_FittedMethod]) -> tuple[SteeringRow, ...]:
     """Everything measured on test, in one sweep, against the base, which comes first."""
     arms = [[] if one.scales is None else one.scales.hooks() for one in fitted]
     found, likely = data.measured(data.test, arms, "steered")

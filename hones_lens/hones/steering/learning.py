@@ -16,21 +16,21 @@ from hones_lens.data import Example
 from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons
-from hones_lens.hones.steering.batches import Lessons, frozen, gradient_of_step
+from hones_lens.hones.steering.batches import TrainingBatches, frozen_parameters, gradient_of_step
 from hones_lens.hones.steering.config import SteeringConfig
-from hones_lens.hones.steering.questions import answer_log_probs, check_apart
-from hones_lens.hones.steering.scales import NeuronScales, scaling, to_steer
+from hones_lens.hones.steering.questions import answer_log_probs, check_disjoint_images
+from hones_lens.hones.steering.scales import NeuronScales, neurons_to_steer, scaling_hooks
 from hones_lens.model import HookedVLM
 from hones_lens.results import read_json, write_json
 from hones_lens.tasks import Task
 
 _SAVE_EVERY = 50
-_BRIEF = 60  # characters of a setting in a message
+_MAX_SHOWN = 60  # characters of a setting in a message
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Progress:
+class LearningState:
     """Where learning stands.
 
     Attributes:
@@ -56,7 +56,7 @@ class Learner:
     """Takes steps, from the start or from a checkpoint.
 
     Args:
-        model, lessons, neurons, config: What to learn.
+        model, batches, neurons, config: What to learn.
         on_dev: Metric and log-probability of some offsets on dev.
         patience: Stop after so many epochs that did not better the best on dev.
         checkpoint: Where progress is kept.
@@ -66,7 +66,7 @@ class Learner:
     def __init__(
         self,
         model: HookedVLM,
-        lessons: Lessons,
+        batches: TrainingBatches,
         neurons: Neurons,
         config: SteeringConfig,
         *,
@@ -76,20 +76,20 @@ class Learner:
         settings: dict[str, Any] | None = None,
         save_every: int = _SAVE_EVERY,
     ):
-        self.model, self.lessons, self.neurons, self.config = model, lessons, neurons, config
+        self.model, self.batches, self.neurons, self.config = model, batches, neurons, config
         self.on_dev, self.patience, self.save_every = on_dev, patience, save_every
         self.file = None if checkpoint is None else Path(checkpoint)
         self.settings = json.loads(json.dumps(settings or {}))
         self.a = torch.zeros(len(neurons), device=model.cfg.device, requires_grad=True)
         self.optimizer = torch.optim.AdamW([self.a], lr=config.lr, weight_decay=0.0)
-        self.progress = Progress()
+        self.progress = LearningState()
         if self.file is not None and self.file.exists():
             self._load(self.file)
 
     @property
     def steps(self) -> int:
         """How many steps there are to take."""
-        return self.config.epochs * len(self.lessons)
+        return self.config.epochs * len(self.batches)
 
     @property
     def finished(self) -> bool:
@@ -107,7 +107,10 @@ class Learner:
         """Take all steps that are left, and give the offsets."""
         if self.on_dev is not None and self.progress.best is None:
             self._compare_on_dev()
-        with frozen(self.model), tqdm(total=self.steps, desc=label, disable=not show, unit="step") as bar:
+        with (
+            frozen_parameters(self.model),
+            tqdm(total=self.steps, desc=label, disable=not show, unit="step") as bar,
+        ):
             bar.update(self.progress.done)
             while not self.finished:
                 loss = self._step()
@@ -130,9 +133,9 @@ class Learner:
 
     def _step(self) -> float:
         now = self.progress
-        epoch, place = divmod(now.done, len(self.lessons))
-        step = self.lessons.order(epoch)[place]
-        gradient, parts = gradient_of_step(self.model, self.lessons, step, self.neurons, self.a, self.config)
+        epoch, place = divmod(now.done, len(self.batches))
+        step = self.batches.order(epoch)[place]
+        gradient, parts = gradient_of_step(self.model, self.batches, step, self.neurons, self.a, self.config)
         self.a.grad = gradient
         torch.nn.utils.clip_grad_norm_([self.a], self.config.grad_norm)
         self.optimizer.param_groups[0]["lr"] = self.config.learning_rate(now.done, self.steps)
@@ -141,7 +144,7 @@ class Learner:
             self.a.clamp_(-self.config.clamp, self.config.clamp)
         now.done += 1
         now.sums = {name: now.sums.get(name, 0.0) + value for name, value in parts.items()}
-        last = place + 1 == len(self.lessons)
+        last = place + 1 == len(self.batches)
         if last:
             self._end_epoch(epoch + 1)
         if last or now.done % self.save_every == 0:
@@ -150,7 +153,7 @@ class Learner:
 
     def _end_epoch(self, epoch: int) -> None:
         now = self.progress
-        means = {name: value / len(self.lessons) for name, value in now.sums.items()}
+        means = {name: value / len(self.batches) for name, value in now.sums.items()}
         now.history.append({"epoch": epoch, **means, "max_abs": float(self.a.detach().abs().max())})
         now.sums = {}
         if self.on_dev is not None:
@@ -181,23 +184,23 @@ class Learner:
         data = read_json(file, "steering checkpoint")
         then = data.pop("settings")
         other = [
-            f"{name}: {_brief(then.get(name))} there, {_brief(self.settings.get(name))} now"
+            f"{name}: {_shortened(then.get(name))} there, {_shortened(self.settings.get(name))} now"
             for name in sorted(then | self.settings)
             if then.get(name) != self.settings.get(name)
         ]
         if other:
             raise ValueError(f"{file} was made with other settings ({'; '.join(other)}); choose another file")
         del data["kind"]
-        self.progress = now = Progress(**data)
+        self.progress = now = LearningState(**data)
         with torch.no_grad():
             self.a.copy_(torch.tensor(now.a))
         moments = {name: torch.tensor(getattr(now, name)).to(self.a.device) for name in _MOMENTS}
         self.optimizer.state[self.a] = {"step": torch.tensor(float(now.done)), **moments}
 
 
-def _brief(value: Any) -> str:
+def _shortened(value: Any) -> str:
     said = repr(value)
-    return said if len(said) <= _BRIEF else f"{said[:_BRIEF]}…"
+    return said if len(said) <= _MAX_SHOWN else f"{said[:_MAX_SHOWN]}…"
 
 
 class LearningKeywords(BatchKeywords, total=False):
@@ -225,9 +228,9 @@ def learn_scales(
 
     `m_i ← (1 + a_i) m_i`, from a = 0 on, where the model is the original to the bit. The loss is the
     cross-entropy of the right answer's tokens plus `β · KL(original ‖ steered)` where they are predicted,
-    each a mean over the answer's tokens and then over examples, plus λ · mean(a²). What a ranking task
-    learns from is said at `queries`. Only what lies above the first steered layer is run with gradients;
-    what enters it is computed once.
+    each a mean over the answer's tokens and then over examples, plus λ · mean(a²). `labelled_prompts`
+    describes the training prompts of a ranking task. Only the layers from the first steered one upwards are
+    run with gradients; their input is computed once.
 
     Args:
         model: The model, which is left as it was.
@@ -255,21 +258,21 @@ def learn_scales(
     options = SweepOptions.of(options, given, unused=("journal", "tally"), batch_size=4)
     task, config = engine.as_task(task), config or SteeringConfig()
     engine.check_examples(task, examples)
-    chosen = to_steer(model, neurons, k)
-    watch = _watched(model, task, examples, dev, patience, chosen, config)
+    chosen = neurons_to_steer(model, neurons, k)
+    watch = _dev_options(model, task, examples, dev, patience, chosen, config)
     limits: dict[str, Any] = {"batch_size": options.batch_size, "memory_budget": options.memory_budget}
-    lessons = Lessons(model, task, examples, min(layer for layer, _ in chosen), config, **limits)
+    batches = TrainingBatches(model, task, examples, min(layer for layer, _ in chosen), config, **limits)
     about = {"model": model.cfg.model_name, "task": task.name, "neurons": [list(n) for n in chosen]}
-    about |= {"examples": lessons.fingerprint, "dev": None if dev is None else [e.id for e in dev]}
+    about |= {"examples": batches.fingerprint, "dev": None if dev is None else [e.id for e in dev]}
     settings = {**asdict(config), **about, "patience": patience, "batch_size": options.batch_size}
     own |= {"checkpoint": checkpoint, "settings": settings}
-    learner = Learner(model, lessons, chosen, config, **watch, **own)
+    learner = Learner(model, batches, chosen, config, **watch, **own)
     learner.run(f"steering · {task.name}", options.progress)
     method = neurons.method if isinstance(neurons, NeuronScores) else "given"
     return learner.scales(task, method, len(examples))
 
 
-def _watched(
+def _dev_options(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
@@ -284,18 +287,18 @@ def _watched(
     if dev is None:
         return {}
     engine.check_examples(task, dev)
-    check_apart({"learning": examples, "dev": dev})
-    return {"on_dev": measuring(model, task, dev, neurons, config), "patience": patience}
+    check_disjoint_images({"learning": examples, "dev": dev})
+    return {"on_dev": dev_measurement(model, task, dev, neurons, config), "patience": patience}
 
 
-def measuring(
+def dev_measurement(
     model: HookedVLM, task: Task, dev: Sequence[Example], neurons: Neurons, config: SteeringConfig
 ) -> Callable[[Sequence[float]], tuple[float, float]]:
     """A function from offsets to the metric and the log-probability on dev."""
     quiet = SweepOptions(progress=False)
 
     def measure(offsets: Sequence[float]) -> tuple[float, float]:
-        arms = [scaling(neurons, 1 + torch.tensor(offsets))]
+        arms = [scaling_hooks(neurons, 1 + torch.tensor(offsets))]
         (outcome,) = engine.measure(model, task, dev, arms, quiet)
         likely = answer_log_probs(model, task, dev, arms, quiet, negatives=config.negatives, seed=config.seed)
         return outcome.metric(task), float(likely.mean())

@@ -21,7 +21,7 @@ NEGATIVES = 3
 Arms = Sequence[Sequence[Hook]]
 
 
-class Query(NamedTuple):
+class LabelledPrompt(NamedTuple):
     """One prompt with its right answer; `weight` is its share of its example."""
 
     example: Example
@@ -30,7 +30,9 @@ class Query(NamedTuple):
     weight: float
 
 
-def queries(task: Task, examples: Sequence[Example], negatives: int, seed: int) -> list[list[Query]]:
+def labelled_prompts(
+    task: Task, examples: Sequence[Example], negatives: int, seed: int
+) -> list[list[LabelledPrompt]]:
     """What is asked about each example.
 
     A text task asks for its answer. A ranking task (ours) asks about the positive, where Yes is right, and
@@ -46,22 +48,22 @@ def queries(task: Task, examples: Sequence[Example], negatives: int, seed: int) 
         ValueError: An example of a ranking task without a wrong candidate.
     """
     if not task.ranks:
-        return [[Query(e, task.target_prompt(e), task.answer(e), 1.0)] for e in examples]
-    return [_judgements(task, example, negatives, seed) for example in examples]
+        return [[LabelledPrompt(e, task.target_prompt(e), task.answer(e), 1.0)] for e in examples]
+    return [_yes_no_prompts(task, example, negatives, seed) for example in examples]
 
 
-def _judgements(task: Task, example: Example, negatives: int, seed: int) -> list[Query]:
+def _yes_no_prompts(task: Task, example: Example, negatives: int, seed: int) -> list[LabelledPrompt]:
     right = task.target_prompt(example)
     wrong = [prompt for prompt in task.prompts(example) if prompt != right]
     if not wrong:
         raise ValueError(f"example {example.id!r} has no wrong candidate to say No to")
     rng = np.random.default_rng([seed, zlib.crc32(example.id.encode())])
     drawn = rng.choice(len(wrong), size=min(negatives, len(wrong)), replace=False).tolist()
-    no = [Query(example, wrong[i], "No", 0.5 / len(drawn)) for i in sorted(drawn)]
-    return [Query(example, right, task.answer(example), 0.5), *no]
+    no = [LabelledPrompt(example, wrong[i], "No", 0.5 / len(drawn)) for i in sorted(drawn)]
+    return [LabelledPrompt(example, right, task.answer(example), 0.5), *no]
 
 
-def prepared(model: HookedVLM, asked: Sequence[Query]) -> engine.Batch:
+def prepare_batch(model: HookedVLM, asked: Sequence[LabelledPrompt]) -> engine.Batch:
     """Prompts with their answers behind them, images encoded."""
     images, prompts = [query.example.image for query in asked], [query.prompt for query in asked]
     inputs = model.prepare(images, prompts, [query.answer for query in asked])
@@ -81,7 +83,7 @@ def answer_log_probs(
 ) -> np.ndarray:
     """Log-probability of the right answers under each arm's hooks, in nats, [arm example].
 
-    Of a ranking task it is the weighted mean over its `queries`, Yes and No alike.
+    Of a ranking task it is the weighted mean over its `labelled_prompts`, Yes and No alike.
     """
     if not task.ranks:
         return np.array(engine.measure_log_probs(model, task, examples, arms, options, label=label))
@@ -96,7 +98,7 @@ def answer_log_probs(
             key = f"{label}/{number}"
             values = None if journal is None else journal.get(key)
             if values is None:
-                values = _weighted(runner, model, queries(task, some, negatives, seed))
+                values = _weighted_log_probs(runner, model, labelled_prompts(task, some, negatives, seed))
                 if journal is not None:
                     journal[key] = values
             found[:, start : start + size] = values
@@ -104,14 +106,16 @@ def answer_log_probs(
     return found
 
 
-def _weighted(runner: engine.Sweep, model: HookedVLM, asked: list[list[Query]]) -> list[list[float]]:
+def _weighted_log_probs(
+    runner: engine.Sweep, model: HookedVLM, asked: list[list[LabelledPrompt]]
+) -> list[list[float]]:
     flat = [query for each in asked for query in each]
-    values = np.array(runner.log_probs(prepared(model, flat))) * [query.weight for query in flat]
+    values = np.array(runner.log_probs(prepare_batch(model, flat))) * [query.weight for query in flat]
     starts = np.cumsum([0, *map(len, asked)])[:-1]
     return np.add.reduceat(values, starts, axis=1).tolist()
 
 
-def picture_of(example: Example) -> str:
+def image_key(example: Example) -> str:
     """A name for what an example shows, which examples on one picture share.
 
     It is the data set's own name for the picture, `facts["image_id"]`, where one is given (the boxes that
@@ -123,7 +127,7 @@ def picture_of(example: Example) -> str:
     return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=12).hexdigest()
 
 
-def split_by_picture(
+def split_by_image(
     examples: Sequence[Example], share: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """Cut examples in two that share no picture; both keep the order of the examples.
@@ -138,7 +142,7 @@ def split_by_picture(
     """
     if not 0 < share < 1:
         raise ValueError(f"the share to learn on must lie between 0 and 1, not {share}")
-    pictures = [picture_of(example) for example in examples]
+    pictures = [image_key(example) for example in examples]
     different = sorted(set(pictures))
     if len(different) < 2:
         raise ValueError(f"{len(examples)} examples on {len(different)} picture can't be cut in two")
@@ -151,7 +155,7 @@ def split_by_picture(
     return parts
 
 
-def check_apart(named: dict[str, Sequence[Example]]) -> None:
+def check_disjoint_images(named: dict[str, Sequence[Example]]) -> None:
     """Raise if two sets of examples show the same picture.
 
     Raises:
@@ -168,4 +172,4 @@ def check_apart(named: dict[str, Sequence[Example]]) -> None:
 
 
 def _pictures(examples: Sequence[Example]) -> Iterable[tuple[str, Example]]:
-    return ((picture_of(example), example) for example in examples)
+    return ((image_key(example), example) for example in examples)

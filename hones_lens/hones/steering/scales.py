@@ -13,19 +13,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
-from hones_lens.hones.masking import Neurons, selection
+from hones_lens.hones.masking import Neurons, select_neurons
 from hones_lens.interventions import Hook, by_layer, neuron_hook, scale
 from hones_lens.model import HookedVLM
 from hones_lens.results import Result, write_json
 
 
-def to_steer(model: HookedVLM, neurons: NeuronScores | Neurons, k: int | None = None) -> Neurons:
-    """The neurons to steer, as `masking.selection` gives them.
+def neurons_to_steer(model: HookedVLM, neurons: NeuronScores | Neurons, k: int | None = None) -> Neurons:
+    """The neurons to steer, as `masking.select_neurons` gives them.
 
     Raises:
         ValueError: No neurons, one that the model does not have, or one that occurs twice.
     """
-    chosen = selection(model, neurons, k, "steer")
+    chosen = select_neurons(model, neurons, k, "steer")
     seen: set[tuple[int, int]] = set()
     for layer, index in chosen:
         if (layer, index) in seen:
@@ -34,7 +34,7 @@ def to_steer(model: HookedVLM, neurons: NeuronScores | Neurons, k: int | None = 
     return chosen
 
 
-def scaling(neurons: Neurons, factors: Float[Tensor, " neuron"]) -> list[Hook]:
+def scaling_hooks(neurons: Neurons, factors: Float[Tensor, " neuron"]) -> list[Hook]:
     """Hooks for `m_i ← factor_i · m_i` at all positions, one a layer (HONES eq. H5).
 
     Raises:
@@ -101,7 +101,7 @@ class NeuronScales(Result):
         Raises:
             ValueError: No neurons.
         """
-        return scaling(self.neurons, self.factors)
+        return scaling_hooks(self.neurons, self.factors)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a neuron: layer, neuron, scale (1 + a)."""

@@ -105,7 +105,7 @@ def side_effects(
         model: The model.
         examples_by_task: Held-out examples, by the task's name.
         scales_by_task: Scales by the name of the task that they were learned for.
-        negatives: Of a ranking task's log-probability (see `queries`).
+        negatives: Of a ranking task's log-probability (see `labelled_prompts`).
         seed: Of the bootstrap and the negatives.
         options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 

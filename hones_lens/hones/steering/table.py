@@ -69,7 +69,7 @@ class SteeringTable(Result):
         neuron_method, n_neurons: How the neurons were chosen, and how many there are.
         n_learned, n_chosen: Examples that scales were learned on, and that chose among them.
         example_ids: The test examples, in the order of the rows' values.
-        seed, negatives: Of the intervals, and of a ranking task's log-probability (see `queries`).
+        seed, negatives: Of the intervals, and of a ranking task's log-probability (see `labelled_prompts`).
         rows: One a method, one a draw of RandNeuron; the base comes first.
     """
 

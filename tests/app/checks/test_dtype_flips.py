@@ -8,14 +8,14 @@ import torch
 import hones_lens as hl
 from hones_lens import HookedVLM
 from hones_lens.app.checks.dtype_flips import dtype_flips
-from hones_lens.hones.attribution.head_scores import cells_of
+from hones_lens.hones.attribution.head_scores import all_heads
 from hones_lens.interventions.hooks import replace_with_other_heads_mean
 
 
 def _said(model: HookedVLM, examples: list) -> tuple[list[str], list[float]]:
     """The clean answers, then every head's, one generation at a time."""
     task, texts, scores = hl.load_task("ocr"), [], []
-    for hooks in [[], *([replace_with_other_heads_mean(*cell)] for cell in cells_of(model))]:
+    for hooks in [[], *([replace_with_other_heads_mean(*cell)] for cell in all_heads(model))]:
         for example in examples:
             with model.hooks(fwd_hooks=hooks):
                 inputs = model.prepare(example.image, task.prompts(example)[0])

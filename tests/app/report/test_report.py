@@ -14,7 +14,7 @@ from PIL import Image
 
 from hones_lens.app.report.report import story, write_report
 from hones_lens.app.report.run_view import NeuronTokens, RunView
-from hones_lens.hones.masking_result import measured
+from hones_lens.hones.masking_result import masking_measure
 from hones_lens.viz.text import number, percent
 
 
@@ -212,7 +212,7 @@ def test_masking_in_the_tables_is_the_results(whole, measure, table):
     assert len(found) == 1 + len(run.masking)
     for row, result in zip(found[1:], run.masking, strict=True):
         cells = dict(zip(found[0], (cell.strip() for cell in row), strict=True))
-        m = measured(result, measure)
+        m = masking_measure(result, measure)
         values = np.array([getattr(control, measure) for control in result.controls])
         assert (cells["neurons"], cells["share"]) == (str(result.n_neurons), percent(result.ratio))
         for name, point, interval in (("before", m.baseline, m.before), ("after", m.masked, m.after)):

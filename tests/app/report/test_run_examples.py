@@ -17,7 +17,7 @@ from hones_lens.app.report.run_folder import read_view
 from hones_lens.app.report.run_view import ExampleView, RunView
 from hones_lens.app.runs.folder import Run
 from hones_lens.app.runs.views import save_examples
-from hones_lens.hones.attribution.flow import HeadNeuronFlow, Promoted
+from hones_lens.hones.attribution.flow import HeadNeuronFlow, PromotedToken
 from hones_lens.results.files import Component, write_json
 from hones_lens.results.labelled import Labelled
 
@@ -47,7 +47,7 @@ def flow() -> HeadNeuronFlow:
         contributions=contributions,
         total=2.0,
         activations=torch.tensor([1.0, -0.5, 0.2], dtype=torch.float64),
-        promoted=tuple((Promoted(f"<t{n}>", 2.0), Promoted("▁of", 1.0)) for n in range(3)),
+        promoted=tuple((PromotedToken(f"<t{n}>", 2.0), PromotedToken("▁of", 1.0)) for n in range(3)),
         n_examples=96,
     )
 

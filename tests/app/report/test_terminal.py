@@ -12,7 +12,7 @@ from rich.console import Console
 from hones_lens.app.report.run_view import RunView
 from hones_lens.app.report.terminal import print_summary
 from hones_lens.app.report.verdict import verdict
-from hones_lens.hones.masking_result import measured
+from hones_lens.hones.masking_result import masking_measure
 from hones_lens.viz.text import number, percent, span
 
 
@@ -55,13 +55,13 @@ def test_masking_is_the_results(measure):
     run = made.run()
     lines = [" ".join(line.split()) for line in printed(run).splitlines()]
     for result in run.masking:
-        m = measured(result, measure)
+        m = masking_measure(result, measure)
         row = (
             f"{result.n_neurons} ({percent(result.ratio)}) {number(m.masked)} {span(m.after)} "
             f"{number(m.drop)} {span(m.interval)} {number(m.random_mean)} {m.beaten}/20"
         )
         assert row in lines
-    m = measured(run.masking[0], measure)
+    m = masking_measure(run.masking[0], measure)
     said = f"before: {number(m.baseline)} {span(m.before)}; 95 % intervals, n = 200; random: mean of 20 sets"
     assert said in " ".join(lines)
 

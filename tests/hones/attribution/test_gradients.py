@@ -25,7 +25,7 @@ from hones_lens import engine
 from hones_lens.data.examples import Example
 from hones_lens.data.pairs import counterfactual_pairs
 from hones_lens.engine import full_passes
-from hones_lens.engine.forks import steps_of
+from hones_lens.engine.forks import layer_steps
 from hones_lens.hones.attribution.gradients import CLUSTER_SHARE, integrated_gradients
 from hones_lens.model.answers import Answer
 from hones_lens.tasks.base import Task
@@ -98,7 +98,7 @@ def test_integrated_gradients_are_the_sum_over_steps(positions: str) -> None:
     neurons, _ = loop_gradients(example, task)
     last = last_prompt_position(example, task)
     inputs = one_batch(example, task).inputs
-    for step in steps_of(model, inputs):
+    for step in layer_steps(model, inputs):
         expected = torch.zeros(D_MLP, dtype=torch.float64)
         for k in range(1, steps + 1):
             m = neurons[step.layer].clone()
@@ -121,7 +121,7 @@ def test_integrated_gradients_are_complete(positions: str) -> None:
     task = load_task("retrieval")
     batch = one_batch(examples_of("retrieval")[0], task)
     clean = float(full_passes.log_probs(model, batch).double().exp())
-    for step in steps_of(model, batch.inputs):
+    for step in layer_steps(model, batch.inputs):
 
         def silence(m: Tensor, hook: object) -> Tensor:
             if positions == "all":
@@ -152,7 +152,7 @@ def test_qrnca_is_attribution_times_inverse_cluster_frequency() -> None:
         total = torch.zeros(SHAPE, dtype=torch.float64)
         for example in instances:
             inputs = one_batch(example, task).inputs
-            for step in steps_of(model, inputs):
+            for step in layer_steps(model, inputs):
                 total[step.layer] += integrated_gradients(model, inputs, step, steps=4)
         by_query.append(total)
     clusters = [[bool(v > CLUSTER_SHARE * a.max()) for v in a.flatten()] for a in by_query]

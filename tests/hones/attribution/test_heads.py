@@ -23,7 +23,7 @@ from helpers.hf_task_loops import (
 )
 from helpers.random_llava import make_config, make_pair
 
-from hones_lens.hones.attribution.gradients import first_order_falls
+from hones_lens.hones.attribution.gradients import first_order_head_drops
 from hones_lens.hones.attribution.head_scores import HeadScores, significant_heads
 from hones_lens.hones.attribution.heads import localize_heads
 from hones_lens.results.files import Component, ranked
@@ -146,7 +146,7 @@ def test_first_order_falls_equal_a_loop_on_hf(name: str) -> None:
             for head in range(N_HEADS):
                 change = other_heads_mean(head)(z.detach()) - z.detach()
                 expected[layer, head] -= float((change * gradient).sum()) / len(examples)
-    found = first_order_falls(model, task, examples, batch_size=1, progress=False)
+    found = first_order_head_drops(model, task, examples, batch_size=1, progress=False)
     assert expected.abs().max() > 1e-2
     assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
 
@@ -156,7 +156,7 @@ def test_a_prefilter_measures_the_best_heads_exactly_and_no_others(tmp_path) -> 
     examples = list(examples_of("ocr"))
     exact = localize_heads(model, "ocr", examples, progress=False)
     assert not exact.traded and bool((exact.counts == len(examples)).all())
-    falls = first_order_falls(model, load_task("ocr"), examples, progress=False)
+    falls = first_order_head_drops(model, load_task("ocr"), examples, progress=False)
     found = localize_heads(model, "ocr", examples, 2, prefilter=5, progress=False)
     kept = torch.zeros_like(exact.scores, dtype=torch.bool)
     for c in ranked(falls, 5):

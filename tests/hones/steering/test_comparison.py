@@ -30,7 +30,7 @@ from hones_lens.hones.steering import learning as learning_module
 from hones_lens.hones.steering.comparison import METHODS, compare_steering, transfer_steering
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.learning import learn_scales
-from hones_lens.hones.steering.questions import split_by_picture
+from hones_lens.hones.steering.questions import split_by_image
 from hones_lens.hones.steering.scales import NeuronScales
 from hones_lens.hones.steering.side_effects import SideEffects, side_effects
 from hones_lens.hones.steering.table import SteeringTable
@@ -113,7 +113,7 @@ def test_random_sets_are_matched_in_every_layer() -> None:
 def test_settings_are_those_that_do_best_on_dev() -> None:
     _, model = pair()
     task, dev, found = load_task("vqa"), dev_and_test("vqa")[0], table("vqa")
-    learn, choose = split_by_picture(dev, 0.7, 0)
+    learn, choose = split_by_image(dev, 0.7, 0)
     made = []
     for lr in SMALL["learning_rates"]:
         config = SteeringConfig(lr=lr, epochs=1)
@@ -133,7 +133,7 @@ def test_settings_are_those_that_do_best_on_dev() -> None:
 def test_patience_keeps_the_best_epoch_on_the_part_that_chooses() -> None:
     _, model = pair()
     dev, test = dev_and_test("vqa")
-    learn, choose = split_by_picture(dev, 0.7, 0)
+    learn, choose = split_by_image(dev, 0.7, 0)
     options: dict[str, Any] = {**SMALL, "learning_rates": (0.5,), "epochs": (5,), "methods": ("HONES",)}
     found = compare_steering(model, "vqa", dev, test, CHOSEN, patience=1, **options).scales()
     config = SteeringConfig(lr=0.5, epochs=5)

@@ -29,17 +29,17 @@ from hones_lens.data.loading import load_examples
 from hones_lens.engine import SweepOptions
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.steering import learning as learning_module
-from hones_lens.hones.steering.batches import Lessons, frozen, gradient_of_step
+from hones_lens.hones.steering.batches import TrainingBatches, frozen_parameters, gradient_of_step
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.learning import learn_scales
 from hones_lens.hones.steering.questions import (
     answer_log_probs,
-    check_apart,
-    picture_of,
-    queries,
-    split_by_picture,
+    check_disjoint_images,
+    image_key,
+    labelled_prompts,
+    split_by_image,
 )
-from hones_lens.hones.steering.scales import NeuronScales, scaling
+from hones_lens.hones.steering.scales import NeuronScales, scaling_hooks
 from hones_lens.interventions.hooks import scale
 from hones_lens.tasks.registry import load_task
 
@@ -94,12 +94,12 @@ def test_loss_and_gradient_equal_hf(name: str, family: str) -> None:
     task, examples = load_task(name), list(plain_examples(name, 2))
     config = SteeringConfig(kl_weight=0.7, l2_weight=0.3, negatives=2, accumulate=2)
     a = torch.tensor([0.3, -0.2, 0.5, 0.1, -1.3], requires_grad=True)
-    lessons = Lessons(model, task, examples, 1, config, batch_size=3)
-    with frozen(model), torch.no_grad():
-        found, parts = gradient_of_step(model, lessons, 0, CHOSEN, a, config)
+    batches = TrainingBatches(model, task, examples, 1, config, batch_size=3)
+    with frozen_parameters(model), torch.no_grad():
+        found, parts = gradient_of_step(model, batches, 0, CHOSEN, a, config)
     asked = []
     for example in examples:
-        mine = queries(task, [example], 2, 0)[0]
+        mine = labelled_prompts(task, [example], 2, 0)[0]
         asked += [(q.prompt, q.answer, example, q.weight / len(examples)) for q in mine]
     loss = hf_loss(hf_model, model, name, asked, a, config)
     (expected,) = torch.autograd.grad(loss, a)
@@ -112,10 +112,10 @@ def test_loss_and_gradient_equal_hf(name: str, family: str) -> None:
 def test_at_zero_the_divergence_and_its_gradient_vanish() -> None:
     _, model = pair()
     config = SteeringConfig(kl_weight=5.0)
-    lessons = Lessons(model, load_task("vqa"), list(plain_examples("vqa", 2)), 1, config)
+    batches = TrainingBatches(model, load_task("vqa"), list(plain_examples("vqa", 2)), 1, config)
     a = torch.zeros(len(CHOSEN), requires_grad=True)
-    found, parts = gradient_of_step(model, lessons, 0, CHOSEN, a, config)
-    without, _ = gradient_of_step(model, lessons, 0, CHOSEN, a, replace(config, kl_weight=0.0))
+    found, parts = gradient_of_step(model, batches, 0, CHOSEN, a, config)
+    without, _ = gradient_of_step(model, batches, 0, CHOSEN, a, replace(config, kl_weight=0.0))
     assert parts["kl"] == 0 and torch.allclose(found, without, atol=1e-6)
 
 
@@ -150,8 +150,8 @@ def test_a_planted_neuron_is_turned_up_to_where_the_loss_is_least() -> None:
     assert scales.offsets[0] > 0.2 and abs(scales.offsets[0] - best) < 0.06
     assert likely[-2] > likely[-1] + 0.01 and likely[-2] > likely[:-2].max() - 1e-3
     step = 1e-2  # and the first gradient is the finite difference
-    lessons = Lessons(model, task, examples, neuron[0], config)
-    (slope,), _ = gradient_of_step(model, lessons, 0, [neuron], torch.zeros(1, requires_grad=True), config)
+    batches = TrainingBatches(model, task, examples, neuron[0], config)
+    (slope,), _ = gradient_of_step(model, batches, 0, [neuron], torch.zeros(1, requires_grad=True), config)
     ends = [NeuronScales.uniform([neuron], 1 + a).hooks() for a in (-step, step)]
     n_tokens = len(model.continuation(task.prompts(examples[0])[0], "red"))
     low, high = answer_log_probs(model, task, examples, ends, SweepOptions(**QUIET)).mean(-1) / n_tokens
@@ -261,7 +261,7 @@ def test_the_best_on_dev_is_kept_and_patience_ends(monkeypatch) -> None:
         seen.append(tuple(offsets))
         return next(values)
 
-    monkeypatch.setattr(learning_module, "measuring", lambda *_: pretend)
+    monkeypatch.setattr(learning_module, "dev_measurement", lambda *_: pretend)
     config = replace(FAST, epochs=8)
     found = learn_scales(model, "vqa", examples[:2], CHOSEN, config, dev=examples[2:], patience=2, **QUIET)
     assert seen[0] == (0.0,) * len(CHOSEN) and len(seen) == 4 == len(found.history) + 1
@@ -307,7 +307,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="shows the picture of"):
         learn_scales(model, "vqa", examples, CHOSEN, dev=examples[:1], **QUIET)
     with pytest.raises(ValueError, match="2 factors for 1 neurons"):
-        scaling([(0, 1)], torch.ones(2))
+        scaling_hooks([(0, 1)], torch.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -336,17 +336,21 @@ def test_defaults_are_the_papers() -> None:
 
 def test_a_ranking_task_learns_yes_and_no_alike() -> None:
     task, (example,) = load_task("retrieval"), load_examples("shapes", "retrieval", "dev", limit=1)
-    asked = queries(task, [example], 3, 0)[0]
+    asked = labelled_prompts(task, [example], 3, 0)[0]
     assert [q.answer for q in asked] == ["Yes", "No", "No", "No"]
     assert asked[0].prompt == task.target_prompt(example)
     assert len({q.prompt for q in asked}) == 4 and {q.prompt for q in asked} <= set(task.prompts(example))
     assert math.isclose(sum(q.weight for q in asked[1:]), 0.5) and asked[0].weight == 0.5
     other = load_examples("shapes", "retrieval", "test", limit=1)[0]
-    assert queries(task, [other, example], 3, 0)[1] == asked != queries(task, [example], 3, 1)[0]
-    assert len(queries(task, [example], 999, 0)[0]) == len(set(task.prompts(example)))
+    assert (
+        labelled_prompts(task, [other, example], 3, 0)[1]
+        == asked
+        != labelled_prompts(task, [example], 3, 1)[0]
+    )
+    assert len(labelled_prompts(task, [example], 999, 0)[0]) == len(set(task.prompts(example)))
     alone = replace(example, candidates=example.candidates[:1], positive=0)
     with pytest.raises(ValueError, match="no wrong candidate"):
-        queries(task, [alone], 3, 0)
+        labelled_prompts(task, [alone], 3, 0)
 
 
 @pytest.mark.parametrize("name", ["vqa", "retrieval"])
@@ -360,7 +364,7 @@ def test_log_probability_of_right_answers(name: str) -> None:
     for i, example in enumerate(examples):
         for arm, hooks in enumerate(arms):
             expected = 0.0
-            for query in queries(task, [example], 3, 0)[0]:
+            for query in labelled_prompts(task, [example], 3, 0)[0]:
                 inputs = model.prepare([example.image], [query.prompt], [query.answer])
                 with model.hooks(fwd_hooks=hooks):
                     expected += query.weight * float(model.log_probs(inputs))
@@ -372,23 +376,23 @@ def test_log_probability_of_right_answers(name: str) -> None:
 def test_dev_is_cut_by_picture() -> None:
     drawn = load_examples("shapes", "vqa", "dev", limit=12)
     examples = [replace(e, id=f"{e.id}/{i}") for e in drawn for i in range(2)]
-    learn, choose = split_by_picture(examples, 0.7, 0)
+    learn, choose = split_by_image(examples, 0.7, 0)
     assert len(learn) == 16 and len(choose) == 8
-    assert not {picture_of(e) for e in learn} & {picture_of(e) for e in choose}
+    assert not {image_key(e) for e in learn} & {image_key(e) for e in choose}
     assert {e.id for e in learn} | {e.id for e in choose} == {e.id for e in examples}
-    assert [e.id for e in split_by_picture(examples, 0.7, 0)[0]] == [e.id for e in learn]
-    assert [e.id for e in split_by_picture(examples, 0.7, 1)[0]] != [e.id for e in learn]
-    check_apart({"learning": learn, "dev": choose})
+    assert [e.id for e in split_by_image(examples, 0.7, 0)[0]] == [e.id for e in learn]
+    assert [e.id for e in split_by_image(examples, 0.7, 1)[0]] != [e.id for e in learn]
+    check_disjoint_images({"learning": learn, "dev": choose})
     with pytest.raises(
         ValueError, match=f"dev example .* shows the picture of learning example '{examples[0].id}'"
     ):
-        check_apart({"learning": examples[:1], "dev": examples[1:2]})
+        check_disjoint_images({"learning": examples[:1], "dev": examples[1:2]})
     with pytest.raises(ValueError, match="can't be cut in two"):
-        split_by_picture(examples[:2], 0.5, 0)
+        split_by_image(examples[:2], 0.5, 0)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        split_by_picture(examples, 1.0, 0)
+        split_by_image(examples, 1.0, 0)
     named = [replace(e, facts={"image_id": "one"}) for e in drawn[:2]]
-    assert picture_of(named[0]) == picture_of(named[1]) == "one"
+    assert image_key(named[0]) == image_key(named[1]) == "one"
 
 
 # -- files ---------------------------------------------------------------------------------------------
