@@ -1,4 +1,4 @@
-"""The right answer behind its prompt: where its tokens are predicted, and how likely they are."""
+"""The correct answer after its prompt: the positions that predict its tokens, and its log-probability."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Answer:
     """The answer tokens of a batch that was prepared with answers.
 
     Attributes:
-        positions: Where logits are needed, from before the first answer token of any row, [kept].
+        positions: Positions whose logits are needed, from just before the first answer token of any row on,
+            [kept].
         ids: The token that follows each of these positions, [row kept].
         mask: Whether that token belongs to the row's answer, [row kept].
     """
@@ -29,7 +30,7 @@ class Answer:
 
     @classmethod
     def of(cls, inputs: VLMInputs) -> Answer:
-        """Read the answer's place from the inputs.
+        """Read the answer's positions and ids from the inputs.
 
         Raises:
             ValueError: The inputs mark no answer.
@@ -45,10 +46,10 @@ class Answer:
         """Log-probability of the answer, summed over its tokens, in nats.
 
         Args:
-            logits: At `positions`; `many` rows may repeat the rows of this batch, in their order.
+            logits: Logits at `positions`; the batch may be repeated several times along the first axis.
         """
-        times = len(logits) // len(self.ids)
-        ids, mask = self.ids.repeat(times, 1), self.mask.repeat(times, 1)
+        repeats = len(logits) // len(self.ids)
+        ids, mask = self.ids.repeat(repeats, 1), self.mask.repeat(repeats, 1)
         return summed_log_probs(logits.float().log_softmax(-1), ids, mask)
 
 
@@ -60,9 +61,9 @@ def summed_log_probs(
     """Log-probability of an answer, `Σ_k ln P(y_k | prompt, y_<k)` over its tokens y_k, in nats.
 
     Args:
-        log_probs: Of every token where the answer's tokens are predicted.
+        log_probs: Log-probabilities over the vocabulary at the positions that predict the answer's tokens.
         ids: The token that follows each of these positions.
-        mask: Whether that token belongs to the answer; others do not count.
+        mask: Whether that token belongs to the answer; the others are left out of the sum.
     """
     return (log_probs.gather(-1, ids[..., None])[..., 0] * mask).sum(-1)
 
@@ -71,7 +72,7 @@ def at_positions(inputs: VLMInputs, positions: str) -> Bool[Tensor, "row pos"]:
     """True at every token (`all`), or at each row's last prompt token (`last`), before its answer.
 
     Raises:
-        ValueError: Another word than these.
+        ValueError: Another value of `positions`.
     """
     if positions == "all":
         return inputs.attention_mask.bool()
@@ -84,15 +85,15 @@ def at_positions(inputs: VLMInputs, positions: str) -> Bool[Tensor, "row pos"]:
 
 def answer_loss(logits: Float[Tensor, "batch pos d_vocab"], inputs: VLMInputs) -> Float[Tensor, ""]:
     """Mean cross-entropy, in nats, of the answer tokens, or of all text tokens where no answer is marked."""
-    asked = inputs.answer_mask
-    if asked is None:
-        asked = inputs.token_groups["text"] & (inputs.attention_mask.cumsum(-1) > 1)
-    asked = asked[:, 1:].to(logits.device)
-    return F.cross_entropy(logits[:, :-1][asked], inputs.input_ids[:, 1:][asked])
+    target_mask = inputs.answer_mask
+    if target_mask is None:
+        target_mask = inputs.token_groups["text"] & (inputs.attention_mask.cumsum(-1) > 1)
+    target_mask = target_mask[:, 1:].to(logits.device)
+    return F.cross_entropy(logits[:, :-1][target_mask], inputs.input_ids[:, 1:][target_mask])
 
 
 class RunsForward(Protocol):
-    """A model, as far as one forward pass goes."""
+    """The methods of a model that a forward pass needs."""
 
     def as_inputs(self, model_input: VLMInputs) -> VLMInputs:
         """The inputs on the model's device, images located."""
@@ -110,6 +111,6 @@ def log_probs(model: RunsForward, inputs: VLMInputs) -> Float[Tensor, " batch"]:
     Raises:
         ValueError: The inputs mark no answer.
     """
-    known = model.as_inputs(inputs)
-    answer = Answer.of(known)
-    return answer.log_probs(model(known, logits_to_keep=answer.positions))
+    located = model.as_inputs(inputs)
+    answer = Answer.of(located)
+    return answer.log_probs(model(located, logits_to_keep=answer.positions))

@@ -13,11 +13,11 @@ from transformer_lens import ActivationCache
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.inputs import VLMInputs
 
-Tokens = Any  # ids [batch pos] or [pos], or text; anything else raises TypeError
+TokensLike = Any  # ids [batch pos] or [pos], or text; anything else raises TypeError
 
 
-class RunsInputs(Protocol):
-    """What `BoundModel` calls of a model, as `HookedVLM` has it; all of it takes inputs."""
+class BindableModel(Protocol):
+    """The part of `HookedVLM` that `BoundModel` uses; its methods take inputs."""
 
     @property
     def cfg(self) -> VLMConfig:
@@ -61,19 +61,19 @@ class RunsInputs(Protocol):
 class BoundModel:
     """A model that takes tokens [batch pos] and reads the pictures of its bound inputs with them.
 
-    What runs the model takes tokens where a `HookedVLM` takes inputs; every other attribute is the
-    model's own. Hooks are the model's too: one added here is heard there.
+    Methods that run the model take tokens where those of a `HookedVLM` take inputs; every other attribute is
+    the model's own. Hooks are shared with the model: one added here is active there too.
 
     The tokens need not be the bound ones: another text of equal length is a counterfactual prompt on the
-    same pictures. Image tokens and padding must lie where they lie in the bound inputs. Inputs of one row
-    serve any number of rows of tokens: several texts on one picture.
+    same pictures. Image tokens and padding must be at the same positions as in the bound inputs. Inputs of
+    one row can be used with any number of rows of tokens: several texts on one picture.
 
     Attributes:
-        model: What is bound.
-        inputs: What it is bound to, located by the model (`HookedVLM.as_inputs`).
+        model: The model.
+        inputs: The inputs that it is bound to, from `HookedVLM.as_inputs`.
     """
 
-    model: RunsInputs
+    model: BindableModel
     inputs: VLMInputs
 
     def __getattr__(self, name: str) -> Any:
@@ -92,7 +92,7 @@ class BoundModel:
         return self.model.cfg
 
     @property
-    def original_model(self) -> RunsInputs:
+    def original_model(self) -> BindableModel:
         """The model, where TransformerLens looks for modules that are left in training mode."""
         return self.model
 
@@ -109,7 +109,7 @@ class BoundModel:
 
     # -- tokens to inputs ------------------------------------------------------------------------
 
-    def as_inputs(self, tokens: Tokens) -> VLMInputs:
+    def as_inputs(self, tokens: TokensLike) -> VLMInputs:
         """The bound inputs with these tokens in place of theirs.
 
         Args:
@@ -128,75 +128,77 @@ class BoundModel:
                 f"model itself, and residual streams want start_at_layer: got {_describe(tokens)}"
             )
         ids = tokens.to(self.tokens.device).reshape(-1, tokens.shape[-1])
-        bound = self._rows(len(ids))
+        bound = self._inputs_for_rows(len(ids))
         if ids.shape != bound.input_ids.shape:
             raise ValueError(
                 f"tokens of the shape {tuple(ids.shape)} for inputs bound with {tuple(self.tokens.shape)}: "
                 "another text must have as many tokens, so that the pictures stay in their places"
             )
-        self._check_places(ids, bound)
+        self._check_layout(ids, bound)
         return replace(bound, input_ids=ids)
 
-    def _rows(self, n: int) -> VLMInputs:
+    def _inputs_for_rows(self, n: int) -> VLMInputs:
         return self.inputs[[0] * n] if len(self.inputs) == 1 and n > 1 else self.inputs
 
-    def _check_places(self, ids: Tensor, bound: VLMInputs) -> None:
-        shown, held = ids == self.cfg.image_token_id, bound.image_mask
-        if (row := _first((shown != held).any(-1))) is not None:
+    def _check_layout(self, ids: Tensor, bound: VLMInputs) -> None:
+        image_tokens, bound_image_tokens = ids == self.cfg.image_token_id, bound.image_mask
+        if (row := _first_true_row((image_tokens != bound_image_tokens).any(-1))) is not None:
             raise ValueError(
-                f"row {row} has {int(shown[row].sum())} image tokens; the bound inputs have "
-                f"{int(held[row].sum())}, not all in the same places"
+                f"row {row} has {int(image_tokens[row].sum())} image tokens; the bound inputs have "
+                f"{int(bound_image_tokens[row].sum())}, not all in the same places"
             )
         padding = bound.attention_mask == 0
-        if (row := _first(((ids != bound.input_ids) & padding).any(-1))) is not None:
+        if (row := _first_true_row(((ids != bound.input_ids) & padding).any(-1))) is not None:
             raise ValueError(f"row {row} has tokens where the bound inputs have padding")
-        first = padding.sum(-1, keepdim=True).clamp(max=ids.shape[1] - 1)
-        now, was = (x.gather(1, first) == self.cfg.pad_token_id for x in (ids, bound.input_ids))
-        if (row := _first((now & ~was)[:, 0])) is not None:
+        first_padding = padding.sum(-1, keepdim=True).clamp(max=ids.shape[1] - 1)
+        is_padding, was_padding = (
+            row_ids.gather(1, first_padding) == self.cfg.pad_token_id for row_ids in (ids, bound.input_ids)
+        )
+        if (row := _first_true_row((is_padding & ~was_padding)[:, 0])) is not None:
             raise ValueError(f"row {row} has padding where the bound inputs have tokens")
 
     def to_tokens(self, text: str | Sequence[str], prepend_bos: bool = True) -> Tensor:
-        """Ids of plain text, as the model's own `to_tokens`, but of a bound prompt the bound tokens.
+        """Ids of plain text, as the model's own `to_tokens`; for the bound prompts, the bound tokens.
 
-        A bound prompt is one of `texts`, or the user's words that `prepare` was given; several texts are
-        the bound prompts where each is that of its row.
+        The bound prompts are `texts`, or the user's prompts that `prepare` was given; several texts must
+        match the prompts row by row.
         """
-        given = [text] if isinstance(text, str) else list(text)
-        known = [self.texts]
+        texts = [text] if isinstance(text, str) else list(text)
+        bound_texts = [self.texts]
         if self.inputs.question_mask is not None:
             rows = zip(self.tokens, self.inputs.question_mask, strict=True)
-            known.append([_text(self.model, ids[mask]) for ids, mask in rows])
-        if any([t.strip() for t in given] == [t.strip() for t in prompts] for prompts in known):
+            bound_texts.append([_text(self.model, ids[mask]) for ids, mask in rows])
+        if any([t.strip() for t in texts] == [t.strip() for t in prompts] for prompts in bound_texts):
             return self.tokens
         return self.model.to_tokens(text, prepend_bos)
 
     # -- running ---------------------------------------------------------------------------------
 
-    def _filled(self, model_input: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """What the model itself is called with: a residual stream brings no tokens, but needs inputs."""
+    def _model_call(self, model_input: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Arguments for the model itself: a residual stream is passed on, with the bound inputs."""
         if options.get("start_at_layer") is None:
             return self.as_inputs(model_input), options
-        return model_input, {"inputs": self._rows(len(model_input)), **options}
+        return model_input, {"inputs": self._inputs_for_rows(len(model_input)), **options}
 
-    def forward(self, tokens: Tokens, **options: Any) -> Tensor:
-        """As `HookedVLM.forward`, of tokens; with `start_at_layer` of a residual stream."""
-        filled, options = self._filled(tokens, options)
-        return self.model(filled, **options)
+    def forward(self, tokens: TokensLike, **options: Any) -> Tensor:
+        """As `HookedVLM.forward`, for tokens; with `start_at_layer`, for a residual stream."""
+        model_input, options = self._model_call(tokens, options)
+        return self.model(model_input, **options)
 
     __call__ = forward
 
-    def run_with_hooks(self, tokens: Tokens, **options: Any) -> Tensor:
-        """As `HookedVLM.run_with_hooks`, of tokens."""
-        filled, options = self._filled(tokens, options)
-        return self.model.run_with_hooks(filled, **options)
+    def run_with_hooks(self, tokens: TokensLike, **options: Any) -> Tensor:
+        """As `HookedVLM.run_with_hooks`, for tokens."""
+        model_input, options = self._model_call(tokens, options)
+        return self.model.run_with_hooks(model_input, **options)
 
-    def run_with_cache(self, tokens: Tokens, **options: Any) -> tuple[Tensor, ActivationCache]:
-        """As `HookedVLM.run_with_cache`, of tokens."""
-        filled, options = self._filled(tokens, options)
-        return self.model.run_with_cache(filled, **options)
+    def run_with_cache(self, tokens: TokensLike, **options: Any) -> tuple[Tensor, ActivationCache]:
+        """As `HookedVLM.run_with_cache`, for tokens."""
+        model_input, options = self._model_call(tokens, options)
+        return self.model.run_with_cache(model_input, **options)
 
-    def generate(self, tokens: Tokens | None = None, *args: Any, **options: Any) -> list[str] | Tensor:
-        """As `HookedVLM.generate`, of tokens; without any, of the bound ones."""
+    def generate(self, tokens: TokensLike | None = None, *args: Any, **options: Any) -> list[str] | Tensor:
+        """As `HookedVLM.generate`, for tokens; by default for the bound ones."""
         return self.model.generate(
             self.as_inputs(self.tokens if tokens is None else tokens), *args, **options
         )
@@ -208,15 +210,15 @@ class BoundModel:
             yield self
 
 
-def _text(model: RunsInputs, ids: Tensor) -> str:
+def _text(model: BindableModel, ids: Tensor) -> str:
     """The text of one row of ids."""
     text = model.to_string(ids)
     assert isinstance(text, str)
     return text
 
 
-def _first(rows: Tensor) -> int | None:
-    """The first row that is True, if any is."""
+def _first_true_row(rows: Tensor) -> int | None:
+    """Index of the first row that is True; None if none is."""
     return int(rows.int().argmax()) if bool(rows.any()) else None
 
 

@@ -1,4 +1,4 @@
-"""Hooks that keep activations: what `HookedVLM.run_with_cache` puts into an ActivationCache."""
+"""Hooks that store the activations for `HookedVLM.run_with_cache`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hones_lens.model.hook_names import HookFunction
 _BY_HEAD_PAIR = ("hook_attn_scores", "hook_pattern")
 
 
-def keeping_hooks(
+def caching_hooks(
     store: dict[str, Tensor],
     device: torch.device | str | None,
     pos_slice: Any,
@@ -23,8 +23,8 @@ def keeping_hooks(
     """A forward hook that stores detached activations by name, and a backward one for `*_grad`.
 
     Args:
-        store: Where they go.
-        device: Where to keep them; None leaves them where they are.
+        store: Filled with the activations.
+        device: Device of the stored activations; None leaves them where they are.
         pos_slice: Positions of the decoder's activations to keep.
         remove_batch_dim: Drop the decoder's batch axis, and the vision tower's image axis where
             it is 1.
@@ -32,21 +32,21 @@ def keeping_hooks(
     Raises:
         ValueError: When run: a batch to drop that is larger than 1.
     """
-    cut = Slice.unwrap(pos_slice)
+    pos_slicer = Slice.unwrap(pos_slice)
 
-    def keep(tensor: Tensor, name: str, suffix: str) -> None:
-        kept = tensor.detach().to(device)
-        decoder = not name.startswith("vision") and name != "hook_image_embed"
-        if decoder:
-            kept = cut.apply(kept, dim=-2 if name.endswith(_BY_HEAD_PAIR) else 1)
-        if remove_batch_dim and decoder and kept.shape[0] != 1:
-            raise ValueError(f"can't remove the batch axis of {name}: its size is {kept.shape[0]}")
-        store[name + suffix] = kept[0] if remove_batch_dim and kept.shape[0] == 1 else kept
+    def store_activation(tensor: Tensor, name: str, suffix: str) -> None:
+        activation = tensor.detach().to(device)
+        in_decoder = not name.startswith("vision") and name != "hook_image_embed"
+        if in_decoder:
+            activation = pos_slicer.apply(activation, dim=-2 if name.endswith(_BY_HEAD_PAIR) else 1)
+        if remove_batch_dim and in_decoder and activation.shape[0] != 1:
+            raise ValueError(f"can't remove the batch axis of {name}: its size is {activation.shape[0]}")
+        store[name + suffix] = activation[0] if remove_batch_dim and activation.shape[0] == 1 else activation
 
     def forward_hook(tensor: Tensor, hook: HookPoint) -> None:
-        keep(tensor, str(hook.name), "")
+        store_activation(tensor, str(hook.name), "")
 
     def backward_hook(tensor: Tensor, hook: HookPoint) -> None:
-        keep(tensor, str(hook.name), "_grad")
+        store_activation(tensor, str(hook.name), "_grad")
 
     return forward_hook, backward_hook

@@ -1,4 +1,4 @@
-"""What a model is made of (`VLMConfig`), and the settings that ship for known models."""
+"""Sizes of a model (`VLMConfig`), and the settings that ship for known models."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class VisionConfig:
         image_size: Side of every image in pixels; None where images keep their own size.
         feature_layers: Hidden states that are read; 0 is the input of the first block.
         keep_class_token: Whether the class token is among the image tokens.
-        merge_size: An image token stands for a square of so many by so many patches.
-        window_size: Side in pixels of the windows of attention; None where there are none.
-        full_attention_layers: Blocks that attend over the whole image in spite of windows.
+        merge_size: Side, in patches, of the square of patches that one image token stands for.
+        window_size: Side in pixels of the attention windows; None without windows.
+        full_attention_layers: Blocks that attend over the whole image even if there are windows.
     """
 
     n_layers: int
@@ -53,7 +53,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """Sizes and facts of a hooked model, in TransformerLens's names.
+    """Sizes and special tokens of a hooked model, under TransformerLens's names.
 
     Attributes:
         normalization_type: Always "RMS": `ln*.hook_scale` divides, the weight follows.
@@ -90,11 +90,11 @@ class VLMConfig:
         return self.n_layers * self.d_mlp
 
 
-def require(where: str, config: Any, handled: Mapping[str, Sequence[object]]) -> None:
-    """Refuse config values that the code would silently ignore.
+def require(config_name: str, config: Any, handled: Mapping[str, Sequence[object]]) -> None:
+    """Raise for config values that the code would otherwise silently ignore.
 
     Args:
-        where: How to name the config in the message, e.g. `text_config`.
+        config_name: Name of the config in the message, e.g. `text_config`.
         config: The Hugging Face config.
         handled: For each key the values that are handled; a missing key counts as None.
 
@@ -105,12 +105,12 @@ def require(where: str, config: Any, handled: Mapping[str, Sequence[object]]) ->
         value = getattr(config, key, None)
         if value not in values:
             raise ValueError(
-                f"{where}.{key}={value!r} is not handled; handled: {', '.join(map(repr, values))}"
+                f"{config_name}.{key}={value!r} is not handled; handled: {', '.join(map(repr, values))}"
             )
 
 
 def token_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:
-    """No id, one or several, as Hugging Face's configs have them, as a tuple."""
+    """A config value of Hugging Face that holds no id, one or several, as a tuple."""
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)
@@ -125,17 +125,17 @@ def special_ids(text_config: Any) -> tuple[tuple[int, ...], int]:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """One file of `model_configs/`: how a known model is found, and its defaults.
+    """One file of `model_configs/`: where a known model is loaded from, and its defaults.
 
     Attributes:
-        name: The name to ask for it by.
+        name: The name by which it is loaded.
         family: A key of `families.FAMILIES`.
         aliases: Other names for it.
-        hub_id, revision: Where the Hugging Face Hub has it.
-        checkpoint: Or: the folder that ships in the package.
+        hub_id, revision: Its repository and revision on the Hugging Face Hub.
+        checkpoint: Instead of these, the name of a checkpoint that ships in the package.
         top_k: Critical heads to keep (METHOD H1).
         ratio: Share of all decoder neurons that are task neurons (METHOD H3).
-        paper: Where these numbers are from.
+        paper: Source of these numbers.
     """
 
     name: str
@@ -150,7 +150,7 @@ class ModelSettings:
 
 
 def settings_folder() -> Path:
-    """Where `model_configs/` lies: inside an installed package, or beside it in a checkout.
+    """The folder `model_configs/`: inside an installed package, or beside it in a checkout.
 
     Raises:
         FileNotFoundError: In neither place.
@@ -188,8 +188,8 @@ def read_settings(file: Path) -> ModelSettings:
 @cache
 def all_settings() -> dict[str, ModelSettings]:
     """Every shipped model setting by name."""
-    found = [read_settings(file) for file in sorted(settings_folder().glob("*.yaml"))]
-    return {settings.name: settings for settings in found}
+    settings_list = [read_settings(file) for file in sorted(settings_folder().glob("*.yaml"))]
+    return {settings.name: settings for settings in settings_list}
 
 
 def find_settings(name: str) -> ModelSettings | None:

@@ -14,7 +14,7 @@ from hones_lens.model.tokens import tokenizer_of
 
 
 class PredictsTokens(Protocol):
-    """A model, as far as decoding goes."""
+    """The part of a model that decoding needs."""
 
     @property
     def cfg(self) -> VLMConfig:
@@ -38,30 +38,30 @@ def greedy(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    ended = inputs.attention_mask[:, -1] == 0
-    if bool(ended.any()):
+    right_padded = inputs.attention_mask[:, -1] == 0
+    if bool(right_padded.any()):
         raise ValueError(
-            f"row {int(ended.int().argmax())} is padded on the right; pad on the left to generate"
+            f"row {int(right_padded.int().argmax())} is padded on the right; pad on the left to generate"
         )
     eos = torch.tensor(model.cfg.eos_token_ids, device=model.cfg.device)
-    done = torch.zeros(len(inputs), dtype=torch.bool, device=model.cfg.device)
-    out: list[Tensor] = []
+    finished = torch.zeros(len(inputs), dtype=torch.bool, device=model.cfg.device)
+    steps: list[Tensor] = []
     kv_cache = KVCache() if use_kv_cache else None
     while True:
-        said = torch.stack(out, dim=1) if out else inputs.input_ids[:, :0]
-        logits = model.next_token_logits(inputs, said, kv_cache)
+        new_tokens = torch.stack(steps, dim=1) if steps else inputs.input_ids[:, :0]
+        logits = model.next_token_logits(inputs, new_tokens, kv_cache)
         if not bool(torch.isfinite(logits).all()):
             row = int((~torch.isfinite(logits).all(-1)).int().argmax())
-            raise FloatingPointError(f"logits of row {row} are not finite at new token {len(out)}")
-        token = torch.where(done, model.cfg.pad_token_id, logits.argmax(-1))
-        out.append(token)
-        done = done | torch.isin(token, eos)
-        if len(out) == max_new_tokens or bool(done.all()):
-            return torch.stack(out, dim=1)
+            raise FloatingPointError(f"logits of row {row} are not finite at new token {len(steps)}")
+        token = torch.where(finished, model.cfg.pad_token_id, logits.argmax(-1))
+        steps.append(token)
+        finished = finished | torch.isin(token, eos)
+        if len(steps) == max_new_tokens or bool(finished.all()):
+            return torch.stack(steps, dim=1)
 
 
 class Generates(PredictsTokens, Protocol):
-    """A model that takes any kind of input and gives text."""
+    """A model that takes any kind of input and generates text."""
 
     processor: Any
 

@@ -1,4 +1,4 @@
-"""Hooks, and which of them a name, several names or a predicate stands for; never none in silence."""
+"""Hook names, and the hooks that a name, several names or a predicate selects; no match raises."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def check_hook_name(name: str, hooks: Collection[str]) -> None:
 
 
 def matching_hooks(names: NamesFilter, hooks: Collection[str], split_qkv_input: bool) -> list[str]:
-    """The hooks that a filter stands for, in the model's order, or in that of a list of names.
+    """The hooks that a filter selects, in the model's order, or in that of a list of names.
 
     Args:
-        names: None stands for all but those that cost n_heads residual streams each.
+        names: The filter. None selects all but those that cost n_heads residual streams each.
         hooks: All hooks of the model.
         split_qkv_input: The model makes the decoder's split inputs at every pass, so None has them too.
 
@@ -47,5 +47,5 @@ def matching_hooks(names: NamesFilter, hooks: Collection[str], split_qkv_input: 
 
 
 def _is_costly(name: str, split_qkv_input: bool) -> bool:
-    made_anyway = split_qkv_input and name.endswith("_input") and name.startswith("blocks.")
-    return name.endswith(_COSTLY) and not made_anyway
+    computed_anyway = split_qkv_input and name.endswith("_input") and name.startswith("blocks.")
+    return name.endswith(_COSTLY) and not computed_anyway

@@ -1,4 +1,4 @@
-"""`HookedVLM`: a vision–language model whose every step can be read and edited by name."""
+"""`HookedVLM`: a vision–language model with a named hook at every step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from hones_lens.model import answers, bound, generation, prompting, tl_weights, tokens
-from hones_lens.model.caching import keeping_hooks
+from hones_lens.model.caching import caching_hooks
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.family import Family
 from hones_lens.model.hook_names import Hook, HookFunction, NamesFilter, check_hook_name, matching_hooks
@@ -29,14 +29,14 @@ from hones_lens.model.nn.unembed import Unembedding
 class HookedVLM(HookedRootModule, Family):
     """A decoder over text and image embeddings, with TransformerLens's hooks, names and weights.
 
-    Make one with `from_pretrained` or `from_hf`. A family (a subclass, see `Family`) hands in the modules and
-    says how images are read; running, hooks, caches and generation are here.
+    Make one with `from_pretrained` or `from_hf`. A family (a subclass, see `Family`) provides the modules and
+    defines how images are processed; running, hooks, caches and generation are defined here.
 
     Args:
-        cfg: Sizes and facts.
+        cfg: Sizes and special tokens.
         decoder: Embedding, rotary positions, blocks, final norm and unembedding.
         vision: The vision tower, `vision_encoder`.
-        projector: From its features to the decoder's width, `vision_projector`.
+        projector: Maps its features to the decoder's width, `vision_projector`.
     """
 
     blocks: Any  # nn.ModuleList of Block
@@ -136,13 +136,13 @@ class HookedVLM(HookedRootModule, Family):
 
     @torch.no_grad()
     def with_image_embeds(self, inputs: VLMInputs) -> VLMInputs:
-        """The same inputs with their images encoded once and for all; vision hooks run here only."""
+        """The same inputs with `image_embeds`: later runs skip the vision tower, and so its hooks."""
         if inputs.pixel_values is None or inputs.image_embeds is not None:
             return inputs
         return replace(inputs, image_embeds=self.encode_images(inputs))
 
     def continuation(self, prompt: str, answer: str, n_images: int = 1) -> list[int]:
-        """The ids that an answer has where it really follows this prompt."""
+        """The ids of an answer as it is tokenized after this prompt."""
         text = self.render(prompt, [1] * n_images)
         return prompting.continuation(self.tokenizer, text, self.answer_separator, answer)
 
@@ -181,21 +181,21 @@ class HookedVLM(HookedRootModule, Family):
         first = layer_index(start_at_layer, 0, self.cfg.n_layers)
         last = layer_index(stop_at_layer, self.cfg.n_layers, self.cfg.n_layers)
         if start_at_layer is None:
-            known = self.as_inputs(model_input)
-            resid = self.embed_inputs(known)
+            located = self.as_inputs(model_input)
+            resid = self.embed_inputs(located)
         else:
             if inputs is None or not isinstance(model_input, Tensor) or not model_input.is_floating_point():
                 raise ValueError("start_at_layer takes a residual stream [batch pos d_model] and inputs=")
-            known, resid = self.as_inputs(inputs), model_input
-            if resid.shape[:2] != known.input_ids.shape:
+            located, resid = self.as_inputs(inputs), model_input
+            if resid.shape[:2] != located.input_ids.shape:
                 raise ValueError(
-                    f"residual {tuple(resid.shape)} does not fit inputs {tuple(known.input_ids.shape)}"
+                    f"residual {tuple(resid.shape)} does not fit inputs {tuple(located.input_ids.shape)}"
                 )
-        resid = self.run_blocks(resid, self.attention_context(known), first, last)
+        resid = self.run_blocks(resid, self.attention_context(located), first, last)
         if stop_at_layer is not None:
             return resid
         if return_type == "loss":
-            return answers.answer_loss(self._logits(resid, 0), known)
+            return answers.answer_loss(self._logits(resid, 0), located)
         return self._logits(resid, logits_to_keep)
 
     def embed_inputs(self, inputs: VLMInputs) -> Float[Tensor, "batch pos d_model"]:
@@ -225,7 +225,7 @@ class HookedVLM(HookedRootModule, Family):
         first: int = 0,
         last: int | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after blocks `first` … `last` − 1, with positions and mask of your own."""
+        """The residual stream after blocks `first` … `last` − 1, with the positions and mask of `context`."""
         self._forwards += 1
         for block in self.blocks[first : self.cfg.n_layers if last is None else last]:
             resid = block(resid, context)
@@ -234,27 +234,27 @@ class HookedVLM(HookedRootModule, Family):
     def next_token_logits(
         self, inputs: VLMInputs, said: Int[Tensor, "batch new"], kv_cache: KVCache | None
     ) -> Float[Tensor, "batch d_vocab"]:
-        """Logits of the token that follows prompt and `said`.
+        """Logits of the token that follows the prompt and `said`.
 
         Args:
             inputs: The prompts (from `as_inputs`).
-            said: New tokens so far.
-            kv_cache: Holds prompt and all of `said` but its last token, and is extended; None
+            said: The tokens generated so far.
+            kv_cache: Holds the prompt and all of `said` but the last, and is extended; None
                 computes the whole sequence, images too.
         """
-        grown = inputs.extended(said)
+        extended = inputs.extended(said)
         if kv_cache is None or said.shape[1] == 0:
-            resid, context = self.embed_inputs(grown), self.attention_context(grown, kv_cache=kv_cache)
+            resid, context = self.embed_inputs(extended), self.attention_context(extended, kv_cache=kv_cache)
         else:
             resid = self.hook_embed(self.hook_text_embed(self.embed(said[:, -1:])))
-            context = self.attention_context(grown, 1, kv_cache)
+            context = self.attention_context(extended, 1, kv_cache)
         return self._logits(self.run_blocks(resid, context, 0, self.cfg.n_layers), 1)[:, -1]
 
-    def _logits(self, resid: Tensor, keep: int | Tensor) -> Tensor:
-        if isinstance(keep, Tensor):
-            resid = resid[:, keep]
-        elif keep:
-            resid = resid[:, -keep:]
+    def _logits(self, resid: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        if isinstance(logits_to_keep, Tensor):
+            resid = resid[:, logits_to_keep]
+        elif logits_to_keep:
+            resid = resid[:, -logits_to_keep:]
         return self.unembed(self.ln_final(resid))
 
     generate = generation.generate
@@ -277,7 +277,7 @@ class HookedVLM(HookedRootModule, Family):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Generator[HookedVLM]:
-        """Hooks for the runs inside the `with` block, as in TransformerLens, but never silent.
+        """Hooks for the runs inside the `with` block, as in TransformerLens, but hooks that can't run raise.
 
         Raises:
             ValueError: A name that does not exist, or a filter that matches nothing.
@@ -289,14 +289,16 @@ class HookedVLM(HookedRootModule, Family):
         ran: set[str] = set()
         named = {names for names, _ in fwd_hooks if isinstance(names, str)}
 
-        def mark(_: Tensor, hook: HookPoint) -> None:
+        def record_run(_: Tensor, hook: HookPoint) -> None:
             ran.add(str(hook.name))
 
-        marks: list[Hook] = [(name, mark) for name in named]
-        before = self._forwards
-        with self._unchecked_hooks([*marks, *fwd_hooks], list(bwd_hooks), reset_hooks_end, clear_contexts):
+        recording_hooks: list[Hook] = [(name, record_run) for name in named]
+        forwards_before = self._forwards
+        with self._unchecked_hooks(
+            [*recording_hooks, *fwd_hooks], list(bwd_hooks), reset_hooks_end, clear_contexts
+        ):
             yield self
-        if self._forwards > before and named - ran:
+        if self._forwards > forwards_before and named - ran:
             raise RuntimeError(f"the model ran, but these hooks never did: {', '.join(sorted(named - ran))}")
 
     @property
@@ -352,16 +354,16 @@ class HookedVLM(HookedRootModule, Family):
         """
         names = self._matching(names_filter)
         store: dict[str, Tensor] = {}
-        forward_hook, backward_hook = keeping_hooks(store, device, pos_slice, remove_batch_dim)
-        asked = names_filter is not None and not callable(names_filter)
-        fwd: list[Hook] = [(name, forward_hook) for name in names]
-        bwd: list[Hook] = [(name, backward_hook) for name in names] if incl_bwd else []
-        hooks = self.hooks if asked else self._unchecked_hooks
-        with hooks(fwd, bwd, reset_hooks_end, clear_contexts):
-            out = self(*model_args, **forward_options)
+        forward_hook, backward_hook = caching_hooks(store, device, pos_slice, remove_batch_dim)
+        by_name = names_filter is not None and not callable(names_filter)
+        fwd_hooks: list[Hook] = [(name, forward_hook) for name in names]
+        bwd_hooks: list[Hook] = [(name, backward_hook) for name in names] if incl_bwd else []
+        hooks = self.hooks if by_name else self._unchecked_hooks
+        with hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            output = self(*model_args, **forward_options)
             if incl_bwd:
-                out.backward()
-        return out, ActivationCache(store, self, has_batch_dim=not remove_batch_dim)
+                output.backward()
+        return output, ActivationCache(store, self, has_batch_dim=not remove_batch_dim)
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
         """Whether every pass makes `attn.hook_{q,k,v}_input` (a hook on one of them suffices)."""
@@ -374,8 +376,8 @@ class HookedVLM(HookedRootModule, Family):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedVLM:
         parent: Any = super()  # PyTorch leaves it untyped
         moved = parent._apply(fn, recurse)
-        where = self.embed.weight
-        self.cfg = replace(self.cfg, device=where.device, dtype=where.dtype)
+        weight = self.embed.weight
+        self.cfg = replace(self.cfg, device=weight.device, dtype=weight.dtype)
         return moved
 
     # -- TransformerLens's names for tokens and weights ------------------------------------------

@@ -1,4 +1,4 @@
-"""The only place that reads checkpoints or asks the Hub, and that turns Hugging Face models into ours."""
+"""Loading checkpoints from folders or the Hub, and turning Hugging Face models into hooked ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hones_lens.model.hooked_vlm import HookedVLM
 
 
 def resolve(name: str) -> tuple[str, str | None]:
-    """What to load for a name: a folder or Hub id, and the Hub revision.
+    """The folder or Hub id, and the Hub revision, of a model name.
 
     Raises:
         ValueError: Neither a known model, nor a folder, nor a Hub id; lists the known ones.
@@ -52,9 +52,9 @@ def load_hf_model(
             over.
     """
     folder, revision = resolve(name)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
-        dtype = torch.float32 if where.type == "cpu" else "auto"
+        dtype = torch.float32 if torch_device.type == "cpu" else "auto"
     auto_config: Any = AutoConfig
     auto_model: Any = AutoModelForImageTextToText
     family = load_family(auto_config.from_pretrained(folder, revision=revision).model_type)
@@ -70,8 +70,8 @@ def load_hf_model(
         if report.get(kind):
             listed = ", ".join(map(str, sorted(report[kind], key=str)[:5]))
             raise ValueError(f"checkpoint {name!r} has {kind.replace('_', ' ')}: {listed}")
-    read = family.processor_class.from_pretrained
-    return model.to(where).eval(), read(folder, revision=revision, **processor_options)
+    load_processor = family.processor_class.from_pretrained
+    return model.to(torch_device).eval(), load_processor(folder, revision=revision, **processor_options)
 
 
 @contextmanager
@@ -112,31 +112,35 @@ def hook_hf_model(hf_model: Any, processor: Any = None) -> HookedVLM:
 
 
 def _share_weights(hooked: HookedVLM, hf_model: Any) -> None:
-    """Give every parameter of ours the storage of the Hugging Face weight it is mapped to.
+    """Let every parameter of the hooked model share the storage of the Hugging Face weight it is mapped to.
 
     Raises:
         ValueError: A weight that is not mapped, or a parameter that no weight fills; names them.
     """
-    theirs = {name: p.detach() for name, p in hf_model.named_parameters(remove_duplicate=False)}
-    names = hooked.weight_map(hooked.cfg, list(theirs))
+    hf_weights = {name: p.detach() for name, p in hf_model.named_parameters(remove_duplicate=False)}
+    weight_map = hooked.weight_map(hooked.cfg, list(hf_weights))
     expected = {name for name, _ in hooked.named_parameters()}
-    targets = {name: names.get(name, name) for name in theirs}
-    several = {name: (mine,) if isinstance(mine, str) else mine or () for name, mine in targets.items()}
-    extra = sorted(name for name, mine in several.items() if not expected.issuperset(mine))
-    if extra:
-        raise ValueError(f"weights that this family does not use: {', '.join(extra[:5])}")
-    ours: dict[str, Tensor] = {}
-    for name, mine in several.items():
-        ours.update(zip(mine, theirs[name].chunk(len(mine)) if mine else (), strict=True))
-    missing = sorted(expected - set(ours))
+    targets = {name: weight_map.get(name, name) for name in hf_weights}
+    targets_of = {
+        name: (target,) if isinstance(target, str) else target or () for name, target in targets.items()
+    }
+    unmapped = sorted(name for name, target in targets_of.items() if not expected.issuperset(target))
+    if unmapped:
+        raise ValueError(f"weights that this family does not use: {', '.join(unmapped[:5])}")
+    state_dict: dict[str, Tensor] = {}
+    for name, target in targets_of.items():
+        state_dict.update(zip(target, hf_weights[name].chunk(len(target)) if target else (), strict=True))
+    missing = sorted(expected - set(state_dict))
     if missing:
         raise ValueError(f"weights that are missing: {', '.join(missing[:5])}")
     for name, parameter in hooked.named_parameters():
-        if parameter.shape != ours[name].shape:
-            raise ValueError(f"weight {name} has shape {list(ours[name].shape)}, not {list(parameter.shape)}")
-    hooked.load_state_dict(ours, strict=True, assign=True)
+        if parameter.shape != state_dict[name].shape:
+            raise ValueError(
+                f"weight {name} has shape {list(state_dict[name].shape)}, not {list(parameter.shape)}"
+            )
+    hooked.load_state_dict(state_dict, strict=True, assign=True)
     if hooked.unembed.W_U.data_ptr() == hooked.embed.weight.data_ptr():
-        hooked.unembed.tie(hooked.embed)  # and so they stay one when the model is moved
+        hooked.unembed.tie(hooked.embed)  # so that they stay tied when the model is moved
 
 
 def _special_tokens(hooked: HookedVLM, hf_model: Any) -> dict[str, Any]:
