@@ -5,6 +5,7 @@ from .attention import (
 )
 from .knockout import attention_knockout as attention_knockout
 from .lens.difference import (
+    LensDifference as LensDifference,
     LensToken as LensToken,
     delta_frame as delta_frame,
     delta_lines as delta_lines,
@@ -17,9 +18,9 @@ from .lens.streams import residual_streams as residual_streams, summed_logits as
 from .lens.table import LogitLens as LogitLens, logit_lens as logit_lens
 from .logit_attribution import direct_logit_attribution as direct_logit_attribution
 from .patching.activation import patch_activations as patch_activations
-from .patching.agreement import atp_against_measured as atp_against_measured
+from .patching.agreement import Agreement as Agreement, atp_against_measured as atp_against_measured
 from .patching.gradient import attribute_patching as attribute_patching
-from .patching.metrics import log_prob as log_prob
+from .patching.metrics import kl as kl, log_prob as log_prob, logit_diff as logit_diff
 from .patching.pairs import (
     PatchPairs as PatchPairs,
     corrupted_by as corrupted_by,
@@ -28,6 +29,7 @@ from .patching.pairs import (
     with_shared_prefix as with_shared_prefix,
 )
 from .patching.path import path_patching as path_patching, path_patching_matrix as path_patching_matrix
+from .patching.receivers import every_receiver as every_receiver
 from .patching.runner import measure_patches as measure_patches
 from .patching.sites import (
     SITES as SITES,
@@ -36,5 +38,10 @@ from .patching.sites import (
     targets_of as targets_of,
 )
 from .steering_vectors import mean_difference as mean_difference
-from .token_cells import Cells as Cells, FoldedAttention as FoldedAttention
+from .token_cells import (
+    Cells as Cells,
+    FoldedAttention as FoldedAttention,
+    fold_tokens as fold_tokens,
+    folded_attention as folded_attention,
+)
 from .vocabulary import promoted_tokens as promoted_tokens, vocabulary_logits as vocabulary_logits

