@@ -25,7 +25,7 @@ NOT_FIGURES = {
     *("Plot", "TokenView", "attention_tokens", "coloured_tokens", "flow_tooltips", "themed_svg"),
     # What the report draws and writes with.
     *("BRIGHT", "PALETTE", "WIDTH", "image_uri", "plot_image", "check_region", "significant"),
-    *("draw", "join_words", "level", "nonbreaking", "number", "percent", "span"),
+    *("brackets", "draw", "join_words", "level", "nonbreaking", "number", "p_value", "percent", "span"),
 }
 
 
