@@ -52,12 +52,12 @@ def prompt_batches(
     """Every prompt of the examples, prepared; a ranking task's example is a batch of its own."""
     size = 1 if task.ranks else batch_size
     for start in range(0, len(examples), size):
-        some = examples[start : start + size]
-        prompts = [task.prompts(example) for example in some]
-        rows = [len(asked) for asked in prompts]
-        images = [example.image for example, n in zip(some, rows, strict=True) for _ in range(n)]
-        inputs = model.prepare(images, [p for asked in prompts for p in asked])
-        yield Batch(some, _encode(model, inputs, shared=task.ranks), rows)
+        batch_examples = examples[start : start + size]
+        prompts = [task.prompts(example) for example in batch_examples]
+        rows = [len(example_prompts) for example_prompts in prompts]
+        images = [example.image for example, n in zip(batch_examples, rows, strict=True) for _ in range(n)]
+        inputs = model.prepare(images, [p for example_prompts in prompts for p in example_prompts])
+        yield Batch(batch_examples, _encode(model, inputs, shared=task.ranks), rows)
 
 
 def answer_batches(
@@ -65,11 +65,11 @@ def answer_batches(
 ) -> Iterator[Batch]:
     """The prompt that the target follows, one row an example, with the right answer behind it."""
     for start in range(0, len(examples), batch_size):
-        some = examples[start : start + batch_size]
-        said = [task.answer(example) for example in some] if answers else None
-        prompts = [task.target_prompt(example) for example in some]
-        inputs = model.prepare([example.image for example in some], prompts, said)
-        yield Batch(some, _encode(model, inputs), [1] * len(some))
+        batch_examples = examples[start : start + batch_size]
+        target_answers = [task.answer(example) for example in batch_examples] if answers else None
+        prompts = [task.target_prompt(example) for example in batch_examples]
+        inputs = model.prepare([example.image for example in batch_examples], prompts, target_answers)
+        yield Batch(batch_examples, _encode(model, inputs), [1] * len(batch_examples))
 
 
 def _encode(model: HookedVLM, inputs: VLMInputs, shared: bool = False) -> VLMInputs:

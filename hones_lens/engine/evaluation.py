@@ -60,18 +60,20 @@ class Evaluation(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each kind and one for `all`: value, the ends of its interval, n."""
-        parts = {"all": KindMetric(self.metric, self.interval.n, self.interval), **self.kinds}
+        kind_metrics = {"all": KindMetric(self.metric, self.interval.n, self.interval), **self.kinds}
         rows = []
-        for kind, part in parts.items():
-            low, high = (None, None) if part.interval is None else (part.interval.low, part.interval.high)
-            rows.append({"kind": kind, self.metric_name: part.value, "low": low, "high": high, "n": part.n})
+        for kind, kind_metric in kind_metrics.items():
+            interval = kind_metric.interval
+            low, high = (None, None) if interval is None else (interval.low, interval.high)
+            row = {"kind": kind, self.metric_name: kind_metric.value, "low": low, "high": high}
+            rows.append({**row, "n": kind_metric.n})
         return pd.DataFrame(rows)
 
     def __str__(self) -> str:
         lines = [f"{self.model_name}, {self.task}: {self.metric_name} {self.interval}"]
         if len(self.kinds) > 1:
             width = max(map(len, self.kinds))
-            lines += [f"  {kind:<{width}} {found}" for kind, found in self.kinds.items()]
+            lines += [f"  {kind:<{width}} {metric}" for kind, metric in self.kinds.items()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -104,11 +106,13 @@ def evaluate(
     statistics = np.array(arm.statistics)
     kinds = dict.fromkeys(example.kind for example in examples)
     rows = {kind: [i for i, e in enumerate(examples) if e.kind == kind] for kind in kinds}
-    found = {
+    by_kind = {
         kind: KindMetric(
-            arm.metric(task, r), len(r), metric_interval(task, statistics[r]) if len(r) > 1 else None
+            arm.metric(task, indices),
+            len(indices),
+            metric_interval(task, statistics[indices]) if len(indices) > 1 else None,
         )
-        for kind, r in rows.items()
+        for kind, indices in rows.items()
     }
     return Evaluation(
         task=task.name,
@@ -116,6 +120,6 @@ def evaluate(
         model_name=model.cfg.model_name,
         interval=metric_interval(task, statistics),
         scores=tuple(arm.scores),
-        kinds=found,
+        kinds=by_kind,
         example_ids=tuple(example.id for example in examples),
     )

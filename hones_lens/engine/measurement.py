@@ -28,8 +28,8 @@ class Outcome:
 
     def metric(self, task: Task, rows: Sequence[int] | None = None) -> float:
         """The metric over all examples, or over some."""
-        picked = np.array(self.statistics)
-        return float(task.metric((picked if rows is None else picked[list(rows)]).sum(0)))
+        statistics = np.array(self.statistics)
+        return float(task.metric((statistics if rows is None else statistics[list(rows)]).sum(0)))
 
 
 def measure(
@@ -57,24 +57,26 @@ def measure(
     Raises:
         FloatingPointError: Logits that are not finite; names arm and examples.
     """
-    found = [Outcome() for _ in arms]
+    outcomes = [Outcome() for _ in arms]
     with _bar(label, task, examples, arms, options.progress) as bar:
         sweep = Sweep(model, arms, options, bar.update)
 
-        def run(some: Sequence[Example]) -> list[list[list[float]]]:
-            said: list[list[Prediction]] = [[] for _ in arms]
-            for batch in prompt_batches(model, task, some, options.batch_size):
-                for mine, new in zip(said, sweep.predictions(task, batch), strict=True):
-                    mine += new
-            return _score_answers(task, some, said)
+        def run(batch_examples: Sequence[Example]) -> list[list[list[float]]]:
+            predictions: list[list[Prediction]] = [[] for _ in arms]
+            for batch in prompt_batches(model, task, batch_examples, options.batch_size):
+                for arm_predictions, batch_predictions in zip(
+                    predictions, sweep.predictions(task, batch), strict=True
+                ):
+                    arm_predictions += batch_predictions
+            return _score_answers(task, batch_examples, predictions)
 
         for saved in _batches(run, examples, options, label, bar):
-            for outcome, rows in zip(found, saved, strict=True):
+            for outcome, rows in zip(outcomes, saved, strict=True):
                 outcome.scores += [row[0] for row in rows]
                 outcome.statistics += [np.array(row[1:]) for row in rows]
             if leaders is not None:
-                bar.set_postfix_str(leaders(found))
-    return found
+                bar.set_postfix_str(leaders(outcomes))
+    return outcomes
 
 
 def measure_log_probs(
@@ -87,18 +89,18 @@ def measure_log_probs(
     label: str = "log-probabilities",
 ) -> list[list[float]]:
     """Log-probability of every example's right answer under every arm's hooks; as `measure`."""
-    found: list[list[float]] = [[] for _ in arms]
+    log_probs: list[list[float]] = [[] for _ in arms]
     with _bar(label, task, examples, arms, options.progress) as bar:
         sweep = Sweep(model, arms, options, bar.update)
 
-        def run(some: Sequence[Example]) -> list[list[float]]:
-            (batch,) = answer_batches(model, task, some, len(some))
+        def run(batch_examples: Sequence[Example]) -> list[list[float]]:
+            (batch,) = answer_batches(model, task, batch_examples, len(batch_examples))
             return sweep.log_probs(batch)
 
         for saved in _batches(run, examples, options, label, bar):
-            for values, new in zip(found, saved, strict=True):
+            for values, new in zip(log_probs, saved, strict=True):
                 values += new
-    return found
+    return log_probs
 
 
 def _bar(label: str, task: Task, examples: Sequence, arms: Sequence, progress: bool) -> Any:
@@ -116,30 +118,30 @@ def _batches(
     """What each batch of examples gave, by arm; from the journal where it has been run."""
     size, journal = options.batch_size, options.journal
     for number, start in enumerate(range(0, len(examples), size)):
-        some = examples[start : start + size]
+        batch_examples = examples[start : start + size]
         key = f"{label}/{number}"
         saved = None if journal is None else journal.get(key)
         if saved is None:
-            saved = run(some)
+            saved = run(batch_examples)
             if journal is not None:
                 journal[key] = saved
         else:
-            bar.update(len(some) * len(saved))
+            bar.update(len(batch_examples) * len(saved))
         yield saved
 
 
 def _score_answers(
-    task: Task, examples: Sequence[Example], said: Sequence[Sequence[Prediction]]
+    task: Task, examples: Sequence[Example], predictions: Sequence[Sequence[Prediction]]
 ) -> list[list[list[float]]]:
     """For each arm and example its score, then its statistics; equal answers are scored once."""
     known: dict[tuple[int, str], list[float]] = {}
-    out = []
-    for answers in said:
+    scores_by_arm = []
+    for answers in predictions:
         rows = []
         for i, (answer, example) in enumerate(zip(answers, examples, strict=True)):
             key = (i, repr(answer))
             if key not in known:
                 known[key] = [task.score(answer, example), *task.statistics(answer, example).tolist()]
             rows.append(known[key])
-        out.append(rows)
-    return out
+        scores_by_arm.append(rows)
+    return scores_by_arm

@@ -54,10 +54,10 @@ class Budget:
 
     def decoding_rows(self, tokens: int) -> int:
         """How many rows of so many tokens may wait and decode together; at least one."""
-        room = _DECODING * self.bytes
+        available = _DECODING * self.bytes
         if self.model.cfg.device.type == "cpu":
-            room = min(room, _TOKENS_AT_ONCE_ON_CPU * self.bytes_per_token)
-        return max(1, int(room // (tokens * self.kept_per_token)) >> self._halved)
+            available = min(available, _TOKENS_AT_ONCE_ON_CPU * self.bytes_per_token)
+        return max(1, int(available // (tokens * self.kept_per_token)) >> self._halved)
 
     def halve(self, error: RuntimeError, rows: int) -> None:
         """After a pass that ran out of memory: from now on half as many rows.
@@ -73,8 +73,8 @@ class Budget:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    said = ("not enough memory", "can't allocate memory")  # PyTorch's words on a CPU
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
+    messages = ("not enough memory", "can't allocate memory")  # PyTorch's words on a CPU
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
 
 
 def free_bytes(device: torch.device) -> int:

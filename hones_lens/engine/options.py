@@ -68,10 +68,10 @@ class SweepOptions:
         valid = [field.name for field in fields(cls) if field.name not in unused]
         if unknown := [name for name in keywords if name not in valid]:
             raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}; valid: {', '.join(valid)}")
-        out = replace(cls(**defaults) if options is None else options, **keywords)
-        if given := [name for name in unused if getattr(out, name) is not None]:
-            raise TypeError(f"options that this stage has no use for: {', '.join(given)}")
-        return out
+        merged = replace(cls(**defaults) if options is None else options, **keywords)
+        if unsupported := [name for name in unused if getattr(merged, name) is not None]:
+            raise TypeError(f"options that this stage has no use for: {', '.join(unsupported)}")
+        return merged
 
     @classmethod
     def of_batches(

@@ -66,8 +66,8 @@ class Segment:
             assert prefix is not None
             cache = _BehindPrefix(prefix=prefix, rows=rows)
         if self.past is not None:
-            for mine, theirs in ((cache.keys, self.past.keys), (cache.values, self.past.values)):
-                mine |= {n: x.repeat(times, 1, 1, 1) for n, x in theirs.items() if n > above}
+            for target, source in ((cache.keys, self.past.keys), (cache.values, self.past.values)):
+                target |= {n: x.repeat(times, 1, 1, 1) for n, x in source.items() if n > above}
         return AttentionContext(cos, sin, mask, causal=True, kv_cache=cache)
 
 
@@ -97,8 +97,8 @@ def buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], VLMI
         rows = [row for row, n in enumerate(lengths) if n == length]
         size = budget.rows(length)
         for start in range(0, len(rows), size):
-            some = rows[start : start + size]
-            yield some, inputs[some].without_padding()
+            bucket = rows[start : start + size]
+            yield bucket, inputs[bucket].without_padding()
 
 
 def split_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segment], list[list[int]]]:

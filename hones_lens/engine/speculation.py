@@ -67,7 +67,7 @@ class Draft:
 
     def padded(self, filler: int) -> Int[Tensor, "row longest"]:
         """The tokens with a filler behind them."""
-        rows = [said + [filler] * (self.longest - len(said)) for said in self.tokens]
+        rows = [row + [filler] * (self.longest - len(row)) for row in self.tokens]
         return torch.tensor(rows, device=self.inputs.input_ids.device)
 
     def segment(self, model: HookedVLM) -> Segment:
@@ -92,10 +92,12 @@ def _cut_after_eos(tokens: list[int], ends: Sequence[int]) -> list[int]:
 def answer_buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], Draft]]:
     """Prompts of one length, with their right answers as drafts."""
     assert inputs.answer_mask is not None
-    said = inputs.answer_mask.sum(-1).tolist()
-    alone = inputs.before_answers()
-    for rows, prompts in buckets(alone, budget):
-        tokens = [inputs.input_ids[row, inputs.input_ids.shape[1] - said[row] :].tolist() for row in rows]
+    answer_lengths = inputs.answer_mask.sum(-1).tolist()
+    prompts_only = inputs.before_answers()
+    for rows, prompts in buckets(prompts_only, budget):
+        tokens = [
+            inputs.input_ids[row, inputs.input_ids.shape[1] - answer_lengths[row] :].tolist() for row in rows
+        ]
         yield rows, Draft(prompts, tokens)
 
 
@@ -103,9 +105,9 @@ def check_finite(
     logits: Float[Tensor, "arm row kept d_vocab"], arms: Sequence[Arm], ids: Sequence[str]
 ) -> None:
     """Raise FloatingPointError for logits that are not finite; names the arm and the example."""
-    fine = torch.isfinite(logits).flatten(2).all(-1)
-    if not bool(fine.all()):
-        arm, row = (~fine).nonzero()[0].tolist()
+    finite = torch.isfinite(logits).flatten(2).all(-1)
+    if not bool(finite.all()):
+        arm, row = (~finite).nonzero()[0].tolist()
         raise FloatingPointError(f"logits are not finite (hooks: {arms[arm]}; examples: {ids[row]})")
 
 
@@ -240,15 +242,15 @@ class Answers:
 
     def _advance(self, rows: list[_DecodingRow], tokens: list[int]) -> list[_DecodingRow]:
         """The rows that are not at their end, moved together."""
-        left = []
+        unfinished = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             row.said.append(token)
             if token in self.model.cfg.eos_token_ids or len(row.said) == self.max_new_tokens:
                 self.found[row.number, row.expected.rows[row.row]] = row.said
                 continue
-            self._slots.move(i, len(left))
-            left.append(row)
-        return left
+            self._slots.move(i, len(unfinished))
+            unfinished.append(row)
+        return unfinished
 
 
 def _context(rows: list[_DecodingRow], slots: _Slots) -> AttentionContext:
@@ -259,13 +261,13 @@ def _context(rows: list[_DecodingRow], slots: _Slots) -> AttentionContext:
 
 
 def _by_arm(rows: Sequence[_DecodingRow]) -> Iterator[list[_DecodingRow]]:
-    same: list[_DecodingRow] = []
+    arm_rows: list[_DecodingRow] = []
     for row in rows:
-        if same and same[0].number != row.number:
-            yield same
-            same = []
-        same.append(row)
-    yield same
+        if arm_rows and arm_rows[0].number != row.number:
+            yield arm_rows
+            arm_rows = []
+        arm_rows.append(row)
+    yield arm_rows
 
 
 @dataclass
@@ -292,8 +294,8 @@ class _Slots(KVCache):
     def move(self, slot: int, to: int) -> None:
         """Take a row to another slot."""
         if slot != to:
-            for mine in (self.keys, self.values):
-                for x in mine.values():
+            for cached in (self.keys, self.values):
+                for x in cached.values():
                     x[to] = x[slot]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,10 +84,10 @@ class Sweep:
         """What the model answers under each arm, by arm and example: texts, or margins of candidates."""
         forkable = self.forkable()
         answers = self._margins(task, batch, forkable) if task.ranks else self._texts(batch, forkable)
-        found = dict(zip(forkable, answers, strict=True))
+        by_arm = dict(zip(forkable, answers, strict=True))
         for i in self._whole(batch, forkable):
-            found[i] = predict(self.model, task, batch, self.arms[i].hooks)
-        return [found[i] for i in range(len(self.arms))]
+            by_arm[i] = predict(self.model, task, batch, self.arms[i].hooks)
+        return [by_arm[i] for i in range(len(self.arms))]
 
     def forkable(self, in_portions: bool = True) -> list[int]:
         """Numbers of the arms that need no full pass: with no hook below block 0.
@@ -114,71 +114,73 @@ class Sweep:
 
     def _texts(self, batch: Batch, numbers: Sequence[int]) -> list[list[str]]:
         ids, width = batch.ids, batch.inputs.input_ids.shape[1]
-        room = self.budget.decoding_rows(width + MAX_NEW_TOKENS)
-        answers = Answers(self.model, width, MAX_NEW_TOKENS, min(room, len(self.arms) * len(ids)), self.tally)
+        max_rows = self.budget.decoding_rows(width + MAX_NEW_TOKENS)
+        answers = Answers(
+            self.model, width, MAX_NEW_TOKENS, min(max_rows, len(self.arms) * len(ids)), self.tally
+        )
         clean: dict[int, list[int]] = {}
         for rows, inputs in buckets(batch.inputs, self.budget):
-            names = [ids[row] for row in rows]
-            with error_context(names):
+            row_ids = [ids[row] for row in rows]
+            with error_context(row_ids):
                 draft = Draft.of_clean_answers(self.model, inputs, MAX_NEW_TOKENS)
             clean |= zip(rows, draft.tokens, strict=True)
-            expected = ExpectedAnswers.of(self.model, draft, rows, names, MAX_NEW_TOKENS)
-            for some, steps, (forked,) in self.forks_of([draft.segment(self.model)], numbers):
-                arms = [self.arms[i] for i in some]
+            expected = ExpectedAnswers.of(self.model, draft, rows, row_ids, MAX_NEW_TOKENS)
+            for arm_indices, steps, (forked,) in self.forks_of([draft.segment(self.model)], numbers):
+                arms = [self.arms[i] for i in arm_indices]
                 if arms[0].hooks:  # what the clean model says is the draft
-                    answers.check(expected, some, arms, steps[0], forked)
-                self.tick(len(some) * len(rows))
+                    answers.check(expected, arm_indices, arms, steps[0], forked)
+                self.tick(len(arm_indices) * len(rows))
         answers.finish()
-        said = [[answers.found.get((i, row), clean[row]) for row in range(len(ids))] for i in numbers]
-        return [self._decoded(tokens) for tokens in said]
+        tokens = [[answers.found.get((i, row), clean[row]) for row in range(len(ids))] for i in numbers]
+        return [self._decoded(arm_tokens) for arm_tokens in tokens]
 
     def _decoded(self, tokens: Sequence[list[int]]) -> list[str]:
         known: dict[tuple[int, ...], str] = {}
-        for said in map(tuple, tokens):
-            if said not in known:
-                text = self.model.tokenizer.decode(list(said), skip_special_tokens=True)
-                known[said] = text.strip()
-        return [known[tuple(said)] for said in tokens]
+        for token_ids in map(tuple, tokens):
+            if token_ids not in known:
+                text = self.model.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+                known[token_ids] = text.strip()
+        return [known[tuple(token_ids)] for token_ids in tokens]
 
     def _margins(self, task: Task, batch: Batch, numbers: Sequence[int]) -> list[list[list[float]]]:
         (example,) = batch.examples
         yes, no = yes_no_ids(self.model, task.prompts(example)[0])
         segments, rows = split_shared_prefix(self.model, batch.inputs)
         margins = torch.zeros(len(self.arms), len(batch.inputs))
-        for some, _, forked in self.forks_of(segments, numbers):
-            arms = [self.arms[i] for i in some]
-            for one, segment, here in zip(forked, segments, rows, strict=True):
+        for arm_indices, _, forked in self.forks_of(segments, numbers):
+            arms = [self.arms[i] for i in arm_indices]
+            for output, segment, segment_rows in zip(forked, segments, rows, strict=True):
                 if not segment.keep:
                     continue
-                assert one.logits is not None
-                check_finite(one.logits, arms, [example.id] * len(here))
-                last = one.logits[:, :, -1].float()
+                assert output.logits is not None
+                check_finite(output.logits, arms, [example.id] * len(segment_rows))
+                last = output.logits[:, :, -1].float()
                 values = (last[..., yes] - last[..., no]).cpu()
-                for i, mine in zip(some, values, strict=True):
-                    margins[i, here] = mine
-            self.tick(len(some))
+                for i, arm_values in zip(arm_indices, values, strict=True):
+                    margins[i, segment_rows] = arm_values
+            self.tick(len(arm_indices))
         return [[margins[i].tolist()] for i in numbers]
 
     def log_probs(self, batch: Batch) -> list[list[float]]:
         """Log-probability of each example's right answer under each arm, by arm and example."""
-        found = torch.zeros(len(self.arms), len(batch.examples))
+        values_by_arm = torch.zeros(len(self.arms), len(batch.examples))
         forkable = self.forkable()
         for i in self._whole(batch, forkable):
-            found[i] = log_probs(self.model, batch, self.arms[i].hooks)
+            values_by_arm[i] = log_probs(self.model, batch, self.arms[i].hooks)
         ids = batch.ids
         for rows, draft in answer_buckets(batch.inputs, self.budget):
-            names, wanted = [ids[row] for row in rows], draft.padded(0)
+            row_ids, wanted = [ids[row] for row in rows], draft.padded(0)
             counted = draft.padded(-1) >= 0
-            for some, _, (forked,) in self.forks_of([draft.segment(self.model)], forkable):
+            for arm_indices, _, (forked,) in self.forks_of([draft.segment(self.model)], forkable):
                 assert forked.logits is not None
-                check_finite(forked.logits, [self.arms[i] for i in some], names)
-                likely = forked.logits.float().log_softmax(-1)
-                shape = (len(some), -1, -1)
-                values = summed_log_probs(likely, wanted.expand(shape), counted.expand(shape)).cpu()
-                for i, mine in zip(some, values, strict=True):
-                    found[i, rows] = mine
-                self.tick(len(some) * len(rows))
-        return found.tolist()
+                check_finite(forked.logits, [self.arms[i] for i in arm_indices], row_ids)
+                token_log_probs = forked.logits.float().log_softmax(-1)
+                shape = (len(arm_indices), -1, -1)
+                values = summed_log_probs(token_log_probs, wanted.expand(shape), counted.expand(shape)).cpu()
+                for i, arm_values in zip(arm_indices, values, strict=True):
+                    values_by_arm[i, rows] = arm_values
+                self.tick(len(arm_indices) * len(rows))
+        return values_by_arm.tolist()
 
     def forks_of(
         self, segments: Sequence[Segment], numbers: Sequence[int], whole: bool = False
@@ -207,7 +209,10 @@ class Sweep:
                 yield from self._batches_of(segments, steps, arms, groups[group], whole)
             if late:
                 ends.add(steps)
-        clean = [forks.clean(self.model, *given) for given in zip(segments, steps, strict=True)]
+        clean = [
+            forks.clean(self.model, *segment_and_step)
+            for segment_and_step in zip(segments, steps, strict=True)
+        ]
         yield from (([i], steps, clean) for i, arm in arms.items() if not arm.hooks)
         if late:
             yield from self._late_forks_of(ends, steps[-1].cache, late)
@@ -217,36 +222,38 @@ class Sweep:
     ) -> Iterator[tuple[list[int], list[LayerStep], list[forks.ForkOutput]]]:
         """As `forks_of`, of arms that change nothing before the end of the prompt."""
         wanted = [i for i, segment in enumerate(ends.segments) if segment.keep]
-        behind = [ends.segments[i].late(ends.pasts[i]) for i in wanted]
-        none = [forks.ForkOutput(None, KVCache())] * (len(ends.segments) - len(wanted))
+        late_segments = [ends.segments[i].late(ends.pasts[i]) for i in wanted]
+        skipped = [forks.ForkOutput(None, KVCache())] * (len(ends.segments) - len(wanted))
         for steps in ends.steps:
-            mine = [i for i, arm in arms.items() if arm.start and arm.start[0] == steps[0].layer]
-            for some, _, forked in self._batches_of(behind, [steps[i] for i in wanted], arms, mine):
-                yield some, [replace(steps[-1], cache=cache)], [*none, *forked]
+            layer_arms = [i for i, arm in arms.items() if arm.start and arm.start[0] == steps[0].layer]
+            for arm_indices, _, forked in self._batches_of(
+                late_segments, [steps[i] for i in wanted], arms, layer_arms
+            ):
+                yield arm_indices, [replace(steps[-1], cache=cache)], [*skipped, *forked]
 
     def _batches_of(
         self,
         segments: Sequence[Segment],
         steps: list[LayerStep],
         arms: dict[int, Arm],
-        left: list[int],
+        remaining: list[int],
         whole: bool = False,
     ) -> Iterator[tuple[list[int], list[LayerStep], list[forks.ForkOutput]]]:
         """Arms of one group, as many at a time as memory has room for."""
         tokens = sum(segment.resid[..., 0].numel() for segment in segments)
         kept = sum(len(segment.resid) * segment.keep for segment in segments)
         rows = sum(len(segment.resid) for segment in segments if segment.keep)
-        while left:
-            some = left[: self.budget.rows(tokens, kept)]
+        while remaining:
+            arm_indices = remaining[: self.budget.rows(tokens, kept)]
             try:
-                found = forks.fork(self.model, segments, steps, [arms[i] for i in some], whole)
+                outputs = forks.fork(self.model, segments, steps, [arms[i] for i in arm_indices], whole)
             except RuntimeError as error:
-                self.budget.halve(error, len(some))
+                self.budget.halve(error, len(arm_indices))
                 continue
-            left = left[len(some) :]
-            self.tally.forked += len(some) * rows
-            self.tally.row_layers += len(some) * rows * (self.model.cfg.n_layers - steps[0].layer)
-            yield some, steps, found
+            remaining = remaining[len(arm_indices) :]
+            self.tally.forked += len(arm_indices) * rows
+            self.tally.row_layers += len(arm_indices) * rows * (self.model.cfg.n_layers - steps[0].layer)
+            yield arm_indices, steps, outputs
 
 
 @torch.no_grad()
@@ -277,15 +284,15 @@ def logits_under(
         FloatingPointError: Logits that are not finite; names the arm and the row.
     """
     sweep = Sweep(model, arms, SweepOptions(memory_budget=memory_budget, tally=tally))
-    known = model.with_image_embeds(model.as_inputs(inputs))
-    names = [f"row {row}" for row in range(len(known))]
+    prepared = model.with_image_embeds(model.as_inputs(inputs))
+    names = [f"row {row}" for row in range(len(prepared))]
     forked = sweep.forkable(in_portions=False)
     for i in set(range(len(arms))) - set(forked):
-        logits = model.run_with_hooks(known, fwd_hooks=list(arms[i]), logits_to_keep=keep)
+        logits = model.run_with_hooks(prepared, fwd_hooks=list(arms[i]), logits_to_keep=keep)
         check_finite(logits[None], [sweep.arms[i]], names)
-        sweep.tally.full += len(known)
+        sweep.tally.full += len(prepared)
         yield i, logits
-    for some, _, (found,) in sweep.forks_of([Segment.of(model, known, keep)], forked, whole=True):
-        assert found.logits is not None
-        check_finite(found.logits, [sweep.arms[i] for i in some], names)
-        yield from zip(some, found.logits, strict=True)
+    for arm_indices, _, (output,) in sweep.forks_of([Segment.of(model, prepared, keep)], forked, whole=True):
+        assert output.logits is not None
+        check_finite(output.logits, [sweep.arms[i] for i in arm_indices], names)
+        yield from zip(arm_indices, output.logits, strict=True)

@@ -35,7 +35,7 @@ def matched_random_sets(
 ) -> list[list[Component]]:
     """Random sets with as many neurons in each layer as the given one, out of all of the layer's."""
     counts = np.bincount([layer for layer, *_ in neurons], minlength=n_layers)
-    out = []
+    random_sets = []
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
         chosen = [
@@ -43,8 +43,8 @@ def matched_random_sets(
             for layer, count in enumerate(counts)
             for i in np.sort(rng.choice(d_mlp, size=int(count), replace=False))
         ]
-        out.append(chosen)
-    return out
+        random_sets.append(chosen)
+    return random_sets
 
 
 def evaluate_masking(
@@ -139,17 +139,17 @@ def masking_curve(
             zero_neurons((c[0], c[1]) for c in s)
             for s in matched_random_sets(chosen, *shape, n_controls, seed)
         ]
-    measured = engine.measure(model, task, examples, arms, options, label="masking")
+    arm_outcomes = engine.measure(model, task, examples, arms, options, label="masking")
     label = "masking log-probabilities"
-    likely = engine.measure_log_probs(model, task, examples, arms, options, label=label)
-    outcomes = [_Outcome(task, arm, np.array(lp)) for arm, lp in zip(measured, likely, strict=True)]
-    base, step = outcomes[0], n_controls + 1
+    log_probs = engine.measure_log_probs(model, task, examples, arms, options, label=label)
+    outcomes = [_Outcome(task, arm, np.array(lp)) for arm, lp in zip(arm_outcomes, log_probs, strict=True)]
+    base, n_arms = outcomes[0], n_controls + 1
     results = []
     for i, chosen in enumerate(sets):
-        about = {"method": method or "given", "model_name": model.cfg.model_name, "n_neurons": len(chosen)}
-        about["ratio"] = len(chosen) / model.cfg.n_neurons
-        mine = outcomes[1 + i * step : 1 + (i + 1) * step]
-        results.append(_result(task, examples, about, base, mine, seed))
+        metadata = {"method": method or "given", "model_name": model.cfg.model_name, "n_neurons": len(chosen)}
+        metadata["ratio"] = len(chosen) / model.cfg.n_neurons
+        set_outcomes = outcomes[1 + i * n_arms : 1 + (i + 1) * n_arms]
+        results.append(_result(task, examples, metadata, base, set_outcomes, seed))
     return results
 
 
@@ -169,7 +169,7 @@ class _Outcome:
 def _result(
     task: Task,
     examples: Sequence[Example],
-    about: dict[str, Any],
+    metadata: dict[str, Any],
     base: _Outcome,
     arms: Sequence[_Outcome],
     seed: int,
@@ -177,10 +177,10 @@ def _result(
     masked, controls = arms[0], arms[1:]
     kinds = dict.fromkeys(example.kind for example in examples)
     rows = {kind: [i for i, e in enumerate(examples) if e.kind == kind] for kind in kinds}
-    falls = base.log_probs - masked.log_probs
+    log_prob_drops = base.log_probs - masked.log_probs
     statistics = np.array(base.arm.statistics), np.array(masked.arm.statistics)
     return MaskingResult(
-        **about,
+        **metadata,
         task=task.name,
         metric_name=task.metric_name,
         baseline=base.metric(),
@@ -188,37 +188,37 @@ def _result(
         baseline_log_prob=base.log_prob(),
         masked_log_prob=masked.log_prob(),
         drops=tuple((np.array(base.arm.scores) - np.array(masked.arm.scores)).tolist()),
-        log_prob_drops=tuple(falls.tolist()),
+        log_prob_drops=tuple(log_prob_drops.tolist()),
         metric_interval=bootstrap_interval(task, *statistics, seed=seed),
-        log_prob_interval=mean_interval(falls, seed=seed),
+        log_prob_interval=mean_interval(log_prob_drops, seed=seed),
         relative_interval=relative_interval(task, *statistics, seed=seed),
         baseline_interval=metric_interval(task, statistics[0], seed=seed),
         masked_interval=metric_interval(task, statistics[1], seed=seed),
         baseline_log_prob_interval=mean_interval(base.log_probs, seed=seed),
         masked_log_prob_interval=mean_interval(masked.log_probs, seed=seed),
         controls=tuple(_control(c, rows) for c in controls),
-        kinds={kind: _kind_drop(task, base, masked, r, seed) for kind, r in rows.items()},
+        kinds={kind: _kind_drop(task, base, masked, indices, seed) for kind, indices in rows.items()},
         example_ids=tuple(example.id for example in examples),
         metric_p=permutation_p(task, *statistics, seed=seed),
-        log_prob_p=two_sided_p(falls, seed=seed),
+        log_prob_p=two_sided_p(log_prob_drops, seed=seed),
     )
 
 
 def _kind_drop(task: Task, base: _Outcome, masked: _Outcome, rows: list[int], seed: int) -> KindDrop:
     before, after = (np.array(outcome.arm.statistics)[rows] for outcome in (base, masked))
-    found: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     if len(rows) > 1:
-        found["interval"] = bootstrap_interval(task, before, after, seed=seed)
-        found["baseline_interval"] = metric_interval(task, before, seed=seed)
-        found["masked_interval"] = metric_interval(task, after, seed=seed)
-        found["p"] = permutation_p(task, before, after, seed=seed)
+        intervals["interval"] = bootstrap_interval(task, before, after, seed=seed)
+        intervals["baseline_interval"] = metric_interval(task, before, seed=seed)
+        intervals["masked_interval"] = metric_interval(task, after, seed=seed)
+        intervals["p"] = permutation_p(task, before, after, seed=seed)
     return KindDrop(
         n=len(rows),
         baseline=base.metric(rows),
         masked=masked.metric(rows),
         baseline_log_prob=base.log_prob(rows),
         masked_log_prob=masked.log_prob(rows),
-        **found,
+        **intervals,
     )
 
 

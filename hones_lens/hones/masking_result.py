@@ -127,8 +127,8 @@ class MaskingResult(Result):
         """
         if kind is not None:
             return sum(c.kinds[kind] > self.kinds[kind].masked for c in self.controls)
-        mine = self.masked if what == "metric" else self.masked_log_prob
-        return sum(getattr(control, what) > mine for control in self.controls)
+        masked = self.masked if what == "metric" else self.masked_log_prob
+        return sum(getattr(control, what) > masked for control in self.controls)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row each for the selected neurons and for every random set."""
@@ -155,8 +155,10 @@ class MaskingResult(Result):
         ]
         if count:
             drops = [self.baseline - c.metric for c in self.controls]
-            likely = [self.baseline_log_prob - c.log_prob for c in self.controls]
-            lines.append(f"  {count} random sets: drop {_range(drops)}, of log-probability {_range(likely)}")
+            log_prob_drops = [self.baseline_log_prob - c.log_prob for c in self.controls]
+            lines.append(
+                f"  {count} random sets: drop {_range(drops)}, of log-probability {_range(log_prob_drops)}"
+            )
             lines.append(
                 f"  larger drop than {self.beats('metric')} (metric) and {self.beats()} (log-probability)"
             )
@@ -248,17 +250,17 @@ def masking_measure(result: MaskingResult, measure: str = "metric") -> MaskingMe
         ValueError: `measure` is neither `metric` nor `log_prob`.
     """
     if measure == "metric":
-        values, beaten = tuple(c.metric for c in result.controls), result.beats("metric")
+        controls, beaten = tuple(c.metric for c in result.controls), result.beats("metric")
         arms = (result.baseline, result.masked, result.metric_interval)
         arms += (result.baseline_interval, result.masked_interval)
         return MaskingMeasure(
-            result.metric_name, result.metric_name, "", *arms, values, beaten, result.metric_p
+            result.metric_name, result.metric_name, "", *arms, controls, beaten, result.metric_p
         )
     if measure == "log_prob":
-        values, beaten = tuple(c.log_prob for c in result.controls), result.beats("log_prob")
+        controls, beaten = tuple(c.log_prob for c in result.controls), result.beats("log_prob")
         arms = (result.baseline_log_prob, result.masked_log_prob, result.log_prob_interval)
         arms += (result.baseline_log_prob_interval, result.masked_log_prob_interval)
         name = "log-probability"
         long_name = f"{name} of the right answer"
-        return MaskingMeasure(long_name, name, " nats", *arms, values, beaten, result.log_prob_p)
+        return MaskingMeasure(long_name, name, " nats", *arms, controls, beaten, result.log_prob_p)
     raise ValueError(f"unknown measure {measure!r}; valid: {', '.join(MEASURES)}")

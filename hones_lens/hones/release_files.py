@@ -139,8 +139,8 @@ def _neuron_rows(data: Any, file: str | Path) -> list[Any]:
             raise ValueError(
                 f"{file} holds several groups of neurons ({', '.join(groups)}): give one's own file"
             )
-        found = [data.get("selected_neurons"), data.get("neurons"), *groups.values()]
-        data = next((rows for rows in found if isinstance(rows, list)), None)
+        candidates = [data.get("selected_neurons"), data.get("neurons"), *groups.values()]
+        data = next((rows for rows in candidates if isinstance(rows, list)), None)
     if not isinstance(data, list) or not data:
         raise ValueError(f"{file} holds no list of neurons (rows with 'layer' and 'neuron')")
     return data

@@ -57,14 +57,14 @@ def exact_ablation(
     arms = [[], *(zero_neurons([neuron]) for neuron in neurons)]
     label = "neuron ablation"
     if measure == "log_prob":
-        falls = _log_prob_drops(model, task, examples, arms, options, label)
+        drops = _log_prob_drops(model, task, examples, arms, options, label)
     elif measure == "metric":
-        base, *under = engine.measure(model, task, examples, arms, options, label=label)
+        base, *ablated = engine.measure(model, task, examples, arms, options, label=label)
         clean = base.metric(task)
-        falls = torch.tensor([clean - outcome.metric(task) for outcome in under], dtype=torch.float64)
+        drops = torch.tensor([clean - outcome.metric(task) for outcome in ablated], dtype=torch.float64)
     else:
         raise ValueError(f"unknown measure {measure!r}; valid: log_prob, metric")
-    return falls.view(cfg.n_layers, cfg.d_mlp)
+    return drops.view(cfg.n_layers, cfg.d_mlp)
 
 
 def exact_head_ablation(
@@ -95,8 +95,8 @@ def exact_head_ablation(
     options, task = SweepOptions.of(options, sweep), engine.as_task(task)
     engine.check_examples(task, examples)
     arms = [[], *([_HEAD_HOOKS[ablation](*cell)] for cell in all_heads(model))]
-    falls = _log_prob_drops(model, task, examples, arms, options, "head ablation")
-    return falls.view(model.cfg.n_layers, model.cfg.n_heads)
+    drops = _log_prob_drops(model, task, examples, arms, options, "head ablation")
+    return drops.view(model.cfg.n_layers, model.cfg.n_heads)
 
 
 def _log_prob_drops(
@@ -107,6 +107,6 @@ def _log_prob_drops(
     options: SweepOptions,
     label: str,
 ) -> Float[Tensor, " arm"]:
-    found = engine.measure_log_probs(model, task, examples, arms, options, label=label)
-    base, *under = torch.tensor(found, dtype=torch.float64)
-    return torch.stack([(base - arm).mean() for arm in under])
+    log_probs = engine.measure_log_probs(model, task, examples, arms, options, label=label)
+    base, *ablated = torch.tensor(log_probs, dtype=torch.float64)
+    return torch.stack([(base - arm).mean() for arm in ablated])

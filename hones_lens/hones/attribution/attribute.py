@@ -39,8 +39,8 @@ def load_ranking(name: str) -> Ranking:
     Raises:
         ValueError: No such ranking; lists the valid ones.
     """
-    outside = {entry.name: entry.value for entry in entry_points(group="hones_lens.rankings")}
-    rankings = RANKINGS | outside | RANKINGS
+    installed = {entry.name: entry.value for entry in entry_points(group="hones_lens.rankings")}
+    rankings = RANKINGS | installed | RANKINGS
     if name not in rankings:
         raise ValueError(f"unknown method {name!r}; valid: hones, {', '.join(rankings)}")
     return pkgutil.resolve_name(rankings[name])
@@ -82,16 +82,18 @@ def attribute_neurons(
     """
     task = engine.as_task(task)
     engine.check_examples(task, examples)
-    given, own = split_keywords(keywords, BatchKeywords.__annotations__)
-    options = SweepOptions.of_batches(options, given, batch_size=16)
-    common, errors = options.of_a_batch, None
+    batch_keywords, method_keywords = split_keywords(keywords, BatchKeywords.__annotations__)
+    options = SweepOptions.of_batches(options, batch_keywords, batch_size=16)
+    batch_options, errors = options.of_a_batch, None
     if method == "hones":
         if heads is None:
             raise ValueError("method 'hones' needs heads: pass what localize_heads returned")
-        scores, errors = head_conditioned_importance(model, task, examples, heads.top(), **common, **own)
+        scores, errors = head_conditioned_importance(
+            model, task, examples, heads.top(), **batch_options, **method_keywords
+        )
     else:
-        rank = load_ranking(method) if isinstance(method, str) else method
-        scores = rank(model, task, examples, **common, **own)
+        ranking = load_ranking(method) if isinstance(method, str) else method
+        scores = ranking(model, task, examples, **batch_options, **method_keywords)
     name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
     _check_scores(model, name, scores)
     return NeuronScores(

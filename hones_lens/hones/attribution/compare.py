@@ -54,11 +54,11 @@ class RankingComparison(Result):
         return pd.DataFrame({"layer": layers, "head": heads, self.names[0]: first, self.names[1]: second})
 
     def __str__(self) -> str:
-        who = ", ".join(f"L{layer}H{head}" for layer, head in self.shared)
+        shared = ", ".join(f"L{layer}H{head}" for layer, head in self.shared)
         return (
             f"{self.names[0]} and {self.names[1]}, {self.n} heads: Spearman {self.spearman:.2f} "
             f"[{self.low:.2f}, {self.high:.2f}] (95 %); of the best {self.k} they share {len(self.shared)}"
-            f"{f' ({who})' if who else ''}, by chance {self.expected:.1f} (p = {self.p:.2g})"
+            f"{f' ({shared})' if shared else ''}, by chance {self.expected:.1f} (p = {self.p:.2g})"
         )
 
     def _repr_html_(self) -> str:
@@ -91,23 +91,25 @@ def compare_rankings(
             measured, all alike in one ranking, or a k outside of 1 … n.
     """
     scores = torch.stack(_same_shape(_scores(a), _scores(b)))
-    both = ~scores.isnan().any(0)
-    x, y = scores[:, both].numpy()
+    in_both = ~scores.isnan().any(0)
+    x, y = scores[:, in_both].numpy()
     n = len(x)
     if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         raise ValueError(f"{n} heads have scores in both rankings: three are needed, and not all alike")
     if k is None:
-        given = [r.top_k for r in (a, b) if isinstance(r, HeadScores)]
-        k = min([*given, n]) if given else max(1, round(0.1 * n))
+        top_ks = [r.top_k for r in (a, b) if isinstance(r, HeadScores)]
+        k = min([*top_ks, n]) if top_ks else max(1, round(0.1 * n))
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1 … {n}, not {k}")
     rng = np.random.default_rng(seed)
-    found = [spearman(x[chosen], y[chosen]) for chosen in (rng.integers(0, n, n) for _ in range(draws))]
-    low, high = np.nanquantile(found, (0.025, 0.975))
-    known = scores.where(both, -torch.inf)
-    best = [{(c.layer, c.index) for c in ranked(each, k)} for each in known]
+    correlations = [
+        spearman(x[sample], y[sample]) for sample in (rng.integers(0, n, n) for _ in range(draws))
+    ]
+    low, high = np.nanquantile(correlations, (0.025, 0.975))
+    common_scores = scores.where(in_both, -torch.inf)
+    best = [{(c.layer, c.index) for c in ranked(each, k)} for each in common_scores]
     shared = tuple(sorted(best[0] & best[1]))
-    ways = [math.comb(k, i) * math.comb(n - k, k - i) for i in range(len(shared), k + 1)]
+    n_ways = [math.comb(k, i) * math.comb(n - k, k - i) for i in range(len(shared), k + 1)]
     return RankingComparison(
         names=names or _names(a, b),
         scores=scores,
@@ -118,7 +120,7 @@ def compare_rankings(
         k=k,
         shared=shared,
         expected=k * k / n,
-        p=sum(ways) / math.comb(n, k),
+        p=sum(n_ways) / math.comb(n, k),
     )
 
 

@@ -93,7 +93,7 @@ class HeadNeuronFlow(Result):
             best = self.contributions[:, n].argsort(descending=True, stable=True)[:3].tolist()
             share = self.contributions[:, n] / self.contributions[:, n].sum().clamp(min=1e-300)
             heads = ", ".join(f"L{self.heads[h].layer}H{self.heads[h].index} {share[h]:.0%}" for h in best)
-            tokens = ", ".join(repr(one.token) for one in self.promoted[n][:3])
+            tokens = ", ".join(repr(promoted.token) for promoted in self.promoted[n][:3])
             sign = "−" if float(self.activations[n]) < 0 else "+"
             name = f"L{neuron.layer}N{neuron.index}"
             lines.append(f"  {heads} → {name} {neuron.score:+.4g}, active {sign} → {tokens}")
@@ -140,24 +140,27 @@ def head_neuron_flow(
     shape = (model.cfg.n_layers, model.cfg.d_mlp)
     if neurons is not None and tuple(neurons.scores.shape) != shape:
         raise ValueError(f"neuron scores {tuple(neurons.scores.shape)} for a model of {shape} neurons")
-    given, own = split_keywords(keywords, BatchKeywords.__annotations__)
-    options = SweepOptions.of_batches(options, given, batch_size=16)
+    batch_keywords, direction_keywords = split_keywords(keywords, BatchKeywords.__annotations__)
+    options = SweepOptions.of_batches(options, batch_keywords, batch_size=16)
     critical = [head for head in heads.top() if head.score > 0]
-    weights, falls = write_in_drops_by_head(model, task, examples, critical, **options.of_a_batch, **own)
-    by_head = weights[:, None, None] * falls / weights.sum()
+    weights, drops = write_in_drops_by_head(
+        model, task, examples, critical, **options.of_a_batch, **direction_keywords
+    )
+    by_head = weights[:, None, None] * drops / weights.sum()
     scores = by_head.sum(0)
     if neurons is None:
         share = default_ratio(model) if ratio is None else ratio
         neurons = NeuronScores(task.name, "hones", model.cfg.model_name, scores, share, len(examples))
     chosen = ranked(neurons.scores, neurons.count(ratio))
-    where = tuple(torch.tensor([[c.layer, c.index] for c in chosen]).T)
-    activations = mean_activation(model, task, examples, signed=True, **options.of_a_batch)[where]
+    layers_and_indices = tuple(torch.tensor([[c.layer, c.index] for c in chosen]).T)
+    mean_activations = mean_activation(model, task, examples, signed=True, **options.of_a_batch)
+    activations = mean_activations[layers_and_indices]
     return HeadNeuronFlow(
         task=task.name,
         model_name=model.cfg.model_name,
         heads=tuple(critical),
         neurons=tuple(c._replace(score=float(scores[c.layer, c.index])) for c in chosen),
-        contributions=by_head[:, where[0], where[1]],
+        contributions=by_head[:, layers_and_indices[0], layers_and_indices[1]],
         total=float(scores.sum()),
         activations=activations,
         promoted=_promoted(model, chosen, activations, tokens),
@@ -169,8 +172,8 @@ def _promoted(
     model: HookedVLM, neurons: Sequence[Component], activations: Float[Tensor, " neuron"], k: int
 ) -> tuple[tuple[PromotedToken, ...], ...]:
     """The k tokens that each neuron promotes most, by name."""
-    found = promoted_tokens(model, [(c.layer, c.index) for c in neurons], activations, k)
+    top_tokens = promoted_tokens(model, [(c.layer, c.index) for c in neurons], activations, k)
     return tuple(
         tuple(PromotedToken(*pair) for pair in zip(token_names(model, ids), logits, strict=True))
-        for ids, logits in zip(found.ids.tolist(), found.logits.tolist(), strict=True)
+        for ids, logits in zip(top_tokens.ids.tolist(), top_tokens.logits.tolist(), strict=True)
     )

@@ -47,11 +47,11 @@ def gradient_times_activation(
     """
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     for batch in _batches(model, task, examples, batch_size, progress):
-        where = at_positions(batch.inputs, positions)[..., None]
+        position_mask = at_positions(batch.inputs, positions)[..., None]
         with engine.error_context(batch.ids):
-            found = neuron_gradients(model, batch.inputs)
-        for layer, (m, gradient) in enumerate(found):
-            total[layer] += (where * m * gradient).sum((0, 1), dtype=torch.float64).cpu()
+            gradients = neuron_gradients(model, batch.inputs)
+        for layer, (m, gradient) in enumerate(gradients):
+            total[layer] += (position_mask * m * gradient).sum((0, 1), dtype=torch.float64).cpu()
     return total / len(examples)
 
 
@@ -88,13 +88,15 @@ def attribution_patching(
     engine.check_examples(task, clean)
     corrupted = [replace(pair.clean, image_source=pair.corrupted.image_source) for pair in pairs]
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
-    others = engine.answer_batches(model, task, corrupted, batch_size)
-    for batch, other in zip(_batches(model, task, clean, batch_size, progress), others, strict=True):
-        where = at_positions(batch.inputs, positions)[..., None]
+    corrupted_batches = engine.answer_batches(model, task, corrupted, batch_size)
+    for batch, corrupted_batch in zip(
+        _batches(model, task, clean, batch_size, progress), corrupted_batches, strict=True
+    ):
+        position_mask = at_positions(batch.inputs, positions)[..., None]
         with engine.error_context(batch.ids):
-            found = neuron_gradients(model, batch.inputs)
-        for (m, gradient), step in zip(found, layer_steps(model, other.inputs), strict=True):
-            product = where * (m - step.neurons) * gradient
+            gradients = neuron_gradients(model, batch.inputs)
+        for (m, gradient), step in zip(gradients, layer_steps(model, corrupted_batch.inputs), strict=True):
+            product = position_mask * (m - step.neurons) * gradient
             total[step.layer] += product.sum((0, 1), dtype=torch.float64).cpu()
     return total / len(pairs)
 
@@ -139,7 +141,7 @@ def qrnca(
     queries = _by_query(task, examples)
     options = {"steps": steps, "positions": positions, "batch_size": batch_size}
     shape = (model.cfg.n_layers, model.cfg.d_mlp)
-    total, held = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    total, n_clusters = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     with tqdm(total=len(examples), desc=f"qrnca · {task.name}", disable=not progress) as bar:
         for instances in queries.values():
             attribution = torch.zeros(shape, dtype=torch.float64)
@@ -152,10 +154,10 @@ def qrnca(
             if largest > 0:
                 cluster = attribution > CLUSTER_SHARE * largest
                 total += attribution / attribution[cluster].sum()
-                held += cluster
-    if not bool(held.any()):
+                n_clusters += cluster
+    if not bool(n_clusters.any()):
         raise ValueError("qrnca found no neuron with a positive attribution in any query")
-    return total / len(queries) * (len(queries) / (held + 1)).log()
+    return total / len(queries) * (len(queries) / (n_clusters + 1)).log()
 
 
 def _by_query(task: Task, examples: Sequence[Example]) -> dict[tuple[str, str], list[Example]]:
@@ -205,21 +207,23 @@ def integrated_gradients(
     """
     if len(inputs) != 1 or steps < 1:
         raise ValueError(f"one row and at least one step are needed, not {len(inputs)} and {steps}")
-    where, answer = at_positions(inputs, positions)[..., None], Answer.of(inputs)
-    m, written = step.neurons, model.blocks[step.layer].mlp.W_out.detach()
+    position_mask, answer = at_positions(inputs, positions)[..., None], Answer.of(inputs)
+    m, W_out = step.neurons, model.blocks[step.layer].mlp.W_out.detach()
     total = torch.zeros(model.cfg.d_mlp, dtype=torch.float64)
-    for shares in (torch.arange(1, steps + 1, device=m.device) / steps).to(m.dtype).split(batch_size):
-        scaled = torch.where(where, shares[:, None, None] * m, m)
+    for fractions in (torch.arange(1, steps + 1, device=m.device) / steps).to(m.dtype).split(batch_size):
+        scaled = torch.where(position_mask, fractions[:, None, None] * m, m)
         with torch.enable_grad():
             scaled.requires_grad_()
-            resid = step.after + (scaled - m) @ written
-            many = inputs[[0] * len(shares)]
-            logits = model(resid, start_at_layer=step.layer + 1, inputs=many, logits_to_keep=answer.positions)
-            likely = _finite(answer.log_probs(logits))
-            (gradient,) = torch.autograd.grad(likely.sum(), scaled)
+            resid = step.after + (scaled - m) @ W_out
+            repeated = inputs[[0] * len(fractions)]
+            logits = model(
+                resid, start_at_layer=step.layer + 1, inputs=repeated, logits_to_keep=answer.positions
+            )
+            log_probs = _finite(answer.log_probs(logits))
+            (gradient,) = torch.autograd.grad(log_probs.sum(), scaled)
         # ∂P = P · ∂ log P, in float64, so that the probability of a long answer does not vanish.
-        per_step = (where * m * gradient).sum(1).double()
-        total += (likely.detach().double().exp() @ per_step).cpu()
+        per_step = (position_mask * m * gradient).sum(1).double()
+        total += (log_probs.detach().double().exp() @ per_step).cpu()
     return total / steps
 
 
@@ -236,15 +240,15 @@ def neuron_gradients(model: HookedVLM, inputs: VLMInputs) -> list[tuple[Tensor, 
 def _gradients_at(model: HookedVLM, inputs: VLMInputs, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
     """Activations at hooks, from below upwards, and the gradients of the answers' log-probability there."""
     answer = Answer.of(inputs)
-    kept: list[Tensor] = []
+    activations: list[Tensor] = []
 
     def keep(x: Tensor, hook: object) -> None:
-        kept.append(x if x.requires_grad else x.requires_grad_())
+        activations.append(x if x.requires_grad else x.requires_grad_())
 
     with torch.enable_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
-        likely = _finite(answer.log_probs(model(inputs, logits_to_keep=answer.positions)))
-        gradients = torch.autograd.grad(likely.sum(), kept)
-    return [(x.detach(), gradient) for x, gradient in zip(kept, gradients, strict=True)]
+        log_probs = _finite(answer.log_probs(model(inputs, logits_to_keep=answer.positions)))
+        gradients = torch.autograd.grad(log_probs.sum(), activations)
+    return [(x.detach(), gradient) for x, gradient in zip(activations, gradients, strict=True)]
 
 
 def first_order_head_drops(
@@ -273,8 +277,8 @@ def first_order_head_drops(
     assert isinstance(edit, HeadEdit)
     for batch in _batches(model, task, examples, batch_size, progress):
         with engine.error_context(batch.ids):
-            found = _gradients_at(model, batch.inputs, names)
-        for layer, (z, gradient) in enumerate(found):
+            gradients = _gradients_at(model, batch.inputs, names)
+        for layer, (z, gradient) in enumerate(gradients):
             change = (edit.replacement(z) - z) * gradient
             total[layer] -= change.sum((0, 1, 3), dtype=torch.float64).cpu()
     return total / len(examples)

@@ -120,8 +120,8 @@ class HeadScores(Result):
         """The heads of `significant_heads`, at 5 %; None where there are no `p_values`."""
         if self.p_values is None:
             return None
-        found = benjamini_hochberg(self.p_values.flatten().numpy(), _Q)[1].reshape(self.scores.shape)
-        return frozenset((int(layer), int(head)) for layer, head in np.argwhere(found))
+        rejected = benjamini_hochberg(self.p_values.flatten().numpy(), _Q)[1].reshape(self.scores.shape)
+        return frozenset((int(layer), int(head)) for layer, head in np.argwhere(rejected))
 
     def top(self, k: int | None = None) -> list[Component]:
         """The k largest scores above zero, as (layer, index, score); ties by layer, then index.
@@ -130,14 +130,14 @@ class HeadScores(Result):
             ValueError: More than were raced for.
         """
         k = self.top_k if k is None else k
-        known = ~self.scores.isnan()
+        eligible = ~self.scores.isnan()
         if self.race is not None:
             if k > len(self.race.winners):
                 raise ValueError(f"{k} heads asked for, but {len(self.race.winners)} were raced for")
-            winners = torch.zeros_like(known).flatten()
+            winners = torch.zeros_like(eligible).flatten()
             winners[list(self.race.winners)] = True
-            known = winners.view_as(known)
-        return ranked(self.scores.where(known, -torch.inf), k, positive_only=True)
+            eligible = winners.view_as(eligible)
+        return ranked(self.scores.where(eligible, -torch.inf), k, positive_only=True)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a head: layer, head, score, the ends of its 95 % interval, p, whether it stands.
@@ -160,7 +160,7 @@ class HeadScores(Result):
             {
                 "layer": layer,
                 "head": head,
-                **{name: each[layer, head].item() for name, each in columns.items()},
+                **{name: values[layer, head].item() for name, values in columns.items()},
                 "stands": None if self.discoveries is None else (layer, head) in self.discoveries,
             }
             for layer, head in np.ndindex(*self.scores.shape)
@@ -189,9 +189,10 @@ class HeadScores(Result):
         line = f"  L{c.layer}H{c.index:<3} {self.interval(c.layer, c.index) or f'{c.score:+.4f}'}"
         if self.discoveries is None or self.p_values is None:
             return line
-        found = (c.layer, c.index) in self.discoveries
+        significant = (c.layer, c.index) in self.discoveries
         line += f", p = {float(self.p_values[c.layer, c.index]):.2g}"
-        return f"{line}, {'stands' if found else 'does not stand'} (FDR 5 % over {self.scores.numel()} heads)"
+        verdict = "stands" if significant else "does not stand"
+        return f"{line}, {verdict} (FDR 5 % over {self.scores.numel()} heads)"
 
     def _repr_html_(self) -> str:
         return self.to_dataframe().sort_values("score", ascending=False).head(self.top_k).to_html(index=False)
@@ -215,18 +216,18 @@ def significant_heads(
     Raises:
         ValueError: A head that was not measured on every example, or fewer than two examples.
     """
-    short = torch.nonzero(heads.counts < len(heads.example_ids)).tolist()
-    if short:
+    incomplete = torch.nonzero(heads.counts < len(heads.example_ids)).tolist()
+    if incomplete:
         raise ValueError(
-            f"{len(short)} heads, the first L{short[0][0]}H{short[0][1]}, were not measured on every "
-            "example: localize without racing or a prefilter"
+            f"{len(incomplete)} heads, the first L{incomplete[0][0]}H{incomplete[0][1]}, were not measured on "
+            "every example: localize without racing or a prefilter"
         )
     p = _permutation_p_values(heads, _draws_for(heads, q) if draws is None else draws, seed).flatten().numpy()
-    found = benjamini_hochberg(p, q, dependent=dependent)[1].reshape(heads.scores.shape)
-    if not found.any():
+    rejected = benjamini_hochberg(p, q, dependent=dependent)[1].reshape(heads.scores.shape)
+    if not rejected.any():
         return []
-    among = heads.scores.where(torch.from_numpy(found), -torch.inf)
-    return ranked(among, int(found.sum()))
+    scores = heads.scores.where(torch.from_numpy(rejected), -torch.inf)
+    return ranked(scores, int(rejected.sum()))
 
 
 def _permutation_p_values(heads: HeadScores, draws: int, seed: int = 0) -> Tensor:

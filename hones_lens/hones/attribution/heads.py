@@ -130,16 +130,16 @@ def _localize_by_mean(
     arms = [[replace_with_other_heads_mean(*cell, positions)] for cell in cells]
     race = None
     if racing is None:
-        base, drops, found = _measure_all(model, task, examples, cells, arms, options)
+        base, drops, scores = _measure_all(model, task, examples, cells, arms, options)
     else:
-        base, drops, found, race = _race(model, task, examples, arms, k, racing, options)
+        base, drops, scores, race = _race(model, task, examples, arms, k, racing, options)
         traded.append(
             f"heads raced (right up to {racing.epsilon:g} with probability {1 - racing.delta:g}; "
             f"{np.mean(~np.isnan(drops)):.0%} of the cells measured)"
         )
         numbers = tuple(cells[i][0] * model.cfg.n_heads + cells[i][1] for i in race.winners)
         race = replace(race, winners=numbers)
-    all_drops, all_scores = (_by_layer_and_head(model, cells, values) for values in (drops, found))
+    all_drops, all_scores = (_by_layer_and_head(model, cells, values) for values in (drops, scores))
     return HeadScores(
         task=task.name,
         metric_name=task.metric_name,
@@ -175,8 +175,8 @@ def _cells_to_measure(
         return cells, []
     if not k <= prefilter:
         raise ValueError(f"prefilter keeps {prefilter} heads, fewer than the {k} asked for")
-    falls = first_order_head_drops(model, task, examples, **options.of_a_batch)
-    kept = sorted((c.layer, c.index) for c in ranked(falls, prefilter))
+    drops = first_order_head_drops(model, task, examples, **options.of_a_batch)
+    kept = sorted((c.layer, c.index) for c in ranked(drops, prefilter))
     return kept, [f"the best {prefilter} of {len(cells)} heads by attribution patching, others unmeasured"]
 
 
@@ -185,9 +185,9 @@ def _by_layer_and_head(
 ) -> torch.Tensor:
     """Values by cell, [cell n], as [layer head n], NaN for heads without."""
     shape = (model.cfg.n_layers, model.cfg.n_heads, values.shape[1])
-    out = torch.full(shape, torch.nan, dtype=torch.float64)
-    out[tuple(zip(*cells, strict=True))] = torch.from_numpy(values)
-    return out
+    by_head = torch.full(shape, torch.nan, dtype=torch.float64)
+    by_head[tuple(zip(*cells, strict=True))] = torch.from_numpy(values)
+    return by_head
 
 
 def _pairs_of(
@@ -199,13 +199,13 @@ def _pairs_of(
     """The pairs, prepared."""
     if pairs is None or not len(pairs):
         raise ValueError("intervention='patch' needs pairs, e.g. of `hones_lens.counterfactual_pairs`")
-    made = pairs if isinstance(pairs, PatchPairs) else counterfactual(model, pairs, task)
-    theirs = made.task if isinstance(made.task, str) else made.task.name
-    if theirs not in ("", task.name):
-        raise ValueError(f"pairs of task {theirs!r} for task {task.name!r}")
-    if len(examples) and tuple(example.id for example in examples) != made.ids:
+    prepared = pairs if isinstance(pairs, PatchPairs) else counterfactual(model, pairs, task)
+    pairs_task = prepared.task if isinstance(prepared.task, str) else prepared.task.name
+    if pairs_task not in ("", task.name):
+        raise ValueError(f"pairs of task {pairs_task!r} for task {task.name!r}")
+    if len(examples) and tuple(example.id for example in examples) != prepared.ids:
         raise ValueError("patching reads the pairs, not these examples: give none, or the pairs' clean ones")
-    return made
+    return prepared
 
 
 def _localize_by_patching(
@@ -215,11 +215,13 @@ def _localize_by_patching(
     if positions not in ("all", "last"):
         raise ValueError(f"unknown positions {positions!r}; valid: all, last")
     site = SITES["z"]
-    where = positions_of(model, pairs, site, "group", [positions])
-    how = {"direction": "noise", "metric": "logit_diff"}
-    found = measure_patches(model, pairs, site, targets_of(site, model.cfg), where, options, **how)
-    drops = (found.clean - found.values).view(model.cfg.n_layers, model.cfg.n_heads, -1)
-    several = len(pairs) > 1
+    token_positions = positions_of(model, pairs, site, "group", [positions])
+    patching = {"direction": "noise", "metric": "logit_diff"}
+    effects = measure_patches(
+        model, pairs, site, targets_of(site, model.cfg), token_positions, options, **patching
+    )
+    drops = (effects.clean - effects.values).view(model.cfg.n_layers, model.cfg.n_heads, -1)
+    many = len(pairs) > 1
     ends = torch.from_numpy(_mean_drops(drops.flatten(0, 1).numpy()))[:, 1:].reshape(*drops.shape[:2], 2)
     return HeadScores(
         task=task.name,
@@ -228,14 +230,14 @@ def _localize_by_patching(
         model_name=model.cfg.model_name,
         scores=drops.mean(-1),
         drops=drops,
-        baseline=float(found.clean.mean()),
-        base_scores=found.clean,
+        baseline=float(effects.clean.mean()),
+        base_scores=effects.clean,
         example_ids=pairs.ids,
         kinds=tuple(pair.clean.kind for pair in pairs.facts) or ("",) * len(pairs),
         top_k=k,
         traded="" if positions == "all" else "heads patched only at the end of the prompt",
         positions=positions,
-        baseline_interval=mean_interval(found.clean.numpy()) if several else None,
+        baseline_interval=mean_interval(effects.clean.numpy()) if many else None,
         score_ends=ends,
     )
 
@@ -250,34 +252,37 @@ def _measure_all(
 ) -> tuple[engine.Outcome, np.ndarray, np.ndarray]:
     """The clean outcome, every head's drops [head example], and its score with its ends [head 3]."""
 
-    def leaders(found: list[engine.Outcome]) -> str:
-        so_far = [found[0].metric(task) - outcome.metric(task) for outcome in found[1:]]
+    def leaders(outcomes: list[engine.Outcome]) -> str:
+        so_far = [outcomes[0].metric(task) - outcome.metric(task) for outcome in outcomes[1:]]
         best = np.argsort(-np.array(so_far), kind="stable")[:3]
         return "leading: " + ", ".join(f"L{cells[i][0]}H{cells[i][1]} {so_far[i]:.3f}" for i in best)
 
-    every = [[], *arms]
-    base, *under = engine.measure(model, task, examples, every, options, label="heads", leaders=leaders)
-    drops = np.array(base.scores) - np.array([outcome.scores for outcome in under])
-    scores = np.full((len(under), 3), np.nan)
-    scores[:, 0] = [base.metric(task) - outcome.metric(task) for outcome in under]
+    all_arms = [[], *arms]
+    base, *intervened = engine.measure(
+        model, task, examples, all_arms, options, label="heads", leaders=leaders
+    )
+    drops = np.array(base.scores) - np.array([outcome.scores for outcome in intervened])
+    scores = np.full((len(intervened), 3), np.nan)
+    scores[:, 0] = [base.metric(task) - outcome.metric(task) for outcome in intervened]
     if len(examples) > 1:
-        clean, others = np.array(base.statistics), [np.array(outcome.statistics) for outcome in under]
-        intervals = bootstrap_intervals(task, clean, others, level=LEVEL)
+        clean = np.array(base.statistics)
+        intervened_statistics = [np.array(outcome.statistics) for outcome in intervened]
+        intervals = bootstrap_intervals(task, clean, intervened_statistics, level=LEVEL)
         scores[:, 1:] = [(interval.low, interval.high) for interval in intervals]
     return base, drops, scores
 
 
 def _mean_drops(drops: np.ndarray) -> np.ndarray:
     """Mean and ends of its interval, [head 3], over the examples each head was measured on."""
-    found = np.full((len(drops), 3), np.nan)
-    for row, some in zip(found, drops, strict=True):
-        seen = some[~np.isnan(some)]
-        if len(seen):
-            row[0] = seen.mean()
-        if len(seen) > 1:
-            interval = mean_interval(seen, level=LEVEL)
+    means = np.full((len(drops), 3), np.nan)
+    for row, head_drops in zip(means, drops, strict=True):
+        known = head_drops[~np.isnan(head_drops)]
+        if len(known):
+            row[0] = known.mean()
+        if len(known) > 1:
+            interval = mean_interval(known, level=LEVEL)
             row[1:] = interval.low, interval.high
-    return found
+    return means
 
 
 def _race(
@@ -293,20 +298,20 @@ def _race(
     if not task.is_mean:
         raise ValueError(f"{task.metric_name} is not a mean over examples, so heads can't be raced on it")
     race, order = Race(len(arms), len(examples), k, racing), np.random.default_rng(racing.seed)
-    places = order.permutation(len(examples))
+    shuffled = order.permutation(len(examples))
     drops = np.full((len(arms), len(examples)), np.nan)
     base = engine.Outcome(statistics=[np.zeros(0)] * len(examples), scores=[0.0] * len(examples))
     for number, start in enumerate(range(0, len(examples), racing.round_size)):
-        here = places[start : start + racing.round_size].tolist()
+        example_indices = shuffled[start : start + racing.round_size].tolist()
         running = np.flatnonzero(race.running).tolist()
-        some, still = [examples[i] for i in here], [[], *(arms[i] for i in running)]
+        round_examples, round_arms = [examples[i] for i in example_indices], [[], *(arms[i] for i in running)]
         label = f"heads, round {number + 1}"
-        clean, *under = engine.measure(model, task, some, still, options, label=label)
-        for place, score, statistics in zip(here, clean.scores, clean.statistics, strict=True):
-            base.scores[place], base.statistics[place] = score, statistics
+        clean, *intervened = engine.measure(model, task, round_examples, round_arms, options, label=label)
+        for index, score, statistics in zip(example_indices, clean.scores, clean.statistics, strict=True):
+            base.scores[index], base.statistics[index] = score, statistics
         if race.done:
             continue
-        found = np.array(clean.scores) - np.array([outcome.scores for outcome in under])
-        drops[np.ix_(running, here)] = found
-        race.add(found)
+        round_drops = np.array(clean.scores) - np.array([outcome.scores for outcome in intervened])
+        drops[np.ix_(running, example_indices)] = round_drops
+        race.add(round_drops)
     return base, drops, _mean_drops(drops), race.result()

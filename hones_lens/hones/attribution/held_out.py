@@ -92,8 +92,10 @@ class HeldOutHeads(Result):
         rows = []
         for head in self.heads:
             row = {name: value for name, value in vars(head).items() if name not in ("drop", "selected_on")}
-            ends = (None, None) if head.selected_on is None else (head.selected_on.low, head.selected_on.high)
-            row |= dict(zip(("score_low", "score_high"), ends, strict=True))
+            bounds = (
+                (None, None) if head.selected_on is None else (head.selected_on.low, head.selected_on.high)
+            )
+            row |= dict(zip(("score_low", "score_high"), bounds, strict=True))
             row |= {"drop": head.drop.value, "drop_low": head.drop.low, "drop_high": head.drop.high}
             rows.append({**row, "n": head.drop.n})
         return pd.DataFrame(rows)
@@ -105,9 +107,9 @@ class HeldOutHeads(Result):
             f"  {self.metric_name} {self.baseline}",
         ]
         for head in self.heads:
-            said = "holds" if head.holds else "does not hold"
+            verdict = "holds" if head.holds else "does not hold"
             lines.append(
-                f"  L{head.layer}H{head.head:<3} drop {head.drop}, p = {head.p:.3g}, {said} (FDR "
+                f"  L{head.layer}H{head.head:<3} drop {head.drop}, p = {head.p:.3g}, {verdict} (FDR "
                 f"{100 * self.q:g} %); where it was selected {head.selected_on or f'{head.score:.3f}'}"
             )
         mean = f"  mean drop {self.mean_drop}"
@@ -161,19 +163,19 @@ def remeasure_heads(
     random = random_head_sets(selected, model.cfg.n_layers, model.cfg.n_heads, draws, seed)
     cells = [*selected, *sorted({head for heads in random for head in heads})]
     arms = [[], *([replace_with_other_heads_mean(*cell, heads.positions)] for cell in cells)]
-    base, *found = engine.measure(model, task, examples, arms, options, label="held-out heads")
+    base, *outcomes = engine.measure(model, task, examples, arms, options, label="held-out heads")
     clean = np.array(base.statistics)
-    under = [np.array(outcome.statistics) for outcome in found[: len(selected)]]
-    falls = dict(zip(cells, (base.metric(task) - outcome.metric(task) for outcome in found), strict=True))
+    intervened = [np.array(outcome.statistics) for outcome in outcomes[: len(selected)]]
+    drops = dict(zip(cells, (base.metric(task) - outcome.metric(task) for outcome in outcomes), strict=True))
     return HeldOutHeads(
         task=task.name,
         metric_name=task.metric_name,
         model_name=model.cfg.model_name,
         n_selected_on=len(heads.example_ids),
         baseline=metric_interval(task, clean, seed=seed),
-        heads=_remeasured(task, heads, top, clean, under, q, seed),
-        mean_drop=mean_difference_interval(task, clean, under, seed=seed),
-        random=tuple(float(np.mean([falls[cell] for cell in some])) for some in random),
+        heads=_remeasured(task, heads, top, clean, intervened, q, seed),
+        mean_drop=mean_difference_interval(task, clean, intervened, seed=seed),
+        random=tuple(float(np.mean([drops[cell] for cell in head_set])) for head_set in random),
         q=q,
         example_ids=tuple(example.id for example in examples),
     )
@@ -184,38 +186,38 @@ def _remeasured(
     heads: HeadScores,
     top: Sequence[Component],
     clean: np.ndarray,
-    under: Sequence[np.ndarray],
+    intervened: Sequence[np.ndarray],
     q: float,
     seed: int,
 ) -> tuple[HeldOutHead, ...]:
     """What each selected head does on the held-out examples, from the statistics without and with it."""
-    drops = [bootstrap_interval(task, clean, statistics, seed=seed) for statistics in under]
-    p = [permutation_p(task, clean, statistics, seed=seed) for statistics in under]
-    stand = benjamini_hochberg(p, q)[1]
-    before = None
+    drops = [bootstrap_interval(task, clean, statistics, seed=seed) for statistics in intervened]
+    p = [permutation_p(task, clean, statistics, seed=seed) for statistics in intervened]
+    rejections = benjamini_hochberg(p, q)[1]
+    significant = None
     if heads.discoveries is not None:
-        before = {(c.layer, c.index) for c in significant_heads(heads, q, seed=seed)}
+        significant = {(c.layer, c.index) for c in significant_heads(heads, q, seed=seed)}
     return tuple(
         HeldOutHead(
             c.layer,
             c.index,
             score=c.score,
             selected_on=heads.interval(c.layer, c.index),
-            significant=None if before is None else (c.layer, c.index) in before,
+            significant=None if significant is None else (c.layer, c.index) in significant,
             drop=drop,
             p=value,
-            holds=bool(ok) and drop.value > 0,
+            holds=bool(rejected) and drop.value > 0,
         )
-        for c, drop, value, ok in zip(top, drops, p, stand, strict=True)
+        for c, drop, value, rejected in zip(top, drops, p, rejections, strict=True)
     )
 
 
 def _check(model: HookedVLM, task: Task, examples: Sequence[Example], heads: HeadScores) -> None:
-    theirs = (heads.model_name, heads.task, heads.intervention)
-    ours = (model.cfg.model_name, task.name, INTERVENTIONS["mean"][0])
-    for what, there, here in zip(("model", "task", "intervention"), theirs, ours, strict=True):
-        if there != here:
-            raise ValueError(f"the heads are of {what} {there!r}, not {here!r}")
+    selected_with = (heads.model_name, heads.task, heads.intervention)
+    expected = (model.cfg.model_name, task.name, INTERVENTIONS["mean"][0])
+    for field, actual, wanted in zip(("model", "task", "intervention"), selected_with, expected, strict=True):
+        if actual != wanted:
+            raise ValueError(f"the heads are of {field} {actual!r}, not {wanted!r}")
     if shared := sorted({example.id for example in examples} & set(heads.example_ids)):
         raise ValueError(f"{len(shared)} examples selected the heads, the first is {shared[0]!r}")
 
@@ -230,17 +232,17 @@ def random_head_sets(
     """
     counts = np.bincount([layer for layer, _ in selected], minlength=n_layers)
     others = [(layer, head) for layer, head in np.ndindex(n_layers, n_heads) if (layer, head) not in selected]
-    out = []
+    head_sets = []
     for draw in range(draws):
         rng = np.random.default_rng([seed, draw])
         chosen: list[Head] = []
         for layer, count in enumerate(counts):
-            here = [head for head in others if head[0] == layer]
-            picked = rng.permutation(len(here))[: min(int(count), len(here) // 2)]
-            chosen += [here[i] for i in picked]
-        left = [head for head in others if head not in chosen]
-        picked = rng.permutation(len(left))[: len(selected) - len(chosen)]
-        chosen += [left[i] for i in picked]
+            layer_heads = [head for head in others if head[0] == layer]
+            picked = rng.permutation(len(layer_heads))[: min(int(count), len(layer_heads) // 2)]
+            chosen += [layer_heads[i] for i in picked]
+        remaining = [head for head in others if head not in chosen]
+        picked = rng.permutation(len(remaining))[: len(selected) - len(chosen)]
+        chosen += [remaining[i] for i in picked]
         if chosen:
-            out.append(sorted(chosen))
-    return out
+            head_sets.append(sorted(chosen))
+    return head_sets

@@ -83,8 +83,8 @@ class NeuronScores(Result):
         Raises:
             ValueError: A field is missing.
         """
-        found = super().from_dict(data)
-        return replace(found, scores=found.scores.nan_to_num(nan=-torch.inf))
+        result = super().from_dict(data)
+        return replace(result, scores=result.scores.nan_to_num(nan=-torch.inf))
 
     def __str__(self) -> str:
         best = self.top()

@@ -150,14 +150,14 @@ def head_conditioned_importance(
     def importance(total: Tensor, n: Tensor) -> Tensor:
         return torch.einsum("h,hln->ln", weights, (total / n).clamp(min=0)) / weights.sum()
 
-    whole, n, parts = sums.sum(0), counts.sum(), len(counts)
-    scores = importance(whole, n)
+    total_sums, n, parts = sums.sum(0), counts.sum(), len(counts)
+    scores = importance(total_sums, n)
     if parts < 2:
         return scores, None
     mean, squares = torch.zeros_like(scores), torch.zeros_like(scores)
     for part, count in zip(sums, counts, strict=True):
-        without = importance(whole - part, n - count) - scores
-        mean, squares = mean + without / parts, squares + without.square()
+        deviation = importance(total_sums - part, n - count) - scores
+        mean, squares = mean + deviation / parts, squares + deviation.square()
     variance = (parts - 1) / parts * (squares - parts * mean.square())
     return scores, variance.clamp(min=0).sqrt()
 
@@ -208,18 +208,18 @@ def _summed_drops(
     shape = (parts, len(critical), model.cfg.n_layers, model.cfg.d_mlp)
     sums, counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(parts, dtype=torch.float64)
     total = len(examples) * (len(critical) + 1)
-    done = 0
+    start = 0
     with tqdm(total=total, desc=f"neurons · {task.name}", disable=not progress) as bar:
         for batch in engine.answer_batches(model, task, examples, batch_size, answers=False):
-            here = directions[done : done + len(batch.examples)]
-            part = torch.arange(done, done + len(batch.examples)) % parts
-            done += len(batch.examples)
+            batch_directions = directions[start : start + len(batch.examples)]
+            part = torch.arange(start, start + len(batch.examples)) % parts
+            start += len(batch.examples)
             counts.index_add_(0, part, torch.ones(len(part), dtype=torch.float64))
-            clean = write_in(model, batch, here, apply_ln=apply_ln).double().cpu()
+            clean = write_in(model, batch, batch_directions, apply_ln=apply_ln).double().cpu()
             for i, head in enumerate(critical):
                 hook = replace_with_other_heads_mean(head.layer, head.index)
-                fall = clean - write_in(model, batch, here, [hook], apply_ln).double().cpu()
-                sums[:, i].index_add_(0, part, fall)
+                drop = clean - write_in(model, batch, batch_directions, [hook], apply_ln).double().cpu()
+                sums[:, i].index_add_(0, part, drop)
             bar.update(len(batch.examples) * (len(critical) + 1))
     weights = torch.tensor([head.score for head in critical], dtype=torch.float64)
     return weights, sums, counts

@@ -107,17 +107,17 @@ def activation_entropy(
     if task.name in other_tasks:
         raise ValueError(f"other_tasks holds {task.name!r}, which is the task itself")
     options = {"batch_size": batch_size, "progress": progress}
-    found = [activation_probability(model, task, examples, **options)]
-    for name, theirs in other_tasks.items():
+    by_task = [activation_probability(model, task, examples, **options)]
+    for name, task_examples in other_tasks.items():
         other = engine.as_task(name)
-        engine.check_examples(other, theirs)
-        found.append(activation_probability(model, other, theirs, **options))
-    probabilities = torch.stack(found)
+        engine.check_examples(other, task_examples)
+        by_task.append(activation_probability(model, other, task_examples, **options))
+    probabilities = torch.stack(by_task)
     shares = probabilities / probabilities.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
     entropy = -torch.special.xlogy(shares, shares).sum(0)
-    bar = probabilities.flatten().kthvalue(round((1 - _KEPT_SHARE) * probabilities.numel())).values
-    kept = (probabilities[0] >= bar) & (probabilities[0] > 0)
-    return torch.where(kept, -entropy, probabilities[0] - math.log(len(found)) - 2)
+    threshold = probabilities.flatten().kthvalue(round((1 - _KEPT_SHARE) * probabilities.numel())).values
+    kept = (probabilities[0] >= threshold) & (probabilities[0] > 0)
+    return torch.where(kept, -entropy, probabilities[0] - math.log(len(by_task)) - 2)
 
 
 def direct(
@@ -144,12 +144,12 @@ def direct(
     """
     directions = target_directions(model, task, examples, normalize=normalize, apply_ln=apply_ln, foils=foils)
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
-    done = 0
+    start = 0
     with tqdm(total=len(examples), desc=f"direct · {task.name}", disable=not progress) as bar:
         for batch in engine.answer_batches(model, task, examples, batch_size, answers=False):
-            here = directions[done : done + len(batch.examples)]
-            total += write_in(model, batch, here, apply_ln=apply_ln).double().sum(0).cpu()
-            done += len(batch.examples)
+            batch_directions = directions[start : start + len(batch.examples)]
+            total += write_in(model, batch, batch_directions, apply_ln=apply_ln).double().sum(0).cpu()
+            start += len(batch.examples)
             bar.update(len(batch.examples))
     return total / len(examples)
 

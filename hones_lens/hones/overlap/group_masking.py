@@ -45,10 +45,10 @@ class GroupMasking(Result):
         Raises:
             KeyError: It was not measured; lists what was.
         """
-        found = {(result.task, result.method): result for result in self.results}
-        if (task, group) not in found:
-            raise KeyError(f"no result for {(task, group)}; there are {list(found)}")
-        return found[task, group]
+        by_task_and_group = {(result.task, result.method): result for result in self.results}
+        if (task, group) not in by_task_and_group:
+            raise KeyError(f"no result for {(task, group)}; there are {list(by_task_and_group)}")
+        return by_task_and_group[task, group]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each task and group: drops with their intervals, and the random sets' mean drops."""
@@ -63,8 +63,8 @@ class GroupMasking(Result):
             row["log_prob_drop_low"] = result.log_prob_interval.low
             row["log_prob_drop_high"] = result.log_prob_interval.high
             row["n"] = result.metric_interval.n
-            likely = np.mean([c.log_prob for c in result.controls])
-            rows.append({**row, "random_log_prob_drop": result.baseline_log_prob - likely})
+            random_log_prob = np.mean([c.log_prob for c in result.controls])
+            rows.append({**row, "random_log_prob_drop": result.baseline_log_prob - random_log_prob})
         return pd.DataFrame(rows)
 
     def __str__(self) -> str:
@@ -119,13 +119,15 @@ def mask_groups(
         )
     if n_controls < 1:
         raise ValueError(f"n_controls must be at least 1, not {n_controls}")
-    parts = equal_size_groups(overlap, groups, size, seed)
-    sets, found = list(parts.values()), []
-    for task, some in examples.items():
-        mine = options if journals is None else replace(options, journal=journals[task])
-        curve = masking_curve(model, task, some, sets, n_controls=n_controls, seed=seed, options=mine)
-        found += [replace(result, method=name) for name, result in zip(parts, curve, strict=True)]
-    return GroupMasking(tuple(found))
+    masked = equal_size_groups(overlap, groups, size, seed)
+    sets, results = list(masked.values()), []
+    for task, task_examples in examples.items():
+        task_options = options if journals is None else replace(options, journal=journals[task])
+        curve = masking_curve(
+            model, task, task_examples, sets, n_controls=n_controls, seed=seed, options=task_options
+        )
+        results += [replace(result, method=name) for name, result in zip(masked, curve, strict=True)]
+    return GroupMasking(tuple(results))
 
 
 def equal_size_groups(
@@ -138,12 +140,12 @@ def equal_size_groups(
         raise ValueError(f"unknown groups {unknown}; valid: {', '.join(known)}")
     if not names:
         raise ValueError("no groups to mask")
-    least = min(names, key=lambda name: len(known[name]))
-    size = len(known[least]) if size is None else size
-    if not 1 <= size <= len(known[least]):
-        raise ValueError(f"can't mask {size} neurons of group {least!r}, which has {len(known[least])}")
-    parts = {}
+    smallest = min(names, key=lambda name: len(known[name]))
+    size = len(known[smallest]) if size is None else size
+    if not 1 <= size <= len(known[smallest]):
+        raise ValueError(f"can't mask {size} neurons of group {smallest!r}, which has {len(known[smallest])}")
+    masked = {}
     for name in names:
         rng = np.random.default_rng([seed, *name.encode()])
-        parts[name] = [known[name][i] for i in np.sort(rng.choice(len(known[name]), size, replace=False))]
-    return parts
+        masked[name] = [known[name][i] for i in np.sort(rng.choice(len(known[name]), size, replace=False))]
+    return masked

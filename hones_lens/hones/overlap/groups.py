@@ -72,11 +72,11 @@ class Overlap(Result):
     @property
     def owners(self) -> dict[Neuron, tuple[str, ...]]:
         """Which tasks selected each neuron, ordered by layer, then index."""
-        found: dict[Neuron, tuple[str, ...]] = {}
+        tasks_by_neuron: dict[Neuron, tuple[str, ...]] = {}
         for task, neurons in self.selected.items():
             for neuron in neurons:
-                found[neuron] = (*found.get(neuron, ()), task)
-        return dict(sorted(found.items()))
+                tasks_by_neuron[neuron] = (*tasks_by_neuron.get(neuron, ()), task)
+        return dict(sorted(tasks_by_neuron.items()))
 
     @property
     def groups(self) -> dict[str, tuple[Neuron, ...]]:
@@ -86,11 +86,11 @@ class Overlap(Result):
         so on beyond), and `general` for neurons of all tasks.
         """
         n = len(self.tasks)
-        found: dict[str, list[Neuron]] = {f"{task} only": [] for task in self.tasks}
-        found |= {_degree(count): [] for count in range(2, n)} | {"general": []}
+        members: dict[str, list[Neuron]] = {f"{task} only": [] for task in self.tasks}
+        members |= {_degree(count): [] for count in range(2, n)} | {"general": []}
         for neuron, tasks in self.owners.items():
-            found[_group(tasks, n)].append(neuron)
-        return {name: tuple(neurons) for name, neurons in found.items()}
+            members[_group(tasks, n)].append(neuron)
+        return {name: tuple(neurons) for name, neurons in members.items()}
 
     def per_layer(self) -> pd.DataFrame:
         """Layer curves: how many neurons of each group lie in each layer, one row a layer."""
@@ -115,7 +115,7 @@ class Overlap(Result):
 
     def comparisons(self) -> pd.DataFrame:
         """One row for each pair of tasks and one for all: count, chance, p, Jaccard, coefficient."""
-        return pd.DataFrame([{**vars(each), "tasks": " & ".join(each.tasks)} for each in self.shared])
+        return pd.DataFrame([{**vars(shared), "tasks": " & ".join(shared.tasks)} for shared in self.shared])
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{task} {len(neurons)}" for task, neurons in self.selected.items())
@@ -123,10 +123,10 @@ class Overlap(Result):
         for name, neurons in self.groups.items():
             lines.append(f"  {name:<15}{len(neurons):>6}  by layer {self.per_layer()[name].tolist()}")
         lines.append(f"shared, against random sets matched per layer ({self.draws} draws):")
-        for each in self.shared:
+        for shared in self.shared:
             lines.append(
-                f"  {' & '.join(each.tasks)}: {each.count} (chance {each.expected:.1f}, p = {each.p:.3g}), "
-                f"Jaccard {each.jaccard:.3f}, coefficient {each.coefficient:.3f}"
+                f"  {' & '.join(shared.tasks)}: {shared.count} (chance {shared.expected:.1f}, "
+                f"p = {shared.p:.3g}), Jaccard {shared.jaccard:.3f}, coefficient {shared.coefficient:.3f}"
             )
         return "\n".join(lines)
 
@@ -169,15 +169,15 @@ def find_overlap(
         raise ValueError(f"draws must be at least 1, not {draws}")
     n_layers, d_mlp = _shape(selections, shape)
     selected: dict[str, tuple[Neuron, ...]] = {}
-    for task, given in selections.items():
-        neurons = given.top() if isinstance(given, NeuronScores) else given
+    for task, selection in selections.items():
+        neurons = selection.top() if isinstance(selection, NeuronScores) else selection
         selected[task] = check_neurons(neurons, n_layers, d_mlp, f"the selection of {task!r}")
     tasks = list(selected)
-    compared = [*combinations(tasks, 2), *([tuple(tasks)] if len(tasks) > 2 else [])]
+    combined = [*combinations(tasks, 2), *([tuple(tasks)] if len(tasks) > 2 else [])]
     rng = np.random.default_rng(seed)
     shared = tuple(
-        _against_chance({task: selected[task] for task in some}, n_layers, d_mlp, draws, rng)
-        for some in compared
+        _against_chance({task: selected[task] for task in names}, n_layers, d_mlp, draws, rng)
+        for names in combined
     )
     return Overlap(selected, n_layers, d_mlp, shared, draws)
 
@@ -185,7 +185,9 @@ def find_overlap(
 def _shape(
     selections: Mapping[str, NeuronScores | Neurons], shape: tuple[int, int] | None
 ) -> tuple[int, int]:
-    rankings = {task: given for task, given in selections.items() if isinstance(given, NeuronScores)}
+    rankings = {
+        task: selection for task, selection in selections.items() if isinstance(selection, NeuronScores)
+    }
     models = {ranking.model_name for ranking in rankings.values()}
     if len(models) > 1:
         raise ValueError(f"rankings of different models: {', '.join(sorted(models))}")
@@ -200,20 +202,20 @@ def _shape(
     return n_layers, d_mlp
 
 
-def check_neurons(neurons: Sequence, n_layers: int, d_mlp: int, what: str) -> tuple[Neuron, ...]:
+def check_neurons(neurons: Sequence, n_layers: int, d_mlp: int, description: str) -> tuple[Neuron, ...]:
     """Neurons in order, as (layer, index).
 
     Raises:
         ValueError: None at all, one that does not exist, or one twice; `what` is named.
     """
-    found = sorted((int(neuron[0]), int(neuron[1])) for neuron in neurons)
-    if not found:
-        raise ValueError(f"{what} has no neurons")
-    for (layer, index), times in Counter(found).items():
-        check_component("neuron", layer, index, n_layers, d_mlp, what)
-        if times > 1:
-            raise ValueError(f"{what} has neuron L{layer}N{index} {times} times")
-    return tuple(found)
+    ordered = sorted((int(neuron[0]), int(neuron[1])) for neuron in neurons)
+    if not ordered:
+        raise ValueError(f"{description} has no neurons")
+    for (layer, index), count in Counter(ordered).items():
+        check_component("neuron", layer, index, n_layers, d_mlp, description)
+        if count > 1:
+            raise ValueError(f"{description} has neuron L{layer}N{index} {count} times")
+    return tuple(ordered)
 
 
 def _against_chance(
@@ -232,8 +234,8 @@ def _against_chance(
     count, union = len(set.intersection(*sets)), len(set.union(*sets))
     counts = np.array([np.bincount([l for l, _ in s], minlength=n_layers) for s in selected.values()])
     remaining = np.broadcast_to(counts[0], (draws, n_layers))
-    for here in counts[1:]:
-        remaining = rng.hypergeometric(remaining, d_mlp - remaining, here)
+    for layer_counts in counts[1:]:
+        remaining = rng.hypergeometric(remaining, d_mlp - remaining, layer_counts)
     hits = int((remaining.sum(axis=1) >= count).sum())
     return SharedNeurons(
         tasks=tuple(selected),
@@ -254,11 +256,11 @@ def chance_sizes(overlap: Overlap) -> dict[str, float]:
     layers = range(overlap.n_layers)
     shares = np.array([[count[layer] / overlap.d_mlp for layer in layers] for count in counts.values()])
     names, tasks = list(overlap.groups), range(len(overlap.tasks))
-    found = dict.fromkeys(names, 0.0)
+    sizes = dict.fromkeys(names, 0.0)
     for size in range(1, len(overlap.tasks) + 1):
-        for some in combinations(tasks, size):
-            inside = np.prod([shares[t] if t in some else 1 - shares[t] for t in tasks], axis=0)
+        for members in combinations(tasks, size):
+            probability = np.prod([shares[t] if t in members else 1 - shares[t] for t in tasks], axis=0)
             # Groups come in this order: one for each task, then by the number of tasks.
-            name = names[some[0]] if size == 1 else names[len(overlap.tasks) + size - 2]
-            found[name] += float(overlap.d_mlp * inside.sum())
-    return found
+            name = names[members[0]] if size == 1 else names[len(overlap.tasks) + size - 2]
+            sizes[name] += float(overlap.d_mlp * probability.sum())
+    return sizes

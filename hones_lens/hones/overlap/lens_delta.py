@@ -72,15 +72,15 @@ class LensDelta(Result):
             f"<tr><th>{layer}</th><td>{_tokens(falls)}</td><td>{_tokens(rises)}</td></tr>"
             for layer, (falls, rises) in enumerate(zip(self.falls, self.rises, strict=True))
         ]
-        about = f"{self.model_name}, {self.task}: logit lens, baseline minus masked "
-        about += f"({self.n_neurons:,} neurons, mean over n = {self.n_examples:,} examples, 95 % intervals)"
+        caption = f"{self.model_name}, {self.task}: logit lens, baseline minus masked "
+        caption += f"({self.n_neurons:,} neurons, mean over n = {self.n_examples:,} examples, 95 % intervals)"
         head = "<tr><th>layer</th><th>falls when masked</th><th>rises when masked</th></tr>"
-        return f"<table><caption>{escape(about)}</caption>{head}{''.join(rows)}</table>"
+        return f"<table><caption>{escape(caption)}</caption>{head}{''.join(rows)}</table>"
 
 
 def _tokens(tokens: Sequence[LensToken]) -> str:
-    said = (f"<code>{escape(token.token)}</code>&nbsp;{token.delta:+.3g} {token.span}" for token in tokens)
-    return " ".join(said) or "–"
+    cells = (f"<code>{escape(token.token)}</code>&nbsp;{token.delta:+.3g} {token.span}" for token in tokens)
+    return " ".join(cells) or "–"
 
 
 def lens_delta(
@@ -114,22 +114,22 @@ def lens_delta(
         raise ValueError(f"k must be at least 1, not {k}")
     options, task = SweepOptions.of_batches(options, batches), engine.as_task(task)
     engine.check_examples(task, examples)
-    given = neurons.top() if isinstance(neurons, NeuronScores) else neurons
-    chosen = check_neurons(given, model.cfg.n_layers, model.cfg.d_mlp, "the list of neurons to mask")
-    parts: list[tuple[Tensor, Tensor]] = []  # of every batch, clean and masked
+    selected = neurons.top() if isinstance(neurons, NeuronScores) else neurons
+    chosen = check_neurons(selected, model.cfg.n_layers, model.cfg.d_mlp, "the list of neurons to mask")
+    streams: list[tuple[Tensor, Tensor]] = []  # of every batch, clean and masked
     with tqdm(total=len(examples), desc=f"logit lens · {task.name}", disable=not options.progress) as bar:
         for batch in engine.answer_batches(model, task, examples, options.batch_size, answers=False):
-            parts.append((last_streams(model, batch), last_streams(model, batch, zero_neurons(chosen))))
+            streams.append((last_streams(model, batch), last_streams(model, batch, zero_neurons(chosen))))
             bar.update(len(batch.examples))
-    clean, masked = (torch.cat(arm, dim=1) for arm in zip(*parts, strict=True))
+    clean, masked = (torch.cat(arm, dim=1) for arm in zip(*streams, strict=True))
     mean = (summed_logits(model, clean) - summed_logits(model, masked)) / len(examples)
     if not bool(torch.isfinite(mean).all()):
         raise FloatingPointError(f"logit-lens logits of {task.name} are not finite")
 
     def table(sign: int) -> tuple[tuple[LensToken, ...], ...]:
         return tuple(
-            with_intervals(model, largest_deltas(model, row, k, sign), here, there)
-            for row, here, there in zip(mean, clean, masked, strict=True)
+            with_intervals(model, largest_deltas(model, delta, k, sign), clean_streams, masked_streams)
+            for delta, clean_streams, masked_streams in zip(mean, clean, masked, strict=True)
         )
 
     return LensDelta(

@@ -47,18 +47,18 @@ class CleanBatch:
 
     def to(self, device: torch.device) -> CleanBatch:
         """The same on another device."""
-        parts = {name: _tensors_to(getattr(self, name), device) for name in ("segment", "answer")}
-        return replace(self, **parts, log_probs=self.log_probs.to(device), weights=self.weights.to(device))
+        moved = {name: _tensors_to(getattr(self, name), device) for name in ("segment", "answer")}
+        return replace(self, **moved, log_probs=self.log_probs.to(device), weights=self.weights.to(device))
 
     @property
     def n_bytes(self) -> int:
         """Memory of its largest tensors."""
-        held = [self.log_probs, *(v for v in vars(self.segment).values() if isinstance(v, Tensor))]
-        return sum(x.numel() * x.element_size() for x in held)
+        tensors = [self.log_probs, *(v for v in vars(self.segment).values() if isinstance(v, Tensor))]
+        return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _tensors_to(what: Any, device: torch.device) -> Any:
-    return replace(what, **{n: v.to(device) for n, v in vars(what).items() if isinstance(v, Tensor)})
+def _tensors_to(fields: Any, device: torch.device) -> Any:
+    return replace(fields, **{n: v.to(device) for n, v in vars(fields).items() if isinstance(v, Tensor)})
 
 
 class TrainingBatches:
@@ -157,13 +157,13 @@ def losses(
 @contextmanager
 def frozen_parameters(model: HookedVLM) -> Iterator[None]:
     """No parameter asks for a gradient inside; afterwards those do that did before."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asking:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
@@ -177,8 +177,8 @@ def gradient_of_step(
         FloatingPointError: A loss or gradient that is not finite; names the examples.
     """
     penalty = config.l2_weight * a.square().mean()
-    (total,) = torch.autograd.grad(penalty, a)
-    parts = {"loss": float(penalty.detach()), "ce": 0.0, "kl": 0.0}
+    (total_gradient,) = torch.autograd.grad(penalty, a)
+    losses_by_name = {"loss": float(penalty.detach()), "ce": 0.0, "kl": 0.0}
     for clean in batches.of(step):
         hooks = scaling_hooks(neurons, 1 + a)
         with engine.error_context(clean.ids, hooks), model.hooks(fwd_hooks=hooks):
@@ -189,7 +189,7 @@ def gradient_of_step(
             (gradient,) = torch.autograd.grad(loss, a)
             if not bool(torch.isfinite(gradient).all()):
                 raise FloatingPointError("the gradient is not finite")
-        total = total + gradient
+        total_gradient = total_gradient + gradient
         for name, value in {"loss": loss, "ce": clean.weights @ ce, "kl": clean.weights @ kl}.items():
-            parts[name] += float(value.detach())
-    return total, parts
+            losses_by_name[name] += float(value.detach())
+    return total_gradient, losses_by_name

@@ -80,8 +80,8 @@ class Tuning:
 
     def settings(self, config: SteeringConfig) -> list[SteeringConfig]:
         """A configuration for every learning rate and number of epochs."""
-        each = itertools.product(self.learning_rates, self.epochs)
-        return [replace(config, lr=lr, epochs=epochs) for lr, epochs in each]
+        combinations = itertools.product(self.learning_rates, self.epochs)
+        return [replace(config, lr=lr, epochs=epochs) for lr, epochs in combinations]
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,12 @@ class _Experiment:
     ) -> tuple[list[engine.Outcome], np.ndarray]:
         """What each arm scores, and the log-probabilities of the right answers, [arm example]."""
         sweeps = replace(self.options, memory_budget=None)  # it is for learning
-        found = engine.measure(self.model, self.task, examples, arms, sweeps, label=label)
-        how = {"negatives": self.config.negatives, "seed": self.config.seed}
+        outcomes = engine.measure(self.model, self.task, examples, arms, sweeps, label=label)
+        prompt_options = {"negatives": self.config.negatives, "seed": self.config.seed}
         label = f"{label} log-probabilities"
-        return found, answer_log_probs(self.model, self.task, examples, arms, sweeps, label=label, **how)
+        return outcomes, answer_log_probs(
+            self.model, self.task, examples, arms, sweeps, label=label, **prompt_options
+        )
 
 
 def compare_steering(
@@ -155,11 +157,11 @@ def compare_steering(
     """
     if unknown := [method for method in methods if method not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}; valid: {', '.join(METHODS)}")
-    tuned, sweep = split_keywords(keywords, TuningKeywords.__annotations__)
-    tuning, options = Tuning(**tuned), SweepOptions.of(options, sweep)
+    tuning_keywords, sweep = split_keywords(keywords, TuningKeywords.__annotations__)
+    tuning, options = Tuning(**tuning_keywords), SweepOptions.of(options, sweep)
     task, config = engine.as_task(task), config or SteeringConfig()
-    for some in (dev, test, *([] if learn is None else [learn])):
-        engine.check_examples(task, some)
+    for examples in (dev, test, *([] if learn is None else [learn])):
+        engine.check_examples(task, examples)
     chosen = neurons_to_steer(model, neurons, k)
     parts = list(learn or ()), list(dev)
     if learn is None:
@@ -167,7 +169,7 @@ def compare_steering(
     check_disjoint_images({"learning": parts[0], "dev": parts[1], "test": test})
     data = _Experiment(model, task, *parts, test, config, options, tuning)
     fitted = [*_fit_uniform(data, chosen, methods), *_fit_learned(data, chosen, methods)]
-    rows = _test_rows(data, sorted(fitted, key=lambda one: METHODS.index(one.method)))
+    rows = _test_rows(data, sorted(fitted, key=lambda fit: METHODS.index(fit.method)))
     return _table(data, neurons, len(chosen), rows)
 
 
@@ -202,25 +204,25 @@ class _FittedMethod:
 def _fit_uniform(data: _Experiment, neurons: Neurons, methods: Sequence[str]) -> list[_FittedMethod]:
     """The methods with one factor for all neurons."""
     factors = data.tuning.factors
-    about = {"task": data.task.name, "model_name": data.model.cfg.model_name}
-    out = [_FittedMethod("Base", 0, {}, None)]
+    metadata = {"task": data.task.name, "model_name": data.model.cfg.model_name}
+    fitted = [_FittedMethod("Base", 0, {}, None)]
     if "Fixed-Amp" in methods:
-        scales = NeuronScales.uniform(neurons, AMPLIFICATION, method="Fixed-Amp", **about)
-        out.append(_FittedMethod("Fixed-Amp", 0, {"factor": AMPLIFICATION}, scales))
+        scales = NeuronScales.uniform(neurons, AMPLIFICATION, method="Fixed-Amp", **metadata)
+        fitted.append(_FittedMethod("Fixed-Amp", 0, {"factor": AMPLIFICATION}, scales))
     if "Grid-Search" in methods:
-        given = [NeuronScales.uniform(neurons, f, method="Grid-Search", **about) for f in factors]
-        best = _best_scales(data, [*data.learn, *data.choose], given, "grid search")
-        out.append(_FittedMethod("Grid-Search", 0, {"factor": factors[best]}, given[best]))
-    return out
+        candidates = [NeuronScales.uniform(neurons, f, method="Grid-Search", **metadata) for f in factors]
+        best = _best_scales(data, [*data.learn, *data.choose], candidates, "grid search")
+        fitted.append(_FittedMethod("Grid-Search", 0, {"factor": factors[best]}, candidates[best]))
+    return fitted
 
 
 def _best_scales(
-    data: _Experiment, examples: Sequence[Example], given: Sequence[NeuronScales], label: str
+    data: _Experiment, examples: Sequence[Example], candidates: Sequence[NeuronScales], label: str
 ) -> int:
     """Which scales do best; of those that do equally well, the first."""
-    found, likely = data.measured(examples, [scales.hooks() for scales in given], label)
-    values = [(o.metric(data.task), float(lp.mean())) for o, lp in zip(found, likely, strict=True)]
-    return max(range(len(given)), key=lambda i: values[i])
+    outcomes, log_probs = data.measured(examples, [scales.hooks() for scales in candidates], label)
+    values = [(o.metric(data.task), float(lp.mean())) for o, lp in zip(outcomes, log_probs, strict=True)]
+    return max(range(len(candidates)), key=lambda i: values[i])
 
 
 def _fit_learned(
@@ -230,22 +232,25 @@ def _fit_learned(
 ) -> list[_FittedMethod]:
     """The methods that learn a factor for each neuron, tuned on the part of dev that chooses."""
     shape = (data.model.cfg.n_layers, data.model.cfg.d_mlp)
-    wanted: list[tuple[str, int, Neurons]] = []
+    methods_to_fit: list[tuple[str, int, Neurons]] = []
     if "RandNeuron" in methods:
         sets = matched_random_sets(neurons, *shape, data.tuning.draws, data.config.seed)
-        wanted += [("RandNeuron", i, [(c.layer, c.index) for c in s]) for i, s in enumerate(sets)]
-    wanted += [(m, 0, neurons) for m in ("HONES without KL", "HONES") if m in methods]
-    if not wanted:
+        methods_to_fit += [("RandNeuron", i, [(c.layer, c.index) for c in s]) for i, s in enumerate(sets)]
+    methods_to_fit += [(m, 0, neurons) for m in ("HONES without KL", "HONES") if m in methods]
+    if not methods_to_fit:
         return []
     first = min(layer for layer, *_ in neurons)
-    limits: dict[str, Any] = {"batch_size": data.tuning.rows, "memory_budget": data.options.memory_budget}
-    batches = TrainingBatches(data.model, data.task, data.learn, first, data.config, **limits)
+    batch_options: dict[str, Any] = {
+        "batch_size": data.tuning.rows,
+        "memory_budget": data.options.memory_budget,
+    }
+    batches = TrainingBatches(data.model, data.task, data.learn, first, data.config, **batch_options)
     settings, all_scales = data.tuning.settings(data.config), []
-    for method, draw, some in wanted:
+    for method, draw, set_neurons in methods_to_fit:
         for i, config in enumerate(settings):
             config = replace(config, kl_weight=0.0) if method == "HONES without KL" else config
-            all_scales.append(_learn(data, batches, some, config, method, f"{method}/{draw}/{i}"))
-    return _choose(data, wanted, all_scales, settings)
+            all_scales.append(_learn(data, batches, set_neurons, config, method, f"{method}/{draw}/{i}"))
+    return _choose(data, methods_to_fit, all_scales, settings)
 
 
 def _learn(
@@ -259,11 +264,11 @@ def _learn(
     journal, key = data.options.journal, f"steering/{key}"
     if journal is not None and key in journal:
         return NeuronScales.from_dict(journal[key])
-    watch: dict[str, Any] = {}
+    dev_options: dict[str, Any] = {}
     if data.tuning.patience is not None:
         on_dev = dev_measurement(data.model, data.task, data.choose, neurons, config)
-        watch = {"on_dev": on_dev, "patience": data.tuning.patience}
-    learner = Learner(data.model, batches, neurons, config, **watch)
+        dev_options = {"on_dev": on_dev, "patience": data.tuning.patience}
+    learner = Learner(data.model, batches, neurons, config, **dev_options)
     label = f"{key} · {data.task.name}, lr {config.lr:g}, {config.epochs} epochs"
     learner.run(label, data.options.progress)
     scales = learner.scales(data.task, method, len(data.learn))
@@ -274,20 +279,20 @@ def _learn(
 
 def _choose(
     data: _Experiment,
-    wanted: Sequence[tuple[str, int, Neurons]],
+    fitted_methods: Sequence[tuple[str, int, Neurons]],
     all_scales: Sequence[NeuronScales],
     settings: Sequence[SteeringConfig],
 ) -> list[_FittedMethod]:
     """Of each method's scales, in turn one for every setting, those that do best; all in one sweep."""
-    found, likely = data.measured(data.choose, [scales.hooks() for scales in all_scales], "choosing")
-    out = []
-    for number, (method, draw, _) in enumerate(wanted):
-        mine = range(number * len(settings), (number + 1) * len(settings))
-        best = max(mine, key=lambda i: (found[i].metric(data.task), float(likely[i].mean())))
-        config = settings[best - mine.start]
+    outcomes, log_probs = data.measured(data.choose, [scales.hooks() for scales in all_scales], "choosing")
+    best_fits = []
+    for number, (method, draw, _) in enumerate(fitted_methods):
+        candidates = range(number * len(settings), (number + 1) * len(settings))
+        best = max(candidates, key=lambda i: (outcomes[i].metric(data.task), float(log_probs[i].mean())))
+        config = settings[best - candidates.start]
         chosen = {"lr": config.lr, "epochs": config.epochs}
-        out.append(_FittedMethod(method, draw, chosen, all_scales[best]))
-    return out
+        best_fits.append(_FittedMethod(method, draw, chosen, all_scales[best]))
+    return best_fits
 
 
 def transfer_steering(
@@ -327,18 +332,18 @@ def transfer_steering(
 
 def _test_rows(data: _Experiment, fitted: Sequence[_FittedMethod]) -> tuple[SteeringRow, ...]:
     """Everything measured on test, in one sweep, against the base, which comes first."""
-    arms = [[] if one.scales is None else one.scales.hooks() for one in fitted]
-    found, likely = data.measured(data.test, arms, "steered")
-    base = np.array(found[0].statistics)
+    arms = [[] if fit.scales is None else fit.scales.hooks() for fit in fitted]
+    outcomes, all_log_probs = data.measured(data.test, arms, "steered")
+    base = np.array(outcomes[0].statistics)
     rows = []
-    for one, outcome, log_probs in zip(fitted, found, likely, strict=True):
+    for fit, outcome, log_probs in zip(fitted, outcomes, all_log_probs, strict=True):
         statistics = np.array(outcome.statistics)
-        gains, seed = log_probs - likely[0], data.config.seed
+        gains, seed = log_probs - all_log_probs[0], data.config.seed
         row = SteeringRow(
-            method=one.method,
-            draw=one.draw,
-            chosen=one.chosen,
-            max_abs=0.0 if one.scales is None else one.scales.max_abs,
+            method=fit.method,
+            draw=fit.draw,
+            chosen=fit.chosen,
+            max_abs=0.0 if fit.scales is None else fit.scales.max_abs,
             metric=outcome.metric(data.task),
             gain=bootstrap_interval(data.task, statistics, base, seed=seed),
             p=permutation_p(data.task, statistics, base, seed=seed),
@@ -347,7 +352,7 @@ def _test_rows(data: _Experiment, fitted: Sequence[_FittedMethod]) -> tuple[Stee
             scores=tuple(outcome.scores),
             log_probs=tuple(log_probs.tolist()),
             statistics=tuple(tuple(each) for each in statistics.tolist()),
-            scales=one.scales,
+            scales=fit.scales,
             metric_interval=metric_interval(data.task, statistics, seed=seed),
         )
         rows.append(row)

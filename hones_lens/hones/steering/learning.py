@@ -132,75 +132,77 @@ class Learner:
         )
 
     def _step(self) -> float:
-        now = self.progress
-        epoch, place = divmod(now.done, len(self.batches))
-        step = self.batches.order(epoch)[place]
-        gradient, parts = gradient_of_step(self.model, self.batches, step, self.neurons, self.a, self.config)
+        state = self.progress
+        epoch, step_in_epoch = divmod(state.done, len(self.batches))
+        step = self.batches.order(epoch)[step_in_epoch]
+        gradient, losses = gradient_of_step(self.model, self.batches, step, self.neurons, self.a, self.config)
         self.a.grad = gradient
         torch.nn.utils.clip_grad_norm_([self.a], self.config.grad_norm)
-        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate(now.done, self.steps)
+        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate(state.done, self.steps)
         self.optimizer.step()
         with torch.no_grad():
             self.a.clamp_(-self.config.clamp, self.config.clamp)
-        now.done += 1
-        now.sums = {name: now.sums.get(name, 0.0) + value for name, value in parts.items()}
-        last = place + 1 == len(self.batches)
+        state.done += 1
+        state.sums = {name: state.sums.get(name, 0.0) + value for name, value in losses.items()}
+        last = step_in_epoch + 1 == len(self.batches)
         if last:
             self._end_epoch(epoch + 1)
-        if last or now.done % self.save_every == 0:
+        if last or state.done % self.save_every == 0:
             self._save()
-        return parts["loss"]
+        return losses["loss"]
 
     def _end_epoch(self, epoch: int) -> None:
-        now = self.progress
-        means = {name: value / len(self.batches) for name, value in now.sums.items()}
-        now.history.append({"epoch": epoch, **means, "max_abs": float(self.a.detach().abs().max())})
-        now.sums = {}
+        state = self.progress
+        means = {name: value / len(self.batches) for name, value in state.sums.items()}
+        state.history.append({"epoch": epoch, **means, "max_abs": float(self.a.detach().abs().max())})
+        state.sums = {}
         if self.on_dev is not None:
-            now.history[-1] |= self._compare_on_dev()
+            state.history[-1] |= self._compare_on_dev()
 
     def _compare_on_dev(self) -> dict[str, float]:
         """Measure the offsets on dev, and keep them if they are the best so far."""
         assert self.on_dev is not None
-        now, here = self.progress, self.a.tolist()
-        metric, log_prob = self.on_dev(here)
+        state, offsets = self.progress, self.a.tolist()
+        metric, log_prob = self.on_dev(offsets)
         values = {"dev_metric": metric, "dev_log_prob": log_prob}
-        best = now.best
+        best = state.best
         if best is None or (metric, log_prob) > (best["dev_metric"], best["dev_log_prob"]):
-            now.best, now.stale = {"a": here, **values}, 0
+            state.best, state.stale = {"a": offsets, **values}, 0
         else:
-            now.stale += 1
+            state.stale += 1
         return values
 
     def _save(self) -> None:
         if self.file is None:
             return
-        now, state = self.progress, self.optimizer.state[self.a]
-        now.a = self.a.tolist()
-        now.exp_avg, now.exp_avg_sq = (state[name].tolist() for name in _MOMENTS)
-        write_json(self.file, {"kind": "steering checkpoint", "settings": self.settings, **asdict(now)})
+        state, optimizer_state = self.progress, self.optimizer.state[self.a]
+        state.a = self.a.tolist()
+        state.exp_avg, state.exp_avg_sq = (optimizer_state[name].tolist() for name in _MOMENTS)
+        write_json(self.file, {"kind": "steering checkpoint", "settings": self.settings, **asdict(state)})
 
     def _load(self, file: Path) -> None:
         data = read_json(file, "steering checkpoint")
-        then = data.pop("settings")
-        other = [
-            f"{name}: {_shortened(then.get(name))} there, {_shortened(self.settings.get(name))} now"
-            for name in sorted(then | self.settings)
-            if then.get(name) != self.settings.get(name)
+        saved_settings = data.pop("settings")
+        differences = [
+            f"{name}: {_shortened(saved_settings.get(name))} there, {_shortened(self.settings.get(name))} now"
+            for name in sorted(saved_settings | self.settings)
+            if saved_settings.get(name) != self.settings.get(name)
         ]
-        if other:
-            raise ValueError(f"{file} was made with other settings ({'; '.join(other)}); choose another file")
+        if differences:
+            raise ValueError(
+                f"{file} was made with other settings ({'; '.join(differences)}); choose another file"
+            )
         del data["kind"]
-        self.progress = now = LearningState(**data)
+        self.progress = state = LearningState(**data)
         with torch.no_grad():
-            self.a.copy_(torch.tensor(now.a))
-        moments = {name: torch.tensor(getattr(now, name)).to(self.a.device) for name in _MOMENTS}
-        self.optimizer.state[self.a] = {"step": torch.tensor(float(now.done)), **moments}
+            self.a.copy_(torch.tensor(state.a))
+        moments = {name: torch.tensor(getattr(state, name)).to(self.a.device) for name in _MOMENTS}
+        self.optimizer.state[self.a] = {"step": torch.tensor(float(state.done)), **moments}
 
 
 def _shortened(value: Any) -> str:
-    said = repr(value)
-    return said if len(said) <= _MAX_SHOWN else f"{said[:_MAX_SHOWN]}…"
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 class LearningKeywords(BatchKeywords, total=False):
@@ -254,19 +256,21 @@ def learn_scales(
             share a picture, patience without dev, or a checkpoint of other settings.
         FloatingPointError: A loss that is not finite; names the examples.
     """
-    own, given = split_keywords(keywords, ("save_every",))
-    options = SweepOptions.of(options, given, unused=("journal", "tally"), batch_size=4)
+    learner_options, batch_keywords = split_keywords(keywords, ("save_every",))
+    options = SweepOptions.of(options, batch_keywords, unused=("journal", "tally"), batch_size=4)
     task, config = engine.as_task(task), config or SteeringConfig()
     engine.check_examples(task, examples)
     chosen = neurons_to_steer(model, neurons, k)
-    watch = _dev_options(model, task, examples, dev, patience, chosen, config)
-    limits: dict[str, Any] = {"batch_size": options.batch_size, "memory_budget": options.memory_budget}
-    batches = TrainingBatches(model, task, examples, min(layer for layer, _ in chosen), config, **limits)
-    about = {"model": model.cfg.model_name, "task": task.name, "neurons": [list(n) for n in chosen]}
-    about |= {"examples": batches.fingerprint, "dev": None if dev is None else [e.id for e in dev]}
-    settings = {**asdict(config), **about, "patience": patience, "batch_size": options.batch_size}
-    own |= {"checkpoint": checkpoint, "settings": settings}
-    learner = Learner(model, batches, chosen, config, **watch, **own)
+    dev_options = _dev_options(model, task, examples, dev, patience, chosen, config)
+    batch_options: dict[str, Any] = {"batch_size": options.batch_size, "memory_budget": options.memory_budget}
+    batches = TrainingBatches(
+        model, task, examples, min(layer for layer, _ in chosen), config, **batch_options
+    )
+    metadata = {"model": model.cfg.model_name, "task": task.name, "neurons": [list(n) for n in chosen]}
+    metadata |= {"examples": batches.fingerprint, "dev": None if dev is None else [e.id for e in dev]}
+    settings = {**asdict(config), **metadata, "patience": patience, "batch_size": options.batch_size}
+    learner_options |= {"checkpoint": checkpoint, "settings": settings}
+    learner = Learner(model, batches, chosen, config, **dev_options, **learner_options)
     learner.run(f"steering · {task.name}", options.progress)
     method = neurons.method if isinstance(neurons, NeuronScores) else "given"
     return learner.scales(task, method, len(examples))
@@ -295,12 +299,14 @@ def dev_measurement(
     model: HookedVLM, task: Task, dev: Sequence[Example], neurons: Neurons, config: SteeringConfig
 ) -> Callable[[Sequence[float]], tuple[float, float]]:
     """A function from offsets to the metric and the log-probability on dev."""
-    quiet = SweepOptions(progress=False)
+    options = SweepOptions(progress=False)
 
     def measure(offsets: Sequence[float]) -> tuple[float, float]:
         arms = [scaling_hooks(neurons, 1 + torch.tensor(offsets))]
-        (outcome,) = engine.measure(model, task, dev, arms, quiet)
-        likely = answer_log_probs(model, task, dev, arms, quiet, negatives=config.negatives, seed=config.seed)
-        return outcome.metric(task), float(likely.mean())
+        (outcome,) = engine.measure(model, task, dev, arms, options)
+        log_probs = answer_log_probs(
+            model, task, dev, arms, options, negatives=config.negatives, seed=config.seed
+        )
+        return outcome.metric(task), float(log_probs.mean())
 
     return measure

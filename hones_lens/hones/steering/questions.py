@@ -53,21 +53,23 @@ def labelled_prompts(
 
 
 def _yes_no_prompts(task: Task, example: Example, negatives: int, seed: int) -> list[LabelledPrompt]:
-    right = task.target_prompt(example)
-    wrong = [prompt for prompt in task.prompts(example) if prompt != right]
-    if not wrong:
+    true_prompt = task.target_prompt(example)
+    wrong_prompts = [prompt for prompt in task.prompts(example) if prompt != true_prompt]
+    if not wrong_prompts:
         raise ValueError(f"example {example.id!r} has no wrong candidate to say No to")
     rng = np.random.default_rng([seed, zlib.crc32(example.id.encode())])
-    drawn = rng.choice(len(wrong), size=min(negatives, len(wrong)), replace=False).tolist()
-    no = [LabelledPrompt(example, wrong[i], "No", 0.5 / len(drawn)) for i in sorted(drawn)]
-    return [LabelledPrompt(example, right, task.answer(example), 0.5), *no]
+    drawn = rng.choice(len(wrong_prompts), size=min(negatives, len(wrong_prompts)), replace=False).tolist()
+    negative_prompts = [
+        LabelledPrompt(example, wrong_prompts[i], "No", 0.5 / len(drawn)) for i in sorted(drawn)
+    ]
+    return [LabelledPrompt(example, true_prompt, task.answer(example), 0.5), *negative_prompts]
 
 
-def prepare_batch(model: HookedVLM, asked: Sequence[LabelledPrompt]) -> engine.Batch:
+def prepare_batch(model: HookedVLM, labelled: Sequence[LabelledPrompt]) -> engine.Batch:
     """Prompts with their answers behind them, images encoded."""
-    images, prompts = [query.example.image for query in asked], [query.prompt for query in asked]
-    inputs = model.prepare(images, prompts, [query.answer for query in asked])
-    return engine.Batch([q.example for q in asked], model.with_image_embeds(inputs), [1] * len(asked))
+    images, texts = [prompt.example.image for prompt in labelled], [prompt.prompt for prompt in labelled]
+    inputs = model.prepare(images, texts, [prompt.answer for prompt in labelled])
+    return engine.Batch([q.example for q in labelled], model.with_image_embeds(inputs), [1] * len(labelled))
 
 
 def answer_log_probs(
@@ -88,30 +90,32 @@ def answer_log_probs(
     if not task.ranks:
         return np.array(engine.measure_log_probs(model, task, examples, arms, options, label=label))
     journal = options.journal
-    found = np.zeros((len(arms), len(examples)))
+    log_probs = np.zeros((len(arms), len(examples)))
     size = max(1, options.batch_size // (1 + negatives))
     total, desc = len(examples) * len(arms), f"{label} · {task.name}"
     with tqdm(total=total, desc=desc, disable=not options.progress, unit="cell") as bar:
         runner = engine.Sweep(model, arms, options)
         for number, start in enumerate(range(0, len(examples), size)):
-            some = examples[start : start + size]
+            batch_examples = examples[start : start + size]
             key = f"{label}/{number}"
             values = None if journal is None else journal.get(key)
             if values is None:
-                values = _weighted_log_probs(runner, model, labelled_prompts(task, some, negatives, seed))
+                values = _weighted_log_probs(
+                    runner, model, labelled_prompts(task, batch_examples, negatives, seed)
+                )
                 if journal is not None:
                     journal[key] = values
-            found[:, start : start + size] = values
-            bar.update(len(some) * len(arms))
-    return found
+            log_probs[:, start : start + size] = values
+            bar.update(len(batch_examples) * len(arms))
+    return log_probs
 
 
 def _weighted_log_probs(
-    runner: engine.Sweep, model: HookedVLM, asked: list[list[LabelledPrompt]]
+    runner: engine.Sweep, model: HookedVLM, by_example: list[list[LabelledPrompt]]
 ) -> list[list[float]]:
-    flat = [query for each in asked for query in each]
-    values = np.array(runner.log_probs(prepare_batch(model, flat))) * [query.weight for query in flat]
-    starts = np.cumsum([0, *map(len, asked)])[:-1]
+    prompts = [prompt for example_prompts in by_example for prompt in example_prompts]
+    values = np.array(runner.log_probs(prepare_batch(model, prompts))) * [prompt.weight for prompt in prompts]
+    starts = np.cumsum([0, *map(len, by_example)])[:-1]
     return np.add.reduceat(values, starts, axis=1).tolist()
 
 
@@ -142,16 +146,16 @@ def split_by_image(
     """
     if not 0 < share < 1:
         raise ValueError(f"the share to learn on must lie between 0 and 1, not {share}")
-    pictures = [image_key(example) for example in examples]
-    different = sorted(set(pictures))
-    if len(different) < 2:
-        raise ValueError(f"{len(examples)} examples on {len(different)} picture can't be cut in two")
-    order = np.random.default_rng(seed).permutation(len(different))
-    n = min(len(different) - 1, max(1, round(share * len(different))))
-    first = {different[i] for i in order[:n]}
+    image_keys = [image_key(example) for example in examples]
+    unique_images = sorted(set(image_keys))
+    if len(unique_images) < 2:
+        raise ValueError(f"{len(examples)} examples on {len(unique_images)} picture can't be cut in two")
+    order = np.random.default_rng(seed).permutation(len(unique_images))
+    n = min(len(unique_images) - 1, max(1, round(share * len(unique_images))))
+    first_keys = {unique_images[i] for i in order[:n]}
     parts: tuple[list[Example], list[Example]] = ([], [])
-    for example, picture in zip(examples, pictures, strict=True):
-        parts[picture not in first].append(example)
+    for example, key in zip(examples, image_keys, strict=True):
+        parts[key not in first_keys].append(example)
     return parts
 
 

@@ -42,11 +42,12 @@ def scaling_hooks(neurons: Neurons, factors: Float[Tensor, " neuron"]) -> list[H
     """
     if len(factors) != len(neurons):
         raise ValueError(f"{len(factors)} factors for {len(neurons)} neurons")
-    places: dict[int, list[int]] = {}
-    for place, (layer, *_) in enumerate(neurons):
-        places.setdefault(layer, []).append(place)
+    factor_indices: dict[int, list[int]] = {}
+    for i, (layer, *_) in enumerate(neurons):
+        factor_indices.setdefault(layer, []).append(i)
     return [
-        scale(neuron_hook(layer), index, factors[places[layer]]) for layer, index in by_layer(neurons).items()
+        scale(neuron_hook(layer), index, factors[factor_indices[layer]])
+        for layer, index in by_layer(neurons).items()
     ]
 
 
@@ -133,8 +134,10 @@ class NeuronScales(Result):
 
     def __str__(self) -> str:
         n = len(self.neurons)
-        what = f"{self.model_name}, {self.task}: " if self.model_name else ""
-        lines = [f"{what}{n} neurons scaled by {self.method or 'given factors'}, max |a| {self.max_abs:.4g}"]
+        prefix = f"{self.model_name}, {self.task}: " if self.model_name else ""
+        lines = [
+            f"{prefix}{n} neurons scaled by {self.method or 'given factors'}, max |a| {self.max_abs:.4g}"
+        ]
         order = sorted(range(n), key=lambda i: (-abs(self.offsets[i]), self.neurons[i]))
         lines += [
             f"  L{self.neurons[i][0]}N{self.neurons[i][1]:<5} × {1 + self.offsets[i]:.4f}" for i in order[:20]

@@ -73,9 +73,9 @@ class SideEffects(Result):
         for cell in self.cells:
             row: dict[str, Any] = {}
             for name, value in vars(cell).items():
-                ends = isinstance(value, Interval)
-                row[name] = value.value if ends else value
-                row |= {f"{name}_low": value.low, f"{name}_high": value.high} if ends else {}
+                is_interval = isinstance(value, Interval)
+                row[name] = value.value if is_interval else value
+                row |= {f"{name}_low": value.low, f"{name}_high": value.high} if is_interval else {}
             rows.append({**row, "n": cell.gain.n})
         return pd.DataFrame(rows)
 
@@ -122,10 +122,10 @@ def side_effects(
         task = engine.as_task(name)
         engine.check_examples(task, examples)
         label = f"side effects on {name}"
-        base, *found = engine.measure(model, task, examples, arms, options, label=label)
-        how = {"negatives": negatives, "seed": seed, "label": f"{label} log-probabilities"}
-        likely = answer_log_probs(model, task, examples, arms, options, **how)
-        for scales_of, outcome, log_probs in zip(scales_by_task, found, likely[1:], strict=True):
+        base, *outcomes = engine.measure(model, task, examples, arms, options, label=label)
+        prompt_options = {"negatives": negatives, "seed": seed, "label": f"{label} log-probabilities"}
+        all_log_probs = answer_log_probs(model, task, examples, arms, options, **prompt_options)
+        for scales_of, outcome, log_probs in zip(scales_by_task, outcomes, all_log_probs[1:], strict=True):
             statistics = np.array(outcome.statistics), np.array(base.statistics)
             cell = SideEffect(
                 scales_of=scales_of,
@@ -134,9 +134,9 @@ def side_effects(
                 base=metric_interval(task, statistics[1], seed=seed),
                 steered=metric_interval(task, statistics[0], seed=seed),
                 gain=bootstrap_interval(task, *statistics, seed=seed),
-                log_prob_gain=mean_interval(log_probs - likely[0], seed=seed),
+                log_prob_gain=mean_interval(log_probs - all_log_probs[0], seed=seed),
                 p=permutation_p(task, *statistics, seed=seed),
-                log_prob_p=two_sided_p(log_probs - likely[0], seed=seed),
+                log_prob_p=two_sided_p(log_probs - all_log_probs[0], seed=seed),
             )
             cells.append(cell)
     return SideEffects(model.cfg.model_name, tuple(cells))

@@ -140,13 +140,13 @@ class SteeringTable(Result):
         """One row a method or draw: metric, gain, p, log-probability, max |a|, what was chosen."""
         rows = []
         for row in self.rows:
-            gain, likely = row.gain, row.log_prob_gain
+            gain, log_prob_gain = row.gain, row.log_prob_gain
             values = {"method": row.method, "draw": row.draw, "metric": row.metric}
-            whole = self.metric_of(row)
-            values |= {"metric_low": whole.low, "metric_high": whole.high}
+            metric = self.metric_of(row)
+            values |= {"metric_low": metric.low, "metric_high": metric.high}
             values |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "p": row.p}
-            values |= {"log_prob": row.log_prob, "log_prob_gain": likely.value}
-            values |= {"log_prob_low": likely.low, "log_prob_high": likely.high}
+            values |= {"log_prob": row.log_prob, "log_prob_gain": log_prob_gain.value}
+            values |= {"log_prob_low": log_prob_gain.low, "log_prob_high": log_prob_gain.high}
             values["log_prob_p"] = self.log_prob_p(row)
             rows.append({**values, "max_abs": row.max_abs, "n": gain.n, "chosen": row.settings})
         return pd.DataFrame(rows)
@@ -163,16 +163,16 @@ class SteeringTable(Result):
         for row in self.rows:
             name = f"RandNeuron {row.draw + 1}" if row in draws else row.method
             metric = f"{self.metric_of(row):.3f}"
-            gain, likely = f"{row.gain:+.3f}", f"{row.log_prob_gain:+.3f}"
+            gain, log_prob_gain = f"{row.gain:+.3f}", f"{row.log_prob_gain:+.3f}"
             lines.append(
                 f"  {name:<17} {metric:<20}  {gain:<24} {row.p:>6.3f}  "
-                f"{likely:<24} {self.log_prob_p(row):>6.3f} {row.max_abs:>8.3g}  {row.settings}"
+                f"{log_prob_gain:<24} {self.log_prob_p(row):>6.3f} {row.max_abs:>8.3g}  {row.settings}"
             )
         if len(draws) > 1:
             gains = [row.gain.value for row in draws]
-            likely = np.mean([row.log_prob_gain.value for row in draws])
+            log_prob_gain = np.mean([row.log_prob_gain.value for row in draws])
             lines.append(
                 f"  {len(draws)} random sets: mean gain {np.mean(gains):+.3f} (from {min(gains):+.3f} to "
-                f"{max(gains):+.3f}), mean log-probability gain {likely:+.3f}"
+                f"{max(gains):+.3f}), mean log-probability gain {log_prob_gain:+.3f}"
             )
         return "\n".join(lines)
