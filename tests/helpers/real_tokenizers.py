@@ -14,6 +14,7 @@ import shutil
 import struct
 import subprocess
 import tarfile
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,12 @@ def archive(family: str) -> Path:
         if shutil.which("npm") is None:
             pytest.skip("no npm to download a vocabulary with")
         FOLDER.mkdir(exist_ok=True)
-        command = ["npm", "pack", "--silent", "--pack-destination", str(FOLDER), f"{name}@{version}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            pytest.skip(f"{name} can't be downloaded: {done.stderr.strip()[-200:]}")
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:  # two processes may ask at once
+            command = ["npm", "pack", "--silent", "--pack-destination", folder, f"{name}@{version}"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if done.returncode:
+                pytest.skip(f"{name} can't be downloaded: {done.stderr.strip()[-200:]}")
+            (Path(folder) / file.name).replace(file)
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != digest:
         raise ValueError(f"{file} has the SHA-256 {found}, not {digest}")
