@@ -8,8 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.hf_task_loops import (
-    ALL_TASKS,
-    FAMILIES,
     N_HEADS,
     N_LAYERS,
     TASK_OF_FAMILY,
@@ -108,8 +106,7 @@ def test_answers_and_scores_equal_the_naive_loop(family: str, name: str) -> None
     assert tally.forked == (len(HEADS) + len(OTHERS) + len(LATE) - 1) * rows
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ALL_TASKS)
+@TASK_OF_FAMILY
 def test_log_probs_equal_the_naive_loop(family: str, name: str) -> None:
     _, model = pair(family)
     task, examples, arms = load_task(name), examples_of(name, 3, family), [*HEADS, *OTHERS, *WHOLE]

@@ -158,7 +158,7 @@ def test_a_ranking_is_cut_at_its_ratio_or_k() -> None:
     assert evaluate_masking(model, "vqa", examples, scores, k=6, **options).n_neurons == 6
     curve = masking_curve(model, "vqa", examples, scores, ratios=(0.05, 0.1), **options)
     assert [point.n_neurons for point in curve] == [3, 6]
-    assert curve[0].log_prob_drops == by_hand.log_prob_drops
+    assert curve[0].log_prob_drops == pytest.approx(by_hand.log_prob_drops, abs=5e-5)  # other batches
 
 
 def test_bad_input() -> None:

@@ -145,7 +145,7 @@ def test_a_killed_run_gives_the_same_numbers(made, tmp_path):
     assert again.to_markdown() == found.to_markdown()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_file_with_split_files(tmp_path):
     """Each stage reads the images of its own split file, and folders and tables are called after the file."""
     written = hones_path(tmp_path / "data")
