@@ -23,7 +23,12 @@ from .overlap_plots import (
 )
 from .plots import head_heatmap as head_heatmap, neurons_per_layer as neurons_per_layer
 from .registry import draw as draw
-from .schemes import PALETTE as PALETTE
+from .schemes import (
+    PAGE as PAGE,
+    palette_css as palette_css,
+    reader_css as reader_css,
+    scheme_css as scheme_css,
+)
 from .steering_plots import side_effect_bars as side_effect_bars, steering_bars as steering_bars
 from .text import (
     brackets as brackets,

@@ -27,6 +27,7 @@ PALETTE = {
     "purple": ("#b0568a", "#e39cc4"),
     "on-accent": ("#fffffe", "#10141a"),
 }
+PAGE = ("#f4f6f8", "#121519")  # behind cards
 SCHEMES = ("light", "dark")
 _TOLERANCE = 1e-4  # colours closer than that, of 1, are the same; the palette's own lie further apart
 _LIGHT, _DARK = (np.array([to_rgb(pair[i]) for pair in PALETTE.values()]) for i in (0, 1))
@@ -48,6 +49,11 @@ def palette_css(scheme: int) -> str:
     return " ".join(f"--{name}: {pair[scheme]};" for name, pair in PALETTE.items())
 
 
+def reader_css(selector: str, light: str, dark: str) -> str:
+    """CSS rules that follow the scheme of the reader's system: declarations for light and for dark."""
+    return f"{selector} {{ {light} }}\n@media (prefers-color-scheme: dark) {{ {selector} {{ {dark} }} }}"
+
+
 def scheme_css(selector: str, light: str, dark: str) -> str:
     """CSS rules that follow the scheme of the page, or of Jupyter, marimo, Colab and VS Code.
 
@@ -65,10 +71,11 @@ def scheme_css(selector: str, light: str, dark: str) -> str:
         "body.dark": dark,
         "html.light": light,
         "html.dark": dark,
+        ":host-context(.light)": light,  # from inside a shadow root
+        ":host-context(.dark)": dark,
     }
     rules = [f"{host} {selector} {{ {declarations} }}" for host, declarations in hosts.items()]
-    scheme = f"@media (prefers-color-scheme: dark) {{ {selector} {{ {dark} }} }}"
-    return "\n".join([f"{selector} {{ {light} }}", scheme, *rules])
+    return "\n".join([reader_css(selector, light, dark), *rules])
 
 
 def scheme_following_svg(svg: str) -> str:

@@ -35,6 +35,7 @@ from hones_lens.viz.schemes import (
     check_scheme,
     dark_svg,
     palette_css,
+    reader_css,
     scheme_css,
     scheme_following_svg,
 )
@@ -293,9 +294,10 @@ def page_of(figure: Plot, scheme: str | None = None) -> str:
     """An HTML page of the figure alone, in a given scheme, or following the reader's."""
     heading = figure.heading or Heading("", "", 0.0, 0.0, ())
     title = escape(heading.title)
-    colours = f":root {{ {palette_css(0 if scheme is None else check_scheme(scheme))} }}"
     if scheme is None:
-        colours += f"\n@media (prefers-color-scheme: dark) {{ :root {{ {palette_css(1)} }} }}"
+        colours = reader_css(":root", palette_css(0), palette_css(1))
+    else:
+        colours = f":root {{ {palette_css(check_scheme(scheme))} }}"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

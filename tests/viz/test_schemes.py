@@ -22,10 +22,11 @@ from hones_lens.viz.schemes import PALETTE, dark_colours
 # Pictures keep their own colours on any page.
 PICTURES = {"attention_maps", "attention_over_image", "image_lens", "on_image"}
 NOT_FIGURES = {
-    *("Plot", "TokenView", "attention_tokens", "coloured_tokens", "flow_tooltips", "themed_svg"),
+    *("Plot", "TokenView", "attention_tokens", "coloured_tokens", "draw", "flow_tooltips", "themed_svg"),
     # What the report draws and writes with.
-    *("BRIGHT", "PALETTE", "WIDTH", "image_uri", "plot_image", "check_region", "significant"),
-    *("brackets", "draw", "join_words", "level", "nonbreaking", "number", "p_value", "percent", "span"),
+    *("BRIGHT", "PAGE", "WIDTH", "image_uri", "plot_image", "check_region", "significant"),
+    *("palette_css", "reader_css", "scheme_css", "brackets", "p_value"),
+    *("join_words", "level", "nonbreaking", "number", "percent", "span"),
 }
 
 

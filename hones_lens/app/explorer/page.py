@@ -16,7 +16,16 @@ from PIL import Image
 
 from hones_lens.app.explorer.state import Edit, LayerIndex, State
 from hones_lens.app.explorer.views import NEURONS, SECTIONS, ExplorerViews
-from hones_lens.viz import BRIGHT, PALETTE, attention_over_image, image_uri, plot_image
+from hones_lens.viz import (
+    BRIGHT,
+    PAGE,
+    attention_over_image,
+    image_uri,
+    palette_css,
+    plot_image,
+    reader_css,
+    scheme_css,
+)
 
 MOST_BYTES = 950_000  # size limit of a written page
 _WELL = ("#f1f4f7", "#262c33")  # background of bars and switches, light and dark
@@ -32,9 +41,9 @@ _PAGE = Template(
 <title>{{ title | e }}</title>
 <style>
 {{ style }}
-body { margin: 0; background: #f4f6f8; }
+{{ page }}
+body { margin: 0; }
 main { max-width: 1180px; margin: 0 auto; padding: 14px 12px 40px; }
-@media (prefers-color-scheme: dark) { body { background: #121519; } }
 </style>
 </head>
 <body>
@@ -58,29 +67,12 @@ def script() -> str:
 
 def stylesheet() -> str:
     """The style sheet, with the palette's colours for light and dark schemes."""
-    light, dark = (_variables(i) for i in (0, 1))
-    rules = [
-        f".hones-explorer {{ {light} }}",
-        f"@media (prefers-color-scheme: dark) {{ .hones-explorer {{ {dark} }} }}",
-        # Jupyter, marimo and VS Code have schemes of their own.
-        f'body[data-jp-theme-light="true"] .hones-explorer {{ {light} }}',
-        f'body[data-jp-theme-light="false"] .hones-explorer {{ {dark} }}',
-        f":host-context(.light) .hones-explorer {{ {light} }}",
-        f":host-context(.dark) .hones-explorer {{ {dark} }}",
-        f"body.vscode-light .hones-explorer {{ {light} }}",
-        f"body.vscode-dark .hones-explorer {{ {dark} }}",
-    ]
-    return "\n".join([*rules, _static("explorer.css")])
+    light, dark = (f"{palette_css(scheme)} --well: {_WELL[scheme]}; --bright: {BRIGHT};" for scheme in (0, 1))
+    return f"{scheme_css('.hones-explorer', light, dark)}\n{_static('explorer.css')}"
 
 
 def _static(name: str) -> str:
     return (files("hones_lens.app.explorer") / "static" / name).read_text(encoding="utf-8")
-
-
-def _variables(scheme: int) -> str:
-    colours = {name: pair[scheme] for name, pair in PALETTE.items()}
-    colours |= {"well": _WELL[scheme], "bright": BRIGHT}
-    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
 
 
 def html(title: str, data: Any, backend: str) -> str:
@@ -91,7 +83,14 @@ def html(title: str, data: Any, backend: str) -> str:
         data: JSON values, which the script reads as `data`.
         backend: JavaScript expression for the backend, made from `data`.
     """
-    fields = {"style": stylesheet(), "script": script(), "data": _script_json(data), "backend": backend}
+    page = reader_css("body", *(f"background: {colour};" for colour in PAGE))
+    fields = {
+        "page": page,
+        "style": stylesheet(),
+        "script": script(),
+        "data": _script_json(data),
+        "backend": backend,
+    }
     return _PAGE.render(title=title, **fields)
 
 

@@ -19,6 +19,8 @@ from hones_lens.hones import MEASURES, NeuronScores, masking_measure
 from hones_lens.results import Labelled
 from hones_lens.viz import join_words, level, nonbreaking, number, percent, span
 
+_TINT = ("#eaf3f9", "#17262f")  # behind the verdict
+
 __all__ = ["ExampleView", "RunView", "story", "write_report"]
 
 
@@ -58,7 +60,7 @@ def write_report(path: str | Path, runs: Sequence[RunView], title: str = "") -> 
     environment.filters["tie"] = nonbreaking
     page = environment.get_template("report.html").render(
         title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
-        palette=viz.PALETTE,
+        colours=viz.reader_css(":root", *map(_variables, (0, 1))),
         together=_together(runs),
         runs=[_run(run, f"run{i}") for i, run in enumerate(runs, start=1)],
     )
@@ -67,6 +69,11 @@ def write_report(path: str | Path, runs: Sequence[RunView], title: str = "") -> 
     part.write_text(page, encoding="utf-8")
     part.replace(path)
     return path
+
+
+def _variables(scheme: int) -> str:
+    """CSS variables of a scheme: 0 light, 1 dark."""
+    return f"{viz.palette_css(scheme)} --page: {viz.PAGE[scheme]}; --tint: {_TINT[scheme]};"
 
 
 def _run(run: RunView, name: str) -> dict[str, Any]:
