@@ -219,16 +219,16 @@ def no_skip_path(case: Case, patch: Patch) -> None:
 
     def after_attention(self: Block, pre: Tensor, wrote: Tensor) -> Tensor:
         mid = pre + self.hook_attn_out(wrote)
-        return self.leave(mid, self.mlp(self.ln2(self.hook_resid_mid(mid))))
+        return self.after_mlp(mid, self.mlp(self.ln2(self.hook_resid_mid(mid))))
 
     patch.setattr(Block, "after_attention", after_attention)
 
 
 def read_only_pattern(case: Case, patch: Patch) -> None:
     """Values are mixed by the pattern that was there before the hook."""
-    known = Attention._mix
+    known = Attention._attend
 
-    def mix(self: Attention, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         known(self, q, k, v, context)
         hooks, self.hook_pattern._forward_hooks = self.hook_pattern._forward_hooks, {}
         try:
@@ -236,7 +236,7 @@ def read_only_pattern(case: Case, patch: Patch) -> None:
         finally:
             self.hook_pattern._forward_hooks = hooks
 
-    patch.setattr(Attention, "_mix", mix)
+    patch.setattr(Attention, "_attend", attend)
 
 
 def scores_are_the_pattern(case: Case, patch: Patch) -> None:

@@ -189,7 +189,7 @@ def _block_output(
     if place == ForkPoint.BLOCK:
         return block(_repeat(step.before, times), context)
     if place == ForkPoint.POST:
-        return block.leave(_repeat(step.mid, times), block.mlp.write(_repeat(step.neurons, times)))
+        return block.after_mlp(_repeat(step.mid, times), block.mlp.write(_repeat(step.neurons, times)))
     wrote = step.attn_out
     wrote = block.attn.write(_repeat(step.z, times)) if place == ForkPoint.Z else _repeat(wrote, times)
     return block.after_attention(_repeat(step.before, times), wrote)

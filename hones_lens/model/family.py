@@ -1,4 +1,4 @@
-"""`Family`: what a family of models provides, beside the modules that it hands to `HookedVLM`."""
+"""`Family`: the interface of a family of models, besides the modules that it passes to `HookedVLM`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hones_lens.model.weights import WeightMap
 
 
 class Family(ABC):
-    """The interface that `HookedVLM` leaves open and that each file of `families/` fills in.
+    """The methods that `HookedVLM` leaves abstract and that each file of `families/` implements.
 
     Attributes:
         family: Its key in the registry, `families.FAMILIES`.
         processor_class: Has `from_pretrained(folder, revision=…, **options)`.
-        processor_options: The options that it takes.
-        answer_separator: What stands between the rendered prompt and an answer.
-        default_chat_template: Used where the checkpoint has no template of its own.
+        processor_options: Names of these options.
+        answer_separator: Text between the rendered prompt and an answer.
+        default_chat_template: Used if the checkpoint has no chat template.
     """
 
     family = ""
@@ -36,7 +36,7 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> WeightMap:
-        """Which weight of Hugging Face's becomes which of ours."""
+        """Map from Hugging Face's weight names to ours."""
 
     @abstractmethod
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "*image_token d_model"]:
@@ -52,7 +52,7 @@ class Family(ABC):
 
     @abstractmethod
     def process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[int]]:
-        """What the vision tower reads for these pictures, and how many tokens each becomes."""
+        """Pixel inputs of the vision tower for these pictures, and the number of image tokens of each."""
 
     @abstractmethod
     def pictures(self, inputs: VLMInputs) -> list[Float[Tensor, "channel _ _"]]:
@@ -60,7 +60,7 @@ class Family(ABC):
 
     @abstractmethod
     def with_pictures(self, inputs: VLMInputs, pictures: Sequence[Float[Tensor, "channel _ _"]]) -> VLMInputs:
-        """The same inputs with other pictures of the same sizes, not encoded yet; undoes `pictures`."""
+        """The same inputs with other pictures of the same sizes, not encoded; the inverse of `pictures`."""
 
     def shown_region(self, width: int, height: int) -> Region:
         """The part of a picture that reaches the vision tower: left, top, right, bottom in its pixels."""

@@ -1,4 +1,4 @@
-"""`VLMInputs`: everything that goes into a model, and where its images lie among the tokens."""
+"""`VLMInputs`: the inputs of a model, and the positions of its images among the tokens."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class VLMInputs:
         image_mask: True at image tokens, [batch pos].
         grids: `grids[row][image]` = (rows, columns) of image tokens, in raster order.
         regions: `regions[row][image]` = (left, top, right, bottom): the part of the picture that its grid
-            shows, in the picture's own pixels, where `prepare` knows it. Smaller than the picture where
-            the processor crops it.
-        leading_tokens: Image tokens before the grid's first (1 where a class token is kept).
+            covers, in the picture's own pixels; filled in by `prepare`. Smaller than the picture if the
+            processor crops it.
+        leading_tokens: Number of image tokens before the grid's first (1 if the class token is kept).
         question_mask: True at the tokens of the user's own prompt, [batch pos], if prepared.
         answer_mask: True at the tokens of the answer, [batch pos], if prepared with answers.
-        image_embeds: What the decoder reads for the images, if computed already (see
-            `HookedVLM.with_image_embeds`): the vision tower is then not run again.
+        image_embeds: Image embeddings as the decoder reads them, if computed already (see
+            `HookedVLM.with_image_embeds`); the vision tower is then not run.
     """
 
     input_ids: Tensor
@@ -71,10 +71,10 @@ class VLMInputs:
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Tensor | None]) -> VLMInputs:
-        """Take over what a Hugging Face processor returns.
+        """Make inputs from the output of a Hugging Face processor.
 
-        Where the mapping itself does not mark the image tokens, `image_mask`, `grids` and
-        `token_groups` are known once a model has seen it: use `model.as_inputs(mapping)`.
+        If the mapping does not mark the image tokens, only a model can fill in `image_mask`, `grids` and
+        `token_groups`: use `model.as_inputs(mapping)`.
 
         Raises:
             ValueError: A key that would be ignored, or no input_ids.
@@ -88,18 +88,18 @@ class VLMInputs:
             raise ValueError("inputs have no 'input_ids'")
         ids = torch.as_tensor(ids)
         mask = mapping.get("attention_mask")
-        types = mapping.get("mm_token_type_ids")
-        known = types == 1 if types is not None else None
-        if known is None and mapping.get("pixel_values") is None:
-            known = torch.zeros_like(ids, dtype=torch.bool)
+        token_types = mapping.get("mm_token_type_ids")
+        image_mask = token_types == 1 if token_types is not None else None
+        if image_mask is None and mapping.get("pixel_values") is None:
+            image_mask = torch.zeros_like(ids, dtype=torch.bool)
         return cls(
             input_ids=ids,
             attention_mask=torch.ones_like(ids) if mask is None else torch.as_tensor(mask).long(),
             pixel_values=mapping.get("pixel_values"),
             image_grid_thw=mapping.get("image_grid_thw"),
             position_ids=mapping.get("position_ids"),
-            mm_token_type_ids=types,
-            image_mask_or_none=known,
+            mm_token_type_ids=token_types,
+            image_mask_or_none=image_mask,
         )
 
     def to_hf(self) -> dict[str, Tensor]:
@@ -151,33 +151,35 @@ class VLMInputs:
         return replace(self, **moved)
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> VLMInputs:
-        """Some rows, with their images; padding stays.
+        """Select rows, with their images; padding is kept.
 
         Raises:
-            IndexError: A row that is not there.
+            IndexError: A row that does not exist, or no rows.
         """
-        index = torch.arange(self.batch_size)
+        all_rows = torch.arange(self.batch_size)
         if isinstance(rows, int):
-            chosen = index[rows : rows + 1 or None]
+            row_index = all_rows[rows : rows + 1 or None]
         else:
-            chosen = index[torch.as_tensor(rows).cpu()] if not isinstance(rows, slice) else index[rows]
-        if len(chosen) == 0:
+            row_index = (
+                all_rows[torch.as_tensor(rows).cpu()] if not isinstance(rows, slice) else all_rows[rows]
+            )
+        if len(row_index) == 0:
             raise IndexError(f"rows {rows!r} select nothing from {self.batch_size} rows")
-        picked: dict[str, Any] = {}
-        numbers: list[int] = to_list(chosen)
+        selected: dict[str, Any] = {}
+        row_numbers: list[int] = to_list(row_index)
         for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_mask_or_none"):
-            picked[name] = _take(getattr(self, name), chosen)
+            selected[name] = _take_rows(getattr(self, name), row_index)
         for name in ("question_mask", "answer_mask"):
-            picked[name] = _take(getattr(self, name), chosen)
+            selected[name] = _take_rows(getattr(self, name), row_index)
         if self.position_ids is not None:
-            picked["position_ids"] = self.position_ids[..., chosen.to(self.position_ids.device), :]
+            selected["position_ids"] = self.position_ids[..., row_index.to(self.position_ids.device), :]
         if self.pixel_values is not None:
-            picked.update(self._take_images(numbers))
+            selected.update(self._take_images(row_numbers))
         elif len(self.grids) == self.batch_size:
-            picked["grids"] = tuple(self.grids[row] for row in numbers)
+            selected["grids"] = tuple(self.grids[row] for row in row_numbers)
         if len(self.regions) == self.batch_size:
-            picked["regions"] = tuple(self.regions[row] for row in numbers)
-        return replace(self, **picked)
+            selected["regions"] = tuple(self.regions[row] for row in row_numbers)
+        return replace(self, **selected)
 
     def _take_images(self, rows: list[int]) -> dict[str, object]:
         if len(self.grids) != self.batch_size:
@@ -189,9 +191,9 @@ class VLMInputs:
         pixels, grid_thw = self.pixel_values, self.image_grid_thw
         assert pixels is not None
         sizes: list[int] = [1] * len(pixels) if grid_thw is None else to_list(grid_thw.prod(-1))
-        parts = torch.split(pixels, sizes)
+        pixels_by_image = torch.split(pixels, sizes)
         return {
-            "pixel_values": torch.cat([parts[i] for i in images]) if images else None,
+            "pixel_values": torch.cat([pixels_by_image[i] for i in images]) if images else None,
             "image_embeds": self._take_embeds(images),
             "image_grid_thw": None if grid_thw is None or not images else grid_thw[images],
             "grids": tuple(self.grids[row] for row in rows),
@@ -203,37 +205,37 @@ class VLMInputs:
         if self.image_embeds.ndim == 3:
             return self.image_embeds[images]
         sizes = [rows * columns + self.leading_tokens for row in self.grids for rows, columns in row]
-        parts = torch.split(self.image_embeds, sizes)
-        return torch.cat([parts[i] for i in images])
+        embeds_by_image = torch.split(self.image_embeds, sizes)
+        return torch.cat([embeds_by_image[i] for i in images])
 
     def extended(self, tokens: Tensor) -> VLMInputs:
-        """The same rows with text tokens [batch new] behind them."""
+        """The same rows with text tokens [batch new] appended."""
         if tokens.shape[1] == 0:
             return self
-        new = torch.zeros_like(tokens)
-        grown: dict[str, Tensor] = {
+        zeros = torch.zeros_like(tokens)
+        fields: dict[str, Tensor] = {
             "input_ids": torch.cat((self.input_ids, tokens), dim=1),
-            "attention_mask": torch.cat((self.attention_mask, new + 1), dim=1),
-            "image_mask_or_none": torch.cat((self.image_mask, new.bool()), dim=1),
+            "attention_mask": torch.cat((self.attention_mask, zeros + 1), dim=1),
+            "image_mask_or_none": torch.cat((self.image_mask, zeros.bool()), dim=1),
         }
         for name in ("question_mask", "answer_mask"):
             if (mask := getattr(self, name)) is not None:
-                grown[name] = torch.cat((mask, new.bool()), dim=1)
+                fields[name] = torch.cat((mask, zeros.bool()), dim=1)
         if self.mm_token_type_ids is not None:
-            grown["mm_token_type_ids"] = torch.cat((self.mm_token_type_ids, new), dim=1)
+            fields["mm_token_type_ids"] = torch.cat((self.mm_token_type_ids, zeros), dim=1)
         if self.position_ids is not None:
             steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-            following = self.position_ids.amax((0, -1))[:, None] + steps  # behind the largest of a row
-            grown["position_ids"] = torch.cat((self.position_ids, following.expand(3, -1, -1)), dim=-1)
-        return replace(self, **grown)
+            following = self.position_ids.amax((0, -1))[:, None] + steps  # after the largest of a row
+            fields["position_ids"] = torch.cat((self.position_ids, following.expand(3, -1, -1)), dim=-1)
+        return replace(self, **fields)
 
     def without_padding(self) -> VLMInputs:
-        """The same rows without the columns in front that are padding in all of them."""
+        """The same rows without the leading columns that are padding in every row."""
         first = int(self.attention_mask.bool().any(0).int().argmax())
         return self._columns(slice(first, None))
 
     def before_answers(self) -> VLMInputs:
-        """The prompts alone, of inputs that were prepared with answers, padded on the left anew.
+        """The prompts alone, of inputs that were prepared with answers, padded on the left again.
 
         Raises:
             ValueError: The inputs mark no answer.
@@ -247,22 +249,22 @@ class VLMInputs:
         width = self.input_ids.shape[1]
         columns = torch.arange(width, device=counts.device)
         rolled = self._columns((columns - counts[:, None]) % width)
-        dropped = columns < counts[:, None]  # they were rolled to the front
-        return replace(rolled, attention_mask=rolled.attention_mask.masked_fill(dropped, 0))
+        wrapped = columns < counts[:, None]  # they were rolled to the front
+        return replace(rolled, attention_mask=rolled.attention_mask.masked_fill(wrapped, 0))
 
     def _columns(self, columns: slice | Tensor) -> VLMInputs:
-        """Some columns of every row, or as many of each row's own, [batch pos]."""
-        picked: dict[str, Any] = {}
+        """Select the same columns of every row (slice), or columns for each row (indices [batch pos])."""
+        selected: dict[str, Any] = {}
         for name in _BY_POSITION:
             if (value := getattr(self, name)) is None:
                 continue
-            each = isinstance(columns, Tensor)
-            picked[name] = value.gather(-1, columns.expand_as(value)) if each else value[..., columns]
-        return replace(self, **picked)
+            per_row = isinstance(columns, Tensor)
+            selected[name] = value.gather(-1, columns.expand_as(value)) if per_row else value[..., columns]
+        return replace(self, **selected)
 
     @property
     def patch_grids(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """As `grids`, of the vision tower's patches: larger where a tower merges patches into tokens."""
+        """As `grids`, in patches of the vision tower: larger if the tower merges patches into tokens."""
         if self.image_grid_thw is None:
             return self.grids
         sizes: Iterator[list[int]] = iter(to_list(self.image_grid_thw[:, 1:]))
@@ -276,24 +278,25 @@ class VLMInputs:
         *,
         pixels: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Put values on the grid of one image, in raster order.
+        """Arrange values on the grid of one image, in raster order.
 
         Args:
             values: One value per position [pos], per token of that image [n_tokens], or per patch
                 of it [n_patches] (padding up to the batch's largest image may follow).
-            row, image: Which image.
-            pixels: Enlarge to this (height, width), bilinearly, each value at the middle of its cell.
+            row, image: Row, and index of the image in it.
+            pixels: Enlarge to this (height, width) by bilinear interpolation, each value at the centre of its
+                cell.
 
         Returns:
             [rows columns], or [height width]; detached.
 
         Raises:
             IndexError: No such row or image.
-            ValueError: A count of values that is neither.
+            ValueError: Another number of values.
         """
         if row >= len(self.grids) or image >= len(self.grids[row]):
-            shown = len(self.grids[row]) if row < len(self.grids) else 0
-            raise IndexError(f"row {row} has {shown} images; there is no image {image}")
+            n_images = len(self.grids[row]) if row < len(self.grids) else 0
+            raise IndexError(f"row {row} has {n_images} images; there is no image {image}")
         sizes = [rows * columns + self.leading_tokens for rows, columns in self.grids[row]]
         if values.shape == self.input_ids.shape[1:]:
             values = torch.split(values[self.image_mask[row].to(values.device)], sizes)[image]
@@ -309,13 +312,13 @@ class VLMInputs:
                 f"{tuple(values.shape)} values fit neither the {self.input_ids.shape[1]} positions "
                 f"nor the {sizes[image]} tokens of image {image}"
             )
-        laid = values.detach().reshape(grid)
+        grid_values = values.detach().reshape(grid)
         if pixels is None:
-            return laid
-        return F.interpolate(laid[None, None].float(), size=pixels, mode="bilinear")[0, 0]
+            return grid_values
+        return F.interpolate(grid_values[None, None].float(), size=pixels, mode="bilinear")[0, 0]
 
 
-def _take(value: Tensor | None, rows: Tensor) -> Tensor | None:
+def _take_rows(value: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if value is None else value[rows.to(value.device)]
 
 

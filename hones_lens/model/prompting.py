@@ -14,13 +14,13 @@ from hones_lens.model.config import VLMConfig
 from hones_lens.model.inputs import Region, VLMInputs
 from hones_lens.model.tokens import image_token_of, pad_left, tokenizer_of
 
-_MARK = "words of the user"
+_PROMPT_MARKER = "words of the user"
 Picture = Image.Image | str | Path
 Pictures = Picture | Sequence[Picture] | None
 
 
 class ReadsPrompts(Protocol):
-    """A model, as far as its chat format and its image processor go."""
+    """The part of a model that preparing prompts needs."""
 
     answer_separator: str
     default_chat_template: str
@@ -32,7 +32,7 @@ class ReadsPrompts(Protocol):
         ...
 
     def process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[int]]:
-        """What the vision tower reads for these pictures, and how many tokens each becomes."""
+        """Pixel inputs of the vision tower for these pictures, and the number of image tokens of each."""
         ...
 
     def shown_region(self, width: int, height: int) -> Region:
@@ -72,13 +72,13 @@ def open_image(picture: Picture) -> Image.Image:
         raise ValueError(f"image {str(picture)!r} can't be read: {error}") from error
 
 
-def rows_of(
+def pair_images_with_prompts(
     images: Pictures | Sequence[Pictures], prompts: str | Sequence[str]
 ) -> list[tuple[list[Image.Image], str]]:
     """Pair every prompt with its list of pictures.
 
     A single prompt takes a picture or a list of pictures; several prompts take one entry each: a
-    picture, a list of them, or None for text alone.
+    picture, a list of pictures, or None for text alone.
 
     Raises:
         ValueError: Lengths that differ, no prompt, or an empty prompt.
@@ -90,16 +90,16 @@ def rows_of(
     if isinstance(images, (str, Path, Image.Image)) and len(prompts) == 1:
         images = [images]
     if isinstance(images, (str, Path, Image.Image)) or len(images) != len(prompts):
-        given = 1 if isinstance(images, (str, Path, Image.Image)) else len(images)
-        raise ValueError(f"{given} entries of images for {len(prompts)} prompts; give one entry a prompt")
+        n_entries = 1 if isinstance(images, (str, Path, Image.Image)) else len(images)
+        raise ValueError(f"{n_entries} entries of images for {len(prompts)} prompts; give one entry a prompt")
     if not prompts:
         raise ValueError("no prompts")
     rows: list[tuple[list[Image.Image], str]] = []
     for i, (entry, prompt) in enumerate(zip(images, prompts, strict=True)):
         if not prompt.strip():
             raise ValueError(f"prompt {i} is empty")
-        several = [entry] if isinstance(entry, (str, Path, Image.Image)) else list(entry or [])
-        rows.append(([open_image(picture) for picture in several], prompt))
+        pictures = [entry] if isinstance(entry, (str, Path, Image.Image)) else list(entry or [])
+        rows.append(([open_image(picture) for picture in pictures], prompt))
     return rows
 
 
@@ -114,37 +114,37 @@ def prepare(
     Args:
         model: The model.
         images: For each prompt a picture (PIL image or path), a list of them, or None.
-        prompts: What the user says; one string or a list.
-        answers: What the assistant says, one a prompt: the inputs then hold prompt and answer,
+        prompts: The user's turns; one string or a list.
+        answers: The assistant's turns, one per prompt: the inputs then hold prompt and answer,
             with `answer_mask` at the answer's tokens (no end-of-sequence token is added).
 
     Raises:
         FileNotFoundError, ValueError: A missing or unreadable image, an empty prompt or answer,
             lengths that differ, a prompt longer than the context.
     """
-    rows = rows_of(images, prompts)
-    said = [answers] if isinstance(answers, str) else answers
-    if said is not None and len(said) != len(rows):
-        raise ValueError(f"{len(said)} answers for {len(rows)} prompts")
+    rows = pair_images_with_prompts(images, prompts)
+    answer_texts = [answers] if isinstance(answers, str) else answers
+    if answer_texts is not None and len(answer_texts) != len(rows):
+        raise ValueError(f"{len(answer_texts)} answers for {len(rows)} prompts")
     pixels, counts = model.process_images([image for pictures, _ in rows for image in pictures])
     texts: list[tuple[str, str]] = []
-    taken = 0
+    n_images = 0
     for pictures, prompt in rows:
-        here = counts[taken : taken + len(pictures)]
-        taken += len(pictures)
-        texts.append((render(model, prompt, here), prompt))
+        image_tokens = counts[n_images : n_images + len(pictures)]
+        n_images += len(pictures)
+        texts.append((render(model, prompt, image_tokens), prompt))
 
     def answer_ids(text: str, row: int) -> list[int]:
-        assert said is not None
-        return continuation(tokenizer_of(model), text, model.answer_separator, said[row])
+        assert answer_texts is not None
+        return continuation(tokenizer_of(model), text, model.answer_separator, answer_texts[row])
 
     encoded = tokenize_rows(
         tokenizer_of(model),
         texts,
-        render(model, _MARK, []).rpartition(_MARK)[2],
+        render(model, _PROMPT_MARKER, []).rpartition(_PROMPT_MARKER)[2],
         model.cfg.n_ctx,
         model.cfg.pad_token_id,
-        None if said is None else answer_ids,
+        None if answer_texts is None else answer_ids,
     )
     inputs = VLMInputs(
         input_ids=encoded.input_ids,
@@ -185,41 +185,41 @@ def expand_images(text: str, image_token: str, counts: Sequence[int]) -> str:
     Raises:
         ValueError: More or fewer image tokens than images; names both counts.
     """
-    parts = text.split(image_token)
-    if len(parts) - 1 != len(counts):
+    segments = text.split(image_token)
+    if len(segments) - 1 != len(counts):
         raise ValueError(
-            f"{len(parts) - 1} image tokens {image_token!r} in the prompt for {len(counts)} images"
+            f"{len(segments) - 1} image tokens {image_token!r} in the prompt for {len(counts)} images"
         )
-    grown = [part + image_token * n for part, n in zip(parts, counts, strict=False)]
-    return "".join(grown) + parts[-1]
+    expanded = [segment + image_token * n for segment, n in zip(segments, counts, strict=False)]
+    return "".join(expanded) + segments[-1]
 
 
 def continuation(tokenizer: Any, text: str, separator: str, answer: str) -> list[int]:
-    """The ids that an answer has where it follows a prompt.
+    """The ids of an answer as it is tokenized after a prompt.
 
     Raises:
         ValueError: An empty answer, or one whose first letters the tokenizer joins to the prompt.
     """
     if not answer.strip():
         raise ValueError("the answer is empty")
-    before = tokenizer(text).input_ids
-    after = tokenizer(text + separator + answer).input_ids
-    if after[: len(before)] != before or len(after) == len(before):
+    prompt_ids = tokenizer(text).input_ids
+    all_ids = tokenizer(text + separator + answer).input_ids
+    if all_ids[: len(prompt_ids)] != prompt_ids or len(all_ids) == len(prompt_ids):
         raise ValueError(f"the tokenizer joins the answer {answer!r} to the end of its prompt")
-    return after[len(before) :]
+    return all_ids[len(prompt_ids) :]
 
 
 def tokenize_rows(
     tokenizer: Any,
     rows: Sequence[tuple[str, str]],
-    tail: str,
+    suffix: str,
     n_ctx: int,
     pad_token_id: int,
     answer_ids: Callable[[str, int], list[int]] | None,
 ) -> TokenizedRows:
-    """Tokenize rendered prompts (text, the user's own part of it) and pad them on the left.
+    """Tokenize rendered prompts (rendered text, the user's prompt within it) and pad them on the left.
 
-    `tail` is what the chat format puts behind the user's words, so that they are not looked for there.
+    `suffix` is the text that the chat format puts after the user's prompt; the prompt is not searched there.
 
     Raises:
         ValueError: A row longer than the context, or a template that changes the user's words.
@@ -229,15 +229,15 @@ def tokenize_rows(
     answers: list[list[bool]] = []
     for i, (text, prompt) in enumerate(rows):
         encoded = tokenizer(text, return_offsets_mapping=True)
-        start = text.rfind(prompt.strip(), 0, len(text) - len(tail))
+        start = text.rfind(prompt.strip(), 0, len(text) - len(suffix))
         if start < 0:
             raise ValueError(f"the chat template changes the words of prompt {i}, so they can't be marked")
         end = start + len(prompt.strip())
-        said = answer_ids(text, i) if answer_ids else []
-        asked = [a < end and b > start for a, b in encoded["offset_mapping"]]
-        ids.append(encoded["input_ids"] + said)
-        questions.append(asked + [False] * len(said))
-        answers.append([False] * len(asked) + [True] * len(said))
+        answer_tokens = answer_ids(text, i) if answer_ids else []
+        in_prompt = [a < end and b > start for a, b in encoded["offset_mapping"]]
+        ids.append(encoded["input_ids"] + answer_tokens)
+        questions.append(in_prompt + [False] * len(answer_tokens))
+        answers.append([False] * len(in_prompt) + [True] * len(answer_tokens))
         if len(ids[-1]) > n_ctx:
             raise ValueError(f"prompt {i} has {len(ids[-1])} tokens, more than the context of {n_ctx}")
     return TokenizedRows(

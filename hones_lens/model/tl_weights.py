@@ -19,7 +19,7 @@ _BY_KEY_VALUE_HEAD = ("W_K", "b_K", "W_V", "b_V")
 
 
 class HasDecoder(Protocol):
-    """A model, as far as its decoder's weights go."""
+    """The part of a model that reading the decoder's weights needs."""
 
     blocks: Any  # nn.ModuleList of Block
     embed: nn.Embedding
@@ -55,20 +55,20 @@ def _stack(model: HasDecoder, part: str, name: str) -> Tensor:
     return torch.stack([getattr(getattr(block, part), name) for block in model.blocks])
 
 
-class NamedWeights(Mapping[str, Tensor]):
-    """Tensors by name, made when they are read, so that a large model is not copied."""
+class LazyWeights(Mapping[str, Tensor]):
+    """Tensors by name, computed when they are read, so that a large model is not copied."""
 
-    def __init__(self, made: Mapping[str, Callable[[], Tensor]]):
-        self._made = dict(made)
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]):
+        self._readers = dict(readers)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._made[name]()
+        return self._readers[name]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._made)
+        return iter(self._readers)
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len(self._readers)
 
 
 def by_query_head(weight: Tensor, n_heads: int, axis: int = 0) -> Tensor:
@@ -76,27 +76,29 @@ def by_query_head(weight: Tensor, n_heads: int, axis: int = 0) -> Tensor:
     return weight.repeat_interleave(n_heads // weight.shape[axis], dim=axis)
 
 
-def tl_parameters(model: HasDecoder) -> NamedWeights:
+def tl_parameters(model: HasDecoder) -> LazyWeights:
     """Weights by TransformerLens's names, keys and values by query head (for `SVDInterpreter`).
 
     Norms are not folded: `blocks.{l}.ln1.w`, `ln2.w` and `ln_final.w` are there.
     """
-    made: dict[str, Callable[[], Tensor]] = {
+    readers: dict[str, Callable[[], Tensor]] = {
         "embed.W_E": lambda: model.embed.weight,
         "unembed.W_U": lambda: model.unembed.W_U,
         "unembed.b_U": lambda: model.unembed.b_U,
         "ln_final.w": lambda: model.ln_final.weight,
     }
     for layer, block in enumerate(model.blocks):
-        at = f"blocks.{layer}"
+        prefix = f"blocks.{layer}"
         for norm in ("ln1", "ln2"):
-            made[f"{at}.{norm}.w"] = _reader(getattr(block, norm), "weight")
+            readers[f"{prefix}.{norm}.w"] = _reader(getattr(block, norm), "weight")
         for part, names in _STACKED.items():
             module = getattr(block, part)
-            made |= {f"{at}.{part}.{name}": _reader(module, name) for name in names if hasattr(module, name)}
+            readers |= {
+                f"{prefix}.{part}.{name}": _reader(module, name) for name in names if hasattr(module, name)
+            }
         for name in _BY_KEY_VALUE_HEAD:
-            made[f"{at}.attn.{name}"] = _reader(block.attn, name, model.cfg.n_heads)
-    return NamedWeights(made)
+            readers[f"{prefix}.attn.{name}"] = _reader(block.attn, name, model.cfg.n_heads)
+    return LazyWeights(readers)
 
 
 def _reader(module: nn.Module, name: str, n_heads: int | None = None) -> Callable[[], Tensor]:
@@ -106,7 +108,7 @@ def _reader(module: nn.Module, name: str, n_heads: int | None = None) -> Callabl
 
 
 def ov(model: HasDecoder) -> FactoredMatrix:
-    """W_V W_O of every query head, [layer head d_model d_model]: what a head writes for what it reads."""
+    """W_V W_O of every query head, [layer head d_model d_model]."""
     values = by_query_head(_stack(model, "attn", "W_V"), model.cfg.n_heads, axis=1)
     return FactoredMatrix(values, _stack(model, "attn", "W_O"))
 

@@ -13,7 +13,7 @@ from hones_lens.model.typed import to_list
 
 
 class HasProcessor(Protocol):
-    """A model, as far as its Hugging Face processor goes; `processor` is None where none was given."""
+    """The part of a model that tokenizing needs; `processor` is None if none was given."""
 
     processor: Any
 
@@ -68,7 +68,7 @@ def encode(model: HasProcessor, text: str | Sequence[str], prepend_bos: bool = T
 
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of unequal length as one tensor, [batch pos], filled up in front."""
+    """Rows of unequal length as one tensor, [batch pos], filled with `value` on the left."""
     length = max(map(len, rows))
     return torch.tensor([[value] * (length - len(row)) + list(row) for row in rows])
 
@@ -82,7 +82,7 @@ def to_single_token(model: HasProcessor, text: str) -> int:
     """The id of text that is one token.
 
     Raises:
-        ValueError: It is several.
+        ValueError: The text is not one token.
     """
     ids = tokenizer_of(model)(text, add_special_tokens=False).input_ids
     if len(ids) != 1:

@@ -1,9 +1,9 @@
-"""Names of weights: Hugging Face's, and which of ours takes their storage."""
+"""Maps from Hugging Face's weight names to ours."""
 
 from __future__ import annotations
 
 WeightMap = dict[str, str | tuple[str, ...] | None]
-"""Hugging Face name → ours; several of ours share its rows evenly; None drops it on purpose."""
+"""Hugging Face name → ours; several of ours split its rows evenly; None drops the weight on purpose."""
 
 _TOP = {
     "model.language_model.embed_tokens": "embed",
@@ -37,29 +37,29 @@ def decoder_weights(n_layers: int) -> WeightMap:
     """The map for a decoder that is laid out as LLaMA's, as most families' are."""
     return parameters(_TOP) | parameters(
         {
-            f"model.language_model.layers.{layer}.{theirs}": f"blocks.{layer}.{ours}"
+            f"model.language_model.layers.{layer}.{hf_name}": f"blocks.{layer}.{name}"
             for layer in range(n_layers)
-            for theirs, ours in _BLOCK.items()
+            for hf_name, name in _BLOCK.items()
         }
     )
 
 
-def vit_weights(theirs: str, n_layers: int) -> WeightMap:
+def vit_weights(hf_prefix: str, n_layers: int) -> WeightMap:
     """The map for the blocks of a vision tower that is laid out as CLIP's and SigLIP's are.
 
     Args:
-        theirs: Where Hugging Face's model has the blocks, e.g. `model.vision_tower.encoder.layers`.
-        n_layers: Blocks that are built.
+        hf_prefix: Name of the blocks in Hugging Face's model, e.g. `model.vision_tower.encoder.layers`.
+        n_layers: Number of blocks that are built.
     """
     return parameters(
         {
-            f"{theirs}.{layer}.{block}": f"vision_encoder.blocks.{layer}.{ours}"
+            f"{hf_prefix}.{layer}.{hf_name}": f"vision_encoder.blocks.{layer}.{name}"
             for layer in range(n_layers)
-            for block, ours in _VIT_BLOCK.items()
+            for hf_name, name in _VIT_BLOCK.items()
         }
     )
 
 
 def parameters(modules: dict[str, str]) -> WeightMap:
-    """The map of modules' names as one of their weights' and biases' names."""
+    """A map of module names expanded to their weights and biases."""
     return {f"{k}.{s}": f"{v}.{s}" for k, v in modules.items() for s in ("weight", "bias")}

@@ -66,12 +66,12 @@ class HookedLlava(HookedVLM):
         names |= vit_weights(_VISION_BLOCKS, cfg.vision.n_layers)
         names["model.vision_tower.embeddings.class_embedding"] = "vision_encoder.class_embedding"
         names["model.vision_tower.embeddings.position_embedding.weight"] = "vision_encoder.position_embedding"
-        unread = [n for n in hf_names if n.startswith("model.vision_tower.post_layernorm.")]
+        unused = [n for n in hf_names if n.startswith("model.vision_tower.post_layernorm.")]
         for name in hf_names:
             prefix = f"{_VISION_BLOCKS}."
             if name.startswith(prefix) and int(name[len(prefix) :].split(".")[0]) >= cfg.vision.n_layers:
-                unread.append(name)
-        return {name: names[name] for name in hf_names if name in names} | dict.fromkeys(unread)
+                unused.append(name)
+        return {name: names[name] for name in hf_names if name in names} | dict.fromkeys(unused)
 
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "image token d_model"]:
         """Project the vision features of every image; the class token is dropped unless it is kept."""
@@ -96,11 +96,11 @@ class HookedLlava(HookedVLM):
         side = self.cfg.vision.patches_per_side
         leading = int(self.cfg.vision.keep_class_token)
         per_image = side * side + leading
-        shown, held = int(mask.sum()), n_images * per_image
-        if shown != held:
+        n_image_tokens, n_expected = int(mask.sum()), n_images * per_image
+        if n_image_tokens != n_expected:
             raise ValueError(
-                f"{shown} image tokens in input_ids, but pixel_values hold {n_images} images of "
-                f"{per_image} tokens, {held} in all"
+                f"{n_image_tokens} image tokens in input_ids, but pixel_values hold {n_images} images of "
+                f"{per_image} tokens, {n_expected} in all"
             )
         counts: list[int] = to_list(mask.sum(-1))
         for row, count in enumerate(counts):
@@ -144,11 +144,11 @@ class HookedLlava(HookedVLM):
         if not processor.do_center_crop:
             return (0.0, 0.0, float(width), float(height))
         crop = (processor.crop_size["width"], processor.crop_size["height"])
-        (x, left, right), (y, top, bottom) = (
-            (side / now, (now - cut) // 2, (now - cut) // 2 + cut)
-            for side, now, cut in zip((width, height), resized, crop, strict=True)
+        (scale_x, left, right), (scale_y, top, bottom) = (
+            (side / scaled, (scaled - cropped) // 2, (scaled - cropped) // 2 + cropped)
+            for side, scaled, cropped in zip((width, height), resized, crop, strict=True)
         )
-        return (left * x, top * y, right * x, bottom * y)
+        return (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
 
 
 def read_config(hf_config: Any, name: str, device: torch.device, dtype: torch.dtype) -> VLMConfig:
@@ -173,11 +173,11 @@ def read_config(hf_config: Any, name: str, device: torch.device, dtype: torch.dt
     layers = [layers] if isinstance(layers, int) else list(layers)
     if not layers:
         raise ValueError("config.vision_feature_layer=[] is not handled; handled: one layer or more")
-    states = vision.num_hidden_layers + 1
+    n_states = vision.num_hidden_layers + 1
     for layer in layers:
-        if not -states <= layer < states:
-            raise ValueError(f"config.vision_feature_layer={layer} is outside the {states} hidden states")
-    chosen = tuple(layer % states for layer in layers)
+        if not -n_states <= layer < n_states:
+            raise ValueError(f"config.vision_feature_layer={layer} is outside the {n_states} hidden states")
+    feature_layers = tuple(layer % n_states for layer in layers)
     eos, pad = special_ids(text)
     return VLMConfig(
         family="llava",
@@ -196,14 +196,14 @@ def read_config(hf_config: Any, name: str, device: torch.device, dtype: torch.dt
         eos_token_ids=eos,
         pad_token_id=pad,
         vision=VisionConfig(
-            n_layers=max(chosen),
+            n_layers=max(feature_layers),
             n_heads=vision.num_attention_heads,
             d_model=vision.hidden_size,
             d_head=vision.hidden_size // vision.num_attention_heads,
             d_mlp=vision.intermediate_size,
             patch_size=vision.patch_size,
             image_size=vision.image_size,
-            feature_layers=chosen,
+            feature_layers=feature_layers,
             keep_class_token=hf_config.vision_feature_select_strategy == "full",
         ),
         device=device,

@@ -119,10 +119,12 @@ class HookedQwen2_5_VL(HookedVLM):
         """Hugging Face name → ours; the tower's fused QKV is three row blocks."""
         names = decoder_weights(cfg.n_layers) | parameters(_TOP)
         for layer in range(cfg.vision.n_layers):
-            for theirs, several in _VISION.items():
-                for s in ("weight", "bias"):
-                    mine = tuple(f"vision_encoder.blocks.{layer}.{ours}.{s}" for ours in several)
-                    names[f"model.visual.blocks.{layer}.{theirs}.{s}"] = mine
+            for hf_name, our_names in _VISION.items():
+                for suffix in ("weight", "bias"):
+                    targets = tuple(
+                        f"vision_encoder.blocks.{layer}.{our_name}.{suffix}" for our_name in our_names
+                    )
+                    names[f"model.visual.blocks.{layer}.{hf_name}.{suffix}"] = targets
         return {name: names[name] for name in hf_names if name in names}
 
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "image_token d_model"]:
@@ -147,30 +149,30 @@ class HookedQwen2_5_VL(HookedVLM):
         mask = inputs.input_ids == self.cfg.image_token_id
         if bool((inputs.input_ids == self.video_token_id).any()):
             raise ValueError("the prompt has video tokens; video is not handled: give still images")
-        sizes = self._token_grids(inputs)
-        shown, held = int(mask.sum()), sum(rows * columns for rows, columns in sizes)
-        if shown != held:
+        token_grids = self._token_grids(inputs)
+        n_image_tokens, n_expected = int(mask.sum()), sum(rows * columns for rows, columns in token_grids)
+        if n_image_tokens != n_expected:
             raise ValueError(
-                f"{shown} image tokens in input_ids, but pixel_values hold {len(sizes)} images of "
-                f"{held} tokens in all"
+                f"{n_image_tokens} image tokens in input_ids, but pixel_values hold {len(token_grids)} "
+                f"images of {n_expected} tokens in all"
             )
         counts: list[int] = to_list(mask.sum(-1))
         grids: list[tuple[tuple[int, int], ...]] = []
-        taken = 0
+        n_assigned = 0
         for row, count in enumerate(counts):
-            here: list[tuple[int, int]] = []
-            while (left := count - sum(r * c for r, c in here)) > 0:
-                here.append(sizes[taken + len(here)])
-                if here[-1][0] * here[-1][1] > left:
-                    raise ValueError(f"row {row} ends within image {taken + len(here) - 1}")
-            taken += len(here)
-            grids.append(tuple(here))
-        known = replace(
+            row_grids: list[tuple[int, int]] = []
+            while (remaining := count - sum(r * c for r, c in row_grids)) > 0:
+                row_grids.append(token_grids[n_assigned + len(row_grids)])
+                if row_grids[-1][0] * row_grids[-1][1] > remaining:
+                    raise ValueError(f"row {row} ends within image {n_assigned + len(row_grids) - 1}")
+            n_assigned += len(row_grids)
+            grids.append(tuple(row_grids))
+        located = replace(
             inputs, image_mask_or_none=mask, grids=tuple(grids), mm_token_type_ids=mask.to(torch.int)
         )
-        if known.position_ids is None:
-            known = replace(known, position_ids=mrope_positions(known))
-        return known
+        if located.position_ids is None:
+            located = replace(located, position_ids=mrope_positions(located))
+        return located
 
     def _token_grids(self, inputs: VLMInputs) -> list[tuple[int, int]]:
         if inputs.pixel_values is None:
@@ -197,12 +199,12 @@ class HookedQwen2_5_VL(HookedVLM):
         """Resize within the processor's bounds on pixels, normalise, cut into patches."""
         if not images:
             return {}, []
-        made = self.image_processor(images=list(images), return_tensors="pt")
-        counts = (made.image_grid_thw.prod(-1) // self.cfg.vision.merge_size**2).tolist()
-        return {"pixel_values": made.pixel_values, "image_grid_thw": made.image_grid_thw}, counts
+        processed = self.image_processor(images=list(images), return_tensors="pt")
+        counts = (processed.image_grid_thw.prod(-1) // self.cfg.vision.merge_size**2).tolist()
+        return {"pixel_values": processed.pixel_values, "image_grid_thw": processed.image_grid_thw}, counts
 
     def pictures(self, inputs: VLMInputs) -> list[Float[Tensor, "channel _ _"]]:
-        """Patches laid side by side again; of a patch's frames, which are alike, the first."""
+        """Pictures reassembled from patches, from the first of each patch's identical frames."""
         if inputs.pixel_values is None or inputs.image_grid_thw is None:
             return []
         return unpack_patches(inputs.pixel_values, inputs.image_grid_thw, self._patch_shape)
@@ -219,7 +221,7 @@ class HookedQwen2_5_VL(HookedVLM):
 
 
 def _vision_blocks(cfg: VisionConfig, act: str) -> list[Block]:
-    """Gated neurons with biases, and RMSNorms: the decoder's kind of block, in the vision tower."""
+    """Vision blocks with RMSNorm and a gated MLP with biases, as in the decoder."""
     heads = (cfg.n_heads, cfg.n_heads, cfg.d_head)
     return [
         Block(
@@ -302,13 +304,15 @@ def _check_vision(vision: Any, d_model: int) -> None:
             raise ValueError(
                 f"vision_config.{key}={getattr(vision, key)!r} is not handled; handled: one integer"
             )
-    axial: dict[str, Any] = vision.rope_parameters or {}
-    if axial.get("rope_type") != "axial" or axial.get("rope_theta") != _VISION_THETA:
+    rope: dict[str, Any] = vision.rope_parameters or {}
+    if rope.get("rope_type") != "axial" or rope.get("rope_theta") != _VISION_THETA:
         raise ValueError(
-            f"vision_config.rope_parameters={axial!r} is not handled; handled: axial, {_VISION_THETA}"
+            f"vision_config.rope_parameters={rope!r} is not handled; handled: axial, {_VISION_THETA}"
         )
     if vision.window_size < vision.patch_size * vision.spatial_merge_size:
         raise ValueError(f"vision_config.window_size={vision.window_size} is smaller than an image token")
-    full = tuple(vision.fullatt_block_indexes)
-    if any(not 0 <= layer < vision.depth for layer in full):
-        raise ValueError(f"vision_config.fullatt_block_indexes={full} is outside the {vision.depth} blocks")
+    full_attention = tuple(vision.fullatt_block_indexes)
+    if any(not 0 <= layer < vision.depth for layer in full_attention):
+        raise ValueError(
+            f"vision_config.fullatt_block_indexes={full_attention} is outside the {vision.depth} blocks"
+        )

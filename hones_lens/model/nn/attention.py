@@ -1,4 +1,4 @@
-"""Multi-head attention with every step hooked, computed by fused kernels where nobody looks."""
+"""Multi-head attention with every step hooked; fused kernels run where no hook needs a step."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Windows:
-    """Sets of tokens that see one another and nothing else, e.g. the windows of a vision tower.
+    """Windows of tokens that attend only to one another, e.g. in a vision tower.
 
     Attributes:
-        number: Which window a token is in, [batch pos]; a padding token has one of its own.
-        members: The tokens of each real window, as indices of the flattened [batch pos],
-            [window size]; smaller windows are filled up with index 0.
+        window_ids: The window of each token, [batch pos]; every padding token has its own.
+        members: The tokens of each window, padding tokens excluded, as indices into the flattened
+            [batch pos], [window size]; smaller windows are filled up with index 0.
         real: False at such filling, [window size].
     """
 
-    number: Int[Tensor, "batch pos"]
+    window_ids: Int[Tensor, "batch pos"]
     members: Int[Tensor, "window size"]
     real: Bool[Tensor, "window size"]
 
     def mask(self) -> Bool[Tensor, "batch 1 query key"]:
         """True where query and key are in one window."""
-        return (self.number[:, :, None] == self.number[:, None, :])[:, None]
+        return (self.window_ids[:, :, None] == self.window_ids[:, None, :])[:, None]
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention [batch pos head d_head] within each window; zero at padding."""
         gathered = [x.flatten(0, 1)[self.members].transpose(1, 2) for x in (q, k, v)]
         mask = None if bool(self.real.all()) else self.real[:, None, None]
@@ -62,14 +62,14 @@ class Windows:
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What a forward pass hands to every layer's attention.
+    """Arguments of a forward pass for the attention of every layer.
 
     Attributes:
         cos, sin: Rotation of the queries' positions, [batch pos d_head]; None: no rotation.
-        mask: True where query may see key, [batch 1 query key]; None: all, or causal.
-        causal: Without a mask: whether a query sees only itself and what is before it.
-        windows: Instead of a mask: tokens see their own window alone.
-        kv_cache: Filled, and read, during generation.
+        mask: True where a query may attend to a key, [batch 1 query key]; None: all, or causal.
+        causal: Without a mask: whether a query attends only to itself and earlier positions.
+        windows: Instead of a mask: tokens attend only to their own window.
+        kv_cache: Filled and read during generation.
     """
 
     cos: Tensor | None = None
@@ -80,7 +80,7 @@ class AttentionContext:
     windows: Windows | None = None
 
 
-def _heard(*hooks: HookPoint) -> bool:
+def _has_hooks(*hooks: HookPoint) -> bool:
     return any(hook.fwd_hooks or hook.bwd_hooks for hook in hooks)
 
 
@@ -131,28 +131,28 @@ class Attention(nn.Module):
     def forward(
         self, resid: Float[Tensor, "batch pos d_model"], norm: Norm, context: AttentionContext
     ) -> Float[Tensor, "batch pos d_model"]:
-        """What the heads write, for a residual stream that `norm` normalises first."""
+        """Output of the attention layer, for a residual stream that `norm` normalises first."""
         q, k, v = self._project(resid, norm)
         if context.cos is not None and context.sin is not None:
             q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         q, k = self.hook_rot_q(q), self.hook_rot_k(k)
         if context.kv_cache is not None:
             k, v = context.kv_cache.extend(self.layer, k, v)
-        z = self._mix(q, k, v, context)
-        if z.requires_grad and _heard(self.hook_z):
+        z = self._attend(q, k, v, context)
+        if z.requires_grad and _has_hooks(self.hook_z):
             z = z.clone()  # the kernel's backward pass needs its own output, whatever a hook does in place
         return self.write(z)
 
     def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the heads write."""
+        """Output of the attention layer, from the heads' z."""
         z = self.hook_z(z)
-        if not _heard(self.hook_result):
+        if not _has_hooks(self.hook_result):
             return self.o(z.flatten(2))
         result = self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2)
         return result if bias_or_none(self.o) is None else result + self.o.bias
 
     def _project(self, resid: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-        if self.use_split_qkv_input or _heard(self.hook_q_input, self.hook_k_input, self.hook_v_input):
+        if self.use_split_qkv_input or _has_hooks(self.hook_q_input, self.hook_k_input, self.hook_v_input):
             q = self._project_split(resid, norm, self.q, self.hook_q_input)
             k = self._project_split(resid, norm, self.k, self.hook_k_input)
             v = self._project_split(resid, norm, self.v, self.hook_v_input)
@@ -161,22 +161,22 @@ class Attention(nn.Module):
             q, k, v = (p(x).unflatten(-1, (-1, self.d_head)) for p in (self.q, self.k, self.v))
         return self.hook_q(q), self.hook_k(k), self.hook_v(v)
 
-    def _project_split(self, resid: Tensor, norm: Norm, p: nn.Linear, hook: HookPoint) -> Tensor:
-        heads = p.out_features // self.d_head
-        forked = hook(resid[:, :, None].expand(-1, -1, heads, -1).clone())
-        weight = p.weight.view(heads, self.d_head, -1)
-        x = torch.einsum("bphm,hdm->bphd", norm(forked), weight)
-        return x if bias_or_none(p) is None else x + p.bias.view(heads, self.d_head)
+    def _project_split(self, resid: Tensor, norm: Norm, projection: nn.Linear, hook: HookPoint) -> Tensor:
+        n_heads = projection.out_features // self.d_head
+        split_input = hook(resid[:, :, None].expand(-1, -1, n_heads, -1).clone())
+        weight = projection.weight.view(n_heads, self.d_head, -1)
+        x = torch.einsum("bphm,hdm->bphd", norm(split_input), weight)
+        return x if bias_or_none(projection) is None else x + projection.bias.view(n_heads, self.d_head)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         groups = self.n_heads // self.n_key_value_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-        heard = _heard(self.hook_attn_scores, self.hook_pattern)
-        if context.windows is not None and not heard:
-            return context.windows.mix(q, k, v)
+        has_hooks = _has_hooks(self.hook_attn_scores, self.hook_pattern)
+        if context.windows is not None and not has_hooks:
+            return context.windows.attend(q, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if not heard:
+        if not has_hooks:
             z = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=context.mask, is_causal=context.causal and context.mask is None
             )
@@ -237,7 +237,7 @@ def attention_mask(
 ) -> Bool[Tensor, "batch 1 query key"] | None:
     """Causal mask for the last `n_queries` positions that hides padding; None where causality is all.
 
-    A padding query sees itself, so that no row of the softmax is empty.
+    A padding query attends to itself, so that no row of the softmax is empty.
     """
     n_keys = key_is_token.shape[1]
     if bool(key_is_token.all()):

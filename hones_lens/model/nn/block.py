@@ -14,7 +14,7 @@ from hones_lens.model.nn.norm import Norm
 class Block(nn.Module):
     """`mid = pre + attn(ln1(pre))`, `post = mid + mlp(ln2(mid))`, with the stream hooked between.
 
-    The stream that goes on is the one that the hooks return, on the skip path too, so an edit at
+    The skip connections carry the values that the hooks return, so an edit at
     `hook_resid_mid` equals the same edit at `hook_attn_out`.
     """
 
@@ -39,14 +39,14 @@ class Block(nn.Module):
         return self.after_attention(pre, self.attn(pre, self.ln1, context))
 
     def after_attention(
-        self, pre: Float[Tensor, "batch pos d_model"], wrote: Float[Tensor, "batch pos d_model"]
+        self, pre: Float[Tensor, "batch pos d_model"], attn_out: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after this block, from what entered it and what its heads wrote."""
-        mid = self.hook_resid_mid(pre + self.hook_attn_out(wrote))
-        return self.leave(mid, self.mlp(self.ln2(mid)))
+        """The residual stream after this block, from its input and the output of its attention."""
+        mid = self.hook_resid_mid(pre + self.hook_attn_out(attn_out))
+        return self.after_mlp(mid, self.mlp(self.ln2(mid)))
 
-    def leave(
-        self, mid: Float[Tensor, "batch pos d_model"], wrote: Float[Tensor, "batch pos d_model"]
+    def after_mlp(
+        self, mid: Float[Tensor, "batch pos d_model"], mlp_out: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after this block, from the one between and what its neurons wrote."""
-        return self.hook_resid_post(mid + self.hook_mlp_out(wrote))
+        """The residual stream after this block, from `resid_mid` and the output of its MLP."""
+        return self.hook_resid_post(mid + self.hook_mlp_out(mlp_out))

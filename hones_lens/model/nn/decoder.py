@@ -1,4 +1,4 @@
-"""The decoder's modules as a family hands them to `HookedVLM`, and those of LLaMA's layout."""
+"""The decoder's modules as a family passes them to `HookedVLM`, and those of LLaMA's layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hones_lens.model.nn.unembed import Unembed, Unembedding
 
 @dataclass(frozen=True)
 class Decoder:
-    """Everything between token ids and logits; which kinds of modules these are is the family's to say.
+    """All modules between token ids and logits; the family chooses their classes.
 
     Attributes:
         embed: Token embeddings.
@@ -59,7 +59,7 @@ def layer_index(layer: int | None, default: int, n_layers: int) -> int:
     """A layer as blocks are sliced by it, 0 … n_layers; negative ones count from the end.
 
     Raises:
-        ValueError: A layer that is not there.
+        ValueError: A layer out of range.
     """
     if layer is None:
         return default

@@ -12,7 +12,7 @@ from hones_lens.model.typed import activation, bias_of
 
 
 class FeedForward(Protocol):
-    """What a feed-forward network has to offer; its hidden units, at `hook_post`, are the neurons."""
+    """Interface of a feed-forward network; its hidden units, at `hook_post`, are the neurons."""
 
     hook_post: HookPoint  # [batch pos d_mlp]
 
@@ -32,7 +32,7 @@ class FeedForward(Protocol):
         ...
 
     def __call__(self, x: Tensor, /) -> Tensor:
-        """What the neurons write for a normalised residual stream."""
+        """Output of the network for a normalised residual stream."""
         ...
 
 
@@ -57,12 +57,12 @@ class GatedMLP(nn.Module):
         self.hook_post = HookPoint()  # [batch pos d_mlp], the neurons
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the neurons write for a normalised residual stream."""
+        """Output of the network for a normalised residual stream."""
         gate, linear = self.hook_pre(self.gate(x)), self.hook_pre_linear(self.up(x))
         return self.write(self.act(gate) * linear)
 
     def write(self, neurons: Float[Tensor, "batch pos d_mlp"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the neurons write."""
+        """Output of the network, from the neurons."""
         return self.down(self.hook_post(neurons))
 
     @property
@@ -105,11 +105,11 @@ class MLP(nn.Module):
         self.hook_post = HookPoint()  # [batch pos d_mlp], the neurons
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the neurons write for a normalised residual stream."""
+        """Output of the network for a normalised residual stream."""
         return self.write(self.act(self.hook_pre(self.up(x))))
 
     def write(self, neurons: Float[Tensor, "batch pos d_mlp"]) -> Float[Tensor, "batch pos d_model"]:
-        """What the neurons write."""
+        """Output of the network, from the neurons."""
         return self.down(self.hook_post(neurons))
 
     @property

@@ -15,28 +15,29 @@ from hones_lens.model.typed import to_list
 def mrope_positions(inputs: VLMInputs) -> Int[Tensor, "3 batch pos"]:
     """Positions in time, row and column, as Qwen2-VL counts them.
 
-    Text counts on in all three. An image's tokens stay at one time; their rows and columns count from
-    where the text before it ended, and text goes on behind the larger side. Padding is at 0.
+    For text, all three increase by one per token. The tokens of an image share one time; their rows and
+    columns count from the position after the preceding text, and the following text starts after the larger
+    side. Padding is at 0.
     """
     out = torch.zeros(3, *inputs.input_ids.shape, dtype=torch.long)
-    tokens: list[list[bool]] = to_list(inputs.attention_mask.bool())
-    at_image: list[list[bool]] = to_list(inputs.image_mask)
+    is_token: list[list[bool]] = to_list(inputs.attention_mask.bool())
+    is_image_token: list[list[bool]] = to_list(inputs.image_mask)
     for row, grids in enumerate(inputs.grids):
-        places = [i for i, token in enumerate(tokens[row]) if token]
-        images, is_image = iter(grids), at_image[row]
-        parts: list[Tensor] = []
-        at = 0
-        for image, run in groupby(places, key=is_image.__getitem__):
+        token_positions = [i for i, token in enumerate(is_token[row]) if token]
+        images, is_image = iter(grids), is_image_token[row]
+        position_chunks: list[Tensor] = []
+        next_position = 0
+        for image, run in groupby(token_positions, key=is_image.__getitem__):
             length = len(list(run))
             if not image:
-                parts.append(torch.arange(at, at + length).expand(3, -1))
-                at += length
+                position_chunks.append(torch.arange(next_position, next_position + length).expand(3, -1))
+                next_position += length
                 continue
             while length:
                 rows, columns = next(images)
                 grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2).T
-                parts.append(torch.cat((torch.zeros_like(grid[:1]), grid)) + at)
-                at += max(rows, columns)
+                position_chunks.append(torch.cat((torch.zeros_like(grid[:1]), grid)) + next_position)
+                next_position += max(rows, columns)
                 length -= rows * columns
-        out[:, row, places] = torch.cat(parts, dim=1)
+        out[:, row, token_positions] = torch.cat(position_chunks, dim=1)
     return out.to(inputs.input_ids.device)

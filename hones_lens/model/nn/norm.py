@@ -11,10 +11,10 @@ from transformer_lens.hook_points import HookPoint
 
 
 class Norm(Protocol):
-    """What a norm of the residual stream has to offer.
+    """Interface of a norm of the residual stream.
 
     Attributes:
-        weight: What the normalised stream is multiplied by, [d].
+        weight: Factor on the normalised stream, [d].
         eps: Added under the root.
     """
 
@@ -42,9 +42,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         """Normalise the last axis."""
-        wide = x.float()
-        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        return self.weight * self.hook_normalized((wide / scale).to(x.dtype))
+        x_float = x.float()
+        scale = self.hook_scale((x_float.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        return self.weight * self.hook_normalized((x_float / scale).to(x.dtype))
 
 
 class LayerNorm(nn.Module):
@@ -64,7 +64,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
         """Normalise the last axis."""
-        wide = x.float()
-        centred = wide - wide.mean(-1, keepdim=True)
+        x_float = x.float()
+        centred = x_float - x_float.mean(-1, keepdim=True)
         scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
         return self.hook_normalized((centred / scale).to(x.dtype)) * self.weight + self.bias

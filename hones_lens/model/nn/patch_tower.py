@@ -25,7 +25,7 @@ class PatchTower(nn.Module):
 
     Args:
         cfg: Sizes; `window_size` None for attention over the whole image in every block.
-        shape: What a patch is.
+        shape: Shape of a patch.
         blocks: From the lowest to the highest.
         theta: Base of the rotary frequencies.
     """
@@ -45,11 +45,11 @@ class PatchTower(nn.Module):
     ) -> Float[Tensor, "image patch d_model"]:
         """The residual stream above the last block."""
         packed = F.linear(pixels, self.patch_embedding.weight.flatten(1))
-        resid = packed.new_zeros(layout.real.numel(), self.cfg.d_model)
-        resid = resid.index_copy(0, layout.place, packed).view(*layout.real.shape, -1)
+        resid = packed.new_zeros(layout.is_patch.numel(), self.cfg.d_model)
+        resid = resid.index_copy(0, layout.padded_index, packed).view(*layout.is_patch.shape, -1)
         resid = self.hook_embed(resid)
         cos, sin = grid_rotation(layout, self.cfg.d_head, self.theta)
-        mask = None if bool(layout.real.all()) else layout.real[:, None, None]
+        mask = None if bool(layout.is_patch.all()) else layout.is_patch[:, None, None]
         whole = windowed = AttentionContext(cos, sin, mask)
         if self.cfg.window_size is not None:
             side = self.cfg.window_size // self.cfg.patch_size // self.cfg.merge_size * self.cfg.merge_size
@@ -72,7 +72,7 @@ def grid_rotation(
 
 
 class PatchMerger(nn.Module):
-    """Normalises patches, lays each square of them side by side, and maps it to the decoder's width."""
+    """Normalises patches, concatenates each square of them, and maps it to the decoder's width."""
 
     def __init__(self, d_vision: int, merge: int, d_out: int, ln: Norm):
         super().__init__()

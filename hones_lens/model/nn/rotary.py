@@ -55,8 +55,8 @@ class Rotary(nn.Module):
             positions: [batch pos], or with `sections` [3 batch pos].
             dtype: Of the result.
         """
-        each = positions[..., None] if self.streams is None else positions[self.streams].movedim(0, -1)
-        angles = each.float() * self.inv_freq.float()
+        steps = positions[..., None] if self.streams is None else positions[self.streams].movedim(0, -1)
+        angles = steps.float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
@@ -68,13 +68,13 @@ def rotary_frequencies(hf_config: Any, d_head: int) -> tuple[Tensor, float]:
         ValueError: A rope type whose frequencies depend on the sequence length, or an unknown one.
     """
     parameters = hf_config.rope_parameters
-    kind = parameters["rope_type"]
-    if kind not in STATIC_ROPE_TYPES:
-        raise ValueError(f"config value rope_type={kind!r} is not handled; handled: {STATIC_ROPE_TYPES}")
-    if kind == "default":
+    rope_type = parameters["rope_type"]
+    if rope_type not in STATIC_ROPE_TYPES:
+        raise ValueError(f"config value rope_type={rope_type!r} is not handled; handled: {STATIC_ROPE_TYPES}")
+    if rope_type == "default":
         steps = torch.arange(0, d_head, 2, dtype=torch.float) / d_head
         return 1.0 / parameters["rope_theta"] ** steps, 1.0
-    return ROPE_INIT_FUNCTIONS[kind](hf_config)
+    return ROPE_INIT_FUNCTIONS[rope_type](hf_config)
 
 
 def rotate(
@@ -87,5 +87,5 @@ def rotate(
     The products are taken in the wider of the two types; the result has that of `x`.
     """
     low, high = x.chunk(2, dim=-1)
-    turned = torch.cat((-high, low), dim=-1)
-    return (x * cos[:, :, None] + turned * sin[:, :, None]).to(x.dtype)
+    rotated = torch.cat((-high, low), dim=-1)
+    return (x * cos[:, :, None] + rotated * sin[:, :, None]).to(x.dtype)

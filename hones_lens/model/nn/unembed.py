@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Unembedding(Protocol):
-    """What an unembedding has to offer."""
+    """Interface of an unembedding."""
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
@@ -22,7 +22,7 @@ class Unembedding(Protocol):
         ...
 
     def tie(self, embed: nn.Embedding) -> None:
-        """Take the token embeddings [d_vocab d_model] themselves as weights, so that both stay one."""
+        """Share the weights of the token embedding, [d_vocab d_model]."""
         ...
 
     def __call__(self, x: Tensor, /) -> Tensor:
@@ -42,7 +42,7 @@ class Unembed(nn.Module):
         return self.linear(x)
 
     def tie(self, embed: nn.Embedding) -> None:
-        """Take the token embeddings themselves as weights."""
+        """Share the weights of the token embedding."""
         self.linear.weight = embed.weight
 
     @property

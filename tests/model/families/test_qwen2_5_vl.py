@@ -96,7 +96,7 @@ def test_vision_edits_are_those_of_hf(pair: Pair, name: str, layer: int) -> None
         return x + noise[0]
 
     with torch.no_grad():
-        found = pair.model.run_with_hooks(
+        actual = pair.model.run_with_hooks(
             pair.inputs, fwd_hooks=[(f"vision_encoder.blocks.{layer}.{name}", ours)]
         )
     wanted = in_hf_order(pair, noise[0]).flatten(1)
@@ -109,8 +109,8 @@ def test_vision_edits_are_those_of_hf(pair: Pair, name: str, layer: int) -> None
         handle = module.register_forward_hook(lambda module, args, out: out + wanted)
     expected = pair.logits()
     handle.remove()
-    assert random_llava.largest_difference(found, expected, pair.inputs) <= 5e-5
-    assert random_llava.largest_difference(found, pair.logits(), pair.inputs) >= 1e-3
+    assert random_llava.largest_difference(actual, expected, pair.inputs) <= 5e-5
+    assert random_llava.largest_difference(actual, pair.logits(), pair.inputs) >= 1e-3
 
 
 def test_a_patch_reaches_its_window_and_no_other(pair: Pair) -> None:
@@ -184,12 +184,12 @@ def test_padding_of_the_tower_changes_nothing(pair: Pair) -> None:
 
 def test_a_layout_is_a_permutation() -> None:
     layout = PatchLayout([(4, 6), (2, 2), (6, 4)], 2, torch.device("cpu"))
-    assert sorted(layout.place.tolist()) == layout.real.flatten().nonzero()[:, 0].tolist()
-    assert layout.place[:4].tolist() == [0, 1, 6, 7]  # the first square of a grid six patches wide
+    assert sorted(layout.padded_index.tolist()) == layout.is_patch.flatten().nonzero()[:, 0].tolist()
+    assert layout.padded_index[:4].tolist() == [0, 1, 6, 7]  # the first square of a grid six patches wide
     assert layout.squares[1].tolist() == [2, 3, 8, 9]
     windows = layout.windows(4)
-    found = sorted(windows.members[windows.real].tolist())
-    assert found == sorted(layout.place.tolist())
+    actual = sorted(windows.members[windows.real].tolist())
+    assert actual == sorted(layout.padded_index.tolist())
     assert windows.real.sum(-1).tolist() == [16, 8, 4, 16, 8]
 
 
