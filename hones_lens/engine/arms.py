@@ -14,7 +14,7 @@ from hones_lens.interventions import HeadEdit, Hook, Scale
 
 
 class ForkPoint(IntEnum):
-    """From where in a block a fork can start."""
+    """The points in a block from which a fork can start."""
 
     BLOCK = 0
     Z = 1
@@ -41,15 +41,15 @@ class Arm:
 
     Attributes:
         hooks: From the lowest layer upwards.
-        start: Layer and place of the lowest one; None where a hook is not in a decoder block.
+        start: Layer and fork point of the lowest one; None where a hook is not in a decoder block.
     """
 
     def __init__(self, hooks: Sequence[Hook] = ()):
-        places = [fork_point_of(name) for name, _ in hooks]
-        self._places = sorted(place for place in places if place is not None)
+        points = [fork_point_of(name) for name, _ in hooks]
+        self._points = sorted(point for point in points if point is not None)
         self.start, self.hooks = None, tuple(hooks)
-        if hooks and len(self._places) == len(hooks):
-            self.start = self._places[0]
+        if hooks and len(self._points) == len(hooks):
+            self.start = self._points[0]
             self.hooks = tuple(sorted(hooks, key=lambda hook: fork_point_of(hook[0]) or (0, ForkPoint.BLOCK)))
 
     @property
@@ -62,7 +62,7 @@ class Arm:
         """What the lowest hook changes, where only the difference has to be computed there."""
         if self.start is None:
             return None
-        if any(layer == self.start[0] for layer, _ in self._places[1:]):
+        if any(layer == self.start[0] for layer, _ in self._points[1:]):
             return None
         name, first = self.hooks[0]
         if isinstance(first, HeadEdit):
@@ -91,7 +91,7 @@ class Arm:
 
 
 def fork_point_of(name: object) -> tuple[int, ForkPoint] | None:
-    """Layer and place of a hook; None where it is not in a decoder block."""
+    """Layer and fork point of a hook; None where it is not in a decoder block."""
     if not isinstance(name, str) or not name.startswith("blocks."):
         return None
     _, layer, rest = name.split(".", 2)
@@ -102,7 +102,7 @@ def stack_hooks(parts: Sequence[tuple[int, Sequence[Hook]]]) -> list[Hook]:
     """Hooks for a batch whose rows belong to several interventions.
 
     Args:
-        parts: How many rows in turn belong to an intervention, and its hooks.
+        parts: For each intervention, in the order of the rows: its number of rows, and its hooks.
     """
     counts = [count for count, _ in parts]
     by_name: dict[str, list[list[Callable]]] = {}

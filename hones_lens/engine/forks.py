@@ -26,14 +26,14 @@ class LayerStep:
     """One layer of a clean pass over one segment.
 
     Attributes:
-        layer: Which.
+        layer: Its index.
         before, mid, after: The stream, [row pos d_model].
         attn_out: What the heads write, [row pos d_model].
         z: Output of the heads, [row pos head d_head].
         scale: Of the norm in front of the neurons, [row pos 1].
         gate, up, neurons: Inputs of the neurons, and the neurons, [row pos d_mlp].
         cache: Keys and values of this layer and of all below (of a segment that is not prefixed).
-        made: What forks of this layer share, made when first needed.
+        shared: Values that the forks of this layer share, computed when first needed.
     """
 
     layer: int
@@ -47,16 +47,16 @@ class LayerStep:
     neurons: Float[Tensor, "row pos d_mlp"]
     after: Float[Tensor, "row pos d_model"]
     cache: KVCache
-    made: dict[Any, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     def last(self, keep: int) -> LayerStep:
-        """The same at the last positions alone."""
+        """The step restricted to the last `keep` positions."""
         if keep == self.before.shape[1]:
             return self
-        if keep not in self.made:
+        if keep not in self.shared:
             cut = {n: v[:, v.shape[1] - keep :] for n, v in vars(self).items() if isinstance(v, Tensor)}
-            self.made[keep] = replace(self, **cut, made={})
-        return self.made[keep]
+            self.shared[keep] = replace(self, **cut, shared={})
+        return self.shared[keep]
 
 
 _WATCHED = {
@@ -107,7 +107,7 @@ def _step(model: HookedVLM, layer: int, before: Tensor, context: AttentionContex
 
 @dataclass(frozen=True)
 class ForkOutput:
-    """What some arms made of one segment; rows of the first arm come first.
+    """The outputs of several arms for one segment; rows of the first arm come first.
 
     Attributes:
         logits: At the segment's last `keep` positions, [arm row keep d_vocab]; None for a mere prefix.
@@ -126,7 +126,7 @@ def fork(
     arms: Sequence[Arm],
     whole: bool = False,
 ) -> list[ForkOutput]:
-    """Run, for each of some arms, all that lies above its start.
+    """Run each arm from its start to the logits.
 
     Args:
         model: The model; hooks that it already has are the caller's to exclude.
@@ -137,18 +137,18 @@ def fork(
     """
     layer, top = steps[0].layer, model.cfg.n_layers - 1
     names = [name for arm in arms for name, _ in arm.hooks]
-    brief = all(_is_above_attention(top, name) for name in names)
+    last_positions_only = all(_is_above_attention(top, name) for name in names)
     if whole:
-        brief = not any(name.startswith(f"blocks.{top}.") for name in names)
-    out: list[ForkOutput] = []
+        last_positions_only = not any(name.startswith(f"blocks.{top}.") for name in names)
+    outputs: list[ForkOutput] = []
     for segment, step in zip(segments, steps, strict=True):
         rows, length = segment.resid.shape[:2]
-        keep = segment.keep if brief else length
-        context = segment.context(len(arms), out[0].cache if segment.prefixed else None, above=layer)
+        keep = segment.keep if last_positions_only else length
+        context = segment.context(len(arms), outputs[0].cache if segment.prefixed else None, above=layer)
         skip = 1 if arms[0].shortcut else 0
         with model.hooks(fwd_hooks=stack_hooks([(rows, arm.hooks[skip:]) for arm in arms])):
-            here = step.last(keep) if layer == top else step
-            resid = _block_output(model, here, arms, context)
+            top_step = step.last(keep) if layer == top else step
+            resid = _block_output(model, top_step, arms, context)
             if layer < top:
                 resid = _run_to_top(model, resid, layer + 1, context, keep)
             logits = None
@@ -156,13 +156,13 @@ def fork(
                 kept = resid[:, resid.shape[1] - segment.keep :]
                 logits = model.unembed(model.ln_final(kept)).unflatten(0, (len(arms), rows))
         assert context.kv_cache is not None
-        out.append(ForkOutput(logits, context.kv_cache))
-    return out
+        outputs.append(ForkOutput(logits, context.kv_cache))
+    return outputs
 
 
 @torch.no_grad()
 def clean(model: HookedVLM, segment: Segment, step: LayerStep) -> ForkOutput:
-    """What the clean model made of a segment, from its top step, as one arm."""
+    """The clean model's output for a segment, from its top step, as one arm."""
     if not segment.keep:
         return ForkOutput(None, step.cache)
     kept = step.after[:, step.after.shape[1] - segment.keep :]
@@ -170,8 +170,8 @@ def clean(model: HookedVLM, segment: Segment, step: LayerStep) -> ForkOutput:
 
 
 def _is_above_attention(top: int, name: str) -> bool:
-    place = fork_point_of(name)
-    return place is not None and (place[0] < top or place[1] != ForkPoint.BLOCK)
+    point = fork_point_of(name)
+    return point is not None and (point[0] < top or point[1] != ForkPoint.BLOCK)
 
 
 def _block_output(
@@ -200,43 +200,45 @@ def _repeat(x: Tensor, times: int) -> Tensor:
 
 
 def _output_with_changed_heads(model: HookedVLM, step: LayerStep, edits: Sequence[HeadEdit]) -> Tensor:
-    """One head changed: attention's output, gate and up all change by what this head writes otherwise.
+    """The stream with one head changed: attention's output, gate and up change by what this head adds.
 
     With r the new norm's scale, `gate' = (r_clean · gate + Δz · W_O[h] · diag(w) · W_gate) / r`.
     """
     block = model.blocks[step.layer]
     heads = torch.tensor([edit.single_head for edit in edits], device=step.z.device)
     edits[0].check(heads, step.z.shape[2])
-    d_model, made = step.mid.shape[-1], step.made
-    if "into" not in made:
+    d_model, shared = step.mid.shape[-1], step.shared
+    if "into" not in shared:
         w_gu = torch.cat((block.mlp.W_gate, block.mlp.W_in), dim=1)
-        made["into"] = (block.attn.W_O * block.ln2.weight) @ w_gu
-        made["gu"] = (torch.cat((step.gate, step.up), dim=-1) * step.scale).flatten(0, 1).to(step.gate.dtype)
+        shared["into"] = (block.attn.W_O * block.ln2.weight) @ w_gu
+        shared["gu"] = (
+            (torch.cat((step.gate, step.up), dim=-1) * step.scale).flatten(0, 1).to(step.gate.dtype)
+        )
     replacement = edits[0].replacement
-    if replacement not in made:
-        made[replacement] = (replacement(step.z) - step.z).flatten(0, 1).transpose(0, 1).contiguous()
-    dz = made[replacement][heads]  # [arm row·pos d_head]
+    if replacement not in shared:
+        shared[replacement] = (replacement(step.z) - step.z).flatten(0, 1).transpose(0, 1).contiguous()
+    dz = shared[replacement][heads]  # [arm row·pos d_head]
     mid = torch.baddbmm(
         step.mid.reshape(1, -1, d_model).expand(len(edits), -1, -1), dz, block.attn.W_O[heads]
     )
-    wide = mid.float()
-    scale = (wide.pow(2).mean(-1, keepdim=True) + block.ln2.eps).sqrt().to(mid.dtype)
-    gu = torch.baddbmm(made["gu"].expand(len(edits), -1, -1), dz, made["into"][heads])
+    mid_float32 = mid.float()
+    scale = (mid_float32.pow(2).mean(-1, keepdim=True) + block.ln2.eps).sqrt().to(mid.dtype)
+    gu = torch.baddbmm(shared["gu"].expand(len(edits), -1, -1), dz, shared["into"][heads])
     gate, up = gu.div_(scale).chunk(2, dim=-1)
     after = mid + block.mlp.down(block.mlp.act(gate) * up)
     return after.view(len(edits) * len(step.mid), -1, d_model)
 
 
 def _output_with_scaled_neurons(model: HookedVLM, step: LayerStep, edits: Sequence[Scale]) -> Tensor:
-    """Some neurons scaled: the stream changes by what they write otherwise."""
+    """The stream with some neurons scaled: it changes by the difference in what they write."""
     w_out = model.blocks[step.layer].mlp.W_out
-    out = []
+    streams = []
     for edit in edits:
-        more = edit.multiplier(step.neurons) - 1
-        index = more.nonzero()[:, 0]
-        changed = (step.neurons[..., index] * more[index]).to(w_out.dtype)
-        out.append(step.after + changed @ w_out[index])
-    return torch.cat(out)
+        factor_change = edit.multiplier(step.neurons) - 1
+        index = factor_change.nonzero()[:, 0]
+        changed = (step.neurons[..., index] * factor_change[index]).to(w_out.dtype)
+        streams.append(step.after + changed @ w_out[index])
+    return torch.cat(streams)
 
 
 def _run_to_top(model: HookedVLM, resid: Tensor, layer: int, context: AttentionContext, keep: int) -> Tensor:

@@ -21,7 +21,7 @@ from hones_lens.tasks import Task
 
 @dataclass
 class Outcome:
-    """What one arm (or the clean model) gave: statistics and score of every example, in order."""
+    """Statistics and scores of every example under one arm, in the order of the examples."""
 
     statistics: list[np.ndarray] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -42,7 +42,7 @@ def measure(
     label: str = "sweep",
     leaders: Callable[[list[Outcome]], str] | None = None,
 ) -> list[Outcome]:
-    """Run every example under every arm's hooks and score what comes out.
+    """Run every example under every arm's hooks and score the outputs.
 
     Args:
         model, task, examples: What to run.
@@ -115,7 +115,7 @@ def _batches(
     label: str,
     bar: Any,
 ) -> Iterator[list]:
-    """What each batch of examples gave, by arm; from the journal where it has been run."""
+    """The results of each batch of examples, by arm; read from the journal where the batch has been run."""
     size, journal = options.batch_size, options.journal
     for number, start in enumerate(range(0, len(examples), size)):
         batch_examples = examples[start : start + size]

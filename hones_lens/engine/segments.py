@@ -36,7 +36,7 @@ class Segment:
 
     @classmethod
     def of(cls, model: HookedVLM, inputs: VLMInputs, keep: int) -> Segment:
-        """Whole inputs."""
+        """One segment of whole inputs."""
         with torch.no_grad():
             cos, sin = model.rotary(model.positions(inputs), model.cfg.dtype)
             mask = attention_mask(inputs.attention_mask.bool(), inputs.input_ids.shape[1])

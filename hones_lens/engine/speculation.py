@@ -23,7 +23,7 @@ NEAR_TIE = 1e-4  # nats between the two likeliest tokens, below which rounding c
 
 @dataclass
 class Tally:
-    """What a sweep did.
+    """Counts of what a sweep computed.
 
     Attributes:
         forked, full: Rows that were forked from a clean pass, and rows that had to be run whole.
@@ -77,7 +77,7 @@ class Draft:
 
     @classmethod
     def of_clean_answers(cls, model: HookedVLM, inputs: VLMInputs, max_new_tokens: int) -> Draft:
-        """What the clean model says, end-of-sequence tokens included."""
+        """The clean model's answers, end-of-sequence tokens included."""
         tokens = greedy(model, inputs, max_new_tokens).tolist()
         return cls(inputs, [_cut_after_eos(row, model.cfg.eos_token_ids) for row in tokens])
 
@@ -113,12 +113,12 @@ def check_finite(
 
 @dataclass(frozen=True, eq=False)
 class ExpectedAnswers:
-    """A draft as what forks say is compared with it.
+    """A draft, prepared for comparison with the answers of forks.
 
     Attributes:
-        draft: What the clean model says.
-        rows: What its rows are called in `Answers.found`.
-        ids: What they are called in errors.
+        draft: The clean model's answers.
+        rows: The row numbers by which `Answers.found` names its rows.
+        ids: The names of its rows in errors.
         wanted: The tokens, −1 behind them, [row longest].
         cos, sin: Rotation of every position that an answer can reach, [row pos d_head].
     """
@@ -144,22 +144,22 @@ class ExpectedAnswers:
 
 @dataclass
 class _DecodingRow:
-    """A row that left its draft, and what it has said; its keys and values are in a slot."""
+    """A row whose answer left its draft, with its tokens so far; its keys and values are in a slot."""
 
     arm: Arm
     number: int  # of the arm
     expected: ExpectedAnswers
     row: int  # of the draft
-    said: list[int]
+    tokens: list[int]
 
     @property
-    def at(self) -> int:
-        """Position of the last token said."""
-        return self.expected.draft.inputs.input_ids.shape[1] + len(self.said) - 1
+    def position(self) -> int:
+        """Position of the last token."""
+        return self.expected.draft.inputs.input_ids.shape[1] + len(self.tokens) - 1
 
 
 class Answers:
-    """Answers of rows under many arms, where they are not what the clean model says.
+    """Answers of rows under many arms, where they differ from the clean model's.
 
     A fork of prompt and draft shows every greedy choice up to the first that differs, and its keys and
     values serve from there on. Such rows are collected over arms, layers and prompts, and decode together.
@@ -169,7 +169,7 @@ class Answers:
         longest: Tokens of the longest prompt.
         max_new_tokens: Of an answer.
         rows_at_once: How many rows wait, and decode together.
-        tally: Is counted up.
+        tally: The counts to update.
     """
 
     def __init__(self, model: HookedVLM, longest: int, max_new_tokens: int, rows_at_once: int, tally: Tally):
@@ -186,7 +186,7 @@ class Answers:
         step: LayerStep,
         forked: ForkOutput,
     ) -> None:
-        """Compare what arms say with the draft.
+        """Compare the arms' answers with the draft.
 
         Args:
             expected: What was forked.
@@ -205,15 +205,15 @@ class Answers:
         first = differs.int().argmax(-1).tolist()
         for arm, row in differs.any(-1).nonzero().tolist():
             j = first[arm][row]
-            said = [*expected.draft.tokens[row][:j], int(choices[arm, row, j])]
-            if said[-1] in self.model.cfg.eos_token_ids or len(said) == self.max_new_tokens:
-                self.found[numbers[arm], expected.rows[row]] = said
+            tokens = [*expected.draft.tokens[row][:j], int(choices[arm, row, j])]
+            if tokens[-1] in self.model.cfg.eos_token_ids or len(tokens) == self.max_new_tokens:
+                self.found[numbers[arm], expected.rows[row]] = tokens
                 continue
-            new = _DecodingRow(arms[arm], numbers[arm], expected, row, said)
-            at = arm * logits.shape[1] + row
+            new = _DecodingRow(arms[arm], numbers[arm], expected, row, tokens)
+            fork_row = arm * logits.shape[1] + row
             for layer in range(self.model.cfg.n_layers):
-                cache, i = (forked.cache, at) if layer in forked.cache.keys else (step.cache, row)
-                known = cache.keys[layer][i, : new.at], cache.values[layer][i, : new.at]
+                cache, i = (forked.cache, fork_row) if layer in forked.cache.keys else (step.cache, row)
+                known = cache.keys[layer][i, : new.position], cache.values[layer][i, : new.position]
                 self._slots.fill(len(self._waiting), layer, *known)
             self._waiting.append(new)
             if len(self._waiting) == self._slots.count:
@@ -226,8 +226,8 @@ class Answers:
         self.tally.decoded += len(rows)
         model, device = self.model, self.model.cfg.device
         while rows:
-            slots.at = torch.tensor([row.at for row in rows], device=device)
-            token = torch.tensor([[row.said[-1]] for row in rows], device=device)
+            slots.at = torch.tensor([row.position for row in rows], device=device)
+            token = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
             parts = [(len(same), same[0].arm.hooks) for same in _by_arm(rows)]
             with model.hooks(fwd_hooks=stack_hooks(parts)):
                 resid = model.hook_embed(model.hook_text_embed(model.embed(token)))
@@ -244,9 +244,9 @@ class Answers:
         """The rows that are not at their end, moved together."""
         unfinished = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            row.said.append(token)
-            if token in self.model.cfg.eos_token_ids or len(row.said) == self.max_new_tokens:
-                self.found[row.number, row.expected.rows[row.row]] = row.said
+            row.tokens.append(token)
+            if token in self.model.cfg.eos_token_ids or len(row.tokens) == self.max_new_tokens:
+                self.found[row.number, row.expected.rows[row.row]] = row.tokens
                 continue
             self._slots.move(i, len(unfinished))
             unfinished.append(row)
@@ -254,8 +254,8 @@ class Answers:
 
 
 def _context(rows: list[_DecodingRow], slots: _Slots) -> AttentionContext:
-    cos = torch.stack([row.expected.cos[row.row, row.at] for row in rows])[:, None]
-    sin = torch.stack([row.expected.sin[row.row, row.at] for row in rows])[:, None]
+    cos = torch.stack([row.expected.cos[row.row, row.position] for row in rows])[:, None]
+    sin = torch.stack([row.expected.sin[row.row, row.position] for row in rows])[:, None]
     seen = torch.arange(slots.length, device=slots.at.device) <= slots.at[:, None]
     return AttentionContext(cos, sin, seen[:, None, None], causal=True, kv_cache=slots)
 

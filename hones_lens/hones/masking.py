@@ -1,4 +1,4 @@
-"""Masking: set the selected neurons to zero and see what the task loses (HONES eq. H4)."""
+"""Masking: set the selected neurons to zero and measure the drop of the task's metric (HONES eq. H4)."""
 
 from __future__ import annotations
 

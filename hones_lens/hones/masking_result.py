@@ -1,4 +1,4 @@
-"""What masking comes to: the result of one set of neurons, its files, and its two measures side by side."""
+"""Results of masking a set of neurons, their files, and each of their two measures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEASURES = ("metric", "log_prob")
 
 @dataclass(frozen=True)
 class Control:
-    """What one matched random set of neurons did."""
+    """Metric and log-probability under one matched random set of neurons."""
 
     metric: float
     log_prob: float

@@ -1,4 +1,4 @@
-"""The yardstick: what is lost when each single neuron, or each single head, is ablated."""
+"""Exact ablation, the reference for other rankings: the loss when each single neuron or head is ablated."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def exact_ablation(
 
     Args:
         model, task, examples: What to measure.
-        measure: `log_prob`, the fall of the right answer's log-probability in nats, mean over
-            examples; or `metric`, the fall of the task's metric. The metric costs more: a neuron
+        measure: `log_prob`, the drop of the right answer's log-probability in nats, mean over
+            examples; or `metric`, the drop of the task's metric. The metric costs more: a neuron
             that changes a greedy choice has its answer generated, and retrieval runs each candidate.
         options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
@@ -76,7 +76,7 @@ def exact_head_ablation(
     options: SweepOptions | None = None,
     **sweep: Unpack[SweepKeywords],
 ) -> Float[Tensor, "layer head"]:
-    """Fall of the right answer's log-probability when each single head is ablated.
+    """Measure the drop of the right answer's log-probability when each single head is ablated.
 
     Args:
         model, task, examples: What to measure.

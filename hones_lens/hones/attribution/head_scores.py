@@ -1,4 +1,4 @@
-"""What a localization says of every head."""
+"""The scores of every head that a localization returns."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class HeadScores(Result):
 
     @property
     def counts(self) -> Tensor:
-        """On how many of the examples each head was measured, [layer head]."""
+        """The number of examples that each head was measured on, [layer head]."""
         return (~self.drops.isnan()).sum(-1)
 
     @property
@@ -92,7 +92,7 @@ class HeadScores(Result):
 
     @property
     def standard_errors(self) -> Tensor:
-        """Of `mean_drops`, [layer head]; NaN with fewer than two examples."""
+        """Standard errors of `mean_drops`, [layer head]; NaN with fewer than two examples."""
         squares = (self.drops - self.mean_drops[..., None]).square().nansum(-1)
         return (squares / (self.counts - 1) / self.counts).sqrt().where(self.counts > 1, torch.nan)
 
@@ -106,7 +106,7 @@ class HeadScores(Result):
 
     @cached_property
     def p_values(self) -> Tensor | None:
-        """Of no drop, [layer head]: those that `significant_heads` rests on.
+        """P-values of the tests of no drop that `significant_heads` uses, [layer head].
 
         None where some heads were not measured on every example, or there are fewer than two examples.
         """
@@ -219,8 +219,8 @@ def significant_heads(
     incomplete = torch.nonzero(heads.counts < len(heads.example_ids)).tolist()
     if incomplete:
         raise ValueError(
-            f"{len(incomplete)} heads, the first L{incomplete[0][0]}H{incomplete[0][1]}, were not measured on "
-            "every example: localize without racing or a prefilter"
+            f"{len(incomplete)} heads, the first L{incomplete[0][0]}H{incomplete[0][1]}, were not measured "
+            "on every example: localize without racing or a prefilter"
         )
     p = _permutation_p_values(heads, _draws_for(heads, q) if draws is None else draws, seed).flatten().numpy()
     rejected = benjamini_hochberg(p, q, dependent=dependent)[1].reshape(heads.scores.shape)

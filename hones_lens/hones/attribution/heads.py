@@ -118,7 +118,7 @@ def _localize_by_mean(
     racing: Racing | None,
     options: SweepOptions,
 ) -> HeadScores:
-    """Every head replaced by the mean of its layer's others."""
+    """Score every head by replacing it with the mean of its layer's other heads."""
     if model.cfg.n_heads == 1:
         raise ValueError("a model with one head a layer has no other heads to take the mean of")
     engine.check_examples(task, examples)
@@ -196,7 +196,7 @@ def _pairs_of(
     pairs: Sequence[CounterfactualPair] | PatchPairs | None,
     examples: Sequence[Example],
 ) -> PatchPairs:
-    """The pairs, prepared."""
+    """Prepare the pairs, and check that they belong to the task and the examples."""
     if pairs is None or not len(pairs):
         raise ValueError("intervention='patch' needs pairs, e.g. of `hones_lens.counterfactual_pairs`")
     prepared = pairs if isinstance(pairs, PatchPairs) else counterfactual(model, pairs, task)
@@ -211,7 +211,7 @@ def _pairs_of(
 def _localize_by_patching(
     model: HookedVLM, task: Task, pairs: PatchPairs, k: int, positions: str, options: SweepOptions
 ) -> HeadScores:
-    """Every head's output on the corrupted input put into the clean run."""
+    """Score every head by patching its output on the corrupted input into the clean run."""
     if positions not in ("all", "last"):
         raise ValueError(f"unknown positions {positions!r}; valid: all, last")
     site = SITES["z"]
@@ -250,7 +250,7 @@ def _measure_all(
     arms: Sequence[Sequence[Hook]],
     options: SweepOptions,
 ) -> tuple[engine.Outcome, np.ndarray, np.ndarray]:
-    """The clean outcome, every head's drops [head example], and its score with its ends [head 3]."""
+    """The clean outcome, every head's drops [head example], and its score with interval bounds [head 3]."""
 
     def leaders(outcomes: list[engine.Outcome]) -> str:
         so_far = [outcomes[0].metric(task) - outcome.metric(task) for outcome in outcomes[1:]]
@@ -273,7 +273,7 @@ def _measure_all(
 
 
 def _mean_drops(drops: np.ndarray) -> np.ndarray:
-    """Mean and ends of its interval, [head 3], over the examples each head was measured on."""
+    """Mean drop with its interval's bounds, [head 3], over the examples that each head was measured on."""
     means = np.full((len(drops), 3), np.nan)
     for row, head_drops in zip(means, drops, strict=True):
         known = head_drops[~np.isnan(head_drops)]

@@ -39,7 +39,7 @@ class HeldOutHead:
     """One selected head.
 
     Attributes:
-        layer, head: Which.
+        layer, head: The head's indices.
         score, selected_on: Its score on the examples that selected it, and that with its interval; None of
             heads whose intervals are not known.
         significant: Whether that score stands at the false discovery rate over all heads there; None where
@@ -190,7 +190,7 @@ def _remeasured(
     q: float,
     seed: int,
 ) -> tuple[HeldOutHead, ...]:
-    """What each selected head does on the held-out examples, from the statistics without and with it."""
+    """Drop and p-value of each selected head on the held-out examples, from the statistics of both arms."""
     drops = [bootstrap_interval(task, clean, statistics, seed=seed) for statistics in intervened]
     p = [permutation_p(task, clean, statistics, seed=seed) for statistics in intervened]
     rejections = benjamini_hochberg(p, q)[1]

@@ -1,4 +1,4 @@
-"""What an attribution says of every neuron."""
+"""The scores of every neuron that an attribution returns."""
 
 from __future__ import annotations
 

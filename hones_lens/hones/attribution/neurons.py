@@ -169,7 +169,7 @@ def write_in_drops_by_head(
     heads: Sequence[Component],
     **options: Any,
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, "head layer d_mlp"]]:
-    """The terms of HONES eq. H3, of the heads with w_h > 0 in their order.
+    """The terms of HONES eq. H3 for each head with w_h > 0, in the order of the heads.
 
     Args:
         model, task, examples: What to attribute.

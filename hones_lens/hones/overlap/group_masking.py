@@ -133,7 +133,7 @@ def mask_groups(
 def equal_size_groups(
     overlap: Overlap, groups: Sequence[str] | None, size: int | None, seed: int
 ) -> dict[str, list[Neuron]]:
-    """What `mask_groups` masks of each group; arguments and errors as there."""
+    """The neurons that `mask_groups` masks of each group; arguments and errors as there."""
     known = overlap.groups
     names = [name for name, neurons in known.items() if neurons] if groups is None else list(groups)
     if unknown := [name for name in names if name not in known]:

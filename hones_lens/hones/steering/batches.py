@@ -1,4 +1,4 @@
-"""What the clean model gives once, and the loss and gradient of steering on top of it (HONES eq. H5)."""
+"""Training batches with cached clean activations, and the loss and gradient of steering (HONES eq. H5)."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from hones_lens.hones.steering.scales import scaling_hooks
 from hones_lens.model import Answer, HookedVLM, summed_log_probs
 from hones_lens.tasks import Task
 
-_SHARE = 0.5  # of free memory, for what the clean model gave
+_SHARE = 0.5  # of free memory, for cached clean activations
 
 
 @dataclass(frozen=True)
 class CleanBatch:
-    """What the unsteered model makes of some prompts.
+    """Cached activations and log-probabilities of the unsteered model for some prompts.
 
     Attributes:
-        ids: Whose they are.
-        segment: The stream that enters the first steered layer, with its positions and mask.
-        answer: Where the answers are.
-        log_probs: Of every token where an answer's tokens are predicted.
-        weights: How much each row counts in its step.
+        ids: The example id of each row.
+        segment: The residual stream that enters the first steered layer, with its positions and mask.
+        answer: The positions and ids of the answers' tokens.
+        log_probs: Log-probabilities of the whole vocabulary at the positions that predict an answer's tokens.
+        weights: The weight of each row in the loss of its step.
     """
 
     ids: list[str]
@@ -46,13 +46,13 @@ class CleanBatch:
     weights: Float[Tensor, " row"]
 
     def to(self, device: torch.device) -> CleanBatch:
-        """The same on another device."""
+        """Copy the batch to another device."""
         moved = {name: _tensors_to(getattr(self, name), device) for name in ("segment", "answer")}
         return replace(self, **moved, log_probs=self.log_probs.to(device), weights=self.weights.to(device))
 
     @property
     def n_bytes(self) -> int:
-        """Memory of its largest tensors."""
+        """Bytes that its largest tensors take."""
         tensors = [self.log_probs, *(v for v in vars(self.segment).values() if isinstance(v, Tensor))]
         return sum(x.numel() * x.element_size() for x in tensors)
 
@@ -62,14 +62,14 @@ def _tensors_to(fields: Any, device: torch.device) -> Any:
 
 
 class TrainingBatches:
-    """Right answers in steps of several examples, run once up to the first steered layer.
+    """Prompts with their right answers, grouped into optimizer steps; the layers below `layer` run only once.
 
-    Which examples make a step is drawn once, the order of steps anew for every epoch. What the clean
-    model gave is kept in main memory while there is room, and computed again each time beyond that.
+    The examples of each step are drawn once; the order of the steps is drawn anew for every epoch. Clean
+    activations are cached in main memory as long as they fit, and recomputed otherwise.
 
     Args:
         model, task, examples: What to learn from.
-        layer: The first steered one.
+        layer: The first steered layer.
         config: Says how many examples a step has, and which labelled_prompts are asked.
         batch_size: Rows a pass.
         memory_budget: GB of main memory; default: half of what is free.
@@ -87,52 +87,54 @@ class TrainingBatches:
         memory_budget: float | None = None,
     ):
         self.model, self.layer, self.seed = model, layer, config.seed
-        asked = labelled_prompts(task, examples, config.negatives, config.seed)
-        order = np.random.default_rng(config.seed).permutation(len(asked)).tolist()
+        by_example = labelled_prompts(task, examples, config.negatives, config.seed)
+        order = np.random.default_rng(config.seed).permutation(len(by_example)).tolist()
         self.steps: list[list[list[LabelledPrompt]]] = []
-        for start in range(0, len(asked), config.accumulate):
-            flat = [query for i in order[start : start + config.accumulate] for query in asked[i]]
-            self.steps.append([flat[i : i + batch_size] for i in range(0, len(flat), batch_size)])
+        for start in range(0, len(by_example), config.accumulate):
+            prompts = [prompt for i in order[start : start + config.accumulate] for prompt in by_example[i]]
+            self.steps.append([prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)])
         cpu = torch.device("cpu")
-        self._room = _SHARE * free_bytes(cpu) if memory_budget is None else memory_budget * 1e9
-        self._kept: dict[tuple[int, int], CleanBatch] = {}
+        self._bytes_left = _SHARE * free_bytes(cpu) if memory_budget is None else memory_budget * 1e9
+        self._cache: dict[tuple[int, int], CleanBatch] = {}
 
     def __len__(self) -> int:
         return len(self.steps)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what is asked, step by step."""
+        """A hash of all prompts and answers, in the order of the steps."""
         digest = hashlib.blake2b(digest_size=12)
-        for query in (query for step in self.steps for asked in step for query in asked):
-            digest.update(repr((query.example.id, query.prompt, query.answer)).encode())
+        for prompt in (prompt for step in self.steps for batch in step for prompt in batch):
+            digest.update(repr((prompt.example.id, prompt.prompt, prompt.answer)).encode())
         return digest.hexdigest()
 
     def order(self, epoch: int) -> list[int]:
-        """In which order an epoch takes the steps."""
+        """The order of the steps in an epoch."""
         return np.random.default_rng([self.seed, epoch]).permutation(len(self)).tolist()
 
-    def of(self, step: int) -> Iterator[CleanBatch]:
-        """The passes of one step."""
-        for part, asked in enumerate(self.steps[step]):
-            key = (step, part)
-            if key not in self._kept:
-                made = self._clean(asked, sum(q.weight for each in self.steps[step] for q in each))
-                if made.n_bytes > self._room:
-                    yield made
+    def of_step(self, step: int) -> Iterator[CleanBatch]:
+        """Yield the batches of one step."""
+        for i, prompts in enumerate(self.steps[step]):
+            key = (step, i)
+            if key not in self._cache:
+                batch = self._clean(
+                    prompts, sum(q.weight for batch_prompts in self.steps[step] for q in batch_prompts)
+                )
+                if batch.n_bytes > self._bytes_left:
+                    yield batch
                     continue
-                self._room -= made.n_bytes
-                self._kept[key] = made.to(torch.device("cpu"))
-            yield self._kept[key].to(self.model.cfg.device)
+                self._bytes_left -= batch.n_bytes
+                self._cache[key] = batch.to(torch.device("cpu"))
+            yield self._cache[key].to(self.model.cfg.device)
 
     @torch.no_grad()
-    def _clean(self, asked: Sequence[LabelledPrompt], total: float) -> CleanBatch:
-        batch = prepare_batch(self.model, asked)
+    def _clean(self, prompts: Sequence[LabelledPrompt], total: float) -> CleanBatch:
+        batch = prepare_batch(self.model, prompts)
         answer = Answer.of(batch.inputs)
         segment = Segment.of(self.model, batch.inputs, len(answer.positions) + 1)
         resid = self.model.run_blocks(segment.resid, segment.context(1), 0, self.layer)
         segment = replace(segment, resid=resid)
-        weights = torch.tensor([query.weight / total for query in asked], device=resid.device)
+        weights = torch.tensor([prompt.weight / total for prompt in prompts], device=resid.device)
         log_probs = log_probs_from_layer(self.model, segment, self.layer)
         return CleanBatch(batch.ids, segment, answer, log_probs, weights)
 
@@ -156,7 +158,7 @@ def losses(
 
 @contextmanager
 def frozen_parameters(model: HookedVLM) -> Iterator[None]:
-    """No parameter asks for a gradient inside; afterwards those do that did before."""
+    """Context in which no parameter requires a gradient; the flags are restored afterwards."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -179,7 +181,7 @@ def gradient_of_step(
     penalty = config.l2_weight * a.square().mean()
     (total_gradient,) = torch.autograd.grad(penalty, a)
     losses_by_name = {"loss": float(penalty.detach()), "ce": 0.0, "kl": 0.0}
-    for clean in batches.of(step):
+    for clean in batches.of_step(step):
         hooks = scaling_hooks(neurons, 1 + a)
         with engine.error_context(clean.ids, hooks), model.hooks(fwd_hooks=hooks):
             ce, kl = losses(clean, log_probs_from_layer(model, clean.segment, batches.layer))

@@ -193,7 +193,7 @@ def _table(
 
 @dataclass(frozen=True)
 class _FittedMethod:
-    """What a method came to, and with which settings."""
+    """A fitted method with its chosen settings and scales."""
 
     method: str
     draw: int
@@ -283,7 +283,7 @@ def _choose(
     all_scales: Sequence[NeuronScales],
     settings: Sequence[SteeringConfig],
 ) -> list[_FittedMethod]:
-    """Of each method's scales, in turn one for every setting, those that do best; all in one sweep."""
+    """For each method, the scales of the best setting; all are measured in one sweep."""
     outcomes, log_probs = data.measured(data.choose, [scales.hooks() for scales in all_scales], "choosing")
     best_fits = []
     for number, (method, draw, _) in enumerate(fitted_methods):

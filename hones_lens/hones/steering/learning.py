@@ -31,7 +31,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class LearningState:
-    """Where learning stands.
+    """The state of training, as it is saved in a checkpoint.
 
     Attributes:
         done: Steps taken.
@@ -53,10 +53,10 @@ class LearningState:
 
 
 class Learner:
-    """Takes steps, from the start or from a checkpoint.
+    """Runs the optimizer, from the start or from a checkpoint.
 
     Args:
-        model, batches, neurons, config: What to learn.
+        model, batches, neurons, config: The model, its training data, the neurons to scale and the settings.
         on_dev: Metric and log-probability of some offsets on dev.
         patience: Stop after so many epochs that did not better the best on dev.
         checkpoint: Where progress is kept.
@@ -88,7 +88,7 @@ class Learner:
 
     @property
     def steps(self) -> int:
-        """How many steps there are to take."""
+        """The total number of optimizer steps."""
         return self.config.epochs * len(self.batches)
 
     @property
@@ -119,7 +119,7 @@ class Learner:
         return self.offsets
 
     def scales(self, task: Task, method: str, n_examples: int) -> NeuronScales:
-        """What was learned, with its settings and history."""
+        """The learned scales, with their settings and history."""
         return NeuronScales(
             neurons=tuple((neuron[0], neuron[1]) for neuron in self.neurons),
             offsets=self.offsets,

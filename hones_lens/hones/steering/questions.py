@@ -1,4 +1,4 @@
-"""What steering learns on and is measured by: prompts with their right answers; examples cut in two."""
+"""Prompts with their right answers, which steering learns from and is measured on; splits of examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Arms = Sequence[Sequence[Hook]]
 
 
 class LabelledPrompt(NamedTuple):
-    """One prompt with its right answer; `weight` is its share of its example."""
+    """A prompt with its right answer; `weight` is its share in its example's loss."""
 
     example: Example
     prompt: str
@@ -33,7 +33,7 @@ class LabelledPrompt(NamedTuple):
 def labelled_prompts(
     task: Task, examples: Sequence[Example], negatives: int, seed: int
 ) -> list[list[LabelledPrompt]]:
-    """What is asked about each example.
+    """The labelled prompts of each example.
 
     A text task asks for its answer. A ranking task (ours) asks about the positive, where Yes is right, and
     about some of the wrong candidates, where No is right. Both sides weigh one half: a model steered
@@ -66,7 +66,7 @@ def _yes_no_prompts(task: Task, example: Example, negatives: int, seed: int) -> 
 
 
 def prepare_batch(model: HookedVLM, labelled: Sequence[LabelledPrompt]) -> engine.Batch:
-    """Prompts with their answers behind them, images encoded."""
+    """Prepare prompts followed by their answers, with the images encoded."""
     images, texts = [prompt.example.image for prompt in labelled], [prompt.prompt for prompt in labelled]
     inputs = model.prepare(images, texts, [prompt.answer for prompt in labelled])
     return engine.Batch([q.example for q in labelled], model.with_image_embeds(inputs), [1] * len(labelled))
@@ -120,7 +120,7 @@ def _weighted_log_probs(
 
 
 def image_key(example: Example) -> str:
-    """A name for what an example shows, which examples on one picture share.
+    """A key of an example's image, which is equal for all examples on the same picture.
 
     It is the data set's own name for the picture, `facts["image_id"]`, where one is given (the boxes that
     are drawn on it would make another picture of it each), else a hash of the pixels.

@@ -1,4 +1,4 @@
-"""What scales that were learned for one task do to the others."""
+"""The effects that scales learned for one task have on every task."""
 
 from __future__ import annotations
 

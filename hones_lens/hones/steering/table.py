@@ -1,4 +1,4 @@
-"""What steering by several methods came to."""
+"""The results of steering by several methods."""
 
 from __future__ import annotations
 
