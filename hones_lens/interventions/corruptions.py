@@ -1,8 +1,8 @@
-"""Corruptions: what makes a clean input a corrupted one, token for token in the same places.
+"""Corruptions: functions that turn clean inputs into corrupted ones, with all tokens at the same positions.
 
 A corruption is any function of a model and `VLMInputs` that returns `VLMInputs` of the same shape. Those
-made here are deterministic: what an image becomes depends on its pixels, on the seed and on the image's
-place in its row, never on the other rows.
+made here are deterministic: the corrupted image depends on the image's pixels, on the seed and on its index
+in the row, never on the other rows.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from hones_lens.model import HookedVLM, VLMInputs, to_list
 
 Corruption = Callable[[HookedVLM, VLMInputs], VLMInputs]
 Color = str | tuple[int, int, int]
-_CONTEXTS = (" ", "\n", "(")  # what a word may stand behind, as far as tokenizers care
-_BYTES_OF_SPACE = "ĠĊĉč"  # how byte-level tokenizers write space, newline, tab and return
-_REACH = 4  # standard deviations after which a blur's kernel ends
+_WORD_CONTEXTS = (" ", "\n", "(")  # text before a word that changes how it is tokenized
+_BYTE_LEVEL_WHITESPACE = "ĠĊĉč"  # how byte-level tokenizers write space, newline, tab and return
+_KERNEL_EXTENT = 4  # standard deviations at which a blur's kernel is cut off
 
 
 @dataclass(frozen=True)
-class Named:
-    """A corruption that says what it does."""
+class NamedCorruption:
+    """A corruption with a description, which is its `str`."""
 
-    what: str
+    description: str
     change: Corruption
 
     def __call__(self, model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
         return self.change(model, model.as_inputs(inputs))
 
     def __str__(self) -> str:
-        return self.what
+        return self.description
 
 
 def gaussian_noise(sigma: float = 3.0, seed: int = 0) -> Corruption:
@@ -56,14 +56,18 @@ def gaussian_noise(sigma: float = 3.0, seed: int = 0) -> Corruption:
         raise ValueError(f"sigma must be above 0, not {sigma}")
 
     def change(model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
-        pictures, encoded = _pictures(model, inputs), model.with_image_embeds(inputs)
-        noisy: list[Tensor] = []
-        for (_, place), picture, embed in zip(_places(inputs), pictures, _embeds(encoded), strict=True):
-            noise = torch.randn(embed.shape, generator=_dice(seed, place, picture))
-            noisy.append((embed + sigma * embed.float().std() * noise.to(embed.device)).to(embed.dtype))
-        return _with_embeds(encoded, noisy)
+        pictures, encoded = _require_pictures(model, inputs), model.with_image_embeds(inputs)
+        noisy_embeds: list[Tensor] = []
+        for (_, image), picture, embed in zip(
+            _image_indices(inputs), pictures, _embeds_by_image(encoded), strict=True
+        ):
+            noise = torch.randn(embed.shape, generator=_image_generator(seed, image, picture))
+            noisy_embeds.append(
+                (embed + sigma * embed.float().std() * noise.to(embed.device)).to(embed.dtype)
+            )
+        return _with_embeds(encoded, noisy_embeds)
 
-    return Named(f"Gaussian noise of {sigma:g} standard deviations on the image embeddings", change)
+    return NamedCorruption(f"Gaussian noise of {sigma:g} standard deviations on the image embeddings", change)
 
 
 def mean_image_token(mean: Float[Tensor, " d_model"] | None = None) -> Corruption:
@@ -77,13 +81,13 @@ def mean_image_token(mean: Float[Tensor, " d_model"] | None = None) -> Corruptio
     """
 
     def change(model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
-        _pictures(model, inputs)
+        _require_pictures(model, inputs)
         encoded = model.with_image_embeds(inputs)
-        embeds = _embeds(encoded)
+        embeds = _embeds_by_image(encoded)
         means = [embed.mean(0) if mean is None else mean.to(embed) for embed in embeds]
         return _with_embeds(encoded, [m.expand_as(e) for m, e in zip(means, embeds, strict=True)])
 
-    return Named("every image token the mean image token", change)
+    return NamedCorruption("every image token the mean image token", change)
 
 
 def blank(color: Color = (128, 128, 128)) -> Corruption:
@@ -96,14 +100,14 @@ def blank(color: Color = (128, 128, 128)) -> Corruption:
         ValueError: Not a colour. When run: no images.
     """
     rgb = ImageColor.getrgb(color) if isinstance(color, str) else tuple(color)
-    if len(rgb) != 3 or not all(0 <= part <= 255 for part in rgb):
+    if len(rgb) != 3 or not all(0 <= channel <= 255 for channel in rgb):
         raise ValueError(f"{color!r} is not a colour: give red, green, blue in 0–255, or a name")
 
     def paint(model: HookedVLM, pictures: Sequence[Tensor]) -> list[Tensor]:
-        paints = _normalised(model, torch.tensor(rgb, dtype=torch.float))
-        return [paints.to(p)[:, None, None].expand_as(p) for p in pictures]
+        color_values = _normalised_color(model, torch.tensor(rgb, dtype=torch.float))
+        return [color_values.to(p)[:, None, None].expand_as(p) for p in pictures]
 
-    return _of_pixels(f"pictures painted {color}", paint)
+    return _pixel_corruption(f"pictures painted {color}", paint)
 
 
 def blur(radius: float = 4.0) -> Corruption:
@@ -117,23 +121,25 @@ def blur(radius: float = 4.0) -> Corruption:
     """
     if not radius > 0:
         raise ValueError(f"the radius must be above 0, not {radius}")
-    steps = torch.arange(-int(_REACH * radius + 0.5), int(_REACH * radius + 0.5) + 1, dtype=torch.float)
+    steps = torch.arange(
+        -int(_KERNEL_EXTENT * radius + 0.5), int(_KERNEL_EXTENT * radius + 0.5) + 1, dtype=torch.float
+    )
     kernel = (-0.5 * (steps / radius) ** 2).exp()
     kernel = kernel / kernel.sum()
 
-    def smear(model: HookedVLM, pictures: Sequence[Tensor]) -> list[Tensor]:
-        out: list[Tensor] = []
+    def convolve(model: HookedVLM, pictures: Sequence[Tensor]) -> list[Tensor]:
+        blurred: list[Tensor] = []
         for picture in pictures:
             weight, side = kernel.to(picture.device).view(1, 1, -1), len(kernel) // 2
             x = picture.float()
             for _ in range(2):  # along the last axis, then along the other
                 lines = F.pad(x.flatten(0, 1)[:, None], (side, side), mode="replicate")
                 x = F.conv1d(lines, weight).view(x.shape).transpose(1, 2)
-            out.append(x.to(picture.dtype))
-        return out
+            blurred.append(x.to(picture.dtype))
+        return blurred
 
     # A kernel that adds up to 1 does the same to pixels before and after normalisation.
-    return _of_pixels(f"pictures blurred with a radius of {radius:g}", smear)
+    return _pixel_corruption(f"pictures blurred with a radius of {radius:g}", convolve)
 
 
 def patch_shuffle(seed: int = 0) -> Corruption:
@@ -149,35 +155,42 @@ def patch_shuffle(seed: int = 0) -> Corruption:
     def change(model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
         shuffled: list[Tensor] = []
         grids = [grid for row in inputs.grids for grid in row]
-        for (_, place), picture, grid in zip(_places(inputs), _pictures(model, inputs), grids, strict=True):
+        for (_, image), picture, grid in zip(
+            _image_indices(inputs), _require_pictures(model, inputs), grids, strict=True
+        ):
             if grid[0] * grid[1] == 1:
                 raise ValueError("an image of one token has no patches to shuffle")
-            shuffled.append(_shuffled(picture, grid, _dice(seed, place, picture)))
+            shuffled.append(_shuffle_cells(picture, grid, _image_generator(seed, image, picture)))
         return model.with_pictures(inputs, shuffled)
 
-    return Named("pictures with their patches shuffled", change)
+    return NamedCorruption("pictures with their patches shuffled", change)
 
 
-def _shuffled(picture: Tensor, grid: tuple[int, int], dice: torch.Generator) -> Tensor:
-    """Its cells in another order; pixels over the last cell stay."""
+def _shuffle_cells(picture: Tensor, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """The picture with its cells in another order; pixels beyond the last whole cell stay."""
     (rows, columns), (height, width) = grid, picture.shape[1:]
-    tall, wide = height // rows, width // columns
-    n, order = rows * columns, torch.arange(rows * columns)
-    while bool((order == torch.arange(n)).all()):
-        order = torch.randperm(n, generator=dice)
-    cut = picture[:, : rows * tall, : columns * wide].reshape(-1, rows, tall, columns, wide)
-    cells = cut.permute(1, 3, 0, 2, 4).flatten(0, 1)[order.to(picture.device)]
-    out = picture.clone()
-    laid = cells.view(*grid, *cells.shape[1:]).permute(2, 0, 3, 1, 4)
-    out[:, : rows * tall, : columns * wide] = laid.reshape(-1, rows * tall, columns * wide)
-    return out
+    cell_height, cell_width = height // rows, width // columns
+    n_cells, order = rows * columns, torch.arange(rows * columns)
+    while bool((order == torch.arange(n_cells)).all()):
+        order = torch.randperm(n_cells, generator=generator)
+    cropped = picture[:, : rows * cell_height, : columns * cell_width].reshape(
+        -1, rows, cell_height, columns, cell_width
+    )
+    cells = cropped.permute(1, 3, 0, 2, 4).flatten(0, 1)[order.to(picture.device)]
+    result = picture.clone()
+    shuffled = cells.view(*grid, *cells.shape[1:]).permute(2, 0, 3, 1, 4)
+    result[:, : rows * cell_height, : columns * cell_width] = shuffled.reshape(
+        -1, rows * cell_height, columns * cell_width
+    )
+    return result
 
 
 def region(corruption: Corruption, box: Box) -> Corruption:
-    """A corruption of images where a box lies, and only there.
+    """Restrict a corruption of images to a box.
 
-    Of one that changes pixels, the pixels in the box are taken: the vision tower then carries the change to
-    other tokens too. Of one that changes embeddings, the image tokens that the box touches.
+    If the corruption changes pixels, only the pixels in the box change; the vision tower still carries the
+    change to other tokens. If it changes embeddings, only those of the image tokens that the box touches
+    change.
 
     Args:
         corruption: E.g. `blank("white")`.
@@ -193,16 +206,26 @@ def region(corruption: Corruption, box: Box) -> Corruption:
         changed = corruption(model, inputs)
         if not torch.equal(changed.input_ids, inputs.input_ids):
             raise ValueError(f"{corruption} changes text, and a box lies on a picture")
-        before, after = _pictures(model, inputs), model.pictures(changed)
-        if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-            masks = [_pixels_in(inputs, box, *of, p) for of, p in zip(_places(inputs), before, strict=True)]
-            mixed = [torch.where(m, b, a) for m, a, b in zip(masks, before, after, strict=True)]
-            return model.with_pictures(inputs, mixed)
-        encoded, other = model.with_image_embeds(inputs), model.with_image_embeds(changed)
-        were, now = torch.cat(_embeds(encoded)), torch.cat(_embeds(other))
-        return _with_embeds(encoded, [torch.where(touched[inputs.image_mask][:, None], now, were)])
+        clean_pictures, changed_pictures = _require_pictures(model, inputs), model.pictures(changed)
+        if any(not torch.equal(a, b) for a, b in zip(clean_pictures, changed_pictures, strict=True)):
+            masks = [
+                _box_pixels(inputs, box, *image_index, p)
+                for image_index, p in zip(_image_indices(inputs), clean_pictures, strict=True)
+            ]
+            mixed_pictures = [
+                torch.where(m, b, a) for m, a, b in zip(masks, clean_pictures, changed_pictures, strict=True)
+            ]
+            return model.with_pictures(inputs, mixed_pictures)
+        encoded, changed_encoded = model.with_image_embeds(inputs), model.with_image_embeds(changed)
+        clean_embeds, changed_embeds = (
+            torch.cat(_embeds_by_image(encoded)),
+            torch.cat(_embeds_by_image(changed_encoded)),
+        )
+        return _with_embeds(
+            encoded, [torch.where(touched[inputs.image_mask][:, None], changed_embeds, clean_embeds)]
+        )
 
-    return Named(f"{corruption}, {box}" if box.outside else f"{corruption}, in {box}", change)
+    return NamedCorruption(f"{corruption}, {box}" if box.outside else f"{corruption}, in {box}", change)
 
 
 def token_swap(old: str | Mapping[str, str], new: str | None = None) -> Corruption:
@@ -212,8 +235,8 @@ def token_swap(old: str | Mapping[str, str], new: str | None = None) -> Corrupti
     text.
 
     Args:
-        old: A word, or a table of words and what takes their place; `{"red": "blue", "blue": "red"}` swaps.
-        new: What takes the place of one word.
+        old: A word, or a mapping from words to their replacements; `{"red": "blue", "blue": "red"}` swaps.
+        new: The replacement, where `old` is one word.
 
     Raises:
         ValueError: Nothing to swap. When run: words of different numbers of tokens, or a row that has none
@@ -221,135 +244,139 @@ def token_swap(old: str | Mapping[str, str], new: str | None = None) -> Corrupti
     """
     if isinstance(old, str) == (new is None):
         raise ValueError("token_swap takes an old and a new word, or a table of them")
-    table = {old: str(new)} if isinstance(old, str) else dict(old)
-    if not table or any(not a.strip() or not b.strip() or a == b for a, b in table.items()):
-        raise ValueError(f"no words to swap in {table!r}")
+    replacements = {old: str(new)} if isinstance(old, str) else dict(old)
+    if not replacements or any(not a.strip() or not b.strip() or a == b for a, b in replacements.items()):
+        raise ValueError(f"no words to swap in {replacements!r}")
 
     def change(model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
-        forms = [form for a, b in table.items() for form in _forms(model, a, b)]
-        asked = inputs.token_groups.get("question", inputs.token_groups["text"])
+        forms = [form for a, b in replacements.items() for form in _written_forms(model, a, b)]
+        swappable = inputs.token_groups.get("question", inputs.token_groups["text"])
         all_ids: list[list[int]] = to_list(inputs.input_ids)
-        all_allowed: list[list[bool]] = to_list(asked)
+        all_allowed: list[list[bool]] = to_list(swappable)
         rows: list[list[int]] = []
         for row, (ids, allowed) in enumerate(zip(all_ids, all_allowed, strict=True)):
-            swapped = _swapped(model, ids, allowed, forms)
+            swapped = _swap_ids(model, ids, allowed, forms)
             if swapped == ids:
-                raise ValueError(f"row {row} has none of the words {', '.join(map(repr, table))}")
+                raise ValueError(f"row {row} has none of the words {', '.join(map(repr, replacements))}")
             rows.append(swapped)
         return replace(inputs, input_ids=torch.tensor(rows, device=inputs.input_ids.device))
 
-    words = ", ".join(f"{a!r} swapped for {b!r}" for a, b in table.items())
-    return Named(words, change)
+    words = ", ".join(f"{a!r} swapped for {b!r}" for a, b in replacements.items())
+    return NamedCorruption(words, change)
 
 
-def _forms(model: HookedVLM, old: str, new: str) -> Iterator[tuple[bool, list[int], list[int]]]:
-    """The ids of both words, in each way that they are written: whether behind a space, old, new."""
+def _written_forms(model: HookedVLM, old: str, new: str) -> Iterator[tuple[bool, list[int], list[int]]]:
+    """Token ids of both words in each written form: (whether the form follows a space, old ids, new ids)."""
     seen: list[list[int]] = []
-    for context in _CONTEXTS:
-        a, b = (_behind(model, context, word) for word in (old, new))
-        if a is not None and b is not None and a not in seen:
-            seen.append(a)
-            yield context == " ", a, b
+    for context in _WORD_CONTEXTS:
+        old_ids, new_ids = (_ids_after(model, context, word) for word in (old, new))
+        if old_ids is not None and new_ids is not None and old_ids not in seen:
+            seen.append(old_ids)
+            yield context == " ", old_ids, new_ids
 
 
-def _behind(model: HookedVLM, context: str, word: str) -> list[int] | None:
-    """The ids of a word behind a context; None where the tokenizer joins the two."""
-    first, whole = (
+def _ids_after(model: HookedVLM, context: str, word: str) -> list[int] | None:
+    """Token ids of a word after a context; None where the tokenizer merges the two."""
+    context_ids, all_ids = (
         model.tokenizer(text, add_special_tokens=False).input_ids
         for text in ("a" + context.strip(" "), "a" + context + word)
     )
-    return whole[len(first) :] if whole[: len(first)] == first else None
+    return all_ids[len(context_ids) :] if all_ids[: len(context_ids)] == context_ids else None
 
 
-def _swapped(
+def _swap_ids(
     model: HookedVLM,
     ids: list[int],
     allowed: list[bool],
     forms: Sequence[tuple[bool, list[int], list[int]]],
 ) -> list[int]:
-    """The ids with every whole word swapped; what was swapped is not swapped again."""
-    out, at = list(ids), 0
-    longest_first = sorted(forms, key=lambda form: -len(form[1]))
-    while at < len(ids):
-        for spaced, old, new in longest_first:
-            end = at + len(old)
-            here = ids[at:end] == old and all(allowed[at:end])
-            begins = here and (spaced or not _goes_on(model, ids[at - 1 : at], -1))
-            if begins and not _goes_on(model, ids[end : end + 1], 0):
+    """The ids with every whole word swapped once; replacements are not swapped again."""
+    out, start = list(ids), 0
+    longest_first_forms = sorted(forms, key=lambda form: -len(form[1]))
+    while start < len(ids):
+        for after_space, old, new in longest_first_forms:
+            end = start + len(old)
+            matches = ids[start:end] == old and all(allowed[start:end])
+            starts_word = matches and (
+                after_space or not _has_alphanumeric_at(model, ids[start - 1 : start], -1)
+            )
+            if starts_word and not _has_alphanumeric_at(model, ids[end : end + 1], 0):
                 if len(old) != len(new):
                     words = " and ".join(repr(model.tokenizer.decode(x).strip()) for x in (old, new))
                     raise ValueError(
                         f"{words} are {len(old)} and {len(new)} tokens: a swap needs words of equal length"
                     )
-                out[at:end], at = new, end - 1
+                out[start:end], start = new, end - 1
                 break
-        at += 1
+        start += 1
     return out
 
 
-def _goes_on(model: HookedVLM, token: list[int], letter: int) -> bool:
-    """Whether a token, if there is one, has a letter or digit at its beginning (0) or end (-1)."""
+def _has_alphanumeric_at(model: HookedVLM, token: list[int], character: int) -> bool:
+    """Whether the first (0) or last (-1) character of a token is a letter or digit; False for no token."""
     text = "".join(model.tokenizer.convert_ids_to_tokens(token))
     if not text or token[0] in model.tokenizer.all_special_ids:
         return False
-    return text[letter].isalnum() and text[letter] not in _BYTES_OF_SPACE
+    return text[character].isalnum() and text[character] not in _BYTE_LEVEL_WHITESPACE
 
 
 # -- pictures and embeddings -------------------------------------------------------------------------
 
 
-def _of_pixels(what: str, edit: Callable[[HookedVLM, Sequence[Tensor]], list[Tensor]]) -> Corruption:
-    """A corruption from what it makes of normalised pictures [3 height width]."""
+def _pixel_corruption(
+    description: str, edit: Callable[[HookedVLM, Sequence[Tensor]], list[Tensor]]
+) -> Corruption:
+    """A corruption from a function of normalised pictures, [3 height width] each."""
 
     def change(model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
-        return model.with_pictures(inputs, edit(model, _pictures(model, inputs)))
+        return model.with_pictures(inputs, edit(model, _require_pictures(model, inputs)))
 
-    return Named(what, change)
+    return NamedCorruption(description, change)
 
 
-def _pictures(model: HookedVLM, inputs: VLMInputs) -> list[Tensor]:
+def _require_pictures(model: HookedVLM, inputs: VLMInputs) -> list[Tensor]:
     pictures = model.pictures(inputs)
     if not pictures:
         raise ValueError("these inputs have no images to corrupt")
     return pictures
 
 
-def _places(inputs: VLMInputs) -> Iterator[tuple[int, int]]:
-    """Of every image, in order, its row and its place in it."""
-    return ((row, place) for row, grids in enumerate(inputs.grids) for place in range(len(grids)))
+def _image_indices(inputs: VLMInputs) -> Iterator[tuple[int, int]]:
+    """(row, index in the row) of every image, in order."""
+    return ((row, image) for row, grids in enumerate(inputs.grids) for image in range(len(grids)))
 
 
-def _normalised(model: HookedVLM, rgb: Float[Tensor, " channel"]) -> Float[Tensor, " channel"]:
+def _normalised_color(model: HookedVLM, rgb: Float[Tensor, " channel"]) -> Float[Tensor, " channel"]:
     """A colour in 0–255 as the checkpoint's image processor gives it to the vision tower.
 
     Raises:
         ValueError: The model was made without a processor.
     """
-    made = model.image_processor
-    value = rgb * made.rescale_factor if made.do_rescale else rgb
-    if made.do_normalize:
-        value = (value - torch.tensor(made.image_mean)) / torch.tensor(made.image_std)
+    processor = model.image_processor
+    value = rgb * processor.rescale_factor if processor.do_rescale else rgb
+    if processor.do_normalize:
+        value = (value - torch.tensor(processor.image_mean)) / torch.tensor(processor.image_std)
     return value
 
 
-def _pixels_in(
-    inputs: VLMInputs, box: Box, row: int, place: int, picture: Tensor
+def _box_pixels(
+    inputs: VLMInputs, box: Box, row: int, image: int, picture: Tensor
 ) -> Bool[Tensor, "height width"]:
-    """Which pixels that the vision tower reads a box touches; none of another image."""
+    """Mask of the pixels, as the vision tower reads them, that a box touches; all False for another image."""
     height, width = picture.shape[1:]
-    if place != box.image:
+    if image != box.image:
         return torch.zeros(height, width, dtype=torch.bool, device=picture.device)
-    left, top, right, bottom = inputs.regions[row][place]
+    left, top, right, bottom = inputs.regions[row][image]
     y, x = torch.arange(height), torch.arange(width)
-    tall, wide = (bottom - top) / height, (right - left) / width
-    in_y = (top + y * tall < box.bottom) & (top + (y + 1) * tall > box.top)
-    in_x = (left + x * wide < box.right) & (left + (x + 1) * wide > box.left)
+    pixel_height, pixel_width = (bottom - top) / height, (right - left) / width
+    in_y = (top + y * pixel_height < box.bottom) & (top + (y + 1) * pixel_height > box.top)
+    in_x = (left + x * pixel_width < box.right) & (left + (x + 1) * pixel_width > box.left)
     inside = (in_y[:, None] & in_x).to(picture.device)
     return ~inside if box.outside else inside
 
 
-def _embeds(encoded: VLMInputs) -> list[Float[Tensor, "token d_model"]]:
-    """The embeddings of each image of inputs that are encoded."""
+def _embeds_by_image(encoded: VLMInputs) -> list[Float[Tensor, "token d_model"]]:
+    """The embeddings of each image, from inputs with `image_embeds`."""
     assert encoded.image_embeds is not None
     sizes = [rows * columns + encoded.leading_tokens for row in encoded.grids for rows, columns in row]
     return list(torch.split(encoded.image_embeds.flatten(0, -2), sizes))
@@ -357,12 +384,12 @@ def _embeds(encoded: VLMInputs) -> list[Float[Tensor, "token d_model"]]:
 
 def _with_embeds(encoded: VLMInputs, embeds: Sequence[Tensor]) -> VLMInputs:
     assert encoded.image_embeds is not None
-    made = torch.cat(list(embeds)).view_as(encoded.image_embeds)
-    return replace(encoded, image_embeds=made)
+    merged = torch.cat(list(embeds)).view_as(encoded.image_embeds)
+    return replace(encoded, image_embeds=merged)
 
 
-def _dice(seed: int, place: int, picture: Tensor) -> torch.Generator:
-    """Random numbers of one image: the same in every row of every batch."""
+def _image_generator(seed: int, image: int, picture: Tensor) -> torch.Generator:
+    """Random generator for one image, the same in every row of every batch."""
     pixels = picture.detach().float().cpu().contiguous().numpy().tobytes()
-    digest = hashlib.blake2b(f"{seed} {place} ".encode() + pixels, digest_size=7).digest()
+    digest = hashlib.blake2b(f"{seed} {image} ".encode() + pixels, digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
