@@ -49,10 +49,10 @@ def embeds(made: ModuleType, inputs: VLMInputs) -> list[Tensor]:
     """Of each image, [token d_model]."""
     model = model_of(made)
     with torch.no_grad():
-        found = model.with_image_embeds(inputs).image_embeds
-    assert found is not None
+        actual = model.with_image_embeds(inputs).image_embeds
+    assert actual is not None
     sizes = [rows * columns for row in inputs.grids for rows, columns in row]
-    return list(found.flatten(0, -2).split(sizes))
+    return list(actual.flatten(0, -2).split(sizes))
 
 
 # -- pixels ------------------------------------------------------------------------------------------
@@ -64,9 +64,9 @@ def test_pictures_are_what_the_processor_made_of_them(made: ModuleType) -> None:
     model, inputs = model_of(made), batch(made)
     images = model.processor.image_processor
     mean, std = (np.array(x)[:, None, None] for x in (images.image_mean, images.image_std))
-    for found, picture in zip(model.pictures(inputs), pictures(made), strict=True):
+    for actual, picture in zip(model.pictures(inputs), pictures(made), strict=True):
         expected = (np.asarray(picture).transpose(2, 0, 1) / 255 - mean) / std
-        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(actual.numpy(), expected, atol=1e-5)
     again = model.with_pictures(inputs, model.pictures(inputs))
     assert torch.equal(again.pixel_values, inputs.pixel_values)
 
@@ -77,13 +77,13 @@ def test_blank_is_a_painted_picture(made: ModuleType, color: str | tuple[int, in
     one, two, three = (Image.new("RGB", picture.size, color) for picture in pictures(made))
     model = model_of(made)
     painted = model.prepare([one, [two, three], None], list(random_llava.QUESTIONS))
-    found = blank(color)(model, batch(made))
-    assert torch.allclose(found.pixel_values, painted.pixel_values, atol=1e-5)
+    actual = blank(color)(model, batch(made))
+    assert torch.allclose(actual.pixel_values, painted.pixel_values, atol=1e-5)
     for name in ("input_ids", "attention_mask", "image_mask"):
-        assert torch.equal(getattr(found, name), getattr(painted, name))
-    assert found.grids == painted.grids
+        assert torch.equal(getattr(actual, name), getattr(painted, name))
+    assert actual.grids == painted.grids
     with torch.no_grad():
-        assert (model(found) - model(painted))[painted.attention_mask.bool()].abs().max() <= 5e-5
+        assert (model(actual) - model(painted))[painted.attention_mask.bool()].abs().max() <= 5e-5
 
 
 @FAMILIES
@@ -100,8 +100,8 @@ def test_blank_in_a_box_is_a_picture_with_a_painted_box(made: ModuleType) -> Non
     outside = Box(3, 5, 20, 17, image=1, outside=True)
     for where, picture in ((box, in_box), (outside, around)):
         expected = model.prepare([[one, picture], [two, picture]], list(random_llava.QUESTIONS[:2]))
-        found = region(blank((0, 200, 9)), where)(model, inputs)
-        assert torch.allclose(found.pixel_values, expected.pixel_values, atol=1e-5)
+        actual = region(blank((0, 200, 9)), where)(model, inputs)
+        assert torch.allclose(actual.pixel_values, expected.pixel_values, atol=1e-5)
 
 
 def blurred_by_hand(picture: np.ndarray, radius: float) -> np.ndarray:
@@ -122,10 +122,10 @@ def blurred_by_hand(picture: np.ndarray, radius: float) -> np.ndarray:
 def test_blur_is_a_gaussian_sum_over_the_raw_pixels(made: ModuleType, radius: float) -> None:
     model = model_of(made)
     images = model.processor.image_processor
-    for found, picture in zip(model.pictures(blur(radius)(model, batch(made))), pictures(made), strict=True):
+    for actual, picture in zip(model.pictures(blur(radius)(model, batch(made))), pictures(made), strict=True):
         expected = blurred_by_hand(np.asarray(picture, dtype=float), radius) / 255
         expected = (expected - np.array(images.image_mean)) / np.array(images.image_std)
-        np.testing.assert_allclose(found.numpy(), expected.transpose(2, 0, 1), atol=1e-4)
+        np.testing.assert_allclose(actual.numpy(), expected.transpose(2, 0, 1), atol=1e-4)
 
 
 @FAMILIES
@@ -223,8 +223,8 @@ def test_rows_are_corrupted_alike_in_any_batch(made: ModuleType, name: str) -> N
         expected = model(whole)[:, -1]
         assert (expected - model(inputs)[:, -1])[:2].abs().amax(-1).min() > 1e-3, "a row is not corrupted"
         for order in (list(range(n))[::-1], [1], [0, 1, 0]):
-            found = model(corrupt(model, inputs[order]))[:, -1]
-            assert (found - expected[order]).abs().max() <= 5e-5
+            actual = model(corrupt(model, inputs[order]))[:, -1]
+            assert (actual - expected[order]).abs().max() <= 5e-5
         encoded = model(corrupt(model, model.with_image_embeds(inputs)))[:, -1]
         assert (encoded - expected).abs().max() <= 5e-5
     if n == 3:
@@ -252,10 +252,10 @@ def test_token_swap_is_the_prompt_with_the_words_swapped(made: ModuleType) -> No
         "is the circle blue?", "what is left of the blue circle, a blue square or a red one?", "is it red?"
     ]  # fmt: skip
     images = [one, [two, three], None]
-    found = token_swap({"red": "blue", "blue": "red"})(model, model.prepare(images, prompts))
+    actual = token_swap({"red": "blue", "blue": "red"})(model, model.prepare(images, prompts))
     expected = model.prepare(images, swapped)
-    assert torch.equal(found.input_ids, expected.input_ids)
-    assert torch.equal(found.pixel_values, expected.pixel_values)
+    assert torch.equal(actual.input_ids, expected.input_ids)
+    assert torch.equal(actual.pixel_values, expected.pixel_values)
     alone = token_swap("red", "blue")(model, model.prepare(None, prompts[0]))
     assert torch.equal(alone.input_ids, model.prepare(None, swapped[0]).input_ids)
 
@@ -268,8 +268,8 @@ def test_token_swap_takes_whole_words_of_the_question_alone() -> None:
         ("xzog, zog", "zog", "zop", "xzog, zop"),
         ("zog\nzog (zog)", "zog", "zop", "zop\nzop (zop)"),
     ):
-        found = token_swap(old, new)(model, model.prepare(None, prompt))
-        assert torch.equal(found.input_ids, model.prepare(None, expected).input_ids)
+        actual = token_swap(old, new)(model, model.prepare(None, prompt))
+        assert torch.equal(actual.input_ids, model.prepare(None, expected).input_ids)
     with pytest.raises(ValueError, match="row 0 has none of the words 'USER:'"):
         token_swap("USER:", "ASSISTANT:")(model, model.prepare(None, "is it red?"))
 

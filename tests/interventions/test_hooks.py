@@ -112,13 +112,13 @@ def test_scale_zero_and_mean_touch_the_chosen_entries_only(seed: int, axis: int,
         expected["each"][tuple(where)] *= factors[k]
         expected["zero"][tuple(where)] = 0
         expected["mean"][tuple(where)] = 0.25
-    found = {
+    hooks_by_kind = {
         "scale": scale("a", index, 1.5, axis),
         "each": scale("a", torch.tensor(index), factors, axis),
         "zero": zero("a", index, axis),
         "mean": mean_ablate("a", torch.tensor(0.25), index, axis),
     }
-    for kind, hook in found.items():
+    for kind, hook in hooks_by_kind.items():
         assert hook[0] == "a"
         assert torch.allclose(_run(hook, x), expected[kind], atol=1e-5), kind
 
@@ -219,14 +219,14 @@ def test_blocked_edges_are_gone_and_others_stay() -> None:
 
 
 def test_block_attention_refuses() -> None:
-    some, none = torch.tensor([[True, False]]), torch.zeros(1, 2, dtype=torch.bool)
+    nonempty, none = torch.tensor([[True, False]]), torch.zeros(1, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"blocks\.0.*query group is empty"):
-        block_attention(0, none, some)
+        block_attention(0, none, nonempty)
     with pytest.raises(ValueError, match="key group is empty"):
-        block_attention(0, some, none)
+        block_attention(0, nonempty, none)
     scores = _random(0, 1, 3, 2, 2).masked_fill(~torch.ones(2, 2).tril().bool(), -torch.inf)
     with pytest.raises(ValueError, match="without any key"):
-        block_attention(0, some, some)[1](scores, hook=None)
+        block_attention(0, nonempty, nonempty)[1](scores, hook=None)
 
 
 # -- neurons, and hooks in a model ---------------------------------------------------------------------
@@ -275,18 +275,18 @@ def test_hooks_change_what_the_model_says() -> None:
 def test_a_prompts_mask_at_every_step() -> None:
     mask = torch.tensor([[False, True, False], [True, False, True]])
     for generated, behind in ((None, [False, True]), (True, [True, True]), (False, [False, False])):
-        found = PromptMask("a", mask, generated)
+        prompt_mask = PromptMask("a", mask, generated)
         with pytest.raises(ValueError, match=r"a: mask of shape \(2, 3\) for 2 rows of 1 positions"):
-            found.over_visible(2, 1)
-        assert torch.equal(found.over_visible(2, 3), mask)
+            prompt_mask.over_visible(2, 1)
+        assert torch.equal(prompt_mask.over_visible(2, 3), mask)
         expected = torch.tensor(behind)[:, None]
-        assert torch.equal(found.over_visible(2, 1), expected), "the newest token alone"
-        assert torch.equal(found.over_visible(2, 4), torch.cat((mask, expected), 1)), "all of them"
-        assert torch.equal(found.over_visible(2, 5), torch.cat((mask, expected, expected), 1))
-        assert torch.equal(found.over_visible(2, 3), mask)
+        assert torch.equal(prompt_mask.over_visible(2, 1), expected), "the newest token alone"
+        assert torch.equal(prompt_mask.over_visible(2, 4), torch.cat((mask, expected), 1)), "all of them"
+        assert torch.equal(prompt_mask.over_visible(2, 5), torch.cat((mask, expected, expected), 1))
+        assert torch.equal(prompt_mask.over_visible(2, 3), mask)
         for rows, n in ((2, 5), (2, 2), (1, 3), (1, 1), (3, 4)):
             with pytest.raises(ValueError, match=f"for {rows} rows of {n} positions"):
-                found.over_visible(rows, n)
+                prompt_mask.over_visible(rows, n)
 
 
 def test_a_prompts_mask_refuses() -> None:
@@ -311,11 +311,11 @@ def test_spared_queries_keep_themselves_only_where_they_must() -> None:
 
 def _naive_greedy(both: Twin, inputs: VLMInputs, steps: Callable[[int], list[Step]], n: int) -> Tensor:
     """Greedy tokens of Hugging Face's model, the whole sequence anew at each step."""
-    said = inputs.input_ids[:, :0]
+    new_tokens = inputs.input_ids[:, :0]
     for _ in range(n):
-        logits = both.logits(inputs.extended(said), steps(said.shape[1]))
-        said = torch.cat((said, logits[:, -1].argmax(-1, keepdim=True)), 1)
-    return said
+        logits = both.logits(inputs.extended(new_tokens), steps(new_tokens.shape[1]))
+        new_tokens = torch.cat((new_tokens, logits[:, -1].argmax(-1, keepdim=True)), 1)
+    return new_tokens
 
 
 def _unending(both: Twin) -> None:
@@ -382,14 +382,14 @@ def test_steering_refuses() -> None:
     _, model = make_pair()
     inputs = mixed_batch(model)
     ones = torch.ones(32)
-    for kwargs, said in (
+    for kwargs, message in (
         ({"at": "top"}, "valid: pre, mid, post"),
         ({"group": "last"}, "to find the group 'last', give inputs="),
         ({"group": torch.ones(3, 4)}, "give booleans"),
         ({"group": "image", "inputs": inputs}, "'image' is empty in row 2"),
         ({"generated": False}, "to leave out new tokens"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             steering_vector(1, ones, **kwargs)
     for vector in (ones[None, None], ones * torch.nan):
         with pytest.raises(ValueError, match="a finite vector"):
@@ -420,8 +420,8 @@ def test_scaled_heads_are_scaled_in_hugging_faces_model_and_at_every_step(made) 
 
     hooks = scale_heads([(0, 2), (2, 0), (0, 1)], [3.0, -2.0, 0.0])
     assert [name for name, _ in hooks] == ["blocks.0.attn.hook_z", "blocks.2.attn.hook_z"]
-    found = both.model.run_with_hooks(inputs, fwd_hooks=hooks)
-    assert random_llava.largest_difference(found, both.logits(inputs, steps(0)), inputs) < 2e-5
+    actual = both.model.run_with_hooks(inputs, fwd_hooks=hooks)
+    assert random_llava.largest_difference(actual, both.logits(inputs, steps(0)), inputs) < 2e-5
     with both.model.hooks(fwd_hooks=hooks):
         tokens = both.model.generate(inputs, max_new_tokens=4, return_type="tokens")
     assert torch.equal(tokens, _naive_greedy(both, inputs, steps, 4))

@@ -99,9 +99,9 @@ def test_masks_and_names() -> None:
     inputs = batch(random_llava)
     mine = inputs.token_groups["question"]
     boxes = [Box(5, 5, 9, 9), Box(5, 5, 9, 9, outside=True)]
-    found = named_groups(inputs, ["image", *boxes, mine])
-    assert list(found) == ["image", "box 5,5 – 9,9", "outside box 5,5 – 9,9", "mask"]
-    assert torch.equal(found["mask"], mine)
+    actual = named_groups(inputs, ["image", *boxes, mine])
+    assert list(actual) == ["image", "box 5,5 – 9,9", "outside box 5,5 – 9,9", "mask"]
+    assert torch.equal(actual["mask"], mine)
     assert list(named_groups(inputs, {"mine": mine, "last": "last"})) == ["mine", "last"]
     assert group_name("last") == "last"
 

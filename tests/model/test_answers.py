@@ -22,17 +22,17 @@ def test_log_probs_of_an_answer_are_summed_over_its_own_tokens() -> None:
     torch.manual_seed(0)
     logits, ids = torch.randn(2, 3, 4, 7), torch.randint(7, (2, 3, 4))
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]]).bool().expand(2, 3, 4)
-    found = summed_log_probs(logits.log_softmax(-1), ids, mask)
+    actual = summed_log_probs(logits.log_softmax(-1), ids, mask)
     for arm in range(2):
         for row in range(3):
             expected = by_hand(logits[arm, row], ids[arm, row], mask[arm, row])
-            assert found[arm, row].item() == pytest.approx(expected, abs=1e-5)
+            assert actual[arm, row].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_rows_that_repeat_a_batch_are_scored_by_its_answers() -> None:
     torch.manual_seed(0)
     ids, mask = torch.randint(7, (2, 3)), torch.tensor([[True, True, False], [True, True, True]])
     logits = torch.randn(6, 3, 7)
-    found = Answer(torch.arange(3), ids, mask).log_probs(logits)
+    actual = Answer(torch.arange(3), ids, mask).log_probs(logits)
     expected = [by_hand(logits[i], ids[i % 2], mask[i % 2]) for i in range(6)]
-    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    assert actual.tolist() == pytest.approx(expected, abs=1e-5)

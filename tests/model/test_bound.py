@@ -70,31 +70,33 @@ DOUBLED = [("blocks.1.attn.hook_z", double)]
 
 
 def test_tokens_alone_give_the_logits_of_pictures_and_tokens(case: Case) -> None:
-    found = case.bound(case.tokens)
-    assert torch.equal(found, case.model(case.inputs)) and torch.equal(found, case.bound.forward(case.tokens))
-    assert case.difference(found, case.theirs(case.inputs, case.tokens)) <= TOLERANCE
+    actual = case.bound(case.tokens)
+    assert torch.equal(actual, case.model(case.inputs)) and torch.equal(
+        actual, case.bound.forward(case.tokens)
+    )
+    assert case.difference(actual, case.theirs(case.inputs, case.tokens)) <= TOLERANCE
     mirrored = replace(case.inputs, pixel_values=case.inputs.pixel_values.flip(-1))
     other = case.model.bind(mirrored)(case.tokens)
-    change = (other - found)[:, -1].abs().amax(-1)
+    change = (other - actual)[:, -1].abs().amax(-1)
     assert (change[:2] > 1e-3).all() and change[2] == 0, "two rows have pictures"
 
 
 def test_another_text_on_the_same_pictures(case: Case) -> None:
     tokens = case.other_words(case.inputs)
-    found = case.bound(tokens)
-    assert case.difference(found, case.theirs(case.inputs, tokens)) <= TOLERANCE
-    assert ((found - case.bound(case.tokens))[:, -1].abs().amax(-1) > 1e-3).all()
+    actual = case.bound(tokens)
+    assert case.difference(actual, case.theirs(case.inputs, tokens)) <= TOLERANCE
+    assert ((actual - case.bound(case.tokens))[:, -1].abs().amax(-1) > 1e-3).all()
     assert torch.equal(case.bound.tokens, case.tokens), "the binding is as it was"
 
 
 def test_one_picture_serves_several_texts(case: Case) -> None:
     bound = case.model.bind(case.one)
     tokens = torch.cat((case.one.input_ids, case.other_words(case.one), case.one.input_ids))
-    found = bound(tokens)
+    actual = bound(tokens)
     for row in range(3):
         expected = case.theirs(case.one, tokens[row : row + 1])[0]
-        assert (found[row] - expected).abs().max() <= TOLERANCE
-    assert (found[0] - found[1]).abs().max() > 1e-3
+        assert (actual[row] - expected).abs().max() <= TOLERANCE
+    assert (actual[0] - actual[1]).abs().max() > 1e-3
     assert torch.equal(bound(tokens[0]), bound(tokens[:1])), "a row without its batch axis"
 
 
@@ -111,14 +113,14 @@ def test_what_may_be_bound(case: Case) -> None:
 def test_hooks_and_caches(case: Case) -> None:
     bound, tokens = case.bound, case.tokens
     expected = case.logits(case.inputs, case.edit(1, "attn.hook_z", lambda z: z * 2))
-    found = bound.run_with_hooks(tokens, fwd_hooks=DOUBLED)
-    assert case.difference(found, expected) <= TOLERANCE
-    assert case.difference(found, bound(tokens)) > 1e-2
+    actual = bound.run_with_hooks(tokens, fwd_hooks=DOUBLED)
+    assert case.difference(actual, expected) <= TOLERANCE
+    assert case.difference(actual, bound(tokens)) > 1e-2
     with bound.hooks(fwd_hooks=DOUBLED) as hooked:
-        assert hooked is bound and torch.equal(hooked(tokens), found)
+        assert hooked is bound and torch.equal(hooked(tokens), actual)
     bound.add_hook(*DOUBLED[0])
     try:
-        assert torch.equal(bound(tokens), found) and torch.equal(case.model(case.inputs), found)
+        assert torch.equal(bound(tokens), actual) and torch.equal(case.model(case.inputs), actual)
     finally:
         bound.reset_hooks()
     logits, cache = bound.run_with_cache(tokens, names_filter=lambda name: "resid" in name)
@@ -247,27 +249,27 @@ def test_heads_are_detected_on_a_picture(case: Case, name: str) -> None:
     tokens = case.one.input_ids[0].tolist()
     patterns = [layer[0] for layer in case.attentions(case.one)]
     bound = case.model.bind(case.one)
-    found = detect_head(bound, PROMPT, name)
+    actual = detect_head(bound, PROMPT, name)
     without = detect_head(bound, PROMPT, name, exclude_bos=True, exclude_current_token=True)
-    assert found.shape == (3, 4)
+    assert actual.shape == (3, 4)
     for layer, head in itertools.product(range(3), range(4)):
         pattern, at = patterns[layer][head].tolist(), range(len(tokens))
         places = [(q, k) for q in at for k in at if k <= q]
         kept = [(q, k) for q, k in places if 0 < k < q]
-        for scores, among in ((found, places), (without, kept)):
+        for scores, among in ((actual, places), (without, kept)):
             hit = sum(pattern[q][k] for q, k in among if wanted(tokens, q, k))
             expected = hit / sum(pattern[q][k] for q, k in among)
             assert scores[layer, head].item() == pytest.approx(expected, abs=1e-5)
-    assert found.std() > 1e-3
+    assert actual.std() > 1e-3
 
 
 def test_chosen_heads_and_a_pattern_of_ones_own(case: Case) -> None:
     bound, n = case.model.bind(case.one), case.one.input_ids.shape[1]
     to_image = case.one.image_mask.float().expand(n, n).tril()
     to_image[0, 0] = 0.5  # so that the pattern is more than zeros and ones
-    found = detect_head(bound, PROMPT, to_image, heads=[(0, 1), (2, 3)], error_measure="abs")
+    actual = detect_head(bound, PROMPT, to_image, heads=[(0, 1), (2, 3)], error_measure="abs")
     patterns = case.attentions(case.one)
     for layer, head in itertools.product(range(3), range(4)):
         error = (patterns[layer][0, head] - to_image).abs().sum() / n
         expected = 1 - error.item() if (layer, head) in ((0, 1), (2, 3)) else -1
-        assert found[layer, head].item() == pytest.approx(expected, abs=6e-4), "rounded to three places"
+        assert actual[layer, head].item() == pytest.approx(expected, abs=6e-4), "rounded to three places"

@@ -262,8 +262,8 @@ def test_names_resolve() -> None:
 
 def storages(module: nn.Module) -> dict[int, int]:
     """Address and bytes of every storage that holds a parameter."""
-    found = [p.untyped_storage() for p in module.parameters()]
-    return {storage.data_ptr(): storage.nbytes() for storage in found}
+    actual = [p.untyped_storage() for p in module.parameters()]
+    return {storage.data_ptr(): storage.nbytes() for storage in actual}
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -49,37 +49,37 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
-def check_singular_vectors(found: Tensor, matrix: Tensor) -> None:
+def check_singular_vectors(actual: Tensor, matrix: Tensor) -> None:
     """Columns [d n] are the first right singular vectors of a matrix [m d], up to close singular values.
 
     One by one they are determined only as far as those values lie apart; that they are orthonormal, and that
     each is scaled by its own value's square, holds to rounding whatever the values are.
     """
-    found, matrix = found.double(), matrix.double()
-    values = torch.linalg.svdvals(matrix)[: found.shape[1]]
-    close(found.T @ found, torch.eye(found.shape[1], dtype=found.dtype))
-    close(matrix.T @ (matrix @ found) / values[0] ** 2, found * (values / values[0]) ** 2)
+    actual, matrix = actual.double(), matrix.double()
+    values = torch.linalg.svdvals(matrix)[: actual.shape[1]]
+    close(actual.T @ actual, torch.eye(actual.shape[1], dtype=actual.dtype))
+    close(matrix.T @ (matrix @ actual) / values[0] ** 2, actual * (values / values[0]) ** 2)
 
 
 @pytest.mark.parametrize("name", ["OV", "QK"])
 def test_circuits_are_products_of_hugging_faces_weights(case: Case, name: str) -> None:
-    found = getattr(case.model, name)
-    assert isinstance(found, FactoredMatrix) and found.shape == (3, 4, 32, 32)
+    actual = getattr(case.model, name)
+    assert isinstance(actual, FactoredMatrix) and actual.shape == (3, 4, 32, 32)
     for layer, head in itertools.product(range(3), range(4)):
         expected = getattr(case, name.lower())(layer, head)
-        close(found[layer, head].AB, expected)
+        close(actual[layer, head].AB, expected)
         s, d = torch.linalg.svdvals(expected), case.d_head
-        close(found.S[layer, head], s[:d])
+        close(actual.S[layer, head], s[:d])
         assert s[d:].abs().max() < 1e-4, "the rank is that of a head"
-        check_singular_vectors(found.V[layer, head], expected)
-        check_singular_vectors(found.U[layer, head], expected.T)
+        check_singular_vectors(actual.V[layer, head], expected)
+        check_singular_vectors(actual.U[layer, head], expected.T)
         largest = torch.linalg.eigvals(expected).abs().topk(3).values  # small ones are ill-conditioned
-        close(found[layer, head].eigenvalues.abs().topk(3).values, largest)
-        close(found[layer, head].norm(), expected.norm())
+        close(actual[layer, head].eigenvalues.abs().topk(3).values, largest)
+        close(actual[layer, head].norm(), expected.norm())
 
 
 def test_a_query_and_a_key_meet_in_qk(case: Case) -> None:
@@ -92,10 +92,10 @@ def test_a_query_and_a_key_meet_in_qk(case: Case) -> None:
         close(x @ (case.model.QK[1, head] @ y), q[head] @ k[head // case.groups])
 
 
-def check_vectors_as_logits(found: Tensor, lm_head: Tensor, matrix: Tensor) -> None:
+def check_vectors_as_logits(actual: Tensor, lm_head: Tensor, matrix: Tensor) -> None:
     """[d_vocab 1 n] logits of the first right singular vectors of a matrix [m d_model]."""
-    vectors = torch.linalg.lstsq(lm_head.double(), found[:, 0].double()).solution  # lm_head has full rank
-    close(lm_head.double() @ vectors, found[:, 0].double())
+    vectors = torch.linalg.lstsq(lm_head.double(), actual[:, 0].double()).solution  # lm_head has full rank
+    close(lm_head.double() @ vectors, actual[:, 0].double())
     check_singular_vectors(vectors, matrix)
 
 
@@ -103,9 +103,9 @@ def test_singular_vectors_of_ov(case: Case) -> None:
     """What a head writes for the directions that it reads most, as logits."""
     interpreter, lm_head = SVDInterpreter(case.model), case.hf.lm_head.weight.detach()
     for layer, head in itertools.product((0, 2), range(4)):
-        found = interpreter.get_singular_vectors("OV", layer_index=layer, num_vectors=3, head_index=head)
-        assert found.shape == (len(lm_head), 1, 3) and not found.requires_grad
-        check_vectors_as_logits(found, lm_head, case.ov(layer, head))
+        actual = interpreter.get_singular_vectors("OV", layer_index=layer, num_vectors=3, head_index=head)
+        assert actual.shape == (len(lm_head), 1, 3) and not actual.requires_grad
+        check_vectors_as_logits(actual, lm_head, case.ov(layer, head))
 
 
 def test_singular_vectors_of_neurons(case: Case) -> None:
@@ -114,9 +114,9 @@ def test_singular_vectors_of_neurons(case: Case) -> None:
     norm = case.weight(1, "post_attention_layernorm")
     matrices = {"w_in": case.weight(1, "mlp.up_proj") * norm, "w_out": case.weight(1, "mlp.down_proj").T}
     for name, matrix in matrices.items():
-        found = interpreter.get_singular_vectors(name, layer_index=1, num_vectors=4)
-        assert found.shape == (len(lm_head), 1, 4)
-        check_vectors_as_logits(found, lm_head, matrix)
+        actual = interpreter.get_singular_vectors(name, layer_index=1, num_vectors=4)
+        assert actual.shape == (len(lm_head), 1, 4)
+        check_vectors_as_logits(actual, lm_head, matrix)
 
 
 def test_a_bound_model_has_the_same_circuits(case: Case) -> None:

@@ -52,12 +52,12 @@ def subclasses(kind: type) -> set[type]:
     for module in pkgutil.walk_packages(hones_lens.__path__, "hones_lens."):
         if not module.name.startswith(("hones_lens.app", "hones_lens.model")):
             importlib.import_module(module.name)
-    found, left = set(), [kind]
+    actual, left = set(), [kind]
     while left:
         below = left.pop().__subclasses__()
         left += below
-        found |= {each for each in below if each.__module__.startswith("hones_lens.")}
-    return found
+        actual |= {each for each in below if each.__module__.startswith("hones_lens.")}
+    return actual
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -159,8 +159,8 @@ def test_a_users_result_needs_its_fields_alone(tmp_path: Path) -> None:
 
 
 def test_defaults_stand_in_for_fields_that_a_file_lacks_and_other_names_are_passed_over() -> None:
-    found = Made.from_dict({"points": [["x"]], "pair": [3, "y"], "ids": [[1]], "more": 1})
-    assert found.points == (Point("x", 0.5),) and found.values is None and found.inner is None
+    actual = Made.from_dict({"points": [["x"]], "pair": [3, "y"], "ids": [[1]], "more": 1})
+    assert actual.points == (Point("x", 0.5),) and actual.values is None and actual.inner is None
 
 
 def test_what_can_not_be_read_or_written_is_named(tmp_path: Path) -> None:

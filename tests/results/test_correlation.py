@@ -15,10 +15,10 @@ def ranks(values: list[float]) -> list[float]:
 
 def test_each_row_has_its_own_correlation() -> None:
     x, y = np.random.default_rng(0).normal(size=(2, 3, 4, 9))
-    found = pearson(x, y)
-    assert found.shape == (3, 4)
+    actual = pearson(x, y)
+    assert actual.shape == (3, 4)
     for row in np.ndindex(3, 4):
-        assert found[row] == pytest.approx(np.corrcoef(x[row], y[row])[0, 1])
+        assert actual[row] == pytest.approx(np.corrcoef(x[row], y[row])[0, 1])
         assert spearman(x[row], y[row]) == pytest.approx(spearman(x, y)[row])
 
 
@@ -34,5 +34,5 @@ def test_spearman_shares_the_ranks_of_ties() -> None:
 @pytest.mark.parametrize("correlate", [pearson, spearman])
 def test_what_has_no_order_has_no_correlation(correlate) -> None:
     assert np.isnan(correlate(np.ones(4), np.arange(4.0)))
-    found = correlate(np.array([[1.0, 1, 1], [1, 2, 3]]), np.array([[1.0, 2, 3], [3, 2, 1]]))
-    assert np.isnan(found[0]) and found[1] == pytest.approx(-1)
+    actual = correlate(np.array([[1.0, 1, 1], [1, 2, 3]]), np.array([[1.0, 2, 3], [3, 2, 1]]))
+    assert np.isnan(actual[0]) and actual[1] == pytest.approx(-1)

@@ -24,9 +24,9 @@ def test_ranked_is_sorted_by_score_then_layer_then_index(
     cells = [(layer, i, float(scores[layer, i])) for layer in range(n_layers) for i in range(width)]
     expected = sorted(cells, key=lambda c: (-c[2], c[0], c[1]))[:k]
     expected = [c for c in expected if c[2] > 0] if positive_only else expected
-    found = ranked(scores, k, positive_only)
-    assert found == expected
-    assert all(isinstance(c, Component) for c in found)
+    actual = ranked(scores, k, positive_only)
+    assert actual == expected
+    assert all(isinstance(c, Component) for c in actual)
 
 
 def test_ranked_leaves_no_tensor_behind() -> None:

@@ -78,19 +78,19 @@ def test_a_difference_of_means_is_the_mean_of_the_differences():
 def test_many_intervals_are_those_of_each_alone():
     rng = np.random.default_rng(6)
     base, others = means(rng.uniform(size=25)), [means(rng.uniform(size=25)) for _ in range(3)]
-    for found, other in zip(bootstrap_intervals(VQA, base, others, seed=2), others, strict=True):
+    for actual, other in zip(bootstrap_intervals(VQA, base, others, seed=2), others, strict=True):
         alone = bootstrap_interval(VQA, base, other, seed=2)
-        assert found.value == alone.value and found.n == 25
-        np.testing.assert_allclose([found.low, found.high], [alone.low, alone.high])
+        assert actual.value == alone.value and actual.n == 25
+        np.testing.assert_allclose([actual.low, actual.high], [alone.low, alone.high])
     assert bootstrap_intervals(VQA, base, []) == []
 
 
 def test_a_mean_over_arms_is_resampled_as_one():
     rng = np.random.default_rng(4)
     base, others = rng.uniform(size=25), rng.uniform(size=(3, 25))
-    found = mean_difference_interval(VQA, means(base), [means(other) for other in others], seed=1)
+    actual = mean_difference_interval(VQA, means(base), [means(other) for other in others], seed=1)
     alone = mean_interval(base - others.mean(0), seed=1)
-    np.testing.assert_allclose([found.value, found.low, found.high], [alone.value, alone.low, alone.high])
+    np.testing.assert_allclose([actual.value, actual.low, actual.high], [alone.value, alone.low, alone.high])
     with pytest.raises(ValueError, match="needs at least one"):
         mean_difference_interval(VQA, means(base), [])
 
@@ -98,19 +98,19 @@ def test_a_mean_over_arms_is_resampled_as_one():
 def test_a_relative_interval_resamples_the_base_too():
     rng = np.random.default_rng(8)
     base, other = rng.uniform(0.2, 1, size=30), rng.uniform(size=30)
-    found = relative_interval(VQA, means(base), means(other), draws=400, seed=3)
+    actual = relative_interval(VQA, means(base), means(other), draws=400, seed=3)
     counts = np.random.default_rng(3).multinomial(30, np.full(30, 1 / 30), 400)
     shares = [100 * (1 - (row @ other) / (row @ base)) for row in counts]
-    assert found.value == pytest.approx(100 * (1 - other.sum() / base.sum()))
-    assert [found.low, found.high] == pytest.approx(list(np.quantile(shares, [0.025, 0.975])))
+    assert actual.value == pytest.approx(100 * (1 - other.sum() / base.sum()))
+    assert [actual.low, actual.high] == pytest.approx(list(np.quantile(shares, [0.025, 0.975])))
     fixed = bootstrap_interval(VQA, means(base), means(other), draws=400, seed=3)
-    assert found.high != pytest.approx(100 * fixed.high / base.mean(), rel=1e-3)
+    assert actual.high != pytest.approx(100 * fixed.high / base.mean(), rel=1e-3)
 
 
 def test_there_is_nothing_to_lose_of_a_base_of_zero():
     nothing = np.zeros(6)
-    found = relative_interval(VQA, means(nothing), means(nothing))
-    assert (found.value, found.low, found.high) == (0, 0, 0)
+    actual = relative_interval(VQA, means(nothing), means(nothing))
+    assert (actual.value, actual.low, actual.high) == (0, 0, 0)
 
 
 def captions(seed: int) -> tuple[list[str], list[str]]:
@@ -126,13 +126,13 @@ def test_columns_share_the_resamples_of_a_single_interval(monkeypatch):
     def root(counts: np.ndarray, part: np.ndarray) -> np.ndarray:
         return np.sqrt(counts @ part**2 / 12)
 
-    found = bootstrap_ends(root, values, 500, 0.9, seed=3)
+    actual = bootstrap_ends(root, values, 500, 0.9, seed=3)
     rng = np.random.default_rng(3)
     rows = [np.repeat(np.arange(12), rng.multinomial(12, np.full(12, 1 / 12))) for _ in range(500)]
     drawn = np.array([[math.sqrt((values[chosen, i] ** 2).mean()) for i in range(7)] for chosen in rows])
-    np.testing.assert_allclose(found, np.quantile(drawn, (0.05, 0.95), axis=0))
+    np.testing.assert_allclose(actual, np.quantile(drawn, (0.05, 0.95), axis=0))
     monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 1000)  # two columns, 83 draws at once
-    np.testing.assert_allclose(bootstrap_ends(root, values, 500, 0.9, seed=3), found)
+    np.testing.assert_allclose(bootstrap_ends(root, values, 500, 0.9, seed=3), actual)
 
 
 def test_corpus_bleu_is_resampled_as_a_corpus():
@@ -285,17 +285,17 @@ def test_discoveries_are_those_of_the_step_up_rule(dependent):
         factor = sum(1 / i for i in range(1, n + 1)) if dependent else 1.0
         for _ in range(20):
             p = np.where(rng.random(n) < 0.4, rng.random(n) * 0.02, rng.random(n)).round(3)
-            adjusted, found = benjamini_hochberg(p, 0.1, dependent=dependent)
-            assert (found == step_up(p, 0.1, factor)).all()
+            adjusted, actual = benjamini_hochberg(p, 0.1, dependent=dependent)
+            assert (actual == step_up(p, 0.1, factor)).all()
             by_hand = [min(1.0, *(b * n * factor / (p <= b).sum() for b in p[p >= a]), 1.0) for a in p]
             assert adjusted == pytest.approx(by_hand)
 
 
 def test_a_worked_example_of_false_discovery_rates():
     p = [0.01, 0.04, 0.03, 0.005, 0.5]
-    adjusted, found = benjamini_hochberg(p, q=0.051)
+    adjusted, actual = benjamini_hochberg(p, q=0.051)
     assert adjusted == pytest.approx([0.025, 0.05, 0.05, 0.025, 0.5])
-    assert found.tolist() == [True, True, True, True, False]
+    assert actual.tolist() == [True, True, True, True, False]
     by, none = benjamini_hochberg(p, dependent=True)
     assert by == pytest.approx(np.minimum(adjusted * (1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5), 1))
     assert not none.any()

@@ -172,8 +172,8 @@ def test_cached_gradients_are_those_of_autograd(gqa: Pair) -> None:
             their_loss = gqa.hf(**answered.to_hf(), labels=labels).loss
         torch.testing.assert_close(loss, their_loss)
         (expected,) = torch.autograd.grad(their_loss, kept)
-        found = cache[f"{name}_grad"]
-        torch.testing.assert_close(found.reshape(expected.shape), expected, atol=1e-5, rtol=1e-3)
+        actual = cache[f"{name}_grad"]
+        torch.testing.assert_close(actual.reshape(expected.shape), expected, atol=1e-5, rtol=1e-3)
         assert expected.abs().max() > 1e-4
 
 

@@ -67,11 +67,11 @@ def test_identity_hooks_change_nothing(pair: Pair) -> None:
     with torch.no_grad():
         clean = model(inputs)
         for name in model.hook_dict:
-            found = model.run_with_hooks(inputs, fwd_hooks=[(name, identity)])
+            actual = model.run_with_hooks(inputs, fwd_hooks=[(name, identity)])
             if name.endswith((*BY_HEAD_PAIR, *COSTLY)):  # another kernel, or another order of the sums
-                assert pair.difference(found, clean) <= 5e-5, name
+                assert pair.difference(actual, clean) <= 5e-5, name
             else:
-                assert torch.equal(found, clean), name
+                assert torch.equal(actual, clean), name
 
 
 def test_an_edit_in_place_is_the_same_edit(pair: Pair) -> None:

@@ -57,8 +57,8 @@ def test_generation_under_hooks_is_that_of_hf(gqa: Pair) -> None:
     with hf_edited(gqa.hf, "model.language_model.layers.1.self_attn.o_proj", "input", zeroed):
         expected = gqa.hf.generate(**gqa.inputs.to_hf(), max_new_tokens=6, do_sample=False)
     with gqa.model.hooks([("blocks.1.attn.hook_z", without_head)]):
-        found = gqa.model.generate(gqa.inputs, 6, "tokens")
-    assert torch.equal(found, expected[:, gqa.inputs.input_ids.shape[1] :])
+        actual = gqa.model.generate(gqa.inputs, 6, "tokens")
+    assert torch.equal(actual, expected[:, gqa.inputs.input_ids.shape[1] :])
 
 
 def test_hooks_are_called_at_every_step(model: HookedVLM, inputs: VLMInputs) -> None:

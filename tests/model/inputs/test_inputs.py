@@ -88,8 +88,8 @@ def test_pixels_follow_their_rows(chosen: list[int]) -> None:
     inputs = VLMInputs(ids, ids + 1, pixels, image_mask_or_none=ids.bool(), grids=grids)
     taken = inputs[chosen]
     expected = [image for row in chosen for image in {0: [0.0], 1: [1.0, 2.0], 2: []}[row]]
-    found = [] if taken.pixel_values is None else taken.pixel_values[:, 0, 0, 0].tolist()
-    assert found == expected
+    actual = [] if taken.pixel_values is None else taken.pixel_values[:, 0, 0, 0].tolist()
+    assert actual == expected
 
 
 @pytest.mark.parametrize("rows", [3, -4, slice(3, None), [], [0, 3], torch.tensor([False, False, False])])
