@@ -1,4 +1,4 @@
-"""Cards of a report: pictures with what was asked and answered, and where each head looks."""
+"""Cards of a report: the picture, prompt and answers of an example, with attention maps of heads."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _MOST_COLUMNS = 8  # heads in a line while lines are layers
 
 
 @dataclass(frozen=True)
-class Look:
-    """One head that can be chosen: its map over the picture, and what is to be known about it.
+class HeadMap:
+    """The attention map of one head over a picture; the reader chooses which head is shown.
 
     Attributes:
-        head: Its name.
-        map: A picture with a pixel for each patch, clear where the head looks most.
-        place: Where on the picture the map lies, as CSS.
-        brightest: Where on the map its largest value is, as CSS.
-        share: Attention on the picture in all, from 0 to 1.
-        note: In words.
-        chosen: Shown at first.
+        head: Name of the head, `L3H5`.
+        map: Image with one pixel for each patch, transparent where attention is largest; a data URI.
+        place: Position of the map on the picture, as CSS.
+        brightest: Position of the largest value on the map, as CSS.
+        share: Total attention on the picture, from 0 to 1.
+        note: Caption.
+        chosen: Whether this head is shown first.
     """
 
     head: str
@@ -44,7 +44,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Fact:
-    """A line below the pictures."""
+    """A named line of text below the pictures; `strong` ones are bold."""
 
     name: str
     text: str
@@ -57,13 +57,13 @@ class Card:
 
     pictures: Sequence[tuple[str, str]]
     facts: Sequence[Fact]
-    looks: Sequence[Look] = ()
+    looks: Sequence[HeadMap] = ()
     columns: int = 0
     aspect: str = ""
 
 
 def example_card(example: ExampleView) -> Card:
-    """An example, with the heads whose attention is known."""
+    """The card of an example, with the heads whose attention was stored."""
     facts = [
         Fact("prompt", example.prompt),
         Fact("right answer", example.target, True),
@@ -71,7 +71,7 @@ def example_card(example: ExampleView) -> Card:
     ]
     if example.answer_masked is not None:
         facts.append(Fact(example.masked_label, example.answer_masked, True))
-    looks = [_look(example, head, values) for head, values in example.looks.items()]
+    looks = [_head_map(example, head, values) for head, values in example.looks.items()]
     uri = viz.image_uri(example.image)
     labels = ("picture", "attention by patch", "smoothed") if looks else ("picture",)
     aspect = f"{example.image.width} / {example.image.height}"
@@ -79,14 +79,14 @@ def example_card(example: ExampleView) -> Card:
 
 
 def _columns(heads: Sequence[str]) -> int:
-    """Heads in a line: those of a layer, where every layer has them all; else 0."""
+    """Heads in a row: the heads of a layer, if all layers have equally many; else 0."""
     layers = [head.partition("H")[0] for head in heads]
     width = layers.count(layers[0]) if layers else 0
     whole = all(layers.count(layer) == width for layer in layers)
     return width if whole and 1 < width <= _MOST_COLUMNS else 0
 
 
-def _look(example: ExampleView, head: str, values: Tensor) -> Look:
+def _head_map(example: ExampleView, head: str, values: Tensor) -> HeadMap:
     width, height = example.image.size
     left, top, right, bottom = check_region(example.region, example.image)
     rows, columns = values.shape
@@ -96,24 +96,24 @@ def _look(example: ExampleView, head: str, values: Tensor) -> Look:
     note += f"{number(total)} on the picture in all, {number(most)} on the brightest patch; dark is 0."
     if (left, top, right, bottom) != (0, 0, width, height):
         note += " Veiled: cut off before the model sees it."
-    return Look(
+    return HeadMap(
         head=head,
         map=attention_uri(values),
-        place=_box(left / width, top / height, (right - left) / width, (bottom - top) / height),
-        brightest=_box(column / columns, row / rows, 1 / columns, 1 / rows),
+        place=_css_box(left / width, top / height, (right - left) / width, (bottom - top) / height),
+        brightest=_css_box(column / columns, row / rows, 1 / columns, 1 / rows),
         share=min(1.0, total),
         note=note,
         chosen=head == example.head,
     )
 
 
-def _box(left: float, top: float, width: float, height: float) -> str:
+def _css_box(left: float, top: float, width: float, height: float) -> str:
     sides = {"left": left, "top": top, "width": width, "height": height}
     return "; ".join(f"{name}: {100 * value:.4g}%" for name, value in sides.items())
 
 
 def attention_uri(values: Tensor) -> str:
-    """A pixel for each value: clear at the largest, dark at 0; as a PNG data URI."""
+    """An image with one pixel for each value, transparent at the largest and dark at 0, as a PNG data URI."""
     shares = values.double().numpy() / (float(values.max()) or 1.0)
     veil = np.round(_DARKEST * (1 - shares)).astype(np.uint8)
     pixels = np.stack((np.full_like(veil, _SHADE), veil), axis=-1)
@@ -123,7 +123,7 @@ def attention_uri(values: Tensor) -> str:
 
 
 def pair_card(pair: PairView) -> Card:
-    """The first pair of a patching."""
+    """The card of the first pair of an activation patching."""
     pictures = {"clean": pair.clean, "corrupted": pair.corrupted}
     facts = [Fact("pair", pair.id), Fact("prompt", pair.prompt), Fact("clean answer", pair.answer, True)]
     if pair.foil is not None:

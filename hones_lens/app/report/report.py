@@ -1,4 +1,4 @@
-"""The report: one HTML file with the figures, tables and words of one or several runs."""
+"""The report: one HTML file with the figures, tables and text of one or several runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from hones_lens import viz
 from hones_lens.app.report import patch_sections
 from hones_lens.app.report.run_view import ExampleView, RunView
-from hones_lens.app.report.sections import Section, drawn, sections
-from hones_lens.app.report.tables import Cell, Strong, Table
+from hones_lens.app.report.sections import Section, page_figure, sections
+from hones_lens.app.report.tables import Bold, Cell, Table
 from hones_lens.app.report.verdict import verdict
 from hones_lens.hones import MEASURES, NeuronScores, masking_measure
 from hones_lens.results import Labelled
@@ -37,15 +37,15 @@ def write_report(path: str | Path, runs: Sequence[RunView], title: str = "") -> 
     """Write one HTML file that needs no other file, no network and no JavaScript.
 
     Args:
-        path: The file; its folder is made if need be.
-        runs: One after the other on the page.
-        title: Of the page; default: the run's, or how many runs there are.
+        path: The file to write; its folder is created if it does not exist.
+        runs: The runs, in their order on the page.
+        title: Title of the page; default: the run's title, or the number of runs.
 
     Returns:
         The file's path.
 
     Raises:
-        ValueError: No runs.
+        ValueError: `runs` is empty.
     """
     if not runs:
         raise ValueError("a report needs at least one run")
@@ -61,13 +61,13 @@ def write_report(path: str | Path, runs: Sequence[RunView], title: str = "") -> 
     page = environment.get_template("report.html").render(
         title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
         colours=viz.reader_css(":root", *map(_variables, (0, 1))),
-        together=_together(runs),
+        together=_comparison(runs),
         runs=[_run(run, f"run{i}") for i, run in enumerate(runs, start=1)],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    partial_file = path.with_name(path.name + ".part")
+    partial_file.write_text(page, encoding="utf-8")
+    partial_file.replace(path)
     return path
 
 
@@ -90,26 +90,26 @@ def _run(run: RunView, name: str) -> dict[str, Any]:
 # --- Several runs ---------------------------------------------------------------------------
 
 
-def _together(runs: Sequence[RunView]) -> Section | None:
-    """What runs say side by side: the neurons per layer of the tasks of a model, and the headline numbers."""
+def _comparison(runs: Sequence[RunView]) -> Section | None:
+    """The section that compares runs: neurons per layer of a model's tasks, and the headline numbers."""
     by_model: dict[tuple[str, int], list[NeuronScores]] = {}
     for run in runs:
         if run.neurons is not None:
             by_model.setdefault((run.model_name, len(run.neurons.scores)), []).append(run.neurons)
     figures = []
     for i, ((model, _), rankings) in enumerate(by_model.items()):
-        if len({(one.task, one.method) for one in rankings}) == len(rankings) > 1:
+        if len({(scores.task, scores.method) for scores in rankings}) == len(rankings) > 1:
             title = f"{model}: task neurons per layer"
-            figures.append(drawn(viz.neurons_per_layer(rankings), f"together-neurons{i}", title=title))
-    masked = [run for run in runs if run.main is not None]
-    found = [_headlines(masked)] if len(masked) > 1 else []
-    if not figures and not found:
+            figures.append(page_figure(viz.neurons_per_layer(rankings), f"together-neurons{i}", title=title))
+    masked_runs = [run for run in runs if run.main is not None]
+    tables = [_headline_table(masked_runs)] if len(masked_runs) > 1 else []
+    if not figures and not tables:
         return None
-    return Section("together", "Side by side", "", figures, found, stacked=True)
+    return Section("together", "Side by side", "", figures, tables, stacked=True)
 
 
-def _headlines(runs: Sequence[RunView]) -> Table:
-    """A row for each run: what masking its neurons costs in both measures."""
+def _headline_table(runs: Sequence[RunView]) -> Table:
+    """A table with a row for each run: the drop in both measures when its neurons are masked."""
     columns = ("run", "neurons", "share", "measured", "n", "drop", "interval", "beats")
     columns += ("log-probability drop (nats)", "interval", "beats")
     rows = []
@@ -119,7 +119,7 @@ def _headlines(runs: Sequence[RunView]) -> Table:
         cells += [run.main.metric_name, f"{run.main.metric_interval.n:,}"]
         for measure in MEASURES:
             m = masking_measure(run.main, measure)
-            cells += [Strong(number(m.drop)) if m.clear else number(m.drop), span(m.interval)]
+            cells += [Bold(number(m.drop)) if m.clear else number(m.drop), span(m.interval)]
             cells.append(f"{m.beaten} of {len(m.controls)}" if m.controls else "–")
         rows.append(tuple(cells))
     note = "Drops when the neurons are masked, with bootstrap intervals; beats: how many random sets lose "
@@ -133,60 +133,66 @@ _HEADS = {"replace_with_other_heads_mean": "replaced in turn by the mean of its 
 
 
 def story(run: RunView) -> list[str]:
-    """What was done, in two sentences or fewer."""
-    sentences, kept = [], ""
+    """Sentences that say what was done in the run."""
+    sentences, outcome = [], ""
     if run.heads:
         count, n = len(run.heads.top()), run.heads.drops.shape[-1]
         tried = int((run.heads.counts > 0).sum())
         every = "Every attention head"
         if tried < run.heads.scores.numel():
             every = f"Each of {tried:,} attention heads"
-        done = _HEADS.get(run.heads.intervention, f"changed in turn ({run.heads.intervention})")
-        kept = f"the {count} that cost most {run.metric_name} were kept" if count else "none was missed"
-        sentences.append(f"{every} of {run.model_name} was {done} on {n:,} {run.task} examples, and {kept}.")
+        intervention = _HEADS.get(run.heads.intervention, f"changed in turn ({run.heads.intervention})")
+        outcome = f"the {count} that cost most {run.metric_name} were kept" if count else "none was missed"
+        sentences.append(
+            f"{every} of {run.model_name} was {intervention} on {n:,} {run.task} examples, and {outcome}."
+        )
     if (main := run.main) is not None:
-        ways = {"hones": "The FFN neurons that those heads make write towards the right answer"}
-        which = ways.get(main.method, f"The FFN neurons ranked best by {main.method.replace('_', ' ')}")
+        selections = {"hones": "The FFN neurons that those heads make write towards the right answer"}
+        selection = selections.get(
+            main.method, f"The FFN neurons ranked best by {main.method.replace('_', ' ')}"
+        )
         sets = f", next to {len(main.controls)} random sets of as many neurons" if main.controls else ""
         shares = join_words([percent(result.ratio) for result in sorted(run.masking, key=lambda r: r.ratio)])
         n = main.metric_interval.n
-        sentences.append(f"{which} ({shares} of all) were then silenced on {n:,} held-out examples{sets}.")
+        sentences.append(
+            f"{selection} ({shares} of all) were then silenced on {n:,} held-out examples{sets}."
+        )
     if run.overlap is not None:
         count, tasks = len(run.overlap.owners), join_words(run.overlap.tasks)
-        compared = f"The {count:,} neurons of {run.model_name} that at least one of {tasks} selected were"
-        sentences.append(f"{compared} compared: which of them tasks share, and what they do to each task.")
+        sentence = f"The {count:,} neurons of {run.model_name} that at least one of {tasks} selected were"
+        sentences.append(f"{sentence} compared: which of them tasks share, and what they do to each task.")
     if run.patching is not None:
-        sentences.append(patch_sections.done(run.patching, run.model_name))
+        sentences.append(patch_sections.describe_patching(run.patching, run.model_name))
     return sentences
 
 
 def _tiles(run: RunView) -> list[Tile]:
-    tiles = [_localize_by_patching(run.patching.result)] if run.patching else []
+    tiles = [_patching_tile(run.patching.result)] if run.patching else []
     if (main := run.main) is not None:
         for measure in ("metric", "log_prob"):
             m = masking_measure(main, measure)
             random = f" Random sets: {number(m.random_mean)} on average, {number(m.random_worst)} at worst."
             interval = f"{level(m.interval)} interval {span(m.interval)}"
-            ends = f"From {span(m.before)} to {span(m.after)}. "
+            before_after = f"From {span(m.before)} to {span(m.after)}. "
             detail = f"Drop {number(m.drop)}, {interval}, n = {m.interval.n:,}."
             label = f"{m.name}, {percent(main.ratio)} of the neurons masked"
             value = f"{number(m.baseline)} → {number(m.masked)}"
-            detail = ends + detail + (random if m.controls else "")
+            detail = before_after + detail + (random if m.controls else "")
             tiles.append(Tile(label[0].upper() + label[1:], value, detail))
     for label, table in run.steering.items():
         row = next((row for row in table.rows if row.method == "HONES"), None)
         if row is not None:
             value = f"{number(table.row('Base').metric)} → {number(row.metric)}"
             interval = f"{level(row.gain)} interval {span(row.gain)}"
-            before, after = (span(table.metric_of(each)) for each in (table.row("Base"), row))
+            before, after = (span(table.metric_of(measured_row)) for measured_row in (table.row("Base"), row))
             detail = f"From {before} to {after}. "
             detail += f"Gain {number(row.gain.value, sign=True)}, {interval}, n = {row.gain.n:,}."
             name = table.metric_name[0].upper() + table.metric_name[1:]
             tiles.append(Tile(f"{name}, steered ({label})", value, detail))
     if run.held_out is not None:
         best = max(run.held_out.heads, key=lambda head: head.drop.value)
-        lost = f"Drop of {run.metric_name} without it on held-out examples: {number(best.drop.value)}"
-        detail = f"{lost}, {level(best.drop)} interval {span(best.drop)}, n = {best.drop.n:,}."
+        drop_text = f"Drop of {run.metric_name} without it on held-out examples: {number(best.drop.value)}"
+        detail = f"{drop_text}, {level(best.drop)} interval {span(best.drop)}, n = {best.drop.n:,}."
         tiles.append(Tile("Head that matters most", f"L{best.layer}H{best.head}", detail))
     elif run.heads and (top := run.heads.top(1)):
         interval = run.heads.interval(top[0].layer, top[0].index)
@@ -198,11 +204,11 @@ def _tiles(run: RunView) -> list[Tile]:
     return tiles
 
 
-def _localize_by_patching(result: Labelled) -> Tile:
-    """The largest value of a patching."""
-    at = patch_sections.best(result)
-    what = result.what.partition(",")[0]
-    low_high = "" if result.low is None else f", 95 % interval {patch_sections.ends(result, at)}"
-    detail = f"{patch_sections.place(result, at)}{low_high}, n = {result.n:,}."
-    label = f"Largest {what}"
-    return Tile(label, number(float(result.values[at])), detail[0].upper() + detail[1:])
+def _patching_tile(result: Labelled) -> Tile:
+    """A tile with the largest value of an activation patching."""
+    index = patch_sections.largest_index(result)
+    quantity = result.what.partition(",")[0]
+    interval = "" if result.low is None else f", 95 % interval {patch_sections.interval_text(result, index)}"
+    detail = f"{patch_sections.index_text(result, index)}{interval}, n = {result.n:,}."
+    label = f"Largest {quantity}"
+    return Tile(label, number(float(result.values[index])), detail[0].upper() + detail[1:])

@@ -1,4 +1,4 @@
-"""What all tasks of one model came to, and its tables: every figure with its interval and its n."""
+"""Results of all tasks of one model, and their tables: every figure with its interval and its n."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _MATCHED = (
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What one task came to.
+    """Results of one task.
 
     Attributes:
-        heads: From the discovery split.
+        heads: Head scores on the discovery split.
         held_out: The critical heads measured again on the held-out split.
-        masking: By method and share of all neurons, on the held-out split.
-        steering: By where scales were learned and where they were measured.
+        masking: Results on the held-out split, by method and share of all neurons.
+        steering: Tables by the data sets on which scales were learned and measured.
     """
 
     heads: HeadScores
@@ -46,14 +46,14 @@ class TaskResults:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """Every task of one model, and what the tasks share.
+    """Results of every task of one model, and the neurons that the tasks share.
 
     Attributes:
-        model_name: Whose.
-        tasks: By name.
+        model_name: Name of the model.
+        tasks: Results by task name.
         overlap, groups: The selected neurons that tasks share, and what masking each group costs.
-        lenses: By task: what its neurons make the model want to say.
-        side_effects: By data set: every task there under the scales that HONES learned there for every task.
+        lenses: By task: the logit lens without its neurons masked, minus the lens with them masked.
+        side_effects: By data set: every task there under the scales that HONES learned there for each task.
     """
 
     model_name: str
@@ -64,7 +64,7 @@ class Reproduction:
     side_effects: Mapping[str, SideEffects] = field(default_factory=dict)
 
     def masking_table(self, ratio: float, what: str = "metric") -> pd.DataFrame:
-        """Drops of each task by method, with intervals and p; of `matched random` the mean of the sets.
+        """Drops of each task by method, with intervals and p; for `matched random`, the mean of the sets.
 
         Args:
             ratio: Share of all neurons.
@@ -78,31 +78,32 @@ class Reproduction:
                 if share == ratio:
                     rows.setdefault(method, {})[name] = _drop(result, what)
             hones = results.masking["hones", ratio]
-            rows.setdefault("matched random", {})[name] = _controls(hones, what)
+            rows.setdefault("matched random", {})[name] = _control_drops(hones, what)
         return _by_method(rows)
 
     def heads_table(self) -> pd.DataFrame:
-        """One row for each critical head: where it was selected, and what it does on the held-out split."""
+        """One row for each critical head: its score on discovery and its drop on the held-out split."""
         rows = []
         for name, results in self.tasks.items():
-            found = results.held_out
-            for head in found.heads:
+            held_out = results.held_out
+            for head in held_out.heads:
                 row = {"task": name, "head": f"L{head.layer}H{head.head}"}
                 score = f"{head.score:.3f}" if head.selected_on is None else f"{head.selected_on:.3f}"
-                found_p = results.heads.p_values
-                told = f"{score}, n = {found.n_selected_on}"
-                p = None if found_p is None else float(found_p[head.layer, head.head])
-                row["score on discovery"] = _tested(told, p)
+                p_values = results.heads.p_values
+                score_text = f"{score}, n = {held_out.n_selected_on}"
+                p = None if p_values is None else float(p_values[head.layer, head.head])
+                row["score on discovery"] = _with_p(score_text, p)
                 row["stands on discovery"] = "yes" if head.significant else "no"
                 row["drop on the held-out split"] = (
                     f"{head.drop:.3f}, n = {head.drop.n}, p = {p_value(head.p)}"
                 )
                 rows.append({**row, "holds there": "yes" if head.holds else "no"})
-            if found.random:
+            if held_out.random:
                 random = {"task": name, "head": "random heads"}
                 random["drop on the held-out split"] = (
-                    f"{np.mean(found.random):.3f} ({len(found.random)} sets: {min(found.random):.3f} to "
-                    f"{max(found.random):.3f}), n = {len(found.example_ids)}"
+                    f"{np.mean(held_out.random):.3f} ({len(held_out.random)} sets: "
+                    f"{min(held_out.random):.3f} to {max(held_out.random):.3f}), "
+                    f"n = {len(held_out.example_ids)}"
                 )
                 rows.append({**dict.fromkeys(rows[-1], "–"), **random})
         return pd.DataFrame(rows)
@@ -116,7 +117,7 @@ class Reproduction:
         return self._steering(learned_on, measured_on, cell)
 
     def choices_table(self, learned_on: str) -> pd.DataFrame:
-        """By method: what dev chose, and how far the neurons' scales went."""
+        """By method: the settings chosen on dev, and the largest absolute scale."""
 
         def cell(table: SteeringTable, method: str) -> str:
             rows = [row for row in table.rows if row.method == method]
@@ -136,11 +137,11 @@ class Reproduction:
         return _by_method(rows)
 
     def side_effects_table(self, dataset: str) -> pd.DataFrame:
-        """Gain of every task (columns) under the scales of every task (rows)."""
+        """Gain of every task (columns) under the scales learned for every task (rows)."""
         rows: dict[str, dict[str, str]] = {}
         for c in self.side_effects[dataset].cells:
-            arms = f"{c.base:.3f} → {c.steered:.3f}"
-            rows.setdefault(c.scales_of, {})[c.task] = _tested(f"{arms}, {c.gain:+.3f}", c.p)
+            change = f"{c.base:.3f} → {c.steered:.3f}"
+            rows.setdefault(c.scales_of, {})[c.task] = _with_p(f"{change}, {c.gain:+.3f}", c.p)
         return _by_method(rows, "scales of")
 
     def groups_table(self) -> pd.DataFrame:
@@ -148,67 +149,70 @@ class Reproduction:
         rows = []
         for r in self.groups.results:
             row = {"group": r.method, "task": r.task, "drop in % of the baseline": _drop(r, "metric")}
-            row |= {"its random sets": _controls(r, "metric"), "nats lost": _drop(r, "log_prob")}
-            rows.append({**row, "their nats": _controls(r, "log_prob")})
+            row |= {"its random sets": _control_drops(r, "metric"), "nats lost": _drop(r, "log_prob")}
+            rows.append({**row, "their nats": _control_drops(r, "log_prob")})
         return pd.DataFrame(rows)
 
     def to_markdown(self) -> str:
-        """All tables, as in the paper, with intervals."""
-        parts = [f"# {self.model_name}", *self._masking_parts(), *self._steering_parts()]
+        """All tables of the paper as Markdown, with intervals."""
+        blocks = [f"# {self.model_name}", *self._masking_blocks(), *self._steering_blocks()]
         n_heads = next(iter(self.tasks.values())).heads.scores.numel()
         rate = f"{100 * next(iter(self.tasks.values())).held_out.q:g} %"
-        parts += ["## Critical heads", _markdown(self.heads_table())]
-        parts.append(
+        blocks += ["## Critical heads", _markdown(self.heads_table())]
+        blocks.append(
             "Heads were selected on the discovery split. `stands`: at a false discovery rate of "
             f"{rate} over all {n_heads} heads there; `holds`: on the held-out split, over the selected ones. "
             f"{_INTERVALS} `random heads`: mean drop of random sets of as many other heads, and their range."
         )
-        parts += ["## Neurons that tasks share", f"```\n{self.overlap}\n```"]
-        parts += [f"## Masking each group at one size ({self.groups.size} neurons)"]
-        parts += [_markdown(self.groups_table())]
-        parts.append(f"{self._n({r.task: len(r.example_ids) for r in self.groups.results})} {_INTERVALS}")
+        blocks += ["## Neurons that tasks share", f"```\n{self.overlap}\n```"]
+        blocks += [f"## Masking each group at one size ({self.groups.size} neurons)"]
+        blocks += [_markdown(self.groups_table())]
+        blocks.append(
+            f"{self._n_text({r.task: len(r.example_ids) for r in self.groups.results})} {_INTERVALS}"
+        )
         for name, lens in self.lenses.items():
-            parts += [f"## Logit lens of {name}: baseline minus masked", f"```\n{lens}\n```"]
-        return "\n\n".join(parts) + "\n"
+            blocks += [f"## Logit lens of {name}: baseline minus masked", f"```\n{lens}\n```"]
+        return "\n\n".join(blocks) + "\n"
 
     __str__ = to_markdown
 
-    def _masking_parts(self) -> list[str]:
-        parts = []
+    def _masking_blocks(self) -> list[str]:
+        blocks = []
         ns = {name: len(r.held_out.example_ids) for name, r in self.tasks.items()}
         for ratio in sorted({share for r in self.tasks.values() for _, share in r.masking}):
             for what, unit in (("metric", "drop in % of the baseline"), ("log_prob", "nats lost")):
-                parts.append(f"## Masking {100 * ratio:g} % of the neurons: {unit}")
-                parts.append(_markdown(self.masking_table(ratio, what)))
-                note = f"Held-out examples: {self._n(ns)} {_INTERVALS} p: two-sided paired permutation test."
-                parts.append(f"{note} {_MATCHED}")
-        return parts
+                blocks.append(f"## Masking {100 * ratio:g} % of the neurons: {unit}")
+                blocks.append(_markdown(self.masking_table(ratio, what)))
+                note = f"Held-out examples: {self._n_text(ns)} {_INTERVALS} "
+                note += "p: two-sided paired permutation test."
+                blocks.append(f"{note} {_MATCHED}")
+        return blocks
 
-    def _steering_parts(self) -> list[str]:
-        parts = []
+    def _steering_blocks(self) -> list[str]:
+        blocks = []
         first = next(iter(self.tasks.values()))
         for learned_on, measured_on in first.steering:
             tables = {name: r.steering[learned_on, measured_on] for name, r in self.tasks.items()}
-            parts.append(f"## Steering: learned on {learned_on}, measured on {measured_on}")
-            parts.append(_markdown(self.steering_table(learned_on, measured_on)))
-            ns = self._n({name: len(table.example_ids) for name, table in tables.items()})
-            parts.append(
+            blocks.append(f"## Steering: learned on {learned_on}, measured on {measured_on}")
+            blocks.append(_markdown(self.steering_table(learned_on, measured_on)))
+            ns = self._n_text({name: len(table.example_ids) for name, table in tables.items()})
+            blocks.append(
                 f"Metric, and gain over the base. Held-out examples: {ns} {_INTERVALS} p: two-sided paired "
                 "permutation test. `RandNeuron`: mean of several random sets, each learned, and the range of "
                 "their gains."
             )
             if learned_on == measured_on:
-                parts += [f"### Chosen on dev of {learned_on}", _markdown(self.choices_table(learned_on))]
+                blocks += [f"### Chosen on dev of {learned_on}", _markdown(self.choices_table(learned_on))]
         for name, effects in self.side_effects.items():
             ns = {cell.task: cell.gain.n for cell in effects.cells}
-            parts += [f"## Side effects on {name}: every task under the scales of every task"]
-            parts += [_markdown(self.side_effects_table(name))]
+            blocks += [f"## Side effects on {name}: every task under the scales of every task"]
+            blocks += [_markdown(self.side_effects_table(name))]
             note = f"HONES's scales, learned on {name}; base → steered, gain."
-            parts.append(f"{note} Held-out examples: {self._n(ns)} {_INTERVALS}")
-        return parts
+            blocks.append(f"{note} Held-out examples: {self._n_text(ns)} {_INTERVALS}")
+        return blocks
 
     @staticmethod
-    def _n(counts: Mapping[str, int]) -> str:
+    def _n_text(counts: Mapping[str, int]) -> str:
         """`n = 84.`, or where tasks differ `n = 84 (vqa, ocr), 12 (retrieval).`."""
         by_count: dict[int, list[str]] = {}
         for name, count in counts.items():
@@ -218,20 +222,20 @@ class Reproduction:
         return "n = " + ", ".join(f"{n} ({', '.join(names)})" for n, names in by_count.items()) + "."
 
 
-def _by_method(rows: dict[str, dict[str, str]], what: str = "method") -> pd.DataFrame:
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(what).reset_index()
+def _by_method(rows: dict[str, dict[str, str]], index_name: str = "method") -> pd.DataFrame:
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index_name).reset_index()
 
 
-def _drop(result: MaskingResult, what: str) -> str:
-    if what == "log_prob":
-        text = _tested(f"{result.log_prob_interval:.3g}", result.log_prob_p)
+def _drop(result: MaskingResult, measure: str) -> str:
+    if measure == "log_prob":
+        text = _with_p(f"{result.log_prob_interval:.3g}", result.log_prob_p)
     else:
-        text = _tested(f"{result.relative_interval:.3g}", result.metric_p)
-    return f"{text}, {result.beats(what)}/{len(result.controls)}" if result.controls else text
+        text = _with_p(f"{result.relative_interval:.3g}", result.metric_p)
+    return f"{text}, {result.beats(measure)}/{len(result.controls)}" if result.controls else text
 
 
-def _controls(result: MaskingResult, what: str) -> str:
-    if what == "log_prob":
+def _control_drops(result: MaskingResult, measure: str) -> str:
+    if measure == "log_prob":
         drops = [result.baseline_log_prob - control.log_prob for control in result.controls]
     else:
         scale = 100 / result.baseline if result.baseline else 0.0
@@ -244,14 +248,14 @@ def _gain(table: SteeringTable, method: str) -> str:
     if method == "RandNeuron":
         gains = [row.gain.value for row in rows]
         metric = np.mean([row.metric for row in rows])
-        ends = f"{len(gains)} draws: {min(gains):+.3f} to {max(gains):+.3f}"
-        return f"{metric:.3f}, {np.mean(gains):+.3f} ({ends})"
+        range_text = f"{len(gains)} draws: {min(gains):+.3f} to {max(gains):+.3f}"
+        return f"{metric:.3f}, {np.mean(gains):+.3f} ({range_text})"
     (row,) = rows
     metric = f"{table.metric_of(row):.3f}"
-    return metric if method == "Base" else _tested(f"{metric}, {row.gain:+.3f}", row.p)
+    return metric if method == "Base" else _with_p(f"{metric}, {row.gain:+.3f}", row.p)
 
 
-def _tested(text: str, p: float | None) -> str:
+def _with_p(text: str, p: float | None) -> str:
     return text if p is None else f"{text}, p = {p_value(p)}"
 
 

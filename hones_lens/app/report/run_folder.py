@@ -1,4 +1,4 @@
-"""A run folder read back, for its report."""
+"""Reading a run folder for its report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_run(folder: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and environment of a run folder.
 
     Raises:
-        ValueError: Not a run folder.
+        ValueError: The folder is not a run folder.
     """
     file = Path(folder) / "settings.json"
     if not file.is_file():
@@ -48,18 +48,18 @@ def read_run(folder: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def read_view(folder: str | Path) -> RunView:
-    """Everything that a run folder holds, for its report; stages that were not run stay empty.
+    """Read the results in a run folder; stages that were not run stay empty.
 
-    A folder of one task, of steering alone, of patching, or of what concerns several tasks.
+    The folder may be one of a single task, of steering, of activation patching, or of several tasks.
 
     Raises:
-        ValueError: Not a run folder.
+        ValueError: The folder is not a run folder.
     """
     folder = Path(folder)
     settings, environment = read_run(folder)
     task = settings.get("task")
-    heads = _if_there(folder / "heads.json", HeadScores.load)
-    neurons = _if_there(folder / "neurons.json", NeuronScores.load)
+    heads = _load_if_exists(folder / "heads.json", HeadScores.load)
+    neurons = _load_if_exists(folder / "neurons.json", NeuronScores.load)
     return RunView(
         title=f"{settings['model']} · {_subject(settings)}",
         model_name=settings["model"],
@@ -69,59 +69,59 @@ def read_view(folder: str | Path) -> RunView:
         environment=environment,
         heads=heads,
         neurons=neurons,
-        masking=_if_there(folder / "masking.json", load_masking) or [],
-        others=_others(_if_there(folder / "others.json", load_masking) or [], neurons),
+        masking=_load_if_exists(folder / "masking.json", load_masking) or [],
+        others=_other_rankings(_load_if_exists(folder / "others.json", load_masking) or [], neurons),
         examples=_examples(folder),
         promoted=_promoted(folder),
-        held_out=_if_there(folder / "heads-held-out.json", HeldOutHeads.load),
+        held_out=_load_if_exists(folder / "heads-held-out.json", HeldOutHeads.load),
         steering=_steering(folder),
-        overlap=_if_there(folder / "overlap.json", Overlap.load),
-        groups=_if_there(folder / "groups.json", GroupMasking.load),
+        overlap=_load_if_exists(folder / "overlap.json", Overlap.load),
+        groups=_load_if_exists(folder / "groups.json", GroupMasking.load),
         effects=_effects(folder),
         lenses=_lenses(folder),
-        flow=_if_there(folder / "flow.json", HeadNeuronFlow.load),
+        flow=_load_if_exists(folder / "flow.json", HeadNeuronFlow.load),
         patching=_patching(folder, settings),
     )
 
 
 def _metric_name(task: str | None, heads: HeadScores | None) -> str:
-    """Of the one task, which may have gone from the registry since its heads were measured."""
+    """The task's metric; a stored one comes first, because the task may no longer be registered."""
     if heads is not None:
         return heads.metric_name
     return load_task(task).metric_name if task in task_names() else ""
 
 
 def _subject(settings: dict[str, Any]) -> str:
-    """What a run is about: its task or tasks; of patching also what was patched."""
+    """Subject of a run for its title: its task or tasks; for a patching also the patched activations."""
     if "patch" not in settings:
         return settings.get("task") or join_words(settings["tasks"])
-    of, patch = settings["image"], settings["patch"]
-    return f"{Path(of).name if of else settings['task']}, {patch['what']} patched by {patch['by']}"
+    image, patch = settings["image"], settings["patch"]
+    return f"{Path(image).name if image else settings['task']}, {patch['what']} patched by {patch['by']}"
 
 
-def _if_there(file: Path, load: Callable[[Path], T]) -> T | None:
+def _load_if_exists(file: Path, load: Callable[[Path], T]) -> T | None:
     return load(file) if file.exists() else None
 
 
-def _others(results: list[MaskingResult], neurons: NeuronScores | None) -> dict[str, MaskingResult]:
-    """Other rankings by name: of several sizes, the one that the run's own neurons have."""
-    found: dict[str, MaskingResult] = {}
+def _other_rankings(results: list[MaskingResult], neurons: NeuronScores | None) -> dict[str, MaskingResult]:
+    """Masking results of other rankings by method: of several sizes, the size of the run's own neurons."""
+    by_method: dict[str, MaskingResult] = {}
     for result in results:
-        if result.method not in found or (neurons and result.n_neurons == neurons.count()):
-            found[result.method] = result
-    return found
+        if result.method not in by_method or (neurons and result.n_neurons == neurons.count()):
+            by_method[result.method] = result
+    return by_method
 
 
 def _steering(folder: Path) -> dict[str, SteeringTable]:
-    """By data set; a folder of steering has its own table, another one those in its `steering`."""
-    found: dict[str, SteeringTable] = {}
+    """Steering tables by label, from the folder itself and from the folders in its `steering`."""
+    tables: dict[str, SteeringTable] = {}
     for file in sorted([*folder.glob("steering.json"), *folder.glob("steering/*/steering.json")]):
         learned_on = read_run(file.parent)[0]["dataset"]
-        found[f"learned and measured on {learned_on}"] = SteeringTable.load(file)
+        tables[f"learned and measured on {learned_on}"] = SteeringTable.load(file)
         for other in sorted(file.parent.glob("on-*.json")):
             measured_on = other.stem.removeprefix("on-")
-            found[f"learned on {learned_on}, measured on {measured_on}"] = SteeringTable.load(other)
-    return found
+            tables[f"learned on {learned_on}, measured on {measured_on}"] = SteeringTable.load(other)
+    return tables
 
 
 def _effects(folder: Path) -> dict[str, SideEffects]:
@@ -205,8 +205,8 @@ def _examples(folder: Path) -> list[ExampleView]:
         parts: dict[str, Any] = {
             "region": None if region is None else tuple(region),
             "looks": {head: torch.tensor(values) for head, values in looks.items()},
-            "lens": _if_there(file.with_name(f"{file.stem}-logit-lens.json"), LogitLens.load),
-            "image_lens": _if_there(file.with_name(f"{file.stem}-image-lens.json"), Labelled.load),
+            "lens": _load_if_exists(file.with_name(f"{file.stem}-logit-lens.json"), LogitLens.load),
+            "image_lens": _load_if_exists(file.with_name(f"{file.stem}-image-lens.json"), Labelled.load),
         }
         views.append(ExampleView(image=_opened(file), **parts, **row))
     return views

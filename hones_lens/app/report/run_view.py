@@ -1,4 +1,4 @@
-"""What a report shows of a run."""
+"""The data of a run that its report shows."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from hones_lens.results import Interval, Labelled
 
 @dataclass(frozen=True, eq=False)
 class ExampleView:
-    """One example, for showing.
+    """One example of a report.
 
     Attributes:
         image: The picture.
-        prompt, target: What was asked, and the right answer.
-        answer, answer_masked: What the model says, as it is and with neurons masked; None: not asked.
-        head: Whose attention is shown at first, e.g. `L3H5`.
+        prompt, target: The prompt, and the right answer.
+        answer, answer_masked: The model's answer, unedited and with neurons masked; None: not generated.
+        head: The head whose attention is shown first, e.g. `L3H5`.
         masked_label: What was masked, e.g. `76 neurons masked`.
-        attention_from: The token that looks.
-        region: The part of the picture that the grids show; None: all of it.
-        looks: By head that can be chosen: its attention from one token to the image, [rows columns].
-        lens: The likeliest tokens after every layer at the last prompt token.
-        image_lens: How much the image tokens speak for the right answer, by layer, row and column.
+        attention_from: The query token of the attention.
+        region: The part of the picture that the grids cover; None: the whole picture.
+        looks: For each head to choose from: its attention from one token to the image, [rows columns].
+        lens: Logit lens at the last prompt token.
+        image_lens: Logit lens of the image tokens for the right answer, by layer, row and column.
     """
 
     image: Image.Image
@@ -60,14 +60,14 @@ class ExampleView:
 
 @dataclass(frozen=True, eq=False)
 class PairView:
-    """The first pair of a patching, for showing.
+    """The first pair of an activation patching.
 
     Attributes:
-        id, prompt, answer: What was asked of the clean picture, and the token that is right there.
+        id, prompt, answer: The pair's id, its prompt, and the right token on the clean input.
         clean: The clean picture.
-        foil: The token that is right on the corrupted input; None where there is no other answer.
-        corrupted: The corrupted picture, where it is one.
-        inputs: Where the picture's patches lie among the positions.
+        foil: The right token on the corrupted input; None if there is no other answer.
+        corrupted: The corrupted picture; None if the corruption does not make one.
+        inputs: The clean inputs, which locate the picture's patches among the positions.
     """
 
     id: str
@@ -81,13 +81,13 @@ class PairView:
 
 @dataclass(frozen=True, eq=False)
 class PatchView:
-    """One patching.
+    """One activation patching.
 
     Attributes:
-        result: What it changed.
-        options: Of `patch_activations`: `what`, `by`, `direction`, `metric`, `raw`.
+        result: Its values.
+        options: The options of `patch_activations`: `what`, `by`, `direction`, `metric`, `raw`.
         pairs: What was patched, in words, e.g. `64 counterfactual pairs of vqa`.
-        pair: The first of them; None where it was not kept.
+        pair: The first of them; None if it was not stored.
     """
 
     result: Labelled
@@ -97,9 +97,9 @@ class PatchView:
 
 
 class NeuronTokens(NamedTuple):
-    """The tokens that a neuron promotes most, so active as its mean activation at the last prompt position.
+    """The tokens that a neuron promotes most, at its mean activation at the last prompt position.
 
-    Without a mean activation they are those that its output row raises, whichever way it is active.
+    If the mean activation is not known, they are the tokens that its output row raises.
     """
 
     tokens: tuple[str, ...]
@@ -108,26 +108,26 @@ class NeuronTokens(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RunView:
-    """All that a report shows of one run; what is missing is left out.
+    """The results of one run that its report shows; sections without results are left out.
 
     Attributes:
         title: Heading.
-        model_name, task, metric_name: What was studied.
+        model_name, task, metric_name: The model, the task and its metric.
         settings, environment: Names and values; mappings may be nested.
-        heads: HONES eq. H1.
-        neurons: HONES eqs. H2 and H3.
-        masking: HONES eq. H4, at one or several shares.
-        others: By name: other rankings masked at the same budget.
-        examples: Pictures with the attention of a head.
+        heads: Head scores (HONES eq. H1).
+        neurons: Neuron scores (HONES eqs. H2 and H3).
+        masking: Masking results (HONES eq. H4), at one or several shares of neurons.
+        others: By ranking: masking results at the same budget.
+        examples: Examples with the attention of heads.
         promoted: By (layer, index): the tokens that a neuron promotes most.
-        evaluation: The model before anything is changed, e.g. {"accuracy": Interval, "examples": 200}.
+        evaluation: Metrics of the unedited model, e.g. {"accuracy": Interval, "examples": 200}.
         held_out: The critical heads measured again on examples that did not select them.
-        steering: HONES eq. H5, by what they are called on the page, e.g. `learned and measured on shapes`.
-        overlap, groups: HONES eq. H6: which neurons tasks share, and each group of them masked.
+        steering: Steering results (HONES eq. H5) by label, e.g. `learned and measured on shapes`.
+        overlap, groups: Neurons that tasks share (HONES eq. H6), and the results of masking each group.
         effects: By data set: every task under the scales of every task.
-        lenses: By task: what its neurons make the model want to say.
-        flow: From the critical heads through the neurons to the tokens that these promote.
-        patching: One activation patching.
+        lenses: By task: the change of the logit lens when its neurons are masked.
+        flow: Contributions of the critical heads to the neurons, and the tokens that these promote.
+        patching: An activation patching.
     """
 
     title: str
@@ -154,10 +154,10 @@ class RunView:
 
     @property
     def share(self) -> float:
-        """The share of all neurons that headline numbers are about."""
+        """The share of all neurons to which the headline numbers refer."""
         return self.neurons.ratio if self.neurons else 0.01
 
     @property
     def main(self) -> MaskingResult | None:
-        """The masking result at that share, or the nearest."""
+        """The masking result at that share, or at the nearest one."""
         return headline(self.masking, self.share) if self.masking else None

@@ -1,4 +1,4 @@
-"""The parts of a run's page: words, figures and tables of each stage that was run."""
+"""The sections of a run's page: text, figures and tables of each stage that was run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SECOND_SHARE = 0.05  # kinds of question are drawn at the headline's share and 
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A figure in the page: its heading, the SVG, what is to be known about it, and its width [pixels].
+class PageFigure:
+    """A figure of the page: its heading, the SVG, its caption, and its width in pixels.
 
-    A width of 0 is that of a phone.
+    The width is 0 for figures that fit a phone.
     """
 
     title: str
@@ -32,36 +32,36 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a run's page: words, figures, tables; `stacked` ones are wide, each on a line of its own."""
+    """A section of a run's page; if `stacked`, each figure and table has the full width."""
 
     id: str
     title: str
     text: str
-    figures: Sequence[Drawn] = ()
+    figures: Sequence[PageFigure] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[Card] = ()
     stacked: bool = False
 
 
 def sections(run: RunView, name: str) -> list[Section]:
-    """The sections of what the run holds, in the order of the method; `name` begins their ids."""
+    """Sections of the stages that the run holds, in the order of the method; `name` is the prefix of ids."""
     makers = (_examples, _patching, _heads, _neurons, _flow, _masking, _kinds, _rankings, _steering)
     makers += (_overlap, _groups, _effects, _lens, _settings)
     return [section for make in makers if (section := make(run, name))]
 
 
-def drawn(
+def page_figure(
     figure: viz.Plot,
     name: str,
     tooltips: Mapping[str, Sequence[str]] | None = None,
     title: str | None = None,
-) -> Drawn:
-    """A figure as it stands in a page; `name` begins its ids, `title` is instead of its own."""
+) -> PageFigure:
+    """A figure for the page; `name` is the prefix of its ids, and `title` replaces its own title."""
     assert figure.heading is not None
     title = figure.heading.title if title is None else title
     svg = viz.themed_svg(figure, name, f"{title}. {figure.heading.note}", tooltips)
     width = round(72 * figure.get_figwidth()) if figure.get_figwidth() > viz.WIDTH else 0
-    return Drawn(title, svg, figure.heading.note, width)
+    return PageFigure(title, svg, figure.heading.note, width)
 
 
 def _examples(run: RunView, name: str) -> Section | None:
@@ -80,15 +80,17 @@ def _patching(run: RunView, name: str) -> Section | None:
     if run.patching is None:
         return None
     figure, tips = patch_sections.heat_map(run.patching.result)
-    title = patch_sections.sentence(run.patching.result.what)
-    figures = [drawn(figure, f"{name}-patching", tips, title)]
-    over = patch_sections.on_picture(run.patching)
-    if over is not None:
-        figures.append(drawn(over, f"{name}-patched", title="The same on the picture"))
+    title = patch_sections.capitalized(run.patching.result.what)
+    figures = [page_figure(figure, f"{name}-patching", tips, title)]
+    on_picture = patch_sections.picture_figure(run.patching)
+    if on_picture is not None:
+        figures.append(page_figure(on_picture, f"{name}-patched", title="The same on the picture"))
     pictures = [pair_card(run.patching.pair)] if run.patching.pair else []
-    found = [patch_sections.values(run.patching.result)]
-    text = patch_sections.meant(run.patching)
-    return Section(f"{name}-patching", "Activation patching", text, figures, found, pictures, stacked=True)
+    section_tables = [patch_sections.values_table(run.patching.result)]
+    text = patch_sections.describe_values(run.patching)
+    return Section(
+        f"{name}-patching", "Activation patching", text, figures, section_tables, pictures, stacked=True
+    )
 
 
 def _heads(run: RunView, name: str) -> Section | None:
@@ -106,11 +108,11 @@ def _heads(run: RunView, name: str) -> Section | None:
         f"How much {run.metric_name} falls when a head's output is changed: blue heads are missed, orange "
         f"ones were in the way. {tried:,} heads of {len(scores)} layers were tried one by one."
     )
-    figure = drawn(viz.head_heatmap(run.heads), f"{name}-heads", {"cells": tips})
-    found = [tables.top_heads(run.heads)]
+    figure = page_figure(viz.head_heatmap(run.heads), f"{name}-heads", {"cells": tips})
+    section_tables = [tables.top_heads(run.heads)]
     if run.held_out is not None:
-        found.append(shared_tables.held_out_heads(run.held_out))
-    return Section(f"{name}-heads", "Heads", text, [figure], found)
+        section_tables.append(shared_tables.held_out_heads(run.held_out))
+    return Section(f"{name}-heads", "Heads", text, [figure], section_tables)
 
 
 def _neurons(run: RunView, name: str) -> Section | None:
@@ -120,7 +122,7 @@ def _neurons(run: RunView, name: str) -> Section | None:
         f"The {run.neurons.count():,} neurons with the highest score, {percent(run.neurons.ratio)} of "
         f"{run.neurons.scores.numel():,}, are the task neurons."
     )
-    figure = drawn(viz.neurons_per_layer([run.neurons]), f"{name}-neurons")
+    figure = page_figure(viz.neurons_per_layer([run.neurons]), f"{name}-neurons")
     return Section(
         f"{name}-neurons", "Neurons", text, [figure], [tables.top_neurons(run.neurons, run.promoted)]
     )
@@ -130,7 +132,7 @@ def _flow(run: RunView, name: str) -> Section | None:
     if run.flow is None or not bool(run.flow.contributions.gt(0).any()):
         return None
     tips = viz.flow_tooltips(run.flow)
-    figure = drawn(viz.head_neuron_token_flow(run.flow), f"{name}-flow", tips)
+    figure = page_figure(viz.head_neuron_token_flow(run.flow), f"{name}-flow", tips)
     text = "Which critical heads make which neurons write, and the tokens that these neurons promote."
     return Section(f"{name}-flow", "From heads to tokens", text, [figure], stacked=True)
 
@@ -142,23 +144,23 @@ def _masking(run: RunView, name: str) -> Section | None:
         "The selected neurons are set to zero at every position. If they carry the task, that costs more "
         "than silencing as many random neurons of the same layers."
     )
-    figures, found = [], []
+    figures, section_tables = [], []
     for measure in ("metric", "log_prob"):
         figure = viz.masking_curve(run.masking, (measure,))
-        figures.append(drawn(figure, f"{name}-{measure}"))
-        found.append(tables.masking(run.masking, measure))
-    return Section(f"{name}-masking", "Masking", text, figures, found)
+        figures.append(page_figure(figure, f"{name}-{measure}"))
+        section_tables.append(tables.masking(run.masking, measure))
+    return Section(f"{name}-masking", "Masking", text, figures, section_tables)
 
 
 def _kinds(run: RunView, name: str) -> Section | None:
     if run.main is None or len(run.main.kinds) < 2:
         return None
     shown = {result.n_neurons: result for result in (run.main, headline(run.masking, _SECOND_SHARE))}
-    figures = [drawn(viz.kinds_bars(result), f"{name}-kinds{count}") for count, result in shown.items()]
+    figures = [page_figure(viz.kinds_bars(result), f"{name}-kinds{count}") for count, result in shown.items()]
     text = "The same drop by kind of question."
     if run.main.controls:
-        once = len(run.main.controls) + 1
-        text += f" By chance alone, a kind loses more than with all random sets once in {once} times."
+        n_sets = len(run.main.controls) + 1
+        text += f" By chance alone, a kind loses more than with all random sets once in {n_sets} times."
     return Section(f"{name}-kinds", "Kinds of question", text, figures, [tables.kinds(run.masking)])
 
 
@@ -168,11 +170,11 @@ def _rankings(run: RunView, name: str) -> Section | None:
     results = {}
     if run.masking:
         share = next(iter(run.others.values())).ratio
-        own = headline(run.masking, share)
-        results[own.method] = own
+        own_result = headline(run.masking, share)
+        results[own_result.method] = own_result
     results.update(run.others)
     figures = [
-        drawn(viz.ranking_bars(results, measure), f"{name}-rank-{measure}")
+        page_figure(viz.ranking_bars(results, measure), f"{name}-rank-{measure}")
         for measure in ("metric", "log_prob")
     ]
     text = "Other ways of choosing neurons, masked in the same way and number."
@@ -182,106 +184,111 @@ def _rankings(run: RunView, name: str) -> Section | None:
 def _steering(run: RunView, name: str) -> Section | None:
     if not run.steering:
         return None
-    figures, found = [], []
+    figures, section_tables = [], []
     for i, (label, table) in enumerate(run.steering.items()):
         label = label[0].upper() + label[1:]
         for measure in MEASURES:
             figure = viz.steering_bars(table, (measure,))
-            figures.append(drawn(figure, f"{name}-steering{i}-{measure}", title=label))
-        found.append(shared_tables.steering(table, label, steering_said(table)))
+            figures.append(page_figure(figure, f"{name}-steering{i}-{measure}", title=label))
+        section_tables.append(shared_tables.steering(table, label, steering_summary(table)))
     text = "Each neuron is scaled by a factor of its own, learned with the model frozen, beside controls."
-    return Section(f"{name}-steering", "Steering", text, figures, found, stacked=True)
+    return Section(f"{name}-steering", "Steering", text, figures, section_tables, stacked=True)
 
 
-def steering_said(table: SteeringTable) -> str:
-    """What HONES's scales gain, beside the other methods, from the numbers alone."""
+def steering_summary(table: SteeringTable) -> str:
+    """One sentence: the gain of HONES's scales, compared with the other methods."""
     rows = {(row.method, row.draw): row for row in table.rows}
     if ("HONES", 0) not in rows:
         return "HONES's scales were not learned."
     hones = rows["HONES", 0]
     low, high = hones.gain.low, hones.gain.high
     verdict = "raise" if low > 0 else "lower" if high < 0 else "do not clearly change"
-    said = f"HONES's scales {verdict} {table.metric_name} ({shared_tables.gain(hones.gain)})"
+    summary = f"HONES's scales {verdict} {table.metric_name} ({shared_tables.gain(hones.gain)})"
     draws = [row for row in table.rows if row.method == "RandNeuron"]
     if draws:
         beaten = sum(row.gain.value < hones.gain.value for row in draws)
-        said += f", more than those of {beaten} of {len(draws)} random sets"
+        summary += f", more than those of {beaten} of {len(draws)} random sets"
     if ("Grid-Search", 0) in rows:
         difference, p = table.difference("HONES", "Grid-Search")
-        said += f"; HONES minus Grid-Search: {shared_tables.gain(difference)}, p = {p_value(p)}"
-    return f"{said}."
+        summary += f"; HONES minus Grid-Search: {shared_tables.gain(difference)}, p = {p_value(p)}"
+    return f"{summary}."
 
 
 def _overlap(run: RunView, name: str) -> Section | None:
     if run.overlap is None:
         return None
     figures = [
-        drawn(draw(run.overlap), f"{name}-overlap{i}")
+        page_figure(draw(run.overlap), f"{name}-overlap{i}")
         for i, draw in enumerate((viz.overlap_sizes, viz.overlap_shared, viz.overlap_layers))
     ]
-    everything = run.overlap.shared[-1]
-    text = (
-        f"{everything.count:,} neurons were selected for all of {join_words(run.overlap.tasks)}; by chance "
-    )
-    text += f"it would be {number(everything.expected, 1)} (p = {p_value(everything.p)})."
-    found = [shared_tables.groups_of(run.overlap), shared_tables.shared(run.overlap)]
-    return Section(f"{name}-overlap", "Neurons that tasks share", text, figures, found)
+    shared_by_all = run.overlap.shared[-1]
+    text = f"{shared_by_all.count:,} neurons were selected for all of {join_words(run.overlap.tasks)}; "
+    text += f"by chance it would be {number(shared_by_all.expected, 1)} (p = {p_value(shared_by_all.p)})."
+    section_tables = [shared_tables.groups_of(run.overlap), shared_tables.shared(run.overlap)]
+    return Section(f"{name}-overlap", "Neurons that tasks share", text, figures, section_tables)
 
 
 def _groups(run: RunView, name: str) -> Section | None:
     if run.groups is None:
         return None
     figures = [
-        drawn(viz.group_masking_bars(run.groups, measure), f"{name}-groups-{measure}") for measure in MEASURES
+        page_figure(viz.group_masking_bars(run.groups, measure), f"{name}-groups-{measure}")
+        for measure in MEASURES
     ]
     text = "What each task loses when neurons of one group are silenced, as many of each group."
-    found = [shared_tables.group_masking(run.groups)]
-    return Section(f"{name}-groups", "Groups masked", text, figures, found, stacked=True)
+    section_tables = [shared_tables.group_masking(run.groups)]
+    return Section(f"{name}-groups", "Groups masked", text, figures, section_tables, stacked=True)
 
 
 def _effects(run: RunView, name: str) -> Section | None:
     if not run.effects:
         return None
     figures = [
-        drawn(viz.side_effect_bars(effects), f"{name}-effects{i}", title=f"On {dataset}")
+        page_figure(viz.side_effect_bars(effects), f"{name}-effects{i}", title=f"On {dataset}")
         for i, (dataset, effects) in enumerate(run.effects.items())
     ]
-    found = [shared_tables.side_effects(effects, f"On {dataset}") for dataset, effects in run.effects.items()]
+    section_tables = [
+        shared_tables.side_effects(effects, f"On {dataset}") for dataset, effects in run.effects.items()
+    ]
     text = "What the scales that were learned for one task do to it and to the others."
-    return Section(f"{name}-effects", "Side effects of steering", text, figures, found, stacked=True)
+    return Section(f"{name}-effects", "Side effects of steering", text, figures, section_tables, stacked=True)
 
 
 def _lens(run: RunView, name: str) -> Section | None:
-    """Of the examples one by one, and of all with and without the neurons."""
+    """Logit lenses of the single examples, and the mean lens with and without the neurons."""
     figures = []
     for i, example in enumerate(run.examples, start=1):
         if example.lens is not None:
             title = f"Example {i}: the next token, read after each layer"
-            figures.append(drawn(viz.lens_grid(example.lens, title=title), f"{name}-lens{i}"))
+            figures.append(page_figure(viz.lens_grid(example.lens, title=title), f"{name}-lens{i}"))
         if example.image_lens is not None:
             title = f"Example {i}: {example.image_lens.what}"
             options = {"region": example.region, "title": title}
             figure = viz.image_lens(example.image_lens, example.image, **options)
-            figures.append(drawn(figure, f"{name}-image-lens{i}"))
-    found = [shared_tables.lens(delta) for delta in run.lenses.values()]
-    if len(found) > 1:
-        found = [
+            figures.append(page_figure(figure, f"{name}-image-lens{i}"))
+    section_tables = [shared_tables.lens(delta) for delta in run.lenses.values()]
+    if len(section_tables) > 1:
+        section_tables = [
             replace(table, title=f"{task}: {table.title[0].lower()}{table.title[1:]}")
-            for task, table in zip(run.lenses, found, strict=True)
+            for task, table in zip(run.lenses, section_tables, strict=True)
         ]
-    if not figures and not found:
+    if not figures and not section_tables:
         return None
     text = "What the residual stream after each layer would say, read through the final norm and the "
     text += "unembedding"
     text += ": of the examples above" if figures else ""
-    text += f"{', and' if figures else ':'} before and after masking the neurons" if found else ""
-    return Section(f"{name}-lens", "Logit lens", f"{text}.", figures, found)
+    text += f"{', and' if figures else ':'} before and after masking the neurons" if section_tables else ""
+    return Section(f"{name}-lens", "Logit lens", f"{text}.", figures, section_tables)
 
 
 def _settings(run: RunView, name: str) -> Section | None:
-    found = [
+    section_tables = [
         tables.settings(heading, values)
         for heading, values in (("Settings", run.settings), ("Environment", run.environment))
         if values
     ]
-    return Section(f"{name}-settings", "Settings and environment", "", (), found) if found else None
+    return (
+        Section(f"{name}-settings", "Settings and environment", "", (), section_tables)
+        if section_tables
+        else None
+    )

@@ -1,4 +1,4 @@
-"""The report's tables of steering, of heads on held-out examples, and of what tasks share."""
+"""The report's tables of steering, of heads on held-out examples, and of neurons that tasks share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hones_lens.analysis import LensToken
-from hones_lens.app.report.tables import Cell, Strong, Table, Tokens
+from hones_lens.app.report.tables import Bold, Cell, Table, Tokens
 from hones_lens.hones import (
     GroupMasking,
     HeldOutHeads,
@@ -31,11 +31,11 @@ def gain(interval: Interval) -> str:
     return f"{number(interval.value, sign=True)} {span(interval)}"
 
 
-def held_out_heads(found: HeldOutHeads) -> Table:
-    """The critical heads on examples that did not select them; those that hold stand out."""
+def held_out_heads(held_out: HeldOutHeads) -> Table:
+    """The critical heads on the held-out examples; bold where the drop is significant there."""
     columns = (
         "head",
-        f"drop of {found.metric_name}",
+        f"drop of {held_out.metric_name}",
         "interval",
         "p",
         "holds",
@@ -43,9 +43,9 @@ def held_out_heads(found: HeldOutHeads) -> Table:
         "stands there",
     )
     rows: list[tuple[Cell, ...]] = []
-    for head in found.heads:
+    for head in held_out.heads:
         drop = number(head.drop.value)
-        cell = Strong(drop) if head.holds else drop
+        cell = Bold(drop) if head.holds else drop
         stands = "–" if head.significant is None else "yes" if head.significant else "no"
         score = f"{number(head.score)} {span(head.selected_on) if head.selected_on else ''}".rstrip()
         row = (
@@ -56,33 +56,38 @@ def held_out_heads(found: HeldOutHeads) -> Table:
             "yes" if head.holds else "no",
         )
         rows.append((*row, score, stands))
-    base, rate = found.baseline, f"{100 * found.q:g} %"
-    note = f"Selected on {found.n_selected_on:,} examples, measured again on n = {base.n:,} others, where "
-    note += f"{found.metric_name} is {number(base.value)} {span(base)}; {level(base)} bootstrap intervals, "
+    base, rate = held_out.baseline, f"{100 * held_out.q:g} %"
+    note = f"Selected on {held_out.n_selected_on:,} examples, measured again on n = {base.n:,} others, where "
+    note += (
+        f"{held_out.metric_name} is {number(base.value)} {span(base)}; {level(base)} bootstrap intervals, "
+    )
     note += f"paired permutation tests. Stands, holds: at a false discovery rate of {rate}, over all heads "
     note += "there, over the selected ones here."
-    if found.random:
-        note += f" Mean drop {number(found.mean_drop.value)} {span(found.mean_drop)}; of {len(found.random)} "
-        note += f"random sets of other heads {number(float(np.mean(found.random)))} on average, "
-        note += f"{number(min(found.random))} to {number(max(found.random))}."
+    if held_out.random:
+        note += f" Mean drop {number(held_out.mean_drop.value)} {span(held_out.mean_drop)}; "
+        note += f"of {len(held_out.random)} random sets"
+        note += f" of other heads {number(float(np.mean(held_out.random)))} on average, "
+        note += f"{number(min(held_out.random))} to {number(max(held_out.random))}."
     return Table("Critical heads on held-out examples", columns, tuple(rows), note)
 
 
-def steering(table: SteeringTable, title: str, said: str = "") -> Table:
-    """Every method: metric, gains with intervals, p, how far scales went, and what dev chose.
+def steering(table: SteeringTable, title: str, summary: str = "") -> Table:
+    """All steering methods: metric, gains with intervals and p-values, largest scale, chosen settings.
 
     Args:
-        table: One task.
-        title: The heading.
-        said: What begins the note.
+        table: Results of one task.
+        title: Heading of the table.
+        summary: First sentence of the note.
     """
     columns = ("method", table.metric_name, "gain", "interval", "p", "log-probability gain (nats)")
     columns += ("interval", "p", "max |a|", "chosen on dev")
     rows = tuple(_steering_row(table, row) for row in table.rows)
-    whole = table.row("Base").gain
-    note = f"{said} {table.n_neurons:,} neurons, learned on {table.n_learned:,} and chosen on "
-    note += f"{table.n_chosen:,} examples; n = {whole.n:,} held-out examples. "
-    note += f"{level(whole)} bootstrap intervals, paired permutation tests. Bold: the interval lies above 0."
+    base_gain = table.row("Base").gain
+    note = f"{summary} {table.n_neurons:,} neurons, learned on {table.n_learned:,} and chosen on "
+    note += f"{table.n_chosen:,} examples; n = {base_gain.n:,} held-out examples. "
+    note += (
+        f"{level(base_gain)} bootstrap intervals, paired permutation tests. Bold: the interval lies above 0."
+    )
     return Table(title, columns, rows, note.strip())
 
 
@@ -93,10 +98,10 @@ def _steering_row(table: SteeringTable, row: SteeringRow) -> tuple[Cell, ...]:
     return (
         name,
         _metric(table, row),
-        _clear(row.gain),
+        _signed_cell(row.gain),
         span(row.gain),
         p_value(row.p),
-        _clear(row.log_prob_gain),
+        _signed_cell(row.log_prob_gain),
         span(row.log_prob_gain),
         p_value(table.log_prob_p(row)),
         f"{row.max_abs:.3g}",
@@ -109,13 +114,13 @@ def _metric(table: SteeringTable, row: SteeringRow) -> str:
     return f"{number(row.metric)} {span(interval)}"
 
 
-def _clear(interval: Interval) -> Cell:
+def _signed_cell(interval: Interval) -> Cell:
     text = number(interval.value, sign=True)
-    return Strong(text) if interval.low > 0 else text
+    return Bold(text) if interval.low > 0 else text
 
 
 def groups_of(overlap: Overlap) -> Table:
-    """Each group's size beside chance, and its neurons by layer."""
+    """Size of each group of neurons, the size expected by chance, and its neurons by layer."""
     chance, by_layer = chance_sizes(overlap), overlap.per_layer()
     rows = []
     for name, neurons in overlap.groups.items():
@@ -126,7 +131,7 @@ def groups_of(overlap: Overlap) -> Table:
 
 
 def shared(overlap: Overlap) -> Table:
-    """What pairs of tasks share, and all, against chance."""
+    """Number of neurons that each pair of tasks shares, and that all share, beside chance."""
     columns = ("tasks", "shared", "chance", "p", "Jaccard", "of the smaller")
     rows = tuple(
         (
@@ -144,7 +149,7 @@ def shared(overlap: Overlap) -> Table:
 
 
 def group_masking(groups: GroupMasking) -> Table:
-    """Drops of every task by group, with intervals, beside the random sets."""
+    """Drops of every task with each group masked, with intervals, beside the random sets."""
     columns = ("task", "group", "before", "drop", "interval", "random mean", "beats")
     columns += ("log-probability drop (nats)", "interval", "random mean", "beats")
     rows = tuple(_group_row(result) for result in groups.results)
@@ -163,7 +168,7 @@ def _group_row(result: MaskingResult) -> tuple[Cell, ...]:
     cells: list[Cell] = [result.task, result.method, before]
     for measure in ("metric", "log_prob"):
         m = masking_measure(result, measure)
-        cells += [Strong(number(m.drop)) if m.clear else number(m.drop), span(m.interval)]
+        cells += [Bold(number(m.drop)) if m.clear else number(m.drop), span(m.interval)]
         cells += [number(m.baseline - m.random_mean), f"{m.beaten} of {len(m.controls)}"]
     return tuple(cells)
 
@@ -175,13 +180,15 @@ def side_effects(effects: SideEffects, title: str) -> Table:
     rows = []
     for owner in owners:
         cells = [effects.cell(owner, task) for task in tasks]
-        said = [f"{gain(c.gain)}, p = {p_value(c.p)}" for c in cells]
-        rows.append((owner, *(Strong(t) if c.gain.low > 0 else t for t, c in zip(said, cells, strict=True))))
-    firsts = [effects.cell(owners[0], task) for task in tasks]
+        texts = [f"{gain(c.gain)}, p = {p_value(c.p)}" for c in cells]
+        rows.append((owner, *(Bold(t) if c.gain.low > 0 else t for t, c in zip(texts, cells, strict=True))))
+    first_cells = [effects.cell(owners[0], task) for task in tasks]
     bases = "; ".join(
-        f"{c.task} {c.metric_name} {number(c.base.value)} {span(c.base)} (n = {c.base.n:,})" for c in firsts
+        f"{c.task} {c.metric_name} {number(c.base.value)} {span(c.base)} (n = {c.base.n:,})"
+        for c in first_cells
     )
-    note = f"Without scales: {bases}. {level(firsts[0].gain)} bootstrap intervals, paired permutation tests."
+    note = f"Without scales: {bases}. {level(first_cells[0].gain)} bootstrap intervals, "
+    note += "paired permutation tests."
     return Table(title, ("scales of", *tasks), tuple(rows), f"{note} Bold: the interval lies above 0.")
 
 

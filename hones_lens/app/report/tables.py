@@ -1,4 +1,4 @@
-"""The report's tables: cells as text, ready to be shown."""
+"""The report's tables of heads, neurons, masking, evaluation and settings, with cells as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hones_lens.app.report.run_view import NeuronTokens
-from hones_lens.app.report.verdict import kind_clear
+from hones_lens.app.report.verdict import kind_drop_is_clear
 from hones_lens.hones import (
     MEASURES,
     HeadScores,
@@ -24,32 +24,32 @@ _MOST_ROWS = 15
 
 @dataclass(frozen=True)
 class Tokens:
-    """A cell of tokens, each shown as it is."""
+    """A cell that lists tokens."""
 
     texts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A number with a bar before it, `share` per cent of the longest."""
+    """A number with a bar before it, whose length is `share` per cent of the longest."""
 
     text: str
     share: float
 
 
 @dataclass(frozen=True)
-class Strong:
-    """A cell that stands out."""
+class Bold:
+    """A cell in bold type."""
 
     text: str
 
 
-Cell = str | Tokens | Bar | Strong
+Cell = str | Tokens | Bar | Bold
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: cells of the first column name the row, all others are numbers unless `words` is set."""
+    """A table: the first column names the rows; all others hold numbers, unless `words` is set."""
 
     title: str
     columns: tuple[str, ...]
@@ -59,19 +59,31 @@ class Table:
 
 
 def top_heads(heads: HeadScores) -> Table:
-    """The critical heads: score with its interval, whether it stands, and how many examples lost."""
+    """The critical heads: score, interval, p-value, significance, and how many examples lose or gain."""
     columns = ("head", f"drop of {heads.metric_name}", "interval", "p", "stands", "examples lose", "gain")
     top, n = heads.top(), heads.drops.shape[-1]
     rows = []
     for layer, head, score in top[:_MOST_ROWS]:
         drops = heads.drops[layer, head]
-        interval, found = heads.interval(layer, head), heads.discoveries
+        interval, significant = heads.interval(layer, head), heads.discoveries
         p = p_value(None if heads.p_values is None else float(heads.p_values[layer, head]))
-        stands = "–" if found is None else "yes" if (layer, head) in found else "no"
-        lose, gain, seen = int((drops > 0).sum()), int((drops < 0).sum()), int(heads.counts[layer, head])
+        is_significant = "–" if significant is None else "yes" if (layer, head) in significant else "no"
+        n_losing, gain, n_measured = (
+            int((drops > 0).sum()),
+            int((drops < 0).sum()),
+            int(heads.counts[layer, head]),
+        )
         bar = Bar(number(score), 100 * score / top[0].score)
         rows.append(
-            (f"L{layer}H{head}", bar, span(interval), p, stands, f"{lose:,} of {seen:,}", f"{gain:,}")
+            (
+                f"L{layer}H{head}",
+                bar,
+                span(interval),
+                p,
+                is_significant,
+                f"{n_losing:,} of {n_measured:,}",
+                f"{gain:,}",
+            )
         )
     base = heads.baseline_interval
     note = f"Base {heads.metric_name} {number(heads.baseline)}{f' {span(base)}' if base else ''}, n = {n:,}; "
@@ -84,18 +96,18 @@ def top_heads(heads: HeadScores) -> Table:
         note += f" Drops are of {heads.metric_name} over all examples, verdicts of the score of each."
     if not top:
         note += " No head lowers the metric when it is changed."
-    return Table("Critical heads", columns, tuple(rows), note + _rest(len(top)))
+    return Table("Critical heads", columns, tuple(rows), note + _not_shown(len(top)))
 
 
-def _rest(count: int) -> str:
+def _not_shown(count: int) -> str:
     return f" {count - _MOST_ROWS:,} more are not shown." if count > _MOST_ROWS else ""
 
 
 def top_neurons(neurons: NeuronScores, promoted: Mapping[tuple[int, int], NeuronTokens]) -> Table:
-    """The best neurons, with their mean activation and the tokens that they promote where given."""
+    """The neurons of highest score, with their mean activation and promoted tokens where these are known."""
     top = neurons.top()
-    given = {(c.layer, c.index): promoted.get((c.layer, c.index)) for c in top[:_MOST_ROWS]}
-    with_tokens = any(given.values())
+    tokens_of = {(c.layer, c.index): promoted.get((c.layer, c.index)) for c in top[:_MOST_ROWS]}
+    with_tokens = any(tokens_of.values())
     rows = []
     for c in top[:_MOST_ROWS]:
         share = max(0.0, 100 * c.score / top[0].score) if top[0].score > 0 else 0.0
@@ -103,7 +115,7 @@ def top_neurons(neurons: NeuronScores, promoted: Mapping[tuple[int, int], Neuron
         if neurons.errors is not None:
             row += (span(neurons.interval(c.layer, c.index), 4, significant=True),)
         if with_tokens:
-            row += _promoted(given[c.layer, c.index])
+            row += _promoted_cells(tokens_of[c.layer, c.index])
         rows.append(row)
     columns = ("neuron", "score", *(("interval",) if neurons.errors is not None else ()))
     columns += ("mean activation", "promotes") if with_tokens else ()
@@ -115,20 +127,22 @@ def top_neurons(neurons: NeuronScores, promoted: Mapping[tuple[int, int], Neuron
             " Promotes: the tokens that the neuron's output row raises, or lowers where its mean activation "
             "at the last prompt position is below 0."
         )
-    if any(found is not None and found.activation is None for found in given.values()):
+    if any(tokens is not None and tokens.activation is None for tokens in tokens_of.values()):
         note += " Where no mean activation is known: those that the output row raises."
-    return Table("Top neurons", columns, tuple(rows), note + _rest(len(top)))
+    return Table("Top neurons", columns, tuple(rows), note + _not_shown(len(top)))
 
 
-def _promoted(found: NeuronTokens | None) -> tuple[Cell, Cell]:
-    if found is None:
+def _promoted_cells(promoted_tokens: NeuronTokens | None) -> tuple[Cell, Cell]:
+    if promoted_tokens is None:
         return "–", Tokens(())
-    active = "–" if found.activation is None else number(found.activation, 4, significant=True)
-    return active, Tokens(found.tokens)
+    active = (
+        "–" if promoted_tokens.activation is None else number(promoted_tokens.activation, 4, significant=True)
+    )
+    return active, Tokens(promoted_tokens.tokens)
 
 
 def masking(results: Sequence[MaskingResult], measure: str) -> Table:
-    """One measure at every share: before, after, drop, interval, and the random sets."""
+    """Results of masking in one measure, a row for each share of neurons, beside the random sets."""
     columns = ("neurons", "share", "before", "after", "drop", "interval", "p", "relative")
     columns += ("random mean", "random largest", "beats")
     rows = tuple(_masking_row(r, masking_measure(r, measure)) for r in sorted(results, key=lambda r: r.ratio))
@@ -152,7 +166,7 @@ def _masking_row(result: MaskingResult, m: MaskingMeasure) -> tuple[Cell, ...]:
         percent(result.ratio),
         f"{number(m.baseline)} {span(m.before)}",
         f"{number(m.masked)} {span(m.after)}",
-        Strong(drop) if m.clear else drop,
+        Bold(drop) if m.clear else drop,
         span(m.interval),
         p_value(m.p),
         f"{number(result.relative_drop, 1)} % {span(result.relative_interval, 1)}",
@@ -163,20 +177,21 @@ def _masking_row(result: MaskingResult, m: MaskingMeasure) -> tuple[Cell, ...]:
 
 
 def kinds(results: Sequence[MaskingResult]) -> Table:
-    """Drop of the metric by kind of question, at every share."""
+    """Drop of the metric by kind of question, a column for each share of neurons."""
     ordered = sorted(results, key=lambda r: r.ratio)
     columns = ("kind", "n", "before", *(f"drop at {percent(r.ratio)}" for r in ordered))
     rows = []
     for kind, first in ordered[0].kinds.items():
-        before = f"{number(first.baseline)} {_ends(first.baseline_interval)}".rstrip()
+        before = f"{number(first.baseline)} {_interval_text(first.baseline_interval)}".rstrip()
         cells: list[Cell] = [kind or "all", f"{first.n:,}", before]
         for result in ordered:
-            found = result.kinds[kind]
-            text = f"{number(found.baseline - found.masked)} {_ends(found.interval)}".rstrip()
-            text += "" if found.p is None else f", p = {p_value(found.p)}"
+            kind_result = result.kinds[kind]
+            drop = number(kind_result.baseline - kind_result.masked)
+            text = f"{drop} {_interval_text(kind_result.interval)}".rstrip()
+            text += "" if kind_result.p is None else f", p = {p_value(kind_result.p)}"
             if result.controls:
                 text += f" ({result.beats('metric', kind)}/{len(result.controls)})"
-            cells.append(Strong(text) if kind_clear(result, kind) else text)
+            cells.append(Bold(text) if kind_drop_is_clear(result, kind) else text)
         rows.append(tuple(cells))
     note = f"Of {ordered[0].metric_name}, with {level(ordered[0].metric_interval)} bootstrap intervals."
     if ordered[0].controls:
@@ -184,15 +199,15 @@ def kinds(results: Sequence[MaskingResult]) -> Table:
     return Table("Drop by kind of question", columns, tuple(rows), note)
 
 
-def _ends(interval: Interval | None) -> str:
+def _interval_text(interval: Interval | None) -> str:
     return span(interval) if interval else ""
 
 
 def rankings(results: Mapping[str, MaskingResult]) -> Table:
-    """All rankings at one size, best first by the drop in the metric."""
+    """Masking results of several rankings at one size, the largest drop of the metric first."""
     columns = ["ranking", "neurons"]
-    for what in (next(iter(results.values())).metric_name, "log-probability"):
-        columns += [f"drop of {what}", "interval", "p", "beats"]
+    for quantity in (next(iter(results.values())).metric_name, "log-probability"):
+        columns += [f"drop of {quantity}", "interval", "p", "beats"]
     rows = []
     for name, result in sorted(results.items(), key=lambda item: -item[1].drop):
         cells: list[Cell] = [name.replace("_", " "), f"{result.n_neurons:,}"]
@@ -200,7 +215,7 @@ def rankings(results: Mapping[str, MaskingResult]) -> Table:
             m = masking_measure(result, measure)
             beats = f"{m.beaten} of {len(m.controls)}" if m.controls else "–"
             drop, p = number(m.drop), p_value(m.p)
-            cells += [Strong(drop) if m.clear else drop, span(m.interval), p, beats]
+            cells += [Bold(drop) if m.clear else drop, span(m.interval), p, beats]
         rows.append(tuple(cells))
     interval = next(iter(results.values())).metric_interval
     note = f"{level(interval)} bootstrap interval of the drop, n = {interval.n:,}."
@@ -208,7 +223,7 @@ def rankings(results: Mapping[str, MaskingResult]) -> Table:
 
 
 def evaluation(values: Mapping[str, Interval | float | int | str]) -> Table:
-    """The model as it is: a number, or a number with its interval."""
+    """Metrics of the unedited model, with intervals where these are known."""
     rows = []
     for name, value in values.items():
         if isinstance(value, Interval):
@@ -222,20 +237,20 @@ def evaluation(values: Mapping[str, Interval | float | int | str]) -> Table:
 
 
 def settings(title: str, values: Mapping[str, Any]) -> Table:
-    """Names and values, nested ones with dotted names."""
-    rows = tuple((name, _plain(value)) for name, value in _flat(values))
+    """Names and values; nested mappings get dotted names."""
+    rows = tuple((name, _setting_text(value)) for name, value in _flatten(values))
     return Table(title, ("name", "value"), rows, words=True)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-def _plain(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     if value is None:
         return "–"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

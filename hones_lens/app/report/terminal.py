@@ -1,4 +1,4 @@
-"""A run's results in a terminal: heads, neurons, masking and what it says, in 80 columns."""
+"""A run's results in a terminal: heads, neurons, masking and the finding, in 80 columns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_NEURONS = 6  # of a layer
 def print_summary(console: Console, run: RunView) -> None:
     """Print top heads, top neurons by layer, the masking curve against random sets, and the finding.
 
-    Needs no colours and no more than 80 columns; what the run lacks is left out.
+    The output needs no colours and at most 80 columns. Stages that the run lacks are left out.
     """
     console.print(Text(run.title, style="bold"))
     _print_heads(console, run)
@@ -54,18 +54,18 @@ def _print_heads(console: Console, run: RunView) -> None:
     if run.heads is None:
         return
     top, n = run.heads.top(), run.heads.drops.shape[-1]
-    found = run.heads.discoveries
-    again = {(h.layer, h.head): h for h in run.held_out.heads} if run.held_out else {}
+    significant = run.heads.discoveries
+    held_out = {(h.layer, h.head): h for h in run.held_out.heads} if run.held_out else {}
     table = _table("head", f"drop of {run.heads.metric_name}", "interval", "stands", "held out", "holds")
     for layer, head, score in top[:_MOST_HEADS]:
-        interval, other = run.heads.interval(layer, head), again.get((layer, head))
+        interval, remeasured = run.heads.interval(layer, head), held_out.get((layer, head))
         table.add_row(
             f"L{layer}H{head}",
             number(score),
             Text(span(interval)),
-            "–" if found is None else "yes" if (layer, head) in found else "no",
-            Text("–" if other is None else f"{number(other.drop.value)} {span(other.drop)}"),
-            "–" if other is None else "yes" if other.holds else "no",
+            "–" if significant is None else "yes" if (layer, head) in significant else "no",
+            Text("–" if remeasured is None else f"{number(remeasured.drop.value)} {span(remeasured.drop)}"),
+            "–" if remeasured is None else "yes" if remeasured.holds else "no",
         )
     if len(top) > _MOST_HEADS:
         table.add_row(f"… {len(top) - _MOST_HEADS} more")
@@ -87,17 +87,17 @@ def _print_neurons(console: Console, run: RunView) -> None:
         return
     table = _table("layer", "count", "best first")
     table.columns[2].justify = "left"
-    for layer, found in groupby(sorted(run.neurons.top(), key=lambda c: c.layer), key=lambda c: c.layer):
-        best = [f"N{c.index}" for c in found]
-        more = " …" if len(best) > _MOST_NEURONS else ""
-        table.add_row(f"L{layer}", f"{len(best):,}", " ".join(best[:_MOST_NEURONS]) + more)
+    for layer, group in groupby(sorted(run.neurons.top(), key=lambda c: c.layer), key=lambda c: c.layer):
+        names = [f"N{c.index}" for c in group]
+        more = " …" if len(names) > _MOST_NEURONS else ""
+        table.add_row(f"L{layer}", f"{len(names):,}", " ".join(names[:_MOST_NEURONS]) + more)
     count, total = run.neurons.count(), run.neurons.scores.numel()
     note = f"{count:,} of {total:,} neurons by {run.neurons.method}, n = {run.neurons.n_examples:,}"
     _print(console, "Task neurons by layer", table, note)
 
 
 def _print_masking(console: Console, run: RunView, measure: str) -> None:
-    """One row a share of neurons."""
+    """Print one row for each share of neurons."""
     results = sorted(run.masking, key=lambda r: r.ratio)
     first = masking_measure(results[0], measure)
     table = _table("masked", "after", "drop", "random", "beats")

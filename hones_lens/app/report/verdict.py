@@ -1,4 +1,4 @@
-"""What a masking result says in words: headline, finding and verdict of a report."""
+"""Masking results in words: headline, finding and verdict of a report."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _DEFAULT_SHARE = 0.01
 BOTH, LOG_PROB_ONLY, METRIC_ONLY, NEITHER, UNKNOWN = "both", "log_prob", "metric", "neither", "unknown"
 
 
-def among(result: MaskingResult) -> str:
-    """The set's size and the number of all neurons: `15 of 1,536 neurons`."""
+def set_size(result: MaskingResult) -> str:
+    """The number of masked neurons and of all neurons: `15 of 1,536 neurons`."""
     return f"{result.n_neurons:,} of {round(result.n_neurons / result.ratio):,} neurons"
 
 
@@ -31,7 +31,7 @@ def headline(masking: Sequence[MaskingResult], share: float = _DEFAULT_SHARE) ->
 
 
 def finding(result: MaskingResult) -> str:
-    """Where the drop is clear: `both`, `metric`, `log_prob`, `neither`; `unknown` without random sets."""
+    """In which measure the drop is clear: both, metric, log_prob or neither; unknown without random sets."""
     if not result.controls:
         return UNKNOWN
     metric, log_prob = (masking_measure(result, m).clear for m in MEASURES)
@@ -41,7 +41,7 @@ def finding(result: MaskingResult) -> str:
 
 
 def verdict(masking: Sequence[MaskingResult], share: float = _DEFAULT_SHARE) -> str:
-    """What masking says about the selected neurons, from the numbers alone.
+    """Text on what masking shows about the selected neurons, derived from the numbers alone.
 
     A drop counts as clear when it is larger than with every matched random set and its interval lies
     above 0.
@@ -58,53 +58,52 @@ def verdict(masking: Sequence[MaskingResult], share: float = _DEFAULT_SHARE) -> 
     if not masking:
         return "No neurons were masked, so nothing is known about what they do for the task."
     main = headline(masking, share)
-    paragraphs = [_conclusion(main), *(_fact(main, measure) for measure in MEASURES)]
-    rest = [result for result in sorted(masking, key=lambda r: r.ratio) if result is not main]
-    if rest and main.controls:
-        paragraphs.append(_other_shares(rest))
+    paragraphs = [_conclusion(main), *(_measure_sentence(main, measure) for measure in MEASURES)]
+    remaining = [result for result in sorted(masking, key=lambda r: r.ratio) if result is not main]
+    if remaining and main.controls:
+        paragraphs.append(_other_shares(remaining))
     if len(main.kinds) > 1 and main.controls:
         paragraphs.append(_kinds(sorted(masking, key=lambda r: r.ratio)))
     return "\n".join(paragraphs)
 
 
-_OPEN = {BOTH: (), METRIC_ONLY: (), LOG_PROB_ONLY: ("metric",), NEITHER: MEASURES, UNKNOWN: ()}
+_UNDECIDED = {BOTH: (), METRIC_ONLY: (), LOG_PROB_ONLY: ("metric",), NEITHER: MEASURES, UNKNOWN: ()}
 
 
 def _conclusion(result: MaskingResult) -> str:
-    """The finding in one sentence, a newline, and what it rests on."""
+    """The finding in one sentence, a newline, and the evidence for it."""
     task, metric, count = result.task, result.metric_name, len(result.controls)
-    size = f"{percent(result.ratio)} of the FFN neurons ({among(result)})"
-    found = finding(result)
+    size = f"{percent(result.ratio)} of the FFN neurons ({set_size(result)})"
+    case = finding(result)
     # More than every random set, but the interval reaches 0: not refuted either.
-    carried = (
-        "shown to be carried" if any(masking_measure(result, m).exceeds for m in _OPEN[found]) else "carried"
-    )
-    if found == BOTH:
+    undecided = any(masking_measure(result, m).exceeds for m in _UNDECIDED[case])
+    carried = "shown to be carried" if undecided else "carried"
+    if case == BOTH:
         return (
             f"These neurons carry part of the {task} task.\nMasking {size} lowers both {metric} and the "
             f"right answer's probability more than masking any of {count} matched random sets does."
         )
-    if found == LOG_PROB_ONLY:
+    if case == LOG_PROB_ONLY:
         return (
             f"The answers of the {task} task are not {carried} by these neurons, though they add to it.\n"
             f"Masking {size} does not lower {metric} clearly more than masking as many random neurons. Yet "
             f"the right answer loses more probability than with any of {count} matched random sets: these "
             "neurons push towards it, and the rest of the model makes up for their loss."
         )
-    if found == METRIC_ONLY:
+    if case == METRIC_ONLY:
         return (
             f"The evidence is mixed: what the {task} task asks for is not shown to be carried by these "
             f"neurons.\nMasking {size} lowers {metric} more than masking any of {count} matched random sets "
             "does, but not the probability of the right answer. The answers' form may be what suffers."
         )
-    if found == NEITHER and carried != "carried":
-        more = join_words([m.name for m in (masking_measure(result, w) for w in MEASURES) if m.exceeds])
+    if case == NEITHER and carried != "carried":
+        exceeding = join_words([m.name for m in (masking_measure(result, w) for w in MEASURES) if m.exceeds])
         return (
             f"The {task} task is not {carried} by these neurons.\nMasking {size} costs more than masking "
-            f"any of {count} matched random sets ({more}), but {result.metric_interval.n} examples do not "
-            "settle that it costs anything."
+            f"any of {count} matched random sets ({exceeding}), but {result.metric_interval.n} examples do "
+            "not settle that it costs anything."
         )
-    if found == NEITHER:
+    if case == NEITHER:
         return (
             f"The {task} task is not carried by these neurons.\nMasking {size} does not stand out from "
             f"masking as many random neurons, neither in {metric} nor in the right answer's probability."
@@ -115,8 +114,8 @@ def _conclusion(result: MaskingResult) -> str:
     )
 
 
-def _fact(result: MaskingResult, measure: str) -> str:
-    """One measure's numbers as a sentence."""
+def _measure_sentence(result: MaskingResult, measure: str) -> str:
+    """The results in one measure, as a sentence."""
     m = masking_measure(result, measure)
     name = m.name if m.name[1:2].isupper() else m.name[0].upper() + m.name[1:]
     before, after = number(m.baseline), number(m.masked)
@@ -126,17 +125,17 @@ def _fact(result: MaskingResult, measure: str) -> str:
     if not m.controls:
         return f"{text}."
     count = len(m.controls)
-    many = f"larger than with {'all' if m.beaten == count else f'{m.beaten} of'} {count} random sets"
+    comparison = f"larger than with {'all' if m.beaten == count else f'{m.beaten} of'} {count} random sets"
     if not m.beaten:
-        many = f"no larger than with any of {count} random sets"
-    mean, most = (number(m.baseline - value) for value in (m.random_mean, m.random_worst))
-    text += f"; the drop is {many} (their mean {mean}, largest {most})."
+        comparison = f"no larger than with any of {count} random sets"
+    mean, largest = (number(m.baseline - value) for value in (m.random_mean, m.random_worst))
+    text += f"; the drop is {comparison} (their mean {mean}, largest {largest})."
     if m.exceeds and not m.clear:
         text += f" The interval reaches 0, so {m.interval.n} examples do not settle it."
     return text
 
 
-_CASES = {
+_FINDING_TEXTS = {
     BOTH: "in both measures",
     LOG_PROB_ONLY: "in the probability alone",
     METRIC_ONLY: "in the metric alone",
@@ -145,10 +144,10 @@ _CASES = {
 }
 
 
-def _other_shares(rest: Sequence[MaskingResult]) -> str:
+def _other_shares(results: Sequence[MaskingResult]) -> str:
     parts = []
-    for case, words in _CASES.items():
-        shares = [percent(result.ratio) for result in rest if finding(result) == case]
+    for case, words in _FINDING_TEXTS.items():
+        shares = [percent(result.ratio) for result in results if finding(result) == case]
         if shares:
             parts.append(f"at {join_words(shares)} {words}")
     return (
@@ -157,19 +156,24 @@ def _other_shares(rest: Sequence[MaskingResult]) -> str:
     )
 
 
-def kind_clear(result: MaskingResult, kind: str) -> bool:
-    """On this kind of question the metric drops, and more than with every random set."""
-    found = result.kinds[kind]
-    return found.baseline > found.masked and 0 < len(result.controls) == result.beats("metric", kind)
+def kind_drop_is_clear(result: MaskingResult, kind: str) -> bool:
+    """Whether the metric drops on this kind of question, and more than with every random set."""
+    kind_result = result.kinds[kind]
+    return kind_result.baseline > kind_result.masked and 0 < len(result.controls) == result.beats(
+        "metric", kind
+    )
 
 
 def _kinds(masking: Sequence[MaskingResult]) -> str:
     metric = masking[0].metric_name
     parts = []
     for kind in masking[0].kinds:
-        clear = [(r.kinds[kind], percent(r.ratio)) for r in masking if kind_clear(r, kind)]
+        clear = [(r.kinds[kind], percent(r.ratio)) for r in masking if kind_drop_is_clear(r, kind)]
         if clear:
-            drops = [f"{number(found.baseline - found.masked)} at {share}" for found, share in clear]
+            drops = [
+                f"{number(kind_result.baseline - kind_result.masked)} at {share}"
+                for kind_result, share in clear
+            ]
             parts.append(f"{kind} ({join_words(drops)})")
     if not parts:
         return f"On no single kind of question does {metric} drop more than with every random set."

@@ -110,7 +110,7 @@ def test_the_table_of_all_values(tmp_path) -> None:
 
 def test_of_many_values_the_strongest_are_listed() -> None:
     found = result(("layer", "head", "group"), (4, 8, 3))
-    table = patch_sections.values(found)
+    table = patch_sections.values_table(found)
     assert table.columns == ("layer", "head", "group", "value") and "80 more are not shown" in table.note
     frame = found.to_dataframe()
     expected = frame.loc[frame["value"].abs().sort_values(ascending=False).index[:16]]
@@ -126,13 +126,13 @@ def test_by_layer_alone_it_is_a_curve_and_a_table_in_order() -> None:
     (curve,) = [line for line in figure.axes[0].lines if line.get_gid() == "curve"]
     np.testing.assert_array_equal(curve.get_ydata(), found.values.numpy())
     assert not said
-    rows = patch_sections.values(found).rows
+    rows = patch_sections.values_table(found).rows
     assert [row[0] for row in rows] == [str(layer) for layer in range(40)]
 
 
 def test_positions_lie_on_the_first_pair_s_picture(tmp_path) -> None:
     found = result(("layer", "position"), (3, 21))
-    figure = patch_sections.on_picture(view(found))
+    figure = patch_sections.picture_figure(view(found))
     places = maps_of(figure)
     assert [place.get_title("left") for place in places] == ["layer 0", "layer 1", "layer 2"]
     for layer, place in enumerate(places):
@@ -142,15 +142,15 @@ def test_positions_lie_on_the_first_pair_s_picture(tmp_path) -> None:
     assert "The same on the picture" in page.text and "data:image/png" in source
     assert len(tips(source)) == 63
     without = replace(view(found), pair=None)
-    assert patch_sections.on_picture(without) is None
+    assert patch_sections.picture_figure(without) is None
     _, page = written(tmp_path, run(without))
     assert "The same on the picture" not in page.text
-    assert patch_sections.on_picture(view(result(("layer", "group"), (4, 3)))) is None
+    assert patch_sections.picture_figure(view(result(("layer", "group"), (4, 3)))) is None
 
 
 def test_of_many_layers_some_and_of_heads_the_strongest_lie_on_the_picture() -> None:
     found = result(("layer", "position"), (33, 21))
-    places = maps_of(patch_sections.on_picture(view(found)))
+    places = maps_of(patch_sections.picture_figure(view(found)))
     layers = [int(place.get_title("left").removeprefix("layer ")) for place in places]
     assert len(layers) == 12 and layers[0] == 0 and layers[-1] == 32 and layers == sorted(set(layers))
     for layer, place in zip(layers, places, strict=True):
@@ -158,7 +158,7 @@ def test_of_many_layers_some_and_of_heads_the_strongest_lie_on_the_picture() -> 
             place.images[1].get_array().flatten(), found.values[layer, 2:18], rtol=1e-6
         )
     found = result(("layer", "head", "position"), (4, 8, 21))
-    figure = patch_sections.on_picture(view(found, what="z"))
+    figure = patch_sections.picture_figure(view(found, what="z"))
     strongest = found.values.abs().amax(-1).flatten().topk(8).indices.tolist()
     titles = [place.get_title("left") for place in maps_of(figure)]
     assert titles == [f"layer {i // 8}, head {i % 8}" for i in sorted(strongest)]
@@ -189,14 +189,14 @@ def test_words_and_headline(tmp_path) -> None:
         "fact."
     )
     assert done in page.text and "0 where a patch does nothing, 1 where it does what changing" in page.text
-    noise = patch_sections.done(view(found, what="attn_out", direction="noise"), "m")
+    noise = patch_sections.describe_patching(view(found, what="attn_out", direction="noise"), "m")
     assert noise.startswith(
         "What a layer's attention adds (attn_out) of m was put from the corrupted run into the"
     )
-    raw = patch_sections.meant(view(found, raw=True, metric="log_prob"))
+    raw = patch_sections.describe_values(view(found, raw=True, metric="log_prob"))
     assert raw == "By how much a patch changes log_prob."
     best = found.to_dataframe().iloc[int(found.values.abs().argmax())]
-    assert patch_sections.best(found) == (best["layer"], best["head"], GROUPS.index(best["group"]))
+    assert patch_sections.largest_index(found) == (best["layer"], best["head"], GROUPS.index(best["group"]))
     assert "Largest share of logit_diff restored" in page.text
     assert f"Layer {best['layer']}, head {best['head']}, {best['group']}, 95 % interval" in page.text
 
@@ -206,7 +206,7 @@ def test_every_kind_of_activation_has_its_words() -> None:
 
     for what in SITES:
         for by in BY:
-            said = patch_sections.done(view(result(("layer",), (4,)), what=what, by=by), "m")
+            said = patch_sections.describe_patching(view(result(("layer",), (4,)), what=what, by=by), "m")
             assert f"({what})" in said and said.endswith(".")
 
 

@@ -11,7 +11,7 @@ from helpers.report_page import Page, value, written
 
 from hones_lens.analysis.lens.difference import LensToken
 from hones_lens.app.report.run_view import RunView
-from hones_lens.app.report.sections import steering_said
+from hones_lens.app.report.sections import steering_summary
 from hones_lens.hones.overlap.group_masking import GroupMasking
 from hones_lens.hones.overlap.groups import chance_sizes
 from hones_lens.results.statistics import Interval, metric_interval
@@ -88,7 +88,7 @@ def test_steering_in_the_tables_is_the_results(pages):
 
 def test_what_is_said_of_steering_follows_from_the_numbers():
     table = made.steering()
-    said = steering_said(table)
+    said = steering_summary(table)
     assert "HONES's scales raise accuracy (+0.041 [0.011, 0.071])" in said
     assert "more than those of 5 of 5 random sets" in said
     difference, p = table.difference("HONES", "Grid-Search")
@@ -99,12 +99,14 @@ def test_what_is_said_of_steering_follows_from_the_numbers():
     def with_gain(low: float, high: float) -> str:
         gain = Interval((low + high) / 2, low, high, 0.95, 84)
         rows = tuple(replace(row, gain=gain) if row.method == "HONES" else row for row in table.rows)
-        return steering_said(replace(table, rows=rows))
+        return steering_summary(replace(table, rows=rows))
 
     assert "lower accuracy" in with_gain(-0.2, -0.1) and "0 of 5 random sets" in with_gain(-0.2, -0.1)
     assert "do not clearly change accuracy" in with_gain(-0.01, 0.009)
     assert "2 of 5" in with_gain(-0.01, 0.009), "two of the draws lose more than 0.0005"
-    assert steering_said(made.steering(methods=("Base", "Grid-Search"))) == "HONES's scales were not learned."
+    assert (
+        steering_summary(made.steering(methods=("Base", "Grid-Search"))) == "HONES's scales were not learned."
+    )
 
 
 def test_heads_on_held_out_examples(pages):
