@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ _FORK_POINTS = {
     "hook_mlp_out": ForkPoint.POST,
     "hook_resid_post": ForkPoint.POST,
 }
+HookFunction = Callable[..., Any]
 _TOKEN_PAIR_HOOKS = ("attn.hook_attn_scores", "attn.hook_pattern")
 
 
@@ -81,7 +83,7 @@ class Arm:
         return None
 
     @property
-    def group(self) -> tuple:
+    def group(self) -> tuple[tuple[int, ForkPoint] | None, type | None, Callable[[Tensor], Tensor] | None]:
         """Arms of one group can be rows of one batch."""
         edit = self.shortcut
         return (self.start, type(edit), edit.replacement if isinstance(edit, HeadEdit) else None)
@@ -105,15 +107,15 @@ def stack_hooks(parts: Sequence[tuple[int, Sequence[Hook]]]) -> list[Hook]:
         parts: For each intervention, in the order of the rows: its number of rows, and its hooks.
     """
     counts = [count for count, _ in parts]
-    by_name: dict[str, list[list[Callable]]] = {}
+    by_name: dict[str, list[list[HookFunction]]] = {}
     for i, (_, hooks) in enumerate(parts):
         for name, fn in hooks:
             by_name.setdefault(name, [[] for _ in parts])[i].append(fn)
 
-    def dispatch(each: list[list[Callable]]) -> Callable:
+    def dispatch(each: list[list[HookFunction]]) -> HookFunction:
         def to_own_rows(x: Tensor, hook: HookPoint) -> Tensor:
-            out = []
-            for part, fns in zip(x.split(counts), each, strict=True):
+            out: list[Tensor] = []
+            for part, fns in zip(torch.split(x, counts), each, strict=True):
                 for fn in fns:
                     new = fn(part, hook)
                     part = part if new is None else new

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
@@ -61,7 +61,7 @@ class Evaluation(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row for each kind and one for `all`: value, the ends of its interval, n."""
         kind_metrics = {"all": KindMetric(self.metric, self.interval.n, self.interval), **self.kinds}
-        rows = []
+        rows: list[dict[str, Any]] = []
         for kind, kind_metric in kind_metrics.items():
             interval = kind_metric.interval
             low, high = (None, None) if interval is None else (interval.low, interval.high)

@@ -47,7 +47,7 @@ class LayerStep:
     neurons: Float[Tensor, "row pos d_mlp"]
     after: Float[Tensor, "row pos d_model"]
     cache: KVCache
-    shared: dict[Any, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     def last(self, keep: int) -> LayerStep:
         """The step restricted to the last `keep` positions."""
@@ -151,10 +151,10 @@ def fork(
             resid = _block_output(model, top_step, arms, context)
             if layer < top:
                 resid = _run_to_top(model, resid, layer + 1, context, keep)
-            logits = None
+            logits: Tensor | None = None
             if segment.keep:
                 kept = resid[:, resid.shape[1] - segment.keep :]
-                logits = model.unembed(model.ln_final(kept)).unflatten(0, (len(arms), rows))
+                logits = model.unembed(model.ln_final(kept)).view(len(arms), rows, segment.keep, -1)
         assert context.kv_cache is not None
         outputs.append(ForkOutput(logits, context.kv_cache))
     return outputs
@@ -232,7 +232,7 @@ def _output_with_changed_heads(model: HookedVLM, step: LayerStep, edits: Sequenc
 def _output_with_scaled_neurons(model: HookedVLM, step: LayerStep, edits: Sequence[Scale]) -> Tensor:
     """The stream with some neurons scaled: it changes by the difference in what they write."""
     w_out = model.blocks[step.layer].mlp.W_out
-    streams = []
+    streams: list[Tensor] = []
     for edit in edits:
         factor_change = edit.multiplier(step.neurons) - 1
         index = factor_change.nonzero()[:, 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +55,7 @@ def yes_no_ids(model: HookedVLM, prompt: str) -> tuple[int, int]:
 
 
 @contextmanager
-def error_context(ids: Sequence[str], hooks: Sequence[Hook] = ()) -> Iterator[None]:
+def error_context(ids: Sequence[str], hooks: Sequence[Hook] = ()) -> Generator[None]:
     """Add hooks and ids of the examples to a FloatingPointError that is raised inside."""
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -18,13 +18,15 @@ from hones_lens.interventions import Hook
 from hones_lens.model import HookedVLM
 from hones_lens.tasks import Task
 
+T = TypeVar("T")
+
 
 @dataclass
 class Outcome:
     """Statistics and scores of every example under one arm, in the order of the examples."""
 
-    statistics: list[np.ndarray] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
+    statistics: list[np.ndarray] = field(default_factory=list[np.ndarray])
+    scores: list[float] = field(default_factory=list[float])
 
     def metric(self, task: Task, rows: Sequence[int] | None = None) -> float:
         """The metric over all examples, or over some."""
@@ -103,18 +105,20 @@ def measure_log_probs(
     return log_probs
 
 
-def _bar(label: str, task: Task, examples: Sequence, arms: Sequence, progress: bool) -> Any:
+def _bar(
+    label: str, task: Task, examples: Sequence[Example], arms: Sequence[Sequence[Hook]], progress: bool
+) -> Any:
     total = len(examples) * len(arms)
     return tqdm(total=total, desc=f"{label} · {task.name}", disable=not progress, unit="cell")
 
 
 def _batches(
-    run: Callable[[Sequence[Example]], Any],
+    run: Callable[[Sequence[Example]], list[T]],
     examples: Sequence[Example],
     options: SweepOptions,
     label: str,
     bar: Any,
-) -> Iterator[list]:
+) -> Iterator[list[T]]:
     """The results of each batch of examples, by arm; read from the journal where the batch has been run."""
     size, journal = options.batch_size, options.journal
     for number, start in enumerate(range(0, len(examples), size)):
@@ -135,9 +139,9 @@ def _score_answers(
 ) -> list[list[list[float]]]:
     """For each arm and example its score, then its statistics; equal answers are scored once."""
     known: dict[tuple[int, str], list[float]] = {}
-    scores_by_arm = []
+    scores_by_arm: list[list[list[float]]] = []
     for answers in predictions:
-        rows = []
+        rows: list[list[float]] = []
         for i, (answer, example) in enumerate(zip(answers, examples, strict=True)):
             key = (i, repr(answer))
             if key not in known:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hones_lens.engine.memory import Budget
-from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, attention_mask
+from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, attention_mask, to_list
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class _BehindPrefix(KVCache):
 
 def buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], VLMInputs]]:
     """Rows of one length, without padding, as many at a time as the budget has room for."""
-    lengths = inputs.attention_mask.sum(-1).tolist()
+    lengths: list[int] = to_list(inputs.attention_mask.sum(-1))
     for length in sorted(set(lengths)):
         rows = [row for row, n in enumerate(lengths) if n == length]
         size = budget.rows(length)
@@ -108,9 +108,10 @@ def split_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segme
         Segments (the prefix first), and which rows each has. Rows of one length share a segment. Where
         images lie behind the common beginning, nothing is shared.
     """
-    lengths = inputs.attention_mask.sum(-1).tolist()
+    lengths: list[int] = to_list(inputs.attention_mask.sum(-1))
     width = inputs.input_ids.shape[1]
-    ids = [row[width - n :].tolist() for row, n in zip(inputs.input_ids, lengths, strict=True)]
+    ids: list[list[int]]
+    ids = [to_list(row[width - n :]) for row, n in zip(inputs.input_ids, lengths, strict=True)]
     shared = _shared_prefix_length(ids)
     pads = [width - n for n in lengths]
     if any(bool(mask[pad + shared :].any()) for mask, pad in zip(inputs.image_mask, pads, strict=True)):
@@ -123,7 +124,8 @@ def split_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segme
         parts = [x[rows, first:last] for x in (resid, cos, sin)]
         return Segment(*parts, mask=mask, keep=keep, prefixed=shared > 0 and keep > 0)
 
-    segments, members = [], []
+    segments: list[Segment] = []
+    members: list[list[int]] = []
     if shared:
         segments.append(cut([0], pads[0], pads[0] + shared, 0))
         members.append([0])

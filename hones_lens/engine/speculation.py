@@ -16,7 +16,7 @@ from hones_lens.engine.arms import Arm, stack_hooks
 from hones_lens.engine.forks import ForkOutput, LayerStep
 from hones_lens.engine.memory import Budget
 from hones_lens.engine.segments import Segment, buckets
-from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, greedy
+from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, greedy, to_list
 
 NEAR_TIE = 1e-4  # nats between the two likeliest tokens, below which rounding could decide
 
@@ -78,7 +78,7 @@ class Draft:
     @classmethod
     def of_clean_answers(cls, model: HookedVLM, inputs: VLMInputs, max_new_tokens: int) -> Draft:
         """The clean model's answers, end-of-sequence tokens included."""
-        tokens = greedy(model, inputs, max_new_tokens).tolist()
+        tokens: list[list[int]] = to_list(greedy(model, inputs, max_new_tokens))
         return cls(inputs, [_cut_after_eos(row, model.cfg.eos_token_ids) for row in tokens])
 
 
@@ -92,11 +92,11 @@ def _cut_after_eos(tokens: list[int], ends: Sequence[int]) -> list[int]:
 def answer_buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], Draft]]:
     """Prompts of one length, with their right answers as drafts."""
     assert inputs.answer_mask is not None
-    answer_lengths = inputs.answer_mask.sum(-1).tolist()
+    answer_lengths: list[int] = to_list(inputs.answer_mask.sum(-1))
     prompts_only = inputs.before_answers()
     for rows, prompts in buckets(prompts_only, budget):
-        tokens = [
-            inputs.input_ids[row, inputs.input_ids.shape[1] - answer_lengths[row] :].tolist() for row in rows
+        tokens: list[list[int]] = [
+            to_list(inputs.input_ids[row, inputs.input_ids.shape[1] - answer_lengths[row] :]) for row in rows
         ]
         yield rows, Draft(prompts, tokens)
 
@@ -107,7 +107,7 @@ def check_finite(
     """Raise FloatingPointError for logits that are not finite; names the arm and the example."""
     finite = torch.isfinite(logits).flatten(2).all(-1)
     if not bool(finite.all()):
-        arm, row = (~finite).nonzero()[0].tolist()
+        arm, row = to_list((~finite).nonzero()[0])
         raise FloatingPointError(f"logits are not finite (hooks: {arms[arm]}; examples: {ids[row]})")
 
 
@@ -202,8 +202,9 @@ class Answers:
         best = logits.float().topk(2, dim=-1).values
         near = (best[..., 0] - best[..., 1] < NEAR_TIE) & reached & (wanted >= 0)
         self.tally.near_ties += int(near.sum())
-        first = differs.int().argmax(-1).tolist()
-        for arm, row in differs.any(-1).nonzero().tolist():
+        first: list[list[int]] = to_list(differs.int().argmax(-1))
+        differing: list[tuple[int, int]] = to_list(differs.any(-1).nonzero())
+        for arm, row in differing:
             j = first[arm][row]
             tokens = [*expected.draft.tokens[row][:j], int(choices[arm, row, j])]
             if tokens[-1] in self.model.cfg.eos_token_ids or len(tokens) == self.max_new_tokens:
@@ -238,11 +239,11 @@ class Answers:
             best = logits.float().topk(2, dim=-1).values
             self.tally.near_ties += int((best[:, 0] - best[:, 1] < NEAR_TIE).sum())
             self.tally.row_layers += len(rows) * model.cfg.n_layers
-            rows = self._advance(rows, logits.argmax(-1).tolist())
+            rows = self._advance(rows, to_list(logits.argmax(-1)))
 
     def _advance(self, rows: list[_DecodingRow], tokens: list[int]) -> list[_DecodingRow]:
         """The rows that are not at their end, moved together."""
-        unfinished = []
+        unfinished: list[_DecodingRow] = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             row.tokens.append(token)
             if token in self.model.cfg.eos_token_ids or len(row.tokens) == self.max_new_tokens:

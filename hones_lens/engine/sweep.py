@@ -32,7 +32,7 @@ from hones_lens.engine.options import SweepOptions
 from hones_lens.engine.segments import Segment, buckets, split_shared_prefix
 from hones_lens.engine.speculation import Answers, Draft, ExpectedAnswers, Tally, answer_buckets, check_finite
 from hones_lens.interventions import Hook
-from hones_lens.model import HookedVLM, KVCache, VLMInputs, summed_log_probs
+from hones_lens.model import HookedVLM, KVCache, VLMInputs, summed_log_probs, to_list
 from hones_lens.tasks import Task
 
 
@@ -159,7 +159,7 @@ class Sweep:
                 for i, arm_values in zip(arm_indices, values, strict=True):
                     margins[i, segment_rows] = arm_values
             self.tick(len(arm_indices))
-        return [[margins[i].tolist()] for i in numbers]
+        return [[to_list(margins[i])] for i in numbers]
 
     def log_probs(self, batch: Batch) -> list[list[float]]:
         """Log-probability of each example's right answer under each arm, by arm and example."""
@@ -180,7 +180,7 @@ class Sweep:
                 for i, arm_values in zip(arm_indices, values, strict=True):
                     values_by_arm[i, rows] = arm_values
                 self.tick(len(arm_indices) * len(rows))
-        return values_by_arm.tolist()
+        return to_list(values_by_arm)
 
     def forks_of(
         self, segments: Sequence[Segment], numbers: Sequence[int], whole: bool = False
@@ -288,7 +288,8 @@ def logits_under(
     names = [f"row {row}" for row in range(len(prepared))]
     forked = sweep.forkable(in_portions=False)
     for i in set(range(len(arms))) - set(forked):
-        logits = model.run_with_hooks(prepared, fwd_hooks=list(arms[i]), logits_to_keep=keep)
+        with model.hooks(fwd_hooks=list(arms[i])):
+            logits = model(prepared, logits_to_keep=keep)
         check_finite(logits[None], [sweep.arms[i]], names)
         sweep.tally.full += len(prepared)
         yield i, logits
