@@ -7,11 +7,8 @@ from .knockout import attention_knockout as attention_knockout
 from .lens.difference import (
     LensDifference as LensDifference,
     LensToken as LensToken,
-    delta_frame as delta_frame,
-    delta_lines as delta_lines,
-    largest_deltas as largest_deltas,
+    delta_tables as delta_tables,
     lens_difference as lens_difference,
-    with_intervals as with_intervals,
 )
 from .lens.image import image_token_lens as image_token_lens
 from .lens.streams import residual_streams as residual_streams, summed_logits as summed_logits

@@ -30,7 +30,7 @@ from .masking_result import (
 )
 from .overlap.group_masking import GroupMasking as GroupMasking, mask_groups as mask_groups
 from .overlap.groups import Overlap as Overlap, chance_sizes as chance_sizes, find_overlap as find_overlap
-from .overlap.lens_delta import LensDelta as LensDelta, lens_delta as lens_delta
+from .overlap.lens_delta import lens_delta as lens_delta
 from .release_files import (
     load_heads as load_heads,
     load_neurons as load_neurons,

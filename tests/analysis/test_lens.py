@@ -130,7 +130,7 @@ def test_difference_is_that_of_two_lenses(made, group: str) -> None:
     inputs = made.mixed_batch(both.model)
     neurons = [(1, i) for i in range(20)]
     found = lens_difference(both.model, inputs, zero_neurons(neurons), group, k=4)
-    assert found.layers == ("embed", 0, 1, 2) and found.n == 3
+    assert found.layers == ("embed", 0, 1, 2) and found.n_examples == 3
 
     def silent(x: Tensor) -> Tensor:
         return x * (torch.arange(40) >= 20)

@@ -136,7 +136,7 @@ def test_tables_in_jupyter_show_tokens_as_they_are(result) -> None:
     html = result._repr_html_()
     found = Read(html)
     assert "<s>" not in html and "</script>" not in html
-    expected = ("<b>", "</s>") if result.__class__.__name__ == "LensDelta" else HOSTILE[:4]
+    expected = ("<b>", "</s>") if result.__class__.__name__ == "LensDifference" else HOSTILE[:4]
     assert all(token in found.text for token in expected)
 
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from helpers.example_results import masking
-from hones_lens.analysis.lens.difference import LensToken
+from hones_lens.analysis.lens.difference import LensDifference, LensToken
 from hones_lens.hones.attribution.held_out import HeldOutHead, HeldOutHeads
 from hones_lens.hones.overlap.group_masking import GroupMasking
 from hones_lens.hones.overlap.groups import Overlap, find_overlap
-from hones_lens.hones.overlap.lens_delta import LensDelta
 from hones_lens.hones.steering.comparison import METHODS
 from hones_lens.hones.steering.scales import NeuronScales
 from hones_lens.hones.steering.side_effects import SideEffect, SideEffects
@@ -104,12 +103,12 @@ def groups(tasks: Sequence[str] = TASKS) -> GroupMasking:
     return GroupMasking(tuple(results))
 
 
-def lens() -> LensDelta:
+def lens() -> LensDifference:
     """Nothing below layer 1; a token that HTML would take for a tag."""
     red = LensToken(5, "▁red", 0.31, 0.2, 0.44)
     falls = ((), (red,), (LensToken(6, "<b>", 1.2), LensToken(7, "▁dax", 0.9)))
     rises = ((), (), (LensToken(8, "</s>", -0.4),))
-    return LensDelta("vqa", "tiny-llava", 77, 84, falls, rises)
+    return LensDifference("tiny-llava", 84, falls, rises, task="vqa", n_neurons=77)
 
 
 def held_out() -> HeldOutHeads:

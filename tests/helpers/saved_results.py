@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hones_lens.analysis.lens.difference import LensToken
+from hones_lens.analysis.lens.difference import LensDifference, LensToken
 from hones_lens.analysis.lens.table import LensPosition, LogitLens
 from hones_lens.engine.evaluation import Evaluation, KindMetric
 from hones_lens.hones.attribution.flow import HeadNeuronFlow, PromotedToken
@@ -14,7 +14,6 @@ from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking_result import Control, KindDrop, MaskingResult
 from hones_lens.hones.overlap.group_masking import GroupMasking
 from hones_lens.hones.overlap.groups import Overlap, SharedNeurons
-from hones_lens.hones.overlap.lens_delta import LensDelta
 from hones_lens.hones.steering.scales import NeuronScales
 from hones_lens.hones.steering.side_effects import SideEffect, SideEffects
 from hones_lens.hones.steering.table import SteeringRow, SteeringTable
@@ -151,13 +150,13 @@ RESULTS = {
         shared=(SharedNeurons(("vqa", "ocr"), 1, 0.5, 0.25, 0.5, 1.0),),
         draws=100,
     ),
-    "lens-delta": LensDelta(
-        "vqa",
+    "lens-delta": LensDifference(
         "tiny-llava",
-        3,
         2,
         ((), (LensToken(5, "red", 0.5, 0.25, 0.75),)),
         ((), (LensToken(6, "blue", -0.5),)),
+        task="vqa",
+        n_neurons=3,
     ),
     "logit-lens": LogitLens(
         model_name="tiny-llava",

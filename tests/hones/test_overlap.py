@@ -9,12 +9,13 @@ import pytest
 import torch
 from helpers.hf_task_loops import D_MLP, FAMILIES, N_LAYERS, examples_of, pair
 
+from hones_lens.analysis.lens.difference import LensDifference
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import evaluate_masking, matched_random_sets
 from hones_lens.hones.masking_result import load_masking
 from hones_lens.hones.overlap.group_masking import GroupMasking, equal_size_groups, mask_groups
 from hones_lens.hones.overlap.groups import Overlap, find_overlap
-from hones_lens.hones.overlap.lens_delta import LensDelta, lens_delta
+from hones_lens.hones.overlap.lens_delta import lens_delta
 from hones_lens.results.statistics import mean_interval
 from hones_lens.tasks.registry import load_task
 
@@ -270,7 +271,7 @@ def test_lens_tables_text_and_file(tmp_path) -> None:
         assert token.token == (model.tokenizer.convert_ids_to_tokens(token.id) or f"[{token.id}]")
     assert "layer 0 falls: nothing" in str(table) and table.falls[2][0].token in str(table)
     table.save(tmp_path / "lens.json")
-    assert LensDelta.load(tmp_path / "lens.json") == table
+    assert LensDifference.load(tmp_path / "lens.json") == table
 
 
 def test_bad_input_of_the_lens_raises() -> None:

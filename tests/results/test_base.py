@@ -110,7 +110,7 @@ def test_what_has_a_figure_is_drawn_by_its_class_and_the_rest_is_refused() -> No
         "SteeringTable",
     }
     assert RESULTS["neurons"].plot().heading.title
-    with pytest.raises(TypeError, match=r"no figure of LensDelta; .* HeadScores, Labelled"):
+    with pytest.raises(TypeError, match=r"no figure of LensDifference; .* HeadScores, Labelled"):
         RESULTS["lens-delta"].plot()
 
 

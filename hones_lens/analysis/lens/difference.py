@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
@@ -42,37 +43,78 @@ Tables = tuple[tuple[LensToken, ...], ...]  # by layer
 
 @dataclass(frozen=True, repr=False)
 class LensDifference(Result):
-    """The tokens whose logit-lens logit changes most under an intervention; the first layer is `embed`.
+    """The tokens whose logit-lens logit changes most under an intervention.
 
     Attributes:
         model_name: Name of the model.
-        group: Token group whose positions were read.
-        n: Number of rows that the means are taken over.
-        layers: Labels of the layers.
+        n_examples: Number of examples, or rows of a batch, that the means are taken over.
         falls: By layer, the tokens whose logit falls most under the intervention (`delta` above 0).
         rises: By layer, the tokens whose logit rises most under the intervention (`delta` below 0).
             Both are empty in layers below the intervention.
+        layers: Labels of the layers; None: their numbers.
+        group: Token group whose positions were read; None: the last prompt position.
+        task, n_neurons: Of neurons that were masked: the task, and how many they were.
     """
 
-    kind: ClassVar[str] = "lens-difference"
+    kind: ClassVar[str] = "lens-delta"
 
     model_name: str
-    group: str
-    n: int
-    layers: tuple[Any, ...]
+    n_examples: int
     falls: Tables
     rises: Tables
+    layers: tuple[Any, ...] | None = None
+    group: str | None = None
+    task: str | None = None
+    n_neurons: int | None = None
+
+    @property
+    def rows(self) -> list[tuple[Any, tuple[LensToken, ...], tuple[LensToken, ...]]]:
+        """Of every layer its label, and the tokens that fall and that rise."""
+        labels = range(len(self.falls)) if self.layers is None else self.layers
+        return list(zip(labels, self.falls, self.rises, strict=True))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per token: layer, direction (`falls` or `rises`), rank from 1, id, token, delta, ends."""
-        return delta_frame(self.layers, self.falls, self.rises)
+        rows = [
+            {"layer": layer, "direction": direction, "rank": rank, **token._asdict()}
+            for layer, *tables in self.rows
+            for direction, table in zip(("falls", "rises"), tables, strict=True)
+            for rank, token in enumerate(table, start=1)
+        ]
+        return pd.DataFrame(rows, columns=["layer", "direction", "rank", *LensToken._fields])
+
+    def _title(self) -> str:
+        model = self.model_name if self.task is None else f"{self.model_name}, {self.task}"
+        where = "the last prompt position" if self.group is None else repr(self.group)
+        change, examples = "intervention", f"mean over n = {self.n_examples:,} rows"
+        if self.n_neurons is not None:
+            change = "masked"
+            examples = f"{self.n_neurons:,} neurons, mean over n = {self.n_examples:,} examples"
+        return f"{model}: logit lens at {where}, baseline minus {change} ({examples}, 95 % intervals)"
 
     def __str__(self) -> str:
-        head = (
-            f"{self.model_name}: logit lens at {self.group!r}, baseline minus intervention "
-            f"(mean over n = {self.n} rows, 95 % intervals)"
-        )
-        return "\n".join([head, *delta_lines(self.layers, self.falls, self.rises)])
+        lines = [self._title()]
+        for layer, *tables in self.rows:
+            for direction, table in zip(("falls", "rises"), tables, strict=True):
+                entries = "  ".join(
+                    f"{token.token} {token.delta:+.3g} {token.span}".rstrip() for token in table
+                )
+                lines.append(f"  layer {layer} {direction}: {entries or 'nothing'}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """A table with one row per layer: the tokens that fall and that rise."""
+        rows = [
+            f"<tr><th>{escape(str(layer))}</th><td>{_html(falls)}</td><td>{_html(rises)}</td></tr>"
+            for layer, falls, rises in self.rows
+        ]
+        head = "<tr><th>layer</th><th>falls</th><th>rises</th></tr>"
+        return f"<table><caption>{escape(self._title())}</caption>{head}{''.join(rows)}</table>"
+
+
+def _html(tokens: Sequence[LensToken]) -> str:
+    entries = (f"<code>{escape(token.token)}</code>&nbsp;{token.delta:+.3g} {token.span}" for token in tokens)
+    return " ".join(entries) or "–"
 
 
 @torch.no_grad()
@@ -86,7 +128,7 @@ def lens_difference(
 ) -> LensDifference:
     """Logit-lens logits of a clean pass minus those of a pass under hooks; mean over the rows.
 
-    For a whole data set with neurons masked there is `hones_lens.hones.overlap.lens_delta`.
+    For a whole data set with neurons masked there is `hones_lens.hones.lens_delta`.
 
     Args:
         model: The model.
@@ -105,25 +147,48 @@ def lens_difference(
     mask = token_mask(inputs, group)
     of_row = mask.nonzero()[:, 0]
     weights = (1 / mask.sum(-1).double() / len(mask))[of_row]
-    pair = [residual_streams(model, inputs, mask, given) for given in ([], hooks)]
-    clean, changed = (summed_logits(model, stream, weights) for stream in pair)
-    deltas = clean - changed
-    if not bool(torch.isfinite(deltas).all()):
-        raise FloatingPointError("logit-lens logits are not finite")
+    clean, changed = (residual_streams(model, inputs, mask, given) for given in ([], hooks))
+    deltas = summed_logits(model, clean, weights) - summed_logits(model, changed, weights)
     shares = torch.zeros(len(mask), len(of_row), dtype=torch.float64)
     shares[of_row.cpu(), torch.arange(len(of_row))] = len(mask) * weights.cpu()
+    falls, rises = delta_tables(model, deltas, clean, changed, k, shares)
+    layers, name = layer_names(model), group_name(group)
+    return LensDifference(model.cfg.model_name, len(inputs), falls, rises, layers, name)
+
+
+def delta_tables(
+    model: HookedVLM,
+    deltas: Float[Tensor, "layer d_vocab"],
+    clean: Float[Tensor, "layer place d_model"],
+    changed: Float[Tensor, "layer place d_model"],
+    k: int,
+    shares: Float[Tensor, "row place"] | None = None,
+) -> tuple[Tables, Tables]:
+    """The k tokens of every layer that fall most, and those that rise most, with intervals over rows.
+
+    Args:
+        model: The model.
+        deltas: Mean logits over rows, clean minus changed.
+        clean, changed: The residual streams that they were read from.
+        k: Number of tokens per layer and direction.
+        shares: What each place counts in the mean of each row; default: every place is a row.
+
+    Raises:
+        FloatingPointError: A logit that is not finite.
+    """
+    if not bool(torch.isfinite(deltas).all()):
+        raise FloatingPointError("logit-lens logits are not finite")
     falls, rises = (
         tuple(
-            with_intervals(model, largest_deltas(model, row, k, sign), before, after, shares)
-            for row, before, after in zip(deltas, *pair, strict=True)
+            _with_intervals(model, _largest_deltas(model, row, k, sign), before, after, shares)
+            for row, before, after in zip(deltas, clean, changed, strict=True)
         )
         for sign in (1, -1)
     )
-    name = group_name(group)
-    return LensDifference(model.cfg.model_name, name, len(inputs), layer_names(model), falls, rises)
+    return falls, rises
 
 
-def largest_deltas(
+def _largest_deltas(
     model: HookedVLM, deltas: Float[Tensor, " d_vocab"], k: int, sign: int = 1
 ) -> tuple[LensToken, ...]:
     """The k largest (sign 1) or smallest (sign −1) deltas of that sign; ties in the vocabulary's order."""
@@ -133,7 +198,7 @@ def largest_deltas(
     return tuple(LensToken(i, name, float(deltas[i])) for i, name in zip(ids, names, strict=True))
 
 
-def with_intervals(
+def _with_intervals(
     model: HookedVLM,
     tokens: Sequence[LensToken],
     clean: Float[Tensor, "place d_model"],
@@ -152,24 +217,3 @@ def with_intervals(
         token._replace(low=interval.low, high=interval.high)
         for token, interval in zip(tokens, intervals, strict=True)
     )
-
-
-def delta_frame(layers: Sequence[Any], falls: Tables, rises: Tables) -> pd.DataFrame:
-    """One row per token: layer, direction, rank from 1, id, token, delta, low and high."""
-    rows = [
-        {"layer": layer, "direction": direction, "rank": rank, **token._asdict()}
-        for i, layer in enumerate(layers)
-        for direction, table in (("falls", falls), ("rises", rises))
-        for rank, token in enumerate(table[i], start=1)
-    ]
-    return pd.DataFrame(rows, columns=["layer", "direction", "rank", *LensToken._fields])
-
-
-def delta_lines(layers: Sequence[Any], falls: Tables, rises: Tables) -> list[str]:
-    """Two lines of text per layer, for terminals."""
-    lines = []
-    for layer, *tables in zip(layers, falls, rises, strict=True):
-        for name, table in zip(("falls", "rises"), tables, strict=True):
-            entries = "  ".join(f"{token.token} {token.delta:+.3g} {token.span}".rstrip() for token in table)
-            lines.append(f"  layer {layer} {name}: {entries or 'nothing'}")
-    return lines

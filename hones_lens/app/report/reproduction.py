@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from hones_lens.analysis import LensDifference
 from hones_lens.hones import (
     GroupMasking,
     HeadScores,
     HeldOutHeads,
-    LensDelta,
     MaskingResult,
     Overlap,
     SideEffects,
@@ -60,7 +60,7 @@ class Reproduction:
     tasks: dict[str, TaskResults]
     overlap: Overlap
     groups: GroupMasking
-    lenses: dict[str, LensDelta] = field(default_factory=dict)
+    lenses: dict[str, LensDifference] = field(default_factory=dict)
     side_effects: Mapping[str, SideEffects] = field(default_factory=dict)
 
     def masking_table(self, ratio: float, what: str = "metric") -> pd.DataFrame:

@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from hones_lens.analysis import LogitLens
+from hones_lens.analysis import LensDifference, LogitLens
 from hones_lens.app.report.run_view import ExampleView, NeuronTokens, PairView, PatchView, RunView
 from hones_lens.hones import (
     GroupMasking,
     HeadNeuronFlow,
     HeadScores,
     HeldOutHeads,
-    LensDelta,
     MaskingResult,
     NeuronScores,
     Overlap,
@@ -129,10 +128,10 @@ def _effects(folder: Path) -> dict[str, SideEffects]:
     return {file.stem.removeprefix(_EFFECTS): SideEffects.load(file) for file in files}
 
 
-def _lenses(folder: Path) -> dict[str, LensDelta]:
+def _lenses(folder: Path) -> dict[str, LensDifference]:
     """By task: `lens.json` of a folder of one task, `lens-TASK.json` of one of several tasks."""
     files = sorted([*folder.glob("lens.json"), *folder.glob("lens-*.json")])
-    return {delta.task: delta for delta in map(LensDelta.load, files)}
+    return {str(delta.task): delta for delta in map(LensDifference.load, files)}
 
 
 def _patching(folder: Path, settings: dict[str, Any]) -> PatchView | None:

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.analysis import LogitLens
+from hones_lens.analysis import LensDifference, LogitLens
 from hones_lens.app.report.verdict import headline
 from hones_lens.hones import (
     GroupMasking,
     HeadNeuronFlow,
     HeadScores,
     HeldOutHeads,
-    LensDelta,
     MaskingResult,
     NeuronScores,
     Overlap,
@@ -148,7 +147,7 @@ class RunView:
     overlap: Overlap | None = None
     groups: GroupMasking | None = None
     effects: Mapping[str, SideEffects] = field(default_factory=dict)
-    lenses: Mapping[str, LensDelta] = field(default_factory=dict)
+    lenses: Mapping[str, LensDifference] = field(default_factory=dict)
     flow: HeadNeuronFlow | None = None
     patching: PatchView | None = None
 

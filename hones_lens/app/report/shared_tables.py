@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hones_lens.analysis import LensToken
+from hones_lens.analysis import LensDifference, LensToken
 from hones_lens.app.report.tables import Bold, Cell, Table, Tokens
 from hones_lens.hones import (
     GroupMasking,
     HeldOutHeads,
-    LensDelta,
     MaskingResult,
     Overlap,
     SideEffects,
@@ -192,7 +191,7 @@ def side_effects(effects: SideEffects, title: str) -> Table:
     return Table(title, ("scales of", *tasks), tuple(rows), f"{note} Bold: the interval lies above 0.")
 
 
-def lens(delta: LensDelta) -> Table:
+def lens(delta: LensDifference) -> Table:
     """The tokens whose logit falls and rises most in each layer when the neurons are masked."""
     rows = tuple(
         (f"layer {layer}", _tokens(falls), _tokens(rises))

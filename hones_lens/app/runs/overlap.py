@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hones_lens.analysis import LensDifference
 from hones_lens.app.report.run_folder import read_run
 from hones_lens.app.runs.folder import Run, examples_hash, weights_hash
 from hones_lens.data import Example
 from hones_lens.hones import (
     GroupMasking,
-    LensDelta,
     NeuronScores,
     Overlap,
     find_overlap,
@@ -84,9 +84,9 @@ def mask_shared_groups(
 
 def find_lens_delta(
     model: HookedVLM, run: Run, task: str, examples: Sequence[Example], neurons: NeuronScores, name: str
-) -> LensDelta:
+) -> LensDifference:
     """Load or compute the logit lens of the baseline minus that with the neurons masked, as stage `name`."""
-    return run.stage(name, LensDelta, lambda: lens_delta(model, task, examples, neurons))
+    return run.stage(name, LensDifference, lambda: lens_delta(model, task, examples, neurons))
 
 
 def json_hash(data: Any) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from hones_lens import HookedVLM, load_examples
+from hones_lens.analysis.lens.difference import LensDifference
 from hones_lens.app.cli import main
 from hones_lens.app.runs.overlap import neurons_of_runs
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.overlap.group_masking import GroupMasking, mask_groups
 from hones_lens.hones.overlap.groups import Overlap, find_overlap
-from hones_lens.hones.overlap.lens_delta import LensDelta, lens_delta
+from hones_lens.hones.overlap.lens_delta import lens_delta
 
 TASKS = ("vqa", "ocr")
 LIMIT = ["--limit", "6"]
@@ -41,7 +42,7 @@ def test_groups_masked_and_lenses_in_a_folder(runs, tmp_path, capsys) -> None:
     assert GroupMasking.load(out / "groups.json") == groups and str(groups) in said
     for task in TASKS:
         lens = lens_delta(model, task, examples[task], neurons[task], progress=False)
-        assert LensDelta.load(out / f"lens-{task}.json") == lens and str(lens) in said
+        assert LensDifference.load(out / f"lens-{task}.json") == lens and str(lens) in said
     written = json.loads((tmp_path / "all.json").read_text())
     assert set(written) == {"overlap", "groups", "lenses"} and set(written["lenses"]) == set(TASKS)
     files = {file.name: file.read_bytes() for file in out.glob("*.json")}
