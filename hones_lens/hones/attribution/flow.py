@@ -130,8 +130,7 @@ def head_neuron_flow(
             of `target_directions`.
 
     Raises:
-        ValueError: No examples, no critical head with w > 0, a ranking of another model's shape, or a number
-            of tokens that the vocabulary does not have.
+        ValueError: No examples, no critical head with w > 0, scores of another shape, or too many tokens.
     """
     if not 1 <= tokens <= model.cfg.d_vocab:
         raise ValueError(f"tokens must lie in 1 … {model.cfg.d_vocab}, not {tokens}")
@@ -143,24 +142,22 @@ def head_neuron_flow(
     batch_keywords, direction_keywords = split_keywords(keywords, BatchKeywords.__annotations__)
     options = SweepOptions.of_batches(options, batch_keywords, batch_size=16)
     critical = [head for head in heads.top() if head.score > 0]
-    weights, drops = write_in_drops_by_head(
-        model, task, examples, critical, **options.of_a_batch, **direction_keywords
-    )
+    direction_keywords |= options.of_a_batch
+    weights, drops = write_in_drops_by_head(model, task, examples, critical, **direction_keywords)
     by_head = weights[:, None, None] * drops / weights.sum()
     scores = by_head.sum(0)
     if neurons is None:
         share = default_ratio(model) if ratio is None else ratio
         neurons = NeuronScores(task.name, "hones", model.cfg.model_name, scores, share, len(examples))
     chosen = ranked(neurons.scores, neurons.count(ratio))
-    layers_and_indices = tuple(torch.tensor([[c.layer, c.index] for c in chosen]).T)
-    mean_activations = mean_activation(model, task, examples, signed=True, **options.of_a_batch)
-    activations = mean_activations[layers_and_indices]
+    where = tuple(torch.tensor([[c.layer, c.index] for c in chosen]).T)
+    activations = mean_activation(model, task, examples, signed=True, **options.of_a_batch)[where]
     return HeadNeuronFlow(
         task=task.name,
         model_name=model.cfg.model_name,
         heads=tuple(critical),
         neurons=tuple(c._replace(score=float(scores[c.layer, c.index])) for c in chosen),
-        contributions=by_head[:, layers_and_indices[0], layers_and_indices[1]],
+        contributions=by_head[:, where[0], where[1]],
         total=float(scores.sum()),
         activations=activations,
         promoted=_promoted(model, chosen, activations, tokens),

@@ -231,8 +231,7 @@ def learn_scales(
     `m_i ← (1 + a_i) m_i`, from a = 0 on, where the model is the original to the bit. The loss is the
     cross-entropy of the right answer's tokens plus `β · KL(original ‖ steered)` where they are predicted,
     each a mean over the answer's tokens and then over examples, plus λ · mean(a²). `labelled_prompts`
-    describes the training prompts of a ranking task. Only the layers from the first steered one upwards are
-    run with gradients; their input is computed once.
+    has the prompts of a ranking task. Only layers from the first steered one on are run with gradients.
 
     Args:
         model: The model, which is left as it was.
@@ -262,10 +261,9 @@ def learn_scales(
     engine.check_examples(task, examples)
     chosen = neurons_to_steer(model, neurons, k)
     dev_options = _dev_options(model, task, examples, dev, patience, chosen, config)
-    batch_options: dict[str, Any] = {"batch_size": options.batch_size, "memory_budget": options.memory_budget}
-    batches = TrainingBatches(
-        model, task, examples, min(layer for layer, _ in chosen), config, **batch_options
-    )
+    limits: dict[str, Any] = {"batch_size": options.batch_size, "memory_budget": options.memory_budget}
+    first_layer = min(layer for layer, _ in chosen)
+    batches = TrainingBatches(model, task, examples, first_layer, config, **limits)
     metadata = {"model": model.cfg.model_name, "task": task.name, "neurons": [list(n) for n in chosen]}
     metadata |= {"examples": batches.fingerprint, "dev": None if dev is None else [e.id for e in dev]}
     settings = {**asdict(config), **metadata, "patience": patience, "batch_size": options.batch_size}
