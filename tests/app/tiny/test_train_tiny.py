@@ -18,7 +18,7 @@ def _small_evaluation(monkeypatch):
     """What is held out is measured on one scene where training takes sixteen."""
     draw = tiny_data.training_scenes
 
-    def few(seed, step, count, split="train", sides=shapes.SIZE[:1]):
+    def few(seed, step, count, split="train", sides=shapes.IMAGE_SIZE[:1]):
         return draw(seed, step, count if split == "train" else 1, split, sides)
 
     monkeypatch.setattr(tiny_data, "training_scenes", few)
