@@ -3,6 +3,7 @@ from .attention import (
     HeadAttention as HeadAttention,
     head_attention as head_attention,
 )
+from .gradients import activation_gradients as activation_gradients
 from .knockout import attention_knockout as attention_knockout
 from .lens.difference import (
     LensDifference as LensDifference,

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 
+from hones_lens.analysis.gradients import activation_gradients
 from hones_lens.analysis.patching.batches import PairBatch, check_no_hooks, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
 from hones_lens.analysis.patching.outcome import Summary, SummaryKeywords
@@ -103,17 +104,12 @@ class _AttributionBatch:
 
     def gradients(self, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """Activations of the base run, and the metric's gradients there."""
-        kept: dict[str, Tensor] = {}
 
-        def keep(x: Tensor, hook: HookPoint) -> Tensor:
-            kept[str(hook.name)] = x = x if x.requires_grad else x.detach().requires_grad_()
-            return x
-
-        with torch.enable_grad(), self.model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        def value() -> Tensor:
             logits = self.model(self.inputs(source=False), logits_to_keep=1)[:, -1]
-            value = self.batch.value(self.metric, logits).sum()
-            gradients = torch.autograd.grad(value, list(kept.values()), materialize_grads=True)
-        return {name: (x.detach(), g) for (name, x), g in zip(kept.items(), gradients, strict=True)}
+            return self.batch.value(self.metric, logits).sum()
+
+        return activation_gradients(self.model, names, value)
 
 
 class AttributionKeywords(SummaryKeywords, BatchKeywords, total=False):

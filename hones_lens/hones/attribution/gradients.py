@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hones_lens import engine
+from hones_lens.analysis import activation_gradients
 from hones_lens.data import CounterfactualPair, Example
 from hones_lens.engine import LayerStep, layer_steps
 from hones_lens.interventions import HeadEdit, neuron_hook, replace_with_other_heads_mean
@@ -47,11 +48,7 @@ def gradient_times_activation(
     """
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     for batch in _batches(model, task, examples, batch_size, progress):
-        position_mask = at_positions(batch.inputs, positions)[..., None]
-        with engine.error_context(batch.ids):
-            gradients = neuron_gradients(model, batch.inputs)
-        for layer, (m, gradient) in enumerate(gradients):
-            total[layer] += (position_mask * m * gradient).sum((0, 1), dtype=torch.float64).cpu()
+        total += _first_order_drops(model, batch, positions, [0.0] * model.cfg.n_layers)
     return total / len(examples)
 
 
@@ -70,6 +67,7 @@ def attribution_patching(
     P is the log-probability, in nats, of the right answer to the clean picture; the gradient is taken
     there. The corrupted activations come from the same prompt and answer on the corrupted picture,
     so that positions correspond. The products are summed over all positions and averaged over pairs.
+    `attribute_patching` estimates the same for any activation, of a metric at the end of the prompt.
 
     Args:
         model, task: What to attribute.
@@ -92,12 +90,8 @@ def attribution_patching(
     for batch, corrupted_batch in zip(
         _batches(model, task, clean, batch_size, progress), corrupted_batches, strict=True
     ):
-        position_mask = at_positions(batch.inputs, positions)[..., None]
-        with engine.error_context(batch.ids):
-            gradients = neuron_gradients(model, batch.inputs)
-        for (m, gradient), step in zip(gradients, layer_steps(model, corrupted_batch.inputs), strict=True):
-            product = position_mask * (m - step.neurons) * gradient
-            total[step.layer] += product.sum((0, 1), dtype=torch.float64).cpu()
+        replacements = (step.neurons for step in layer_steps(model, corrupted_batch.inputs))
+        total += _first_order_drops(model, batch, positions, replacements)
     return total / len(pairs)
 
 
@@ -227,6 +221,20 @@ def integrated_gradients(
     return total / steps
 
 
+def _first_order_drops(
+    model: HookedVLM, batch: engine.Batch, positions: str, replacements: Iterable[Tensor | float]
+) -> Float[Tensor, "layer d_mlp"]:
+    """`Σ_p (m_i − m_i') · ∂ log P/∂m_i` for every neuron, summed over rows; m' by layer in `replacements`."""
+    position_mask = at_positions(batch.inputs, positions)[..., None]
+    with engine.error_context(batch.ids):
+        gradients = neuron_gradients(model, batch.inputs)
+    drops = [
+        (position_mask * (m - replacement) * gradient).sum((0, 1), dtype=torch.float64).cpu()
+        for (m, gradient), replacement in zip(gradients, replacements, strict=True)
+    ]
+    return torch.stack(drops)
+
+
 def neuron_gradients(model: HookedVLM, inputs: VLMInputs) -> list[tuple[Tensor, Tensor]]:
     """Each layer's neurons m and ∂ log P/∂m for the answers' log-probability, both [row pos d_mlp].
 
@@ -240,15 +248,11 @@ def neuron_gradients(model: HookedVLM, inputs: VLMInputs) -> list[tuple[Tensor, 
 def _gradients_at(model: HookedVLM, inputs: VLMInputs, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
     """Activations at hooks, from below upwards, and the gradients of the answers' log-probability there."""
     answer = Answer.of(inputs)
-    activations: list[Tensor] = []
 
-    def keep(x: Tensor, hook: object) -> None:
-        activations.append(x if x.requires_grad else x.requires_grad_())
+    def log_prob() -> Tensor:
+        return _finite(answer.log_probs(model(inputs, logits_to_keep=answer.positions))).sum()
 
-    with torch.enable_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
-        log_probs = _finite(answer.log_probs(model(inputs, logits_to_keep=answer.positions)))
-        gradients = torch.autograd.grad(log_probs.sum(), activations)
-    return [(x.detach(), gradient) for x, gradient in zip(activations, gradients, strict=True)]
+    return list(activation_gradients(model, names, log_prob).values())
 
 
 def first_order_head_drops(
