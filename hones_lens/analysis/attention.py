@@ -126,7 +126,7 @@ def head_attention(
 
     Raises:
         ValueError: No heads, one that the model does not have, a position that is padding or not there, a
-            token that the row does not have or has several times, or an empty group.
+            token that the row does not have or has several times, an empty group, or padding on the right.
         IndexError: No such row.
     """
     chosen = check_heads(model, heads)
@@ -136,6 +136,7 @@ def head_attention(
     if isinstance(source, Tensor):
         source = token_mask(inputs, source)[row : row + 1]
     row_inputs = inputs[row]
+    row_inputs.require_left_padding("read attention")
     positions, name = _positions(model, row_inputs, source)
     text_after = _text_after_images(row_inputs)
     weights_by_layer: dict[int, Tensor] = {}

@@ -85,7 +85,7 @@ def fold_tokens(
         most: Largest allowed number of cells.
 
     Raises:
-        ValueError: More cells than that; an empty or unknown group.
+        ValueError: More cells than that; an empty or unknown group; a row padded on the right.
         IndexError: No such row.
     """
     inputs = model.as_inputs(model_input)
@@ -94,6 +94,7 @@ def fold_tokens(
     if isinstance(keep, Tensor):
         keep = token_mask(inputs, keep)[row : row + 1]
     row_inputs = inputs[row]
+    row_inputs.require_left_padding("fold tokens")
     kept = token_mask(row_inputs, keep)[0].tolist()
     starts = _image_spans(row_inputs)
     tokens = token_names(model, row_inputs.input_ids[0].tolist())

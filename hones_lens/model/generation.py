@@ -38,11 +38,7 @@ def greedy(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    right_padded = inputs.attention_mask[:, -1] == 0
-    if bool(right_padded.any()):
-        raise ValueError(
-            f"row {int(right_padded.int().argmax())} is padded on the right; pad on the left to generate"
-        )
+    inputs.require_left_padding("generate")
     eos = torch.tensor(model.cfg.eos_token_ids, device=model.cfg.device)
     finished = torch.zeros(len(inputs), dtype=torch.bool, device=model.cfg.device)
     steps: list[Tensor] = []

@@ -24,6 +24,7 @@ from hones_lens.model.nn.attention import AttentionContext, KVCache, attention_m
 from hones_lens.model.nn.decoder import Decoder, layer_index
 from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.unembed import Unembedding
+from hones_lens.model.padding import find_attention_mask
 
 
 class HookedVLM(HookedRootModule, Family):
@@ -115,9 +116,12 @@ class HookedVLM(HookedRootModule, Family):
     def as_inputs(self, model_input: ModelInput) -> VLMInputs:
         """Any kind of model input as VLMInputs on this model's device, images located and counted.
 
+        Without an attention mask, the padding tokens on the left and on the right of each row are padding
+        (see `padding.find_attention_mask`).
+
         Raises:
             ValueError: Image tokens without pixels, pixels without image tokens, or counts that
-                differ; names both counts.
+                differ (names both counts); padding that can't be told from text.
         """
         if isinstance(model_input, (str, list, tuple)):
             ids, mask = tokens.encode(self, model_input)
@@ -128,7 +132,11 @@ class HookedVLM(HookedRootModule, Family):
         if isinstance(model_input, Mapping):
             model_input = VLMInputs.from_hf(model_input)
         assert isinstance(model_input, VLMInputs)
-        return self.locate_images(model_input.to(self.cfg.device, self.cfg.dtype))
+        inputs = model_input.to(self.cfg.device, self.cfg.dtype)
+        if inputs.mask_is_assumed:
+            mask = find_attention_mask(self, inputs.input_ids)
+            inputs = replace(inputs, attention_mask=mask, mask_is_assumed=False)
+        return self.locate_images(inputs)
 
     def bind(self, inputs: ModelInput) -> bound.BoundModel:
         """This model with the pictures of `inputs`, for functions that pass tokens alone."""

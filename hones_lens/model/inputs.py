@@ -30,6 +30,7 @@ _BY_POSITION = (
     "answer_mask",
 )
 Region = tuple[float, float, float, float]
+_UNSEEN_MASK = "which tokens are padding is the model's to say: use model.as_inputs(inputs)"
 _IGNORED_FROM_HF = ("token_type_ids", "labels")
 
 
@@ -53,6 +54,8 @@ class VLMInputs:
         answer_mask: True at the tokens of the answer, [batch pos], if prepared with answers.
         image_embeds: Image embeddings as the decoder reads them, if computed already (see
             `HookedVLM.with_image_embeds`); the vision tower is then not run.
+        mask_is_assumed: The inputs came without an attention mask, and which of the tokens are padding is not
+            known yet: `attention_mask` is 1 everywhere until a model has seen them (`HookedVLM.as_inputs`).
     """
 
     input_ids: Tensor
@@ -68,13 +71,15 @@ class VLMInputs:
     question_mask: Tensor | None = field(default=None, repr=False)
     answer_mask: Tensor | None = field(default=None, repr=False)
     image_embeds: Tensor | None = field(default=None, repr=False)
+    mask_is_assumed: bool = field(default=False, repr=False)
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Tensor | None]) -> VLMInputs:
         """Make inputs from the output of a Hugging Face processor.
 
         If the mapping does not mark the image tokens, only a model can fill in `image_mask`, `grids` and
-        `token_groups`: use `model.as_inputs(mapping)`.
+        `token_groups`; if it has no attention mask, only a model knows its padding token: use
+        `model.as_inputs(mapping)`.
 
         Raises:
             ValueError: A key that would be ignored, or no input_ids.
@@ -100,6 +105,7 @@ class VLMInputs:
             position_ids=mapping.get("position_ids"),
             mm_token_type_ids=token_types,
             image_mask_or_none=image_mask,
+            mask_is_assumed=mask is None,
         )
 
     def to_hf(self) -> dict[str, Tensor]:
@@ -122,10 +128,17 @@ class VLMInputs:
 
     @property
     def token_groups(self) -> dict[str, Tensor]:
-        """Boolean masks [batch pos]: `image`, `text`, `last`, and `question`, `answer` where prepared."""
+        """Boolean masks [batch pos]: `image`, `text`, `last`, and `question`, `answer` where prepared.
+
+        `last` is the last token of each row that is not padding.
+
+        Raises:
+            ValueError: No model has seen the inputs yet.
+        """
+        if self.mask_is_assumed:
+            raise ValueError(_UNSEEN_MASK)
         tokens = self.attention_mask.bool()
-        last = torch.zeros_like(tokens)
-        last[:, -1] = True
+        last = tokens & (tokens.flip(-1).cumsum(-1).flip(-1) == 1)
         groups = {"image": self.image_mask, "text": tokens & ~self.image_mask, "last": last}
         if self.question_mask is not None:
             groups["question"] = self.question_mask
@@ -228,6 +241,18 @@ class VLMInputs:
             following = self.position_ids.amax((0, -1))[:, None] + steps  # after the largest of a row
             fields["position_ids"] = torch.cat((self.position_ids, following.expand(3, -1, -1)), dim=-1)
         return replace(self, **fields)
+
+    def require_left_padding(self, purpose: str) -> None:
+        """Check that every row ends in a token: for what reads the last position.
+
+        Raises:
+            ValueError: A row that is padded on the right, or inputs without a mask that no model has seen.
+        """
+        if self.mask_is_assumed:
+            raise ValueError(_UNSEEN_MASK)
+        right_padded: list[int] = to_list((self.attention_mask[:, -1] == 0).nonzero()[:, 0])
+        if right_padded:
+            raise ValueError(f"row {right_padded[0]} is padded on the right; pad on the left to {purpose}")
 
     def without_padding(self) -> VLMInputs:
         """The same rows without the leading columns that are padding in every row."""

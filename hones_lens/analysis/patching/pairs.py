@@ -60,6 +60,8 @@ class PatchPairs:
                 f"clean inputs of the shape {tuple(clean.input_ids.shape)} and corrupted ones of "
                 f"{tuple(corrupted.input_ids.shape)}: a pair needs tokens in the same places"
             )
+        clean.require_left_padding("patch")
+        corrupted.require_left_padding("patch")
         same = clean.attention_mask.eq(corrupted.attention_mask) & clean.image_mask.eq(corrupted.image_mask)
         for row, alike in enumerate(same.all(-1).tolist()):
             if not alike or clean.grids[row : row + 1] != corrupted.grids[row : row + 1]:
