@@ -24,7 +24,6 @@ from .patching.pairs import (
     corrupted_by as corrupted_by,
     counterfactual as counterfactual,
     logits_at_end as logits_at_end,
-    with_shared_prefix as with_shared_prefix,
 )
 from .patching.path import path_patching as path_patching, path_patching_matrix as path_patching_matrix
 from .patching.receivers import every_receiver as every_receiver

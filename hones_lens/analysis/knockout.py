@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 import numpy as np
@@ -18,9 +18,16 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hones_lens.analysis.patching.metrics import Metric, as_metric, log_prob
+from hones_lens.analysis.patching.batches import PairBatch
+from hones_lens.analysis.patching.metrics import Metric, as_metric, log_prob, reads_whole_answer
 from hones_lens.analysis.patching.outcome import metric_name
-from hones_lens.analysis.patching.pairs import PatchPairs, logits_at_end
+from hones_lens.analysis.patching.pairs import (
+    PatchPairs,
+    continued_mask,
+    measured_note,
+    measured_tokens,
+    with_shared_prefix,
+)
 from hones_lens.data import Example
 from hones_lens.engine import (
     Sweep,
@@ -55,11 +62,13 @@ class _Plan:
         edges: (source, target) groups by name.
         windows: Layers that are cut together, by centre layer.
         spared: By edge, the number of queries in the batches so far that would have had no key left.
+        measured: The tokens that were measured in the batches so far.
     """
 
     edges: dict[str, Edge]
     windows: list[range]
     spared: Counter[str] = field(default_factory=Counter)
+    measured: list[str] = field(default_factory=list[str])
 
     @property
     def n_arms(self) -> int:
@@ -96,6 +105,7 @@ class _Plan:
         widest = max(map(len, self.windows))
         all_notes = [
             *notes,
+            *([measured_note(self.measured)] if self.measured else []),
             f"{widest} layers at a time, fewer at the ends" if widest > 1 else "one layer at a time",
         ]
         all_notes += [
@@ -131,17 +141,17 @@ def attention_knockout(
 
     Args:
         model: The model.
-        data: Pairs, of which the clean inputs are run; inputs prepared with answers, which are taken off
-            (masks are for the prompts alone); or examples, with `task`.
+        data: Pairs, of which the clean inputs are run; inputs prepared with answers (masks are for the
+            prompts alone); or examples, with `task`.
         edges: (source, target) as names of token groups, `Box`es or, except for examples, masks
             [batch pos]; or these by a name of your own.
         task: Of the examples.
         window: Layers that are cut together, centred on each layer (an even window has one more above),
             and cut off at the model's ends; at most the model's.
-        metric: `probability`: relative change of the mean probability of the right answer's first token,
-            Σ p cut / Σ p clean − 1. A patching metric (`log_prob`, `logit_diff`, `kl`, or a function):
-            mean change. `task`: change of the task's own metric on what is generated; new tokens are in the
-            groups that the prompt's last token is in.
+        metric: `probability`: relative change of the mean probability of the right answer, all of its
+            tokens together, Σ p cut / Σ p clean − 1. A patching metric (`log_prob`, of the whole answer too,
+            `logit_diff`, `kl`, or a function): mean change. `task`: change of the task's own metric on what
+            is generated. Tokens behind the prompt are in the groups that its last token is in.
         draws, level, seed: Of the paired bootstrap over examples; without draws, or with one
             example, there is none.
         options, sweep: How it runs: `batch_size`, `progress`, `memory_budget`, `tally` of `SweepOptions`.
@@ -186,14 +196,14 @@ def _metric_values(
     budget = {"memory_budget": options.memory_budget, "tally": options.tally}
     total = len(data) * plan.n_arms
     with tqdm(total=total, desc="knockout", disable=not options.progress, unit="cell") as bar:
-        for pairs, masks in _batches(model, data, task, plan.edges, options.batch_size):
-            clean_logits, arms = logits_at_end(model, pairs.clean), plan.arms(pairs.clean, masks)
-            values = torch.zeros(plan.n_arms, len(pairs))
-            for i, logits in logits_under(model, pairs.clean, arms, **budget):
-                values[i] = metric(logits[:, -1], pairs, clean_logits).cpu()
-                bar.update(len(pairs))
-            clean.append(metric(clean_logits, pairs, clean_logits).cpu())
-            cut.append(values)
+        for batch, masks in _batches(model, data, task, plan.edges, metric, options.batch_size):
+            plan.measured += measured_tokens(model, batch.pairs, reads_whole_answer(metric))
+            arms, values = [[], *plan.arms(batch.base, masks)], torch.zeros(plan.n_arms + 1, len(batch.pairs))
+            for i, logits in logits_under(model, batch.base, arms, batch.keep, **budget):
+                values[i] = batch.value(metric, logits).cpu()
+                bar.update(len(batch.pairs) if i else 0)
+            clean.append(values[0])
+            cut.append(values[1:])
     return torch.cat(clean).double(), torch.cat(cut, dim=1).double().T
 
 
@@ -234,41 +244,69 @@ def _batches(
     data: PatchPairs | VLMInputs | Sequence[Example],
     task: Task | None,
     edges: Mapping[str, Edge],
+    metric: Metric,
     batch_size: int,
-) -> Iterator[tuple[PatchPairs, dict[str, _Masks]]]:
+) -> Iterator[tuple[PairBatch, dict[str, _Masks]]]:
     """Batches of prompts with their right answers, and the masks of each edge."""
     if not isinstance(data, (PatchPairs, VLMInputs)) or task is not None:
         known_task, examples = _check_task_examples(data, task)
         for batch in answer_batches(model, known_task, examples, batch_size, answers=False):
-            prompts_and_answers = [
-                (known_task.target_prompt(e), known_task.answer(e)) for e in batch.examples
+            answers = [
+                model.continuation(known_task.target_prompt(e), known_task.answer(e)) for e in batch.examples
             ]
-            first = [model.continuation(prompt, answer)[0] for prompt, answer in prompts_and_answers]
-            answer = torch.tensor(first, device=batch.inputs.input_ids.device)
-            pairs = PatchPairs(batch.inputs, batch.inputs, answer, None, tuple(batch.ids))
-            yield pairs, _masks(batch.inputs, edges)
+            pairs, masks = _with_answers(model, batch.inputs, answers, edges, batch.ids)
+            yield _knockout_batch(model, pairs, masks, metric)
         return
-    pairs = _pairs_from_answers(model, data) if isinstance(data, VLMInputs) else data
-    clean = model.as_inputs(pairs.clean)
-    masks = _masks(clean, edges)
+    if isinstance(data, VLMInputs):
+        pairs, masks = _pairs_from_answers(model, data, edges)
+    else:
+        pairs = replace(data, clean=model.as_inputs(data.clean))
+        masks = _masks(pairs.clean, edges)
     for start in range(0, len(pairs), batch_size):
-        index = torch.arange(start, min(start + batch_size, len(pairs)))
-        foil = None if pairs.foil is None else pairs.foil[index]
-        ids = tuple(pairs.ids[i] for i in index.tolist())
-        batch_inputs = model.with_image_embeds(clean[index])
-        batch_pairs = PatchPairs(batch_inputs, pairs.corrupted[index], pairs.answer[index], foil, ids)
-        yield batch_pairs, {name: (source[index], target[index]) for name, (source, target) in masks.items()}
+        part = pairs if batch_size >= len(pairs) else pairs[start : start + batch_size]
+        yield _knockout_batch(model, part, masks, metric, start)
 
 
-def _pairs_from_answers(model: HookedVLM, inputs: VLMInputs) -> PatchPairs:
-    """Prompts of inputs with answers, and the first token of each answer."""
+def _knockout_batch(
+    model: HookedVLM, pairs: PatchPairs, masks: Mapping[str, _Masks], metric: Metric, start: int = 0
+) -> tuple[PairBatch, dict[str, _Masks]]:
+    """A batch whose clean inputs are run, and its rows, from `start` on, of the masks."""
+    clean = model.with_image_embeds(pairs.clean)
+    batch = PairBatch.of(model, pairs, clean, clean, "noise", metric)
+    return batch, {
+        name: (batch.mask_rows(source, start), batch.mask_rows(target, start))
+        for name, (source, target) in masks.items()
+    }
+
+
+def _pairs_from_answers(
+    model: HookedVLM, inputs: VLMInputs, edges: Mapping[str, Edge]
+) -> tuple[PatchPairs, dict[str, _Masks]]:
+    """Prompts of inputs with answers, and the masks of each edge."""
     prepared = model.as_inputs(inputs)
     prompts = prepared.before_answers()
     assert prepared.answer_mask is not None
-    first = prepared.answer_mask.int().argmax(-1)
-    answer = prepared.input_ids.gather(1, first[:, None])[:, 0]
-    names = tuple(f"row {row}" for row in range(len(prepared)))
-    return PatchPairs(prompts, prompts, answer, None, names)
+    rows = zip(prepared.input_ids, prepared.answer_mask, strict=True)
+    answers = [ids[mask].tolist() for ids, mask in rows]
+    return _with_answers(model, prompts, answers, edges, [f"row {row}" for row in range(len(prompts))])
+
+
+def _with_answers(
+    model: HookedVLM,
+    prompts: VLMInputs,
+    answers: Sequence[list[int]],
+    edges: Mapping[str, Edge],
+    ids: Sequence[str],
+) -> tuple[PatchPairs, dict[str, _Masks]]:
+    """Pairs of prompts and whole answers, and masks, which are over the prompts, continued as these are."""
+    masks = _masks(prompts, edges)
+    pairs = with_shared_prefix(model, prompts, prompts, [(answer,) for answer in answers], tuple(ids))
+    if pairs.shared:
+        masks = {
+            name: (continued_mask(source, pairs.shared), continued_mask(target, pairs.shared))
+            for name, (source, target) in masks.items()
+        }
+    return pairs, masks
 
 
 def _task_metric_changes(

@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hones_lens.interventions import Group, Hook, neuron_hook, token_mask
-from hones_lens.model import HookedVLM, ModelInput, VLMInputs
+from hones_lens.model import HookedVLM, ModelInput, VLMInputs, bare_text_ids, leading_blanks, token_names
 from hones_lens.results import Labelled, mean_over_pairs
 
-Token = str | int | Sequence[int] | Tensor
+_Ids = int | Sequence[int] | Tensor
+Token = str | _Ids
 KINDS = ("layer", "component", "head", "neuron")
 
 
@@ -39,7 +40,9 @@ def direct_logit_attribution(
     Args:
         model: The model.
         model_input: A batch.
-        tokens: The token whose logit is attributed: text that is one token, an id, or one id per row.
+        tokens: The token whose logit is attributed: text, an id, or one id per row. Of text of several
+            tokens it is the first that tells it apart: from the foil where that is text too, else from white
+            space. The result's notes say which.
         foils: Token whose logit is subtracted, given in the same ways.
         by: `layer` (attention and MLP together), `component` (apart), `head` or `neuron`.
         group: Positions to read; see `token_mask`.
@@ -52,14 +55,16 @@ def direct_logit_attribution(
         `neuron`. The first layer, or component, is called `embed`.
 
     Raises:
-        ValueError: An unknown `by`, text of several tokens, a count of ids that is not the batch, an empty
-            group, or a mean over rows whose positions differ.
+        ValueError: An unknown `by`, empty text, a text and a foil that no token tells apart, a count of ids
+            that is not the batch, an empty group, or a mean over rows whose positions differ.
     """
     if by not in KINDS:
         raise ValueError(f"unknown kind of component {by!r}; valid: {', '.join(KINDS)}")
     inputs = model.as_inputs(model_input)
+    tokens, foils, notes = _telling_tokens(model, tokens, foils)
     answers = _ids(model, tokens, len(inputs))
-    run = _Attribution(model, by, answers, None if foils is None else _ids(model, foils, len(inputs)))
+    foil_ids = None if foils is None else _ids(model, foils, len(inputs))
+    run = _Attribution(model, by, answers, foil_ids, notes)
     mask = token_mask(inputs, group)
     columns = mask.any(0).nonzero()[:, 0]
     contributions, logits = run.contributions(inputs, columns, hooks)
@@ -79,9 +84,37 @@ def direct_logit_attribution(
     return run.result(contributions, logits, labels, mean)
 
 
-def _ids(model: HookedVLM, tokens: Token, rows: int) -> Int[Tensor, " row"]:
-    given = model.to_single_token(tokens) if isinstance(tokens, str) else tokens
-    ids = torch.as_tensor(given, device=model.cfg.device)
+def _telling_tokens(
+    model: HookedVLM, tokens: Token, foils: Token | None
+) -> tuple[_Ids, _Ids | None, tuple[str, ...]]:
+    """Ids in place of texts, and which tokens of these they are, as a line of text."""
+    wholes = [_text_ids(model, side) if isinstance(side, str) else None for side in (tokens, foils)]
+    (a, b), n = wholes, 0
+    if a and b:
+        n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), -1)
+        if n < 0:
+            raise ValueError(f"no token tells {tokens!r} from {foils!r}: give ids")
+    told = [
+        f"{text!r} is token {token_names(model, [whole[n]])[0]}, {n + 1} of {len(whole)}"
+        for text, whole in zip((tokens, foils), wholes, strict=True)
+        if whole
+    ]
+    notes = (f"{'; '.join(told)}.",) if told else ()
+    answer = a[n] if a else tokens
+    foil = b[n] if b else foils
+    assert not isinstance(answer, str) and not isinstance(foil, str)
+    return answer, foil, notes
+
+
+def _text_ids(model: HookedVLM, text: str) -> list[int]:
+    ids = bare_text_ids(model, text)
+    if not ids:
+        raise ValueError("empty text has no token")
+    return ids[leading_blanks(model, ids) :]
+
+
+def _ids(model: HookedVLM, tokens: _Ids, rows: int) -> Int[Tensor, " row"]:
+    ids = torch.as_tensor(tokens, device=model.cfg.device)
     if ids.shape not in ((), (rows,)):
         raise ValueError(f"tokens of shape {tuple(ids.shape)} for a batch of {rows} rows: give one a row")
     if int(ids.min()) < 0 or int(ids.max()) >= model.cfg.d_vocab:
@@ -91,12 +124,16 @@ def _ids(model: HookedVLM, tokens: Token, rows: int) -> Int[Tensor, " row"]:
 
 @dataclass(frozen=True)
 class _Attribution:
-    """One attribution: the model, the kind of component, and the target tokens by row."""
+    """One attribution: the model, the kind of component, and the target tokens by row.
+
+    `notes` are lines for the result.
+    """
 
     model: HookedVLM
     by: str
     answers: Int[Tensor, " row"]
     foils: Int[Tensor, " row"] | None
+    notes: tuple[str, ...] = ()
 
     @torch.no_grad()
     def contributions(
@@ -182,10 +219,10 @@ class _Attribution:
         if self.by in ("head", "neuron"):
             rest = "the embedding and the MLPs" if self.by == "head" else "the embedding and the heads"
             note += f" The rest is {rest}."
-        quantity = f"added to the {quantity} by each {self.by}"
+        quantity, notes = f"added to the {quantity} by each {self.by}", (note, *self.notes)
         if not mean:
-            return Labelled(quantity, contributions, ("row", *axes), labels, notes=(note,))
-        return Labelled(quantity, axes=axes, labels=labels, notes=(note,), **mean_over_pairs(contributions))
+            return Labelled(quantity, contributions, ("row", *axes), labels, notes=notes)
+        return Labelled(quantity, axes=axes, labels=labels, notes=notes, **mean_over_pairs(contributions))
 
 
 def _along_direction(

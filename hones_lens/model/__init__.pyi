@@ -21,5 +21,10 @@ from .nn.attention import (
 )
 from .nn.rotary import rotate as rotate
 from .prompting import Picture as Picture, open_image as open_image
-from .tokens import token_names as token_names
+from .tokens import (
+    bare_text_ids as bare_text_ids,
+    leading_blanks as leading_blanks,
+    pad_left as pad_left,
+    token_names as token_names,
+)
 from .typed import to_list as to_list

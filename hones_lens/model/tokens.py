@@ -81,13 +81,32 @@ def to_tokens(model: HasProcessor, text: str | Sequence[str], prepend_bos: bool 
 def to_single_token(model: HasProcessor, text: str) -> int:
     """The id of text that is one token.
 
+    The bare `▁` that SentencePiece vocabularies put before text is left out: "7" is the token `7`.
+
     Raises:
         ValueError: The text is not one token.
     """
-    ids = tokenizer_of(model)(text, add_special_tokens=False).input_ids
+    ids = bare_text_ids(model, text)
     if len(ids) != 1:
         raise ValueError(f"{text!r} is {len(ids)} tokens: {tokenizer_of(model).convert_ids_to_tokens(ids)}")
     return ids[0]
+
+
+def bare_text_ids(model: HasProcessor, text: str) -> list[int]:
+    """Ids of text alone, without special tokens and without the bare `▁` that a tokenizer puts before it."""
+    ids: list[int] = tokenizer_of(model)(text, add_special_tokens=False).input_ids
+    is_prefix = len(ids) > 1 and tokenizer_of(model).convert_ids_to_tokens(ids[0]) == "▁"
+    return ids[1:] if is_prefix and not text[:1].isspace() else ids
+
+
+def leading_blanks(model: HasProcessor, ids: Sequence[int]) -> int:
+    """How many tokens an answer begins with that are white space alone and don't tell it from another.
+
+    In LLaMA's vocabulary digits, CJK characters and many signs are tokens without a space, so that "7" behind
+    a prompt is `▁`, `7`. An answer that is white space alone has none.
+    """
+    decode = tokenizer_of(model).decode
+    return next((n for n in range(len(ids)) if decode(list(ids[: n + 1])).strip()), 0)
 
 
 def to_str_tokens(

@@ -50,13 +50,16 @@ def windows(n_layers: int, width: int) -> list[list[int]]:
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_equals_hugging_faces_attention_with_its_mask_edited(made, width: int) -> None:
     both = twin(made)
-    inputs = batch(both.model)
-    groups = {name: inputs.token_groups[name] for name in ("image", "question", "last")}
-    first = [both.model.continuation(p, a, n)[0] for p, a, n in zip(PROMPTS, ANSWERS, (1, 2), strict=True)]
-    answers = torch.tensor(first)
+    inputs = batch(both.model, ANSWERS)
+    answer = inputs.answer_mask
+    assert answer is not None and int(answer.sum(-1).max()) > 1, "answers of several tokens"
+    groups = {name: inputs.token_groups[name] for name in ("image", "question")}
+    groups["last"] = answer | answer.roll(-1, 1)  # the prompt's last token, and those behind it
 
     def right(steps: list[Step]) -> Tensor:
-        return both.logits(inputs, steps)[:, -1].log_softmax(-1)[torch.arange(2), answers]
+        """Of the whole answer, by one pass over prompt and answer."""
+        log_probs = both.logits(inputs, steps)[:, :-1].log_softmax(-1)
+        return (log_probs.gather(-1, inputs.input_ids[:, 1:, None])[..., 0] * answer[:, 1:]).sum(-1)
 
     clean = right([])
     expected = {"probability": [], "log_prob": []}
@@ -66,9 +69,8 @@ def test_equals_hugging_faces_attention_with_its_mask_edited(made, width: int) -
             cut = right(forbidding(edges, layers))
             expected["probability"].append(float(cut.exp().mean() / clean.exp().mean()) - 1)
             expected["log_prob"].append(float((cut - clean).mean()))
-    prepared = batch(both.model, ANSWERS)
     for metric, values in expected.items():
-        found = attention_knockout(both.model, prepared, window=width, metric=metric, progress=False)
+        found = attention_knockout(both.model, inputs, window=width, metric=metric, progress=False)
         assert found.axes == ("layer", "edge") and found.n == 2
         assert found.names("edge") == tuple(f"{source} → {target}" for source, target in EDGES)
         assert found.values.flatten().tolist() == pytest.approx(values, abs=2e-5)
@@ -85,8 +87,10 @@ def test_intervals_are_those_of_resampled_ratios() -> None:
         for i in range(6)
     ]
     assert all(one.low is None and one.n == 1 for one in single), "one example has no interval"
-    prompts = inputs.before_answers()
-    p = both.logits(prompts)[:, -1].softmax(-1)[:, both.model.continuation(PROMPTS[0], "red")[0]]
+    assert inputs.answer_mask is not None
+    log_probs = both.logits(inputs)[:, :-1].log_softmax(-1)
+    right = log_probs.gather(-1, inputs.input_ids[:, 1:, None])[..., 0]
+    p = (right * inputs.answer_mask[:, 1:]).sum(-1).exp()
     changes = torch.stack([one.values[:, 0] for one in single])  # [example layer], in nats
     after = p[:, None] * changes.exp()
     assert found.values[:, 0].tolist() == pytest.approx((after.mean(0) / p.mean() - 1).tolist(), abs=1e-5)

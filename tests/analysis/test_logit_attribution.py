@@ -162,6 +162,23 @@ def test_under_an_intervention_and_for_words() -> None:
     assert float(logits[token]) != pytest.approx(float(model(inputs)[0, -1, token]), abs=1e-3)
 
 
+def test_texts_are_told_apart_by_their_first_different_token() -> None:
+    """Ids by the tokenizer itself; the notes say which tokens were taken."""
+    both = Twin(random_llava)
+    inputs, tokenizer = random_llava.mixed_batch(both.model), both.model.tokenizer
+    texts = ("what color is the circle", "what color of the circle")
+    a, b = (tokenizer(text, add_special_tokens=False).input_ids for text in texts)
+    n = next(i for i in range(len(a)) if a[i] != b[i])
+    assert n > 0
+    found = direct_logit_attribution(both.model, inputs, *texts)
+    expected = direct_logit_attribution(both.model, inputs, a[n], b[n])
+    assert torch.equal(found.values, expected.values)
+    assert f"'{texts[0]}' is token {tokenizer.convert_ids_to_tokens(a[n])}, {n + 1} of {len(a)}" in str(found)
+    alone = direct_logit_attribution(both.model, inputs, texts[0])
+    assert torch.equal(alone.values, direct_logit_attribution(both.model, inputs, a[0]).values)
+    assert f"is token {tokenizer.convert_ids_to_tokens(a[0])}, 1 of {len(a)}" in alone.notes[-1]
+
+
 def test_bad_input_raises() -> None:
     both = Twin(random_llava)
     inputs = random_llava.mixed_batch(both.model)
@@ -173,8 +190,10 @@ def test_bad_input_raises() -> None:
         run(by="circuit")
     with pytest.raises(ValueError, match=r"tokens of shape \(2,\) for a batch of 3"):
         run(IDS[:2])
-    with pytest.raises(ValueError, match=r"is \d tokens"):
-        run("what color is the circle")
+    with pytest.raises(ValueError, match="no token tells 'red' from 'red': give ids"):
+        run("red", foils="red")
+    with pytest.raises(ValueError, match="empty text has no token"):
+        run("")
     with pytest.raises(ValueError, match="not all in 0"):
         run(10**6)
     with pytest.raises(ValueError, match="'image' is empty in row 2"):

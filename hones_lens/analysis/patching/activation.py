@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
-from hones_lens.analysis.patching.metrics import Metric, as_metric
+from hones_lens.analysis.patching.metrics import Metric, as_metric, reads_whole_answer
 from hones_lens.analysis.patching.outcome import PatchingKeywords, Summary, SummaryKeywords, metric_name
-from hones_lens.analysis.patching.pairs import PatchPairs
+from hones_lens.analysis.patching.pairs import PatchPairs, measured_note, measured_tokens
 from hones_lens.analysis.patching.runner import measure_patches
 from hones_lens.analysis.patching.sites import Units, as_patch_site, positions_of, targets_of
 from hones_lens.engine import SweepOptions, as_task, split_keywords
@@ -48,8 +48,10 @@ def patch_activations(
             these by name; see `targets_of`. Default: heads each alone, neurons together.
         direction: `denoise` puts clean activations into the corrupted run, `noise` corrupted ones into the
             clean run.
-        metric: `logit_diff`, `log_prob`, `kl`, a function like them, or `task`: the task's own score of the
-            generated answer for the clean example, with the prompt patched (counterfactual pairs alone).
+        metric: `logit_diff`, of the two tokens that tell the answers apart; `log_prob`, of the whole answer
+            where the pairs know it, whose tokens are in the groups of the prompt's last one; `kl`; a function
+            like them; or `task`: the task's own score of the generated answer for the clean example, with
+            the prompt patched (counterfactual pairs alone).
         options: How it runs, as `SweepOptions`.
         keywords: How the result is told: `raw`, `by_pair`, `draws`, `seed` of `Summary`; and `batch_size`,
             `progress`, `journal`, ... of `SweepOptions`.
@@ -72,7 +74,11 @@ def patch_activations(
     measurements = measure_patches(model, pairs, site, targets, positions, options, **settings)
     shape, axes, labels = targets.layout(by, tuple(positions))
     change = measurements.change(direction).T.reshape(-1, *shape)
-    settings |= {"axes": axes, "labels": labels, "of": what, "notes": measurements.notes(metric_name(metric))}
+    notes = measurements.notes(metric_name(metric))
+    if metric != "task":
+        measured = measured_tokens(model, pairs, reads_whole_answer(metric))
+        notes = (notes[0], measured_note(measured), *notes[1:])
+    settings |= {"axes": axes, "labels": labels, "of": what, "notes": notes}
     return summary.result(change, measurements.gap(direction), pairs, **settings)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hones_lens.analysis.patching.metrics import Metric
-from hones_lens.analysis.patching.pairs import PatchPairs, logits_at_end
-from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.analysis.patching.metrics import Metric, reads_whole_answer
+from hones_lens.analysis.patching.pairs import PatchPairs, continued_mask, logits_at_end, with_answers
+from hones_lens.model import Answer, HookedVLM, VLMInputs
 
 DIRECTIONS = {"noise": "corrupted into clean", "denoise": "clean into corrupted"}
 
@@ -22,22 +22,53 @@ class PairBatch:
 
     Attributes:
         pairs: The pairs.
-        base, source: Inputs of the two runs, with image embeddings.
+        base, source: Inputs of the two runs, with image embeddings; followed by the right answers where the
+            metric is of whole answers.
         clean_logits: Next-token logits of the clean run, [batch d_vocab].
+        answer: The answers' tokens, where the metric is of whole answers.
+        appended: How many tokens of them were appended to each row, [batch].
     """
 
     pairs: PatchPairs
     base: VLMInputs
     source: VLMInputs
     clean_logits: Float[Tensor, "batch d_vocab"]
+    answer: Answer | None = None
+    appended: tuple[int, ...] = ()
 
-    def value(self, metric: Metric, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
-        """The metric of each pair.
+    @classmethod
+    def of(
+        cls,
+        model: HookedVLM,
+        pairs: PatchPairs,
+        clean: VLMInputs,
+        corrupted: VLMInputs,
+        direction: str,
+        metric: str | Metric,
+    ) -> PairBatch:
+        """The batch as a metric needs it, from the pairs' inputs with image embeddings."""
+        clean_logits, answer, appended = logits_at_end(model, clean), None, list[int]()
+        if reads_whole_answer(metric) and pairs.answer_ids:
+            encoded = replace(pairs, clean=clean, corrupted=corrupted)
+            clean, corrupted, answer, appended = with_answers(model, encoded)
+        base, source = (clean, corrupted) if direction == "noise" else (corrupted, clean)
+        return cls(pairs, base, source, clean_logits, answer, tuple(appended))
+
+    @property
+    def keep(self) -> int:
+        """At how many of the last positions the metric reads logits."""
+        return 1 if self.answer is None else len(self.answer.positions)
+
+    def value(self, metric: Metric, logits: Float[Tensor, "batch keep d_vocab"]) -> Float[Tensor, " batch"]:
+        """The metric of each pair, from logits at the last `keep` positions.
 
         Raises:
             FloatingPointError: A value that is not finite; names the pair.
         """
-        values = metric(logits, self.pairs, self.clean_logits)
+        if self.answer is None:
+            values = metric(logits[:, -1], self.pairs, self.clean_logits)
+        else:
+            values = self.answer.log_probs(logits)
         if not bool(torch.isfinite(values).all()):
             first_bad = self.pairs.ids[int((~torch.isfinite(values)).int().argmax())]
             raise FloatingPointError(f"the metric of pair {first_bad!r} is not finite")
@@ -46,13 +77,19 @@ class PairBatch:
     @torch.no_grad()
     def gap(self, model: HookedVLM, metric: Metric) -> Float[Tensor, " batch"]:
         """The metric of the source run minus that of the base run."""
-        source, base = (self.value(metric, logits_at_end(model, run)) for run in (self.source, self.base))
+        source, base = (
+            self.value(metric, model(run, logits_to_keep=self.keep)) for run in (self.source, self.base)
+        )
         return source - base
 
     def mask_rows(self, mask: Tensor, start: int) -> Tensor:
-        """This batch's rows of a mask [pairs pos] that starts at `start`, without surplus padding."""
+        """This batch's rows of a mask [pairs pos] from `start` on, over the positions of its runs.
+
+        Surplus padding is left out. Tokens of answers behind a prompt are in the groups of its last token.
+        """
         rows = mask[start : start + len(self.pairs)]
-        return rows[:, rows.shape[1] - self.base.input_ids.shape[1] :]
+        rows = rows[:, rows.shape[1] - self.pairs.clean.input_ids.shape[1] :]
+        return continued_mask(rows, self.appended) if any(self.appended) else rows
 
 
 def check_direction(direction: str) -> None:
@@ -63,9 +100,9 @@ def check_direction(direction: str) -> None:
 
 @torch.no_grad()
 def pair_batches(
-    model: HookedVLM, pairs: PatchPairs, direction: str, batch_size: int
+    model: HookedVLM, pairs: PatchPairs, direction: str, batch_size: int, metric: str | Metric
 ) -> Iterator[tuple[int, PairBatch]]:
-    """Yield each batch with the index of its first pair.
+    """Yield each batch, as the metric needs it, with the index of its first pair.
 
     Raises:
         ValueError: An unknown direction.
@@ -78,8 +115,7 @@ def pair_batches(
             model.with_image_embeds(model.as_inputs(inputs))
             for inputs in (batch_pairs.clean, batch_pairs.corrupted)
         )
-        base, source = (clean, corrupted) if direction == "noise" else (corrupted, clean)
-        yield start, PairBatch(batch_pairs, base, source, logits_at_end(model, clean))
+        yield start, PairBatch.of(model, batch_pairs, clean, corrupted, direction, metric)
 
 
 def check_no_hooks(model: HookedVLM, names: Sequence[str], why: str) -> None:

@@ -17,7 +17,7 @@ from transformer_lens.hook_points import HookPoint
 from hones_lens.analysis.gradients import activation_gradients
 from hones_lens.analysis.patching.batches import PairBatch, check_no_hooks, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
-from hones_lens.analysis.patching.outcome import Summary, SummaryKeywords
+from hones_lens.analysis.patching.outcome import Summary, SummaryKeywords, outcome_notes
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, as_patch_site, positions_of, targets_of, vision_mask
 from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
@@ -106,7 +106,7 @@ class _AttributionBatch:
         """Activations of the base run, and the metric's gradients there."""
 
         def value() -> Tensor:
-            logits = self.model(self.inputs(source=False), logits_to_keep=1)[:, -1]
+            logits = self.model(self.inputs(source=False), logits_to_keep=self.batch.keep)
             return self.batch.value(self.metric, logits).sum()
 
         return activation_gradients(self.model, names, value)
@@ -168,7 +168,7 @@ def attribute_patching(
     order = [targets.layers.index(layer) for layer in targets.labels.get("layer", targets.layers)]
     estimates, gaps, desc = [], [], f"attribution patching · {what}"
     with tqdm(total=len(pairs), desc=desc, disable=not options.progress) as bar:
-        for start, batch in pair_batches(model, pairs, direction, options.batch_size):
+        for start, batch in pair_batches(model, pairs, direction, options.batch_size, metric):
             batch_masks = {name: batch.mask_rows(mask, start) for name, mask in masks.items()}
             job = _AttributionBatch(model, batch, site, targets.layers, measure, batch_masks, steps)
             estimates.append(job.estimates(method)[:, order].cpu())
@@ -177,6 +177,7 @@ def attribute_patching(
     shape, axes, labels = targets.layout(by, tuple(masks))
     change, gap = torch.cat(estimates).view(len(pairs), *shape), torch.cat(gaps)
     settings: dict[str, Any] = {"metric": metric, "direction": direction, "axes": axes, "labels": labels}
+    settings["notes"] = outcome_notes(model, pairs, gap, metric, direction)
     return summary.result(change, gap, pairs, of=f"{what}, estimated by {method}", **settings)
 
 
@@ -279,11 +280,12 @@ def _metric_gradient(
     inputs = job.inputs(source=False)
     with torch.enable_grad(), job.model.hooks(fwd_hooks=[(name, put)]):
         if start is None:
-            logits = job.model(inputs, logits_to_keep=1)
+            logits = job.model(inputs, logits_to_keep=job.batch.keep)
         else:
             layer, entered = start
-            logits = job.model(entered, start_at_layer=layer, inputs=inputs, logits_to_keep=1)
-        return torch.autograd.grad(job.batch.value(job.metric, logits[:, -1]).sum(), value)[0]
+            keep = job.batch.keep
+            logits = job.model(entered, start_at_layer=layer, inputs=inputs, logits_to_keep=keep)
+        return torch.autograd.grad(job.batch.value(job.metric, logits).sum(), value)[0]
 
 
 METHODS: dict[str, Callable[[_AttributionBatch], list[Tensor]]] = {

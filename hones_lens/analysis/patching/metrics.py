@@ -29,7 +29,11 @@ def logit_diff(logits: Logits, pairs: PatchPairs, clean: Logits) -> Float[Tensor
 
 
 def log_prob(logits: Logits, pairs: PatchPairs, clean: Logits) -> Float[Tensor, " batch"]:
-    """Log-probability of the clean answer's token, in nats."""
+    """Log-probability of the clean answer's token, in nats.
+
+    As the metric of a stage (`metric="log_prob"`, or this function), it is that of the whole answer where the
+    pairs know its tokens (`PatchPairs.answer_ids`): the sum over them, each behind those before it.
+    """
     rows = torch.arange(len(logits), device=logits.device)
     return logits.float().log_softmax(-1)[rows, pairs.answer]
 
@@ -41,6 +45,11 @@ def kl(logits: Logits, pairs: PatchPairs, clean: Logits) -> Float[Tensor, " batc
 
 
 METRICS: dict[str, Metric] = {"logit_diff": logit_diff, "log_prob": log_prob, "kl": kl}
+
+
+def reads_whole_answer(metric: str | Metric) -> bool:
+    """Whether a metric is of all tokens of the answer, rather than of the next one."""
+    return metric in ("log_prob", log_prob)
 
 
 def as_metric(metric: str | Metric) -> Metric:

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hones_lens.analysis.patching.batches import DIRECTIONS
-from hones_lens.analysis.patching.metrics import Metric
-from hones_lens.analysis.patching.pairs import PatchPairs
+from hones_lens.analysis.patching.metrics import Metric, reads_whole_answer
+from hones_lens.analysis.patching.pairs import PatchPairs, measured_note, measured_tokens
 from hones_lens.engine import SweepKeywords
+from hones_lens.model import HookedVLM
 from hones_lens.results import DRAWS, Labelled, bootstrap_ends, mean_over_pairs
 
 _VERBS = {"denoise": "restored", "noise": "lost"}
@@ -68,7 +69,7 @@ class Summary:
         metric: str | Metric,
         direction: str,
         of: str,
-        notes: Sequence[str] = (),
+        notes: Sequence[str],
     ) -> Labelled:
         """Summarise the changes of all pairs in one result.
 
@@ -79,15 +80,14 @@ class Summary:
             axes, labels: Axes and labels of the result, without the axis of pairs.
             metric, direction: The metric, and the direction of patching.
             of: Description of what was patched.
-            notes: Notes of the result; default: the gap.
+            notes: Notes of the result.
 
         Raises:
             ValueError: A mean gap of 0, of which there is no share.
         """
         name = metric_name(metric)
         change, gap = change.double(), gap.double()
-        clean_end = "clean − corrupted" if direction == "denoise" else "corrupted − clean"
-        notes = tuple(notes) or (f"{name}: {clean_end} is {float(gap.mean()):.4g}",)
+        notes = tuple(notes)
         description = f"change of {name}, {of}, {DIRECTIONS[direction]}"
         if self.by_pair:
             return Labelled(description, change, ("pair", *axes), labels | {"pair": pairs.ids}, notes=notes)
@@ -97,6 +97,15 @@ class Summary:
             description = f"share of {name} {_VERBS[direction]}, {of}, {DIRECTIONS[direction]}"
             values = share_of_gap(change.movedim(0, -1), gap, self.draws, self.seed)
         return Labelled(description, axes=axes, labels=labels, notes=notes, **values)
+
+
+def outcome_notes(
+    model: HookedVLM, pairs: PatchPairs, gap: Tensor, metric: str | Metric, direction: str
+) -> tuple[str, ...]:
+    """The mean gap, and the tokens of the answers that it is of, as lines of text."""
+    clean_end = "clean − corrupted" if direction == "denoise" else "corrupted − clean"
+    whole = f"{metric_name(metric)}: {clean_end} is {float(gap.double().mean()):.4g}"
+    return whole, measured_note(measured_tokens(model, pairs, reads_whole_answer(metric)))
 
 
 def metric_name(metric: str | Metric) -> str:

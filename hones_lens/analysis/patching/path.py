@@ -19,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 from hones_lens import engine
 from hones_lens.analysis.patching.batches import PairBatch, check_no_hooks, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
-from hones_lens.analysis.patching.outcome import PatchingKeywords, Summary, SummaryKeywords
+from hones_lens.analysis.patching.outcome import PatchingKeywords, Summary, SummaryKeywords, outcome_notes
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.receivers import (
     Head,
@@ -79,6 +79,7 @@ def path_patching(
     change, gap = paths.measured(pairs, direction, as_metric(metric), positions, options)
     sent, labels = ", ".join(f"{layer}.{head}" for layer, head in senders), {"receiver": tuple(paths.groups)}
     how: dict[str, Any] = {"metric": metric, "direction": direction, "of": f"along paths from {sent}"}
+    how["notes"] = outcome_notes(model, pairs, gap, metric, direction)
     return summary.result(change[:, 0], gap, pairs, axes=("receiver",), labels=labels, **how)
 
 
@@ -119,6 +120,7 @@ def path_patching_matrix(
     else:
         labels["sender"] = tuple(f"{layer}.{head}" for layer, head in each)
     how: dict[str, Any] = {"metric": metric, "direction": direction, "of": "along paths from each sender"}
+    how["notes"] = outcome_notes(model, pairs, gap, metric, direction)
     return summary.result(change, gap, pairs, axes=axes, labels=labels, **how)
 
 
@@ -170,11 +172,11 @@ class _Paths:
         changes, gaps, total = [], [], len(pairs) * shape[0] * shape[1]
         budget = {"memory_budget": options.memory_budget, "tally": options.tally}
         with tqdm(total=total, desc="path patching", unit="cell", disable=not options.progress) as bar:
-            for start, batch in pair_batches(self.model, pairs, direction, options.batch_size):
+            for start, batch in pair_batches(self.model, pairs, direction, options.batch_size, metric):
                 arms = [[], *self._arms(batch, batch.mask_rows(mask, start))]
                 values: dict[int, Tensor] = {}
-                for i, logits in engine.logits_under(self.model, batch.base, arms, **budget):
-                    values[i] = batch.value(metric, logits[:, -1]).cpu()
+                for i, logits in engine.logits_under(self.model, batch.base, arms, batch.keep, **budget):
+                    values[i] = batch.value(metric, logits).cpu()
                     bar.update(len(batch.pairs) if i else 0)
                 change = [values[i] - values[0] for i in range(1, len(arms))]
                 changes.append(torch.stack(change, dim=1).unflatten(1, shape))

@@ -121,7 +121,7 @@ def measure_patches(
     n_patches, records, journal = len(targets.cells) * len(positions), [], options.journal
     total, desc = n_patches * len(pairs), f"patching · {site.what}"
     with tqdm(total=total, desc=desc, disable=not options.progress) as bar:
-        for start, batch in pair_batches(model, pairs, direction, options.batch_size):
+        for start, batch in pair_batches(model, pairs, direction, options.batch_size, metric):
             key = f"patch/{start}"
             record = None if journal is None else journal.get(key)
             if record is None:
@@ -158,8 +158,9 @@ class _PatchBatch:
         """The metric's values as lists: of the two runs [row], and under each patch [patch row]."""
         base, source = (self._run_inputs(inputs) for inputs in (self.batch.base, self.batch.source))
         names = [self.site.name(layer) for layer in self.targets.layers]
-        base_cache = self.model.run_with_cache(base, names_filter=names, logits_to_keep=1)[1]
-        logits, source_cache = self.model.run_with_cache(source, names_filter=names, logits_to_keep=1)
+        settings: dict[str, Any] = {"names_filter": names, "logits_to_keep": self.batch.keep}
+        base_cache = self.model.run_with_cache(base, **settings)[1]
+        logits, source_cache = self.model.run_with_cache(source, **settings)
         arms: list[list[Hook]] = [[]]
         arm_numbers = []
         for hooks in self._patches(base, base_cache, source_cache):
@@ -171,7 +172,7 @@ class _PatchBatch:
         for number, value in self._values(base, arms):
             values_by_arm[number] = value.cpu().double().tolist()
             tick(n if number else 0)
-        other = self._scores(source, [[]])[0] if self.metric == "task" else self._metric(logits[:, -1])
+        other = self._scores(source, [[]])[0] if self.metric == "task" else self._metric(logits)
         ends = (values_by_arm[0], other.cpu().double().tolist())
         clean, corrupted = ends if direction == "noise" else ends[::-1]
         run = (len(arms) - 1) * n
@@ -238,15 +239,15 @@ class _PatchBatch:
             ]
         return [(puts[n, group].name, replace(puts[n, group], units=units)) for n, units in cell]
 
-    def _metric(self, logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
+    def _metric(self, logits: Float[Tensor, "row keep d_vocab"]) -> Float[Tensor, " row"]:
         return self.batch.value(as_metric(self.metric), logits)
 
     def _values(self, base: VLMInputs, arms: list[list[Hook]]) -> Iterator[tuple[int, Tensor]]:
         """The number of each patch, and the metric under it, [row]."""
         if not self.site.vision and self.metric != "task":
             budget = {"memory_budget": self.options.memory_budget, "tally": self.options.tally}
-            for number, logits in engine.logits_under(self.model, base, arms, **budget):
-                yield number, self._metric(logits[:, -1])
+            for number, logits in engine.logits_under(self.model, base, arms, self.batch.keep, **budget):
+                yield number, self._metric(logits)
             return
         rows, tokens = len(base), base.attention_mask.numel()
         at_once = Budget(self.model, self.options.memory_budget).rows(tokens, rows)
@@ -262,7 +263,7 @@ class _PatchBatch:
     def _full_passes(self, base: VLMInputs, arms: list[list[Hook]]) -> list[Tensor]:
         repeated, hooks = self._stacked_arms(base, arms)
         with self.model.hooks(fwd_hooks=hooks):
-            logits = self.model(repeated, logits_to_keep=1)[:, -1]
+            logits = self.model(repeated, logits_to_keep=self.batch.keep)
         return [self._metric(part) for part in logits.split(len(base))]
 
     def _scores(self, base: VLMInputs, arms: list[list[Hook]]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
@@ -206,13 +207,15 @@ def static_html(views: ExplorerViews, state: State) -> str:
         f'<img src="{uri}" alt="attention of {name} over the picture" width="240">' for uri in pictures
     )
     prompt = views.answered.prompt
-    first_token = views.readable(int(views.answered.answer[0]))
-    unedited = f", {100 * answer['was'][0]:.2f} % without the edits" if state.edits else ""
+    eos = views.model.cfg.eos_token_ids
+    said = [i for i, token in enumerate(views.answered.answer.tolist()) if token not in eos]
+    p, was = (100 * math.prod(answer[key][i] for i in said) for key in ("p", "was"))
+    unedited = f", {was:.2f} % without the edits" if state.edits else ""
     rows = {
         "model": views.model.cfg.model_name,
         "prompt": views.model.tokenizer.decode(prompt.input_ids[prompt.token_groups["question"]]),
         "answer": answer["text"],
-        f"probability of “{first_token}”": f"{100 * answer['p'][0]:.2f} %{unedited}",
+        f"probability of “{views.text(())}”": f"{p:.2f} %{unedited}",
         "edits": ", ".join(map(str, state.edits)) or "none",
         "picture": f"lit where {name} looks from {views.position_name(state.token)}",
     }

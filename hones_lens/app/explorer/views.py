@@ -17,7 +17,7 @@ from hones_lens.app.explorer import compute
 from hones_lens.app.explorer.compute import Activations
 from hones_lens.app.explorer.state import Edit, LayerIndex, State
 from hones_lens.hones import HeadScores
-from hones_lens.model import HookedVLM, Picture, open_image
+from hones_lens.model import HookedVLM, Picture, leading_blanks, open_image
 from hones_lens.results import round_floats
 from hones_lens.viz import image_uri
 
@@ -85,8 +85,11 @@ class ExplorerViews:
             return self._texts[edits]
 
     def start(self) -> State:
-        """The initial state: the head of highest score and the neuron it feeds most, at the prompt's end."""
-        token = self.answered.last_prompt_position
+        """The initial state: the head of highest score and the neuron it feeds most.
+
+        At the end of the prompt, or of the white space that the answer begins with.
+        """
+        token = self.answered.last_prompt_position + leading_blanks(self.model, self.answered.answer.tolist())
         scores = torch.tensor(self._map_values(State(token, token, (0, 0), (0, 0))), dtype=torch.float64)
         best = int(scores.nan_to_num(-torch.inf).argmax())
         head = (best // scores.shape[1], best % scores.shape[1])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from hones_lens import interventions
 from hones_lens.analysis import (
@@ -19,12 +21,11 @@ from hones_lens.analysis import (
     patch_activations,
     positions_of,
     targets_of,
-    with_shared_prefix,
 )
 from hones_lens.app.runs.folder import Run, weights_hash
 from hones_lens.data import Example, counterfactual_pairs, load_examples
 from hones_lens.interventions import Box, Corruption
-from hones_lens.model import HookedVLM, open_image
+from hones_lens.model import HookedVLM, VLMInputs, open_image
 from hones_lens.results import Labelled, write_json
 from hones_lens.tasks import load_task
 
@@ -92,7 +93,7 @@ class PairsChoice:
         prompts = [task.target_prompt(example) for example in examples]
         inputs = model.prepare([example.image for example in examples], prompts)
         answers = [
-            model.continuation(prompt, task.answer(example))[0]
+            model.continuation(prompt, task.answer(example))
             for prompt, example in zip(prompts, examples, strict=True)
         ]
         ids = [example.id for example in examples]
@@ -136,21 +137,14 @@ class PairsChoice:
         image, prompt, answer = str(self.image), str(self.prompt), str(self.answer)
         clean = model.prepare(image, prompt)
         answer_ids = model.continuation(prompt, answer)
-        if self.corrupt is not None:
-            foils = None
-            if self.foil is not None:
-                pair = (answer_ids, model.continuation(prompt, self.foil))
-                distinct = with_shared_prefix(model, clean, clean, [pair], (Path(image).name,))
-                clean, answer_ids, foils = distinct.clean, distinct.answer.tolist(), distinct.foil
-            return corrupted_by(model, clean, self.corruption(), answer_ids[:1], foils, [Path(image).name])
         corrupted_prompt = self.corrupted_prompt or prompt
-        corrupted = model.prepare(self.corrupted_image or image, corrupted_prompt)
-        if self.foil is None:
-            return corrupted_by(
-                model, clean, lambda m, inputs: corrupted, answer_ids[:1], ids=[Path(image).name]
-            )
-        answers = (answer_ids, model.continuation(corrupted_prompt, self.foil))
-        return with_shared_prefix(model, clean, corrupted, [answers], (Path(image).name,))
+        foils = None if self.foil is None else [model.continuation(corrupted_prompt, self.foil)]
+
+        def corrupted(model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
+            return model.prepare(self.corrupted_image or image, corrupted_prompt)
+
+        corruption = corrupted if self.corrupt is None else self.corruption()
+        return corrupted_by(model, clean, corruption, [answer_ids], foils, [Path(image).name])
 
     def _check(self) -> None:
         required = {"prompt": self.prompt, "answer": self.answer}
@@ -203,7 +197,7 @@ def start_patching(
             "device": model.cfg.device.type,
             "dtype": str(model.cfg.dtype).removeprefix("torch."),
             **asdict(choice),
-            "pairs": pairs_hash(pairs),
+            "pairs": pairs_hash(pairs, whole=options.get("metric") == "log_prob"),
             "patch": {**options, "groups": groups and [str(group) for group in groups]},
         },
     )
@@ -220,18 +214,24 @@ def _save_first_pair(model: HookedVLM, run: Run, pairs: PatchPairs, choice: Pair
     for name, file in files.items():
         if file is not None:
             pictures[name].save(run.path(file))
-    inputs, decode = pairs.clean[0].without_padding(), model.tokenizer.decode
+    inputs = pairs.clean[0].without_padding()
     fields = {
         "id": pairs.ids[0],
         "prompt": prompt,
-        "answer": decode([int(pairs.answer[0])]),
-        "foil": None if pairs.foil is None else decode([int(pairs.foil[0])]),
+        "answer": _text_of(model, pairs.answer, pairs.answer_ids),
+        "foil": None if pairs.foil is None else _text_of(model, pairs.foil, pairs.foil_ids),
         "image_mask": "".join(str(int(is_image)) for is_image in inputs.image_mask[0]),
         "grids": inputs.grids[0],
         "regions": inputs.regions[0],
         "leading_tokens": inputs.leading_tokens,
     }
     write_json(run.path("pair.json"), {"kind": "patch-pair", **files, **fields})
+
+
+def _text_of(model: HookedVLM, tokens: Tensor, answers: Sequence[Sequence[int]]) -> str:
+    """The first pair's answer as text: all of it where it is known, else its token."""
+    ids = list(answers[0]) if answers else tokens[:1].tolist()
+    return model.tokenizer.decode(ids, skip_special_tokens=True).strip() or model.tokenizer.decode(ids)
 
 
 def run_patching(model: HookedVLM, run: Run, pairs: PatchPairs, options: dict[str, Any]) -> Labelled:
@@ -278,12 +278,14 @@ def plan_patching(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) 
     ]
 
 
-def pairs_hash(pairs: PatchPairs) -> str:
-    """A hash of the pairs' ids, tokens, pixels and answers."""
+def pairs_hash(pairs: PatchPairs, whole: bool = False) -> str:
+    """A hash of the pairs' ids, tokens, pixels and answers: the next tokens, or the `whole` ones."""
     digest = hashlib.blake2b(digest_size=12)
     digest.update(repr((pairs.ids, pairs.answer.tolist())).encode())
     if pairs.foil is not None:
         digest.update(repr(pairs.foil.tolist()).encode())
+    if whole and any(len(ids) > 1 for ids in pairs.answer_ids):
+        digest.update(repr(pairs.answer_ids).encode())
     for inputs in (pairs.clean, pairs.corrupted):
         for tensor in (inputs.input_ids, inputs.pixel_values):
             if tensor is not None:

@@ -13,7 +13,7 @@ from hones_lens.app.runs.folder import Run
 from hones_lens.engine import as_task
 from hones_lens.hones import HeadNeuronFlow, HeadScores, NeuronScores, head_neuron_flow
 from hones_lens.interventions import zero_neurons
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, leading_blanks
 from hones_lens.results import Component, write_json
 from hones_lens.tasks import Task
 
@@ -61,6 +61,7 @@ def example_views(
         attention = head_attention(model, inputs, shown_heads)
         attention_maps = dict(zip(attention.names, attention.on_image(), strict=True))
         prompt, target = chosen.target_prompt(example), chosen.answer(example)
+        target_ids = model.continuation(prompt, target)
         views.append(
             ExampleView(
                 image=example.image,
@@ -73,7 +74,7 @@ def example_views(
                 region=inputs.regions[0][0],
                 looks=attention_maps,
                 lens=logit_lens(model, inputs, k=_LENS_TOKENS),
-                image_lens=image_token_lens(model, inputs, model.continuation(prompt, target)[0]),
+                image_lens=image_token_lens(model, inputs, target_ids[leading_blanks(model, target_ids)]),
             )
         )
     return views
