@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pkgutil
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hones_lens.data.examples import Example
-from hones_lens.data.pairs import CounterfactualPair, counterfactual_pairs
 
 if TYPE_CHECKING:
     from hones_lens.data.records import Format
@@ -31,10 +31,11 @@ DATASETS = {
 _SUFFIXES = {".json": "hones", ".csv": "own", ".jsonl": "own"}
 
 
+@cache
 def _registered() -> dict[str, str]:
     """The data sets above, then the entry points `hones_lens.datasets` of installed distributions."""
-    registered = {entry.name: entry.value for entry in entry_points(group="hones_lens.datasets")}
-    return DATASETS | registered | DATASETS
+    installed = {entry.name: entry.value for entry in entry_points(group="hones_lens.datasets")}
+    return DATASETS | installed | DATASETS
 
 
 def _module_of(name: str) -> Any:
@@ -139,6 +140,3 @@ def _resolve_path(path: Path) -> tuple[Format, Path]:
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     return _module_of(_SUFFIXES[path.suffix.lower()]).FORMAT, path
-
-
-__all__ = ["DATASETS", "CounterfactualPair", "Example", "counterfactual_pairs", "load_examples", "resolve"]

@@ -42,7 +42,8 @@ class Plottable:
 class Result(Plottable):
     """Base of the dataclasses that stages return.
 
-    A subclass sets `kind` and defines `to_dataframe`, and `__str__` where the table is not enough. Its fields
+    A subclass sets `kind` and defines `to_dataframe`, and `__str__` where the table is not enough; its figure
+    is registered with `hones_lens.viz.draw`. Its fields
     are of types that `results.codec` can write: numbers, strings, tensors, tuples, mappings, named tuples,
     dataclasses.
 

@@ -2,6 +2,11 @@ from .attention_plots import attention_maps as attention_maps, attention_over_im
 from .cell_plots import cell_patterns as cell_patterns, cell_values as cell_values
 from .flow_plots import flow_tooltips as flow_tooltips, head_neuron_token_flow as head_neuron_token_flow
 from .image_plots import check_region as check_region, on_image as on_image
+from .interval_plots import (
+    evaluation_dots as evaluation_dots,
+    held_out_bars as held_out_bars,
+    lens_changes as lens_changes,
+)
 from .labelled_plots import labelled as labelled, significant as significant
 from .lens_plots import (
     direct_bars as direct_bars,
@@ -23,6 +28,11 @@ from .overlap_plots import (
 )
 from .plots import head_heatmap as head_heatmap, neurons_per_layer as neurons_per_layer
 from .registry import draw as draw
+from .scatter_plots import (
+    agreement_scatter as agreement_scatter,
+    ranking_scatter as ranking_scatter,
+    scale_dots as scale_dots,
+)
 from .schemes import (
     PAGE as PAGE,
     palette_css as palette_css,

@@ -163,7 +163,7 @@ def _maps(parts: Sequence[Labelled], headings: Sequence[str], whole: Labelled, t
     bar = figure.colorbar(mesh, ax=list(every), fraction=0.05 / wide, pad=0.02, aspect=14, ticks=ticks)
     assert bar.solids is not None
     bar.solids.set(rasterized=False, edgecolor="none", linewidth=0, gid=theme.CRISP)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_label(_value_label(whole, title, 30))
     if not bool((whole.values < 0).any()):
         bar.ax.set_ylim(0, limit)

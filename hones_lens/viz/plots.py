@@ -1,4 +1,4 @@
-"""Figures of the results: each function takes results and returns a figure that says n and interval."""
+"""Figures of selected components: heads as a map of layers and heads, neurons by layer."""
 
 from __future__ import annotations
 
@@ -15,20 +15,8 @@ from torch import Tensor
 
 from hones_lens.hones import HeadScores, NeuronScores
 from hones_lens.viz import theme
-from hones_lens.viz.attention_plots import attention_over_image
-from hones_lens.viz.masking_plots import kinds_bars, masking_bars, masking_curve, ranking_bars
 from hones_lens.viz.text import nonbreaking, number
 from hones_lens.viz.theme import GRID, INK, ON_ACCENT, RANDOM, SURFACE, Plot, styled
-
-__all__ = [
-    "attention_over_image",
-    "head_heatmap",
-    "kinds_bars",
-    "masking_bars",
-    "masking_curve",
-    "neurons_per_layer",
-    "ranking_bars",
-]
 
 _MOST_VALUES = (8, 12)  # heads and layers up to which a map has its numbers written in
 _LIGHT_TEXT_FROM = 0.55  # share of the largest score from which a cell is so dark that its text is light

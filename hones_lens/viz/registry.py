@@ -5,14 +5,18 @@ from __future__ import annotations
 from functools import singledispatch
 from typing import Any
 
-from hones_lens.analysis import FoldedAttention, HeadAttention, LogitLens
+from hones_lens.analysis import Agreement, FoldedAttention, HeadAttention, LensDifference, LogitLens
+from hones_lens.engine import Evaluation
 from hones_lens.hones import (
     GroupMasking,
     HeadNeuronFlow,
     HeadScores,
+    HeldOutHeads,
     MaskingResult,
+    NeuronScales,
     NeuronScores,
     Overlap,
+    RankingComparison,
     SideEffects,
     SteeringTable,
 )
@@ -20,11 +24,13 @@ from hones_lens.results import Labelled
 from hones_lens.viz.attention_plots import attention_maps
 from hones_lens.viz.cell_plots import cell_patterns
 from hones_lens.viz.flow_plots import head_neuron_token_flow
+from hones_lens.viz.interval_plots import evaluation_dots, held_out_bars, lens_changes
 from hones_lens.viz.labelled_plots import labelled
 from hones_lens.viz.lens_plots import lens_grid
 from hones_lens.viz.masking_plots import masking_bars
 from hones_lens.viz.overlap_plots import group_masking_bars, overlap_figure
 from hones_lens.viz.plots import head_heatmap, neurons_per_layer
+from hones_lens.viz.scatter_plots import agreement_scatter, ranking_scatter, scale_dots
 from hones_lens.viz.steering_plots import side_effect_bars, steering_bars
 from hones_lens.viz.theme import Plot
 
@@ -48,15 +54,21 @@ def _neurons_per_layer(neurons: NeuronScores) -> Plot:
     return neurons_per_layer([neurons])
 
 
+draw.register(Agreement, agreement_scatter)
+draw.register(Evaluation, evaluation_dots)
 draw.register(FoldedAttention, cell_patterns)
 draw.register(GroupMasking, group_masking_bars)
 draw.register(HeadAttention, attention_maps)
 draw.register(HeadNeuronFlow, head_neuron_token_flow)
 draw.register(HeadScores, head_heatmap)
+draw.register(HeldOutHeads, held_out_bars)
 draw.register(Labelled, labelled)
+draw.register(LensDifference, lens_changes)
 draw.register(LogitLens, lens_grid)
 draw.register(MaskingResult, masking_bars)
+draw.register(NeuronScales, scale_dots)
 draw.register(NeuronScores, _neurons_per_layer)
 draw.register(Overlap, overlap_figure)
+draw.register(RankingComparison, ranking_scatter)
 draw.register(SideEffects, side_effect_bars)
 draw.register(SteeringTable, steering_bars)

@@ -106,7 +106,10 @@ def test_forked_rows_equal_full_passes(family: str, recipes: list, rows: int, se
 
 
 def test_an_arm_starts_at_its_lowest_hook() -> None:
-    nothing = lambda x, hook: None  # noqa: E731
+
+    def nothing(x, hook):
+        return None
+
     up, down = zero_neurons([(2, 1), (0, 4)])
     assert Arm([up, down]).hooks == (down, up)
     assert Arm([up, down]).start == (0, 3) and Arm([up, down]).shortcut is down[1]

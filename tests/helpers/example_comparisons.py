@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from helpers.example_results import masking
 from hones_lens.analysis.lens.difference import LensDifference, LensToken
+from hones_lens.analysis.patching.agreement import Agreement
+from hones_lens.engine.evaluation import Evaluation, KindMetric
+from hones_lens.hones.attribution.compare import RankingComparison
 from hones_lens.hones.attribution.held_out import HeldOutHead, HeldOutHeads
 from hones_lens.hones.overlap.group_masking import GroupMasking
 from hones_lens.hones.overlap.groups import Overlap, find_overlap
@@ -120,3 +124,31 @@ def held_out() -> HeldOutHeads:
     base = interval(0.93, 0.04)
     about = ("vqa", "accuracy", "tiny-llava", 60, base, heads, interval(0.21, 0.07))
     return HeldOutHeads(*about, (0.01, 0.05), 0.05, ids)
+
+
+def evaluation(task: str = "vqa") -> Evaluation:
+    """Two kinds; of the second there is one example, and so no interval."""
+    kinds = {"colour": KindMetric(0.8, 20, interval(0.8, 0.15, 20)), "<count>": KindMetric(1.0, 1, None)}
+    scores, ids = (1.0,) * 21, tuple(f"t{i}" for i in range(21))
+    return Evaluation(task, "accuracy", "tiny-llava", interval(0.81, 0.14, 21), scores, kinds, ids)
+
+
+def agreement(n_pairs: int = 4) -> Agreement:
+    """Three components; each pair's changes differ."""
+    offsets = torch.linspace(-0.1, 0.1, n_pairs, dtype=torch.float64)[:, None]
+    estimated = torch.tensor([[0.4, -0.2, 0.1]], dtype=torch.float64) + offsets
+    measured = torch.tensor([[0.5, -0.1, 0.3]], dtype=torch.float64) - offsets
+    return Agreement("z by <AtP*>", ((0, 1), (2, 0), (3, 3)), estimated, measured)
+
+
+def rankings() -> RankingComparison:
+    """Two layers of three heads; one was not measured in the second ranking."""
+    scores = torch.tensor([[[0.1, 0.5, -0.2], [0.3, 0.0, 0.2]], [[0.2, 0.6, 0.1], [torch.nan, -0.1, 0.3]]])
+    return RankingComparison(
+        ("<mean>", "patch"), scores, 0.7, -0.1, 0.95, n=5, k=2, shared=((0, 1),), expected=0.8, p=0.6
+    )
+
+
+def scales() -> NeuronScales:
+    neurons = ((0, 7), (2, 3), (2, 9))
+    return NeuronScales(neurons, (0.5, -0.25, 0.0), "vqa", "<HONES>", "tiny-llava", n_examples=44)

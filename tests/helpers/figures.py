@@ -23,6 +23,16 @@ def groups(axes: Any, gid: str) -> list[Any]:
     return [artist for artist in axes.get_children() if artist.get_gid() == gid]
 
 
+def only(axes: Any, gid: str) -> Any:
+    """The one artist of that id."""
+    (artist,) = groups(axes, gid)
+    return artist
+
+
+def tick_labels(axis: Any) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
 def maps_of(figure: theme.Plot) -> list[Any]:
     """The axes that hold a picture and a map over it."""
     return [axes for axes in figure.axes if len(axes.images) == 2]

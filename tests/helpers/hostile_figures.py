@@ -101,6 +101,7 @@ _POSITIONS = tuple(f"{i} {token}" for i, token in enumerate(HOSTILE))
 _EDGES = ("image → <s>", "image → question", "question → last")
 
 VIEWS: dict[str, Callable[[], Plot]] = {
+    "agreement_scatter": lambda: shared.agreement().plot(),
     "attention_maps": lambda: attention().plot(pictures()),
     "attention_over_image": lambda: viz.attention_over_image(
         made.image((160, 112)), made.attention(), "from <s>", region=(24.0, 0.0, 136.0, 112.0)
@@ -110,9 +111,11 @@ VIEWS: dict[str, Callable[[], Plot]] = {
     "direct_bars": lambda: viz.direct_bars(
         with_ends("added to the logit of '<s>' by each head", ("layer", "head"), (3, 6)), k=8
     ),
+    "evaluation_dots": lambda: shared.evaluation(TASK).plot(),
     "group_masking_bars": lambda: viz.group_masking_bars(shared.groups(("vqa", "ocr"))),
     "head_heatmap": lambda: viz.head_heatmap(replace(made.heads(), task=TASK)),
     "head_neuron_token_flow": lambda: flow().plot(),
+    "held_out_bars": lambda: replace(shared.held_out(), task=TASK).plot(),
     "image_lens": image_lens,
     "kinds_bars": lambda: viz.kinds_bars(made.masking(task=TASK)),
     "knockout_curves": lambda: viz.knockout_curves(
@@ -121,6 +124,7 @@ VIEWS: dict[str, Callable[[], Plot]] = {
     "labelled": lambda: viz.labelled(
         with_ends("restored at '</script>'", ("layer", "position"), (4, 7), position=_POSITIONS)
     ),
+    "lens_changes": lambda: shared.lens().plot(),
     "lens_grid": lambda: lens().plot(k=7),
     "masking_bars": lambda: viz.masking_bars(made.masking(task=TASK)),
     "masking_curve": lambda: viz.masking_curve([made.masking(task=TASK)]),
@@ -130,6 +134,8 @@ VIEWS: dict[str, Callable[[], Plot]] = {
     "overlap_shared": lambda: viz.overlap_shared(shared.shared()),
     "overlap_sizes": lambda: viz.overlap_sizes(shared.shared()),
     "ranking_bars": lambda: viz.ranking_bars({"<hones>": made.masking(), "direct": made.masking(0.88, -0.4)}),
+    "ranking_scatter": lambda: shared.rankings().plot(),
+    "scale_dots": lambda: replace(shared.scales(), task=TASK).plot(),
     "side_effect_bars": lambda: viz.side_effect_bars(shared.effects()),
     "steering_bars": lambda: viz.steering_bars(shared.steering()),
 }
@@ -145,21 +151,27 @@ def settled(name: str) -> Plot:
 
 # What each shows of tokens and names, as a reader sees it; white space and missing glyphs are escapes.
 SHOWN: dict[str, tuple[str, ...]] = {
+    "agreement_scatter": ("z by <AtP*>",),
     "attention_maps": ("Attention from position 3, <image>",),
     "attention_over_image": ("from <s>",),
     "cell_patterns": (*HOSTILE[:6], TASK),
     "cell_values": (*HOSTILE[:6], "activation of <L0N1>"),
     "direct_bars": ("'<s>'", "a note with <s> in it"),
+    "evaluation_dots": (TASK, "<count>"),
     "head_heatmap": (TASK,),
     "head_neuron_token_flow": (*HOSTILE[:6], TASK),
+    "held_out_bars": (TASK,),
     "image_lens": ("'</script>'",),
     "kinds_bars": (TASK,),
     "knockout_curves": ("image → <s>", "a note with <s> in it"),
     "labelled": (*_POSITIONS[:6], "'</script>'", "a note with <s> in it"),
+    "lens_changes": ("layer 2: <b>", "layer 2: </s>"),
     "lens_grid": (*HOSTILE[:6], "4 of row 0, <s>"),
     "masking_bars": (TASK,),
     "masking_curve": (TASK,),
     "neurons_per_layer": (TASK,),
     "on_image": ("Restored at '<s>'", "a note with <s> in it"),
     "ranking_bars": ("<hones>",),
+    "ranking_scatter": ("<mean>",),
+    "scale_dots": (TASK, "<HONES>"),
 }

@@ -197,7 +197,10 @@ def test_the_veil_is_seen_and_what_is_lit_is_the_picture() -> None:
     )
     pixels = np.asarray(theme.plot_image(bare).convert("RGB")).astype(int)
     scale = pixels.shape[1] / 160
-    at = lambda x, y: pixels[int(y * scale), int(x * scale)]  # noqa: E731
+
+    def at(x, y):
+        return pixels[int(y * scale), int(x * scale)]
+
     assert at(24 + 21, 21).tolist() == [200, 30, 30]
     assert at(80, 90).max() < 100
     assert at(10, 50).min() > 200 and at(150, 50).min() > 200

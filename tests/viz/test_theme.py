@@ -10,11 +10,11 @@ import pytest
 from helpers import example_results as made
 from PIL import Image
 
-from hones_lens.viz import plots, theme
+from hones_lens.viz import masking_plots, plots, theme
 
 
 def test_svg_is_the_same_every_time():
-    one, two = (theme.themed_svg(plots.masking_curve(made.curve()), "a", "b") for _ in range(2))
+    one, two = (theme.themed_svg(masking_plots.masking_curve(made.curve()), "a", "b") for _ in range(2))
     assert one == two
 
 

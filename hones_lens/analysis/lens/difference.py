@@ -83,7 +83,9 @@ class LensDifference(Result):
         ]
         return pd.DataFrame(rows, columns=["layer", "direction", "rank", *LensToken._fields])
 
-    def _title(self) -> str:
+    @property
+    def title(self) -> str:
+        """What was compared, where and over how many."""
         model = self.model_name if self.task is None else f"{self.model_name}, {self.task}"
         where = "the last prompt position" if self.group is None else repr(self.group)
         change, examples = "intervention", f"mean over n = {self.n_examples:,} rows"
@@ -93,7 +95,7 @@ class LensDifference(Result):
         return f"{model}: logit lens at {where}, baseline minus {change} ({examples}, 95 % intervals)"
 
     def __str__(self) -> str:
-        lines = [self._title()]
+        lines = [self.title]
         for layer, *tables in self.rows:
             for direction, table in zip(("falls", "rises"), tables, strict=True):
                 entries = "  ".join(
@@ -109,7 +111,7 @@ class LensDifference(Result):
             for layer, falls, rises in self.rows
         ]
         head = "<tr><th>layer</th><th>falls</th><th>rises</th></tr>"
-        return f"<table><caption>{escape(self._title())}</caption>{head}{''.join(rows)}</table>"
+        return f"<table><caption>{escape(self.title)}</caption>{head}{''.join(rows)}</table>"
 
 
 def _html(tokens: Sequence[LensToken]) -> str:

@@ -16,15 +16,6 @@ from hones_lens.interventions import Corruption, Group, token_mask
 from hones_lens.model import Answer, HookedVLM, VLMInputs, leading_blanks, pad_left, token_names
 from hones_lens.tasks import Task
 
-__all__ = [
-    "Corruption",
-    "PatchPairs",
-    "corrupted_by",
-    "counterfactual",
-    "logits_at_end",
-    "with_shared_prefix",
-]
-
 Answers = Int[Tensor, " batch"] | Sequence[int] | Sequence[Sequence[int]]
 
 

@@ -65,7 +65,8 @@ def execute(args: argparse.Namespace) -> int:
     }
     if args.patience is not None:
         options["patience"] = args.patience
-    run = steering.start_steering(model, args.task, data, _folder(args), neurons, options)
+    folder = run_folder(args) / "steering" / data.label
+    run = steering.start_steering(model, args.task, data, folder, neurons, options)
     table = steering.steer_neurons(model, run, args.task, data, neurons, options)
     print(table, f"Run: {run.folder}", sep="\n\n")
     write_result(args, json.loads(run.path("steering.json").read_text(encoding="utf-8")))
@@ -84,8 +85,3 @@ def _neurons_to_steer(args: argparse.Namespace, model: HookedVLM) -> NeuronScore
     data = json.loads(file.read_text(encoding="utf-8"))
     ours = isinstance(data, dict) and data.get("kind") == "neurons"
     return NeuronScores.load(file) if ours else load_neurons(file, args.task, model)
-
-
-def _folder(args: argparse.Namespace) -> Path:
-    name = args.dataset if args.dataset.replace("-", "").isalnum() else Path(args.dataset).stem
-    return run_folder(args) / "steering" / name

@@ -150,6 +150,8 @@ class Explorer(anywidget.AnyWidget):
 
 
 def _single_component(head: LayerIndex | None, neuron: LayerIndex | None) -> tuple[str, LayerIndex]:
-    if (head is None) == (neuron is None):
-        raise ValueError("give a head or a neuron, as (layer, index)")
-    return ("head", head) if head is not None else ("neuron", neuron)  # type: ignore[return-value]
+    if head is not None and neuron is None:
+        return "head", head
+    if neuron is not None and head is None:
+        return "neuron", neuron
+    raise ValueError("give a head or a neuron, as (layer, index)")

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hones_lens import viz
 from hones_lens.app.report import patch_sections
-from hones_lens.app.report.run_view import ExampleView, RunView
+from hones_lens.app.report.run_view import RunView
 from hones_lens.app.report.sections import Section, page_figure, sections
 from hones_lens.app.report.tables import Bold, Cell, Table
 from hones_lens.app.report.verdict import verdict
@@ -20,8 +20,6 @@ from hones_lens.results import Labelled
 from hones_lens.viz import join_words, level, nonbreaking, number, percent, span
 
 _TINT = ("#eaf3f9", "#17262f")  # behind the verdict
-
-__all__ = ["ExampleView", "RunView", "story", "write_report"]
 
 
 @dataclass(frozen=True)

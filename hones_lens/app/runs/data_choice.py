@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from hones_lens.data import Example, load_examples
 from hones_lens.engine import as_task
@@ -31,6 +32,11 @@ class DataChoice:
     n_dev: int | None = None
     n_held_out: int | None = None
     on_error: str = "raise"
+
+    @property
+    def label(self) -> str:
+        """The data set's name, or the stem of its file, for use in a path."""
+        return self.dataset if self.dataset.replace("-", "").isalnum() else Path(self.dataset).stem
 
     def discovery(self, task: str | Task) -> list[Example]:
         """The examples on which heads and neurons are selected."""

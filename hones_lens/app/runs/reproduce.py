@@ -106,7 +106,7 @@ def _with_ranking_sizes(data: DataChoice, task: str) -> DataChoice:
 
 def _datasets(data: DataChoice, shifted: str | None) -> dict[str, DataChoice]:
     """The data sets by name; the first is the one on which heads and neurons are selected."""
-    datasets = {_dataset_label(data.dataset): data}
+    datasets = {data.label: data}
     if shifted is not None:
         datasets[shifted] = replace(data, dataset=shifted, data_file=None, image_dir=None)
     return datasets
@@ -213,11 +213,6 @@ def _compare_tasks(
             measure = partial(side_effects, model, held_out[name], scales[name], journal=run.journal(stage))
             effects[name] = run.stage(stage, SideEffects, measure)
     return groups, shared, effects
-
-
-def _dataset_label(dataset: str) -> str:
-    """The data set's name, or the stem of its file, for use in a path."""
-    return dataset if dataset.replace("-", "").isalnum() else Path(dataset).stem
 
 
 def _has_learned_scales(table: SteeringTable) -> bool:

@@ -40,7 +40,10 @@ def loop_direction(
     """u_y token by token, from `lm_head` and the references."""
     hf_model, model = pair(family)
     tokenizer = model.processor.tokenizer
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     if name != "caption":
         text = {"vqa": lambda e: e.answers[0], "ocr": lambda e: e.text, "retrieval": lambda e: "Yes"}[name](
             example
@@ -182,7 +185,10 @@ def test_the_clamp_comes_after_the_mean() -> None:
 def test_only_the_stored_top_k_with_positive_weight_count() -> None:
     _, model = pair()
     examples = list(examples_of("vqa", 2))
-    find = lambda heads: attribute_neurons(model, "vqa", examples, heads, progress=False).scores  # noqa: E731
+
+    def find(heads):
+        return attribute_neurons(model, "vqa", examples, heads, progress=False).scores
+
     assert torch.equal(find(critical_heads(top_k=3)), find(critical_heads(top_k=12)))
     assert not torch.equal(find(critical_heads(top_k=3)), find(critical_heads(top_k=2)))
     for scores in (-critical_heads().scores.abs(), torch.zeros_like(critical_heads().scores)):
