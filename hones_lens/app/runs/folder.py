@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -95,13 +95,14 @@ class Journal(UserDict):
             out.write(json.dumps([key, value], allow_nan=False) + "\n")
 
 
+@runtime_checkable
 class _Saveable(Protocol):
     """A result that can be saved to a file and loaded from it."""
 
     def save(self, file: Path) -> None: ...
 
     @classmethod
-    def load(cls, file: Path) -> Self: ...
+    def load(cls, file: Path) -> Any: ...
 
 
 R = TypeVar("R", bound=_Saveable)
