@@ -97,7 +97,7 @@ class Sweep:
         Args:
             in_portions: Hooks will see prompt and answer, or prefix and candidates, one after the other.
         """
-        if any(point.fwd_hooks or point.bwd_hooks for point in self.model.hook_dict.values()):
+        if self.model.hooked_names():
             return []
         return [
             i

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 HookFunction = Callable[..., Any]  # of a tensor and `hook=`, the HookPoint; what it returns goes on
-Hook = tuple[str | Callable[[str], bool], HookFunction]
-NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+HookNames = str | Iterable[str] | Callable[[str], bool]
+Hook = tuple[HookNames, HookFunction]
+NamesFilter = HookNames | None
 _COSTLY = ("attn.hook_result", "attn.hook_q_input", "attn.hook_k_input", "attn.hook_v_input")
 
 
@@ -39,11 +40,12 @@ def matching_hooks(names: NamesFilter, hooks: Collection[str], split_qkv_input: 
         if not matching:
             raise ValueError("the names filter matches no hook of this model")
         return matching
-    for name in names:
+    chosen = list(names)
+    for name in chosen:
         check_hook_name(name, hooks)
-    if not names:
+    if not chosen:
         raise ValueError("the names filter is empty")
-    return list(names)
+    return chosen
 
 
 def _is_costly(name: str, split_qkv_input: bool) -> bool:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
-from transformer_lens.hook_points import HookPoint
 
 from hones_lens.model import answers, bound, generation, prompting, tl_weights, tokens
-from hones_lens.model.caching import caching_hooks
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.family import Family
-from hones_lens.model.hook_names import Hook, HookFunction, NamesFilter, check_hook_name, matching_hooks
+from hones_lens.model.hooked_root import HookedRoot
 from hones_lens.model.inputs import ModelInput, VLMInputs
 from hones_lens.model.nn.attention import AttentionContext, KVCache, attention_mask
 from hones_lens.model.nn.decoder import Decoder, layer_index
+from hones_lens.model.nn.hook_point import HookPoint
 from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.unembed import Unembedding
 from hones_lens.model.padding import find_attention_mask
 
 
-class HookedVLM(HookedRootModule, Family):
+class HookedVLM(HookedRoot, Family):
     """A decoder over text and image embeddings, with TransformerLens's hooks, names and weights.
 
     Make one with `from_pretrained` or `from_hf`. A family (a subclass, see `Family`) provides the modules and
@@ -59,7 +56,6 @@ class HookedVLM(HookedRootModule, Family):
         self.blocks = nn.ModuleList(decoder.blocks)
         self.ln_final = decoder.ln_final
         self.unembed = decoder.unembed
-        self._forwards = 0
         self.setup()
 
     # -- construction ----------------------------------------------------------------------------
@@ -188,6 +184,10 @@ class HookedVLM(HookedRootModule, Family):
         """
         first = layer_index(start_at_layer, 0, self.cfg.n_layers)
         last = layer_index(stop_at_layer, self.cfg.n_layers, self.cfg.n_layers)
+        if first > 0 or last < self.cfg.n_layers:
+            self.note_skipped(
+                "layers", f"only blocks {first} … {last - 1} ran (start_at_layer, stop_at_layer)"
+            )
         if start_at_layer is None:
             located = self.as_inputs(model_input)
             resid = self.embed_inputs(located)
@@ -209,10 +209,15 @@ class HookedVLM(HookedRootModule, Family):
     def embed_inputs(self, inputs: VLMInputs) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that enters block 0: text embedded, images encoded and merged in."""
         embeds = self.hook_text_embed(self.embed(inputs.input_ids))
-        if inputs.pixel_values is not None:
+        if inputs.pixel_values is None:
+            self.note_skipped("vision", "the inputs have no pictures")
+        else:
+            if inputs.image_embeds is not None:
+                self.note_skipped(
+                    "vision",
+                    "the pictures were encoded before (image_embeds), so the vision tower did not run",
+                )
             images = self.encode_images(inputs) if inputs.image_embeds is None else inputs.image_embeds
-            if self.hook_image_embed.fwd_hooks:
-                images = images.clone()  # a hook may edit in place what the inputs still hold
             images = self.hook_image_embed(images).to(embeds.dtype)
             embeds = embeds.masked_scatter(inputs.image_mask[..., None], images)
         return self.hook_embed(embeds)
@@ -234,7 +239,7 @@ class HookedVLM(HookedRootModule, Family):
         last: int | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after blocks `first` … `last` − 1, with the positions and mask of `context`."""
-        self._forwards += 1
+        self.note_run()
         for block in self.blocks[first : self.cfg.n_layers if last is None else last]:
             resid = block(resid, context)
         return resid
@@ -267,111 +272,6 @@ class HookedVLM(HookedRootModule, Family):
 
     generate = generation.generate
     log_probs = answers.log_probs
-
-    # -- hooks -----------------------------------------------------------------------------------
-
-    def check_hook_name(self, name: str) -> None:
-        """Raise ValueError for a hook that does not exist, naming the nearest that do."""
-        check_hook_name(name, self.hook_dict)
-
-    def _matching(self, names: NamesFilter) -> list[str]:
-        return matching_hooks(names, self.hook_dict, self.cfg.use_split_qkv_input)
-
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Sequence[Hook] = (),
-        bwd_hooks: Sequence[Hook] = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Generator[HookedVLM]:
-        """Hooks for the runs inside the `with` block, as in TransformerLens, but hooks that can't run raise.
-
-        Raises:
-            ValueError: A name that does not exist, or a filter that matches nothing.
-            RuntimeError: At the end: the model ran, but a hook asked for by name never did (a vision
-                hook on text alone, a block below `start_at_layer`).
-        """
-        for names, _ in (*fwd_hooks, *bwd_hooks):
-            self._matching(names)
-        ran: set[str] = set()
-        named = {names for names, _ in fwd_hooks if isinstance(names, str)}
-
-        def record_run(_: Tensor, hook: HookPoint) -> None:
-            ran.add(str(hook.name))
-
-        recording_hooks: list[Hook] = [(name, record_run) for name in named]
-        forwards_before = self._forwards
-        with self._unchecked_hooks(
-            [*recording_hooks, *fwd_hooks], list(bwd_hooks), reset_hooks_end, clear_contexts
-        ):
-            yield self
-        if self._forwards > forwards_before and named - ran:
-            raise RuntimeError(f"the model ran, but these hooks never did: {', '.join(sorted(named - ran))}")
-
-    @property
-    def _unchecked_hooks(self) -> Callable[..., AbstractContextManager[Any]]:
-        parent: Any = super()  # TransformerLens leaves it untyped
-        return parent.hooks
-
-    def add_hook(
-        self,
-        name: str | Callable[[str], bool],
-        hook: HookFunction,
-        dir: Literal["fwd", "bwd"] = "fwd",
-        is_permanent: bool = False,
-        level: int | None = None,
-        prepend: bool = False,
-    ) -> None:
-        """Add a lasting hook (see `reset_hooks`); an unknown name raises."""
-        self._matching(name)
-        super().add_hook(name, hook, dir, is_permanent, level, prepend)
-
-    def run_with_cache(
-        self,
-        *model_args: ModelInput | Tensor,
-        names_filter: NamesFilter = None,
-        device: torch.device | str | None = None,
-        remove_batch_dim: bool = False,
-        incl_bwd: bool = False,
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        pos_slice: Any = None,
-        **forward_options: Any,
-    ) -> tuple[Tensor, Any]:
-        """Run the model and keep activations.
-
-        Args:
-            model_args: The model input, as for `forward`.
-            names_filter: A hook name, several, or a predicate. Default: every hook that runs, but
-                `attn.hook_result` and the split inputs, which cost n_heads residual streams each.
-            device: Where to keep the activations; default: where they are.
-            remove_batch_dim: Drop the batch axis (of 1), and the vision tower's image axis where it is 1.
-            incl_bwd: Also run backward (with `return_type="loss"`) and keep gradients as `*_grad`.
-            pos_slice: Keep only these positions of the decoder's activations.
-            reset_hooks_end, clear_contexts: As in TransformerLens.
-            forward_options: Passed to `forward`.
-
-        Returns:
-            What `forward` returns, and the ActivationCache (typed Any: the method that this one overrides
-            is typed to give a dict); tensors are detached.
-
-        Raises:
-            ValueError: An unknown name, a filter that matches nothing, or a batch to drop that is
-                larger than 1.
-        """
-        names = self._matching(names_filter)
-        store: dict[str, Tensor] = {}
-        forward_hook, backward_hook = caching_hooks(store, device, pos_slice, remove_batch_dim)
-        by_name = names_filter is not None and not callable(names_filter)
-        fwd_hooks: list[Hook] = [(name, forward_hook) for name in names]
-        bwd_hooks: list[Hook] = [(name, backward_hook) for name in names] if incl_bwd else []
-        hooks = self.hooks if by_name else self._unchecked_hooks
-        with hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            output = self(*model_args, **forward_options)
-            if incl_bwd:
-                output.backward()
-        return output, ActivationCache(store, self, has_batch_dim=not remove_batch_dim)
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
         """Whether every pass makes `attn.hook_{q,k,v}_input` (a hook on one of them suffices)."""

@@ -120,6 +120,7 @@ def pair_batches(
 
 def check_no_hooks(model: HookedVLM, names: Sequence[str], why: str) -> None:
     """Raise ValueError if the model has lasting hooks at one of these, which would be bypassed."""
+    hooked = set(model.hooked_names())
     for name in names:
-        if model.hook_dict[name].fwd_hooks:
+        if name in hooked:
             raise ValueError(f"the model has hooks at {name}, which {why} passes by: remove them")

@@ -188,8 +188,7 @@ class _PatchBatch:
     @property
     def _full(self) -> bool:
         """Whether patches need full passes: vision sites, generated answers, permanent hooks."""
-        lasting = any(point.fwd_hooks for point in self.model.hook_dict.values())
-        return lasting or self.site.vision or self.metric == "task"
+        return bool(self.model.hooked_names()) or self.site.vision or self.metric == "task"
 
     def _run_inputs(self, inputs: VLMInputs) -> VLMInputs:
         """Inputs of a run; without image embeddings where the vision tower is patched."""

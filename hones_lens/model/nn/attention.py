@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
+from hones_lens.model.nn.hook_point import HookPoint, is_hooked
 from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.rotary import rotate
 from hones_lens.model.typed import bias_of, bias_or_none
@@ -80,10 +80,6 @@ class AttentionContext:
     windows: Windows | None = None
 
 
-def _has_hooks(*hooks: HookPoint) -> bool:
-    return any(hook.fwd_hooks or hook.bwd_hooks for hook in hooks)
-
-
 class Attention(nn.Module):
     """Attention over heads; keys and values may be shared by groups of heads (GQA).
 
@@ -139,20 +135,18 @@ class Attention(nn.Module):
         if context.kv_cache is not None:
             k, v = context.kv_cache.extend(self.layer, k, v)
         z = self._attend(q, k, v, context)
-        if z.requires_grad and _has_hooks(self.hook_z):
-            z = z.clone()  # the kernel's backward pass needs its own output, whatever a hook does in place
         return self.write(z)
 
     def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
         """Output of the attention layer, from the heads' z."""
         z = self.hook_z(z)
-        if not _has_hooks(self.hook_result):
+        if not is_hooked(self.hook_result):
             return self.o(z.flatten(2))
         result = self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2)
         return result if bias_or_none(self.o) is None else result + self.o.bias
 
     def _project(self, resid: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-        if self.use_split_qkv_input or _has_hooks(self.hook_q_input, self.hook_k_input, self.hook_v_input):
+        if self.use_split_qkv_input or is_hooked(self.hook_q_input, self.hook_k_input, self.hook_v_input):
             q = self._project_split(resid, norm, self.q, self.hook_q_input)
             k = self._project_split(resid, norm, self.k, self.hook_k_input)
             v = self._project_split(resid, norm, self.v, self.hook_v_input)
@@ -172,7 +166,7 @@ class Attention(nn.Module):
         groups = self.n_heads // self.n_key_value_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-        has_hooks = _has_hooks(self.hook_attn_scores, self.hook_pattern)
+        has_hooks = is_hooked(self.hook_attn_scores, self.hook_pattern)
         if context.windows is not None and not has_hooks:
             return context.windows.attend(q, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

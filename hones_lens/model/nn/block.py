@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from hones_lens.model.nn.attention import Attention, AttentionContext
+from hones_lens.model.nn.hook_point import HookPoint
 from hones_lens.model.nn.mlp import FeedForward
 from hones_lens.model.nn.norm import Norm
 
@@ -33,8 +33,6 @@ class Block(nn.Module):
         self, resid: Float[Tensor, "batch pos d_model"], context: AttentionContext
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after this block."""
-        if self.hook_resid_pre.fwd_hooks:
-            resid = resid.clone()  # a hook may edit in place what the caller, or a cache, still holds
         pre = self.hook_resid_pre(resid)
         return self.after_attention(pre, self.attn(pre, self.ln1, context))
 

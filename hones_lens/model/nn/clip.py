@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from hones_lens.model.config import VisionConfig
 from hones_lens.model.nn.attention import Attention, AttentionContext
 from hones_lens.model.nn.block import Block
+from hones_lens.model.nn.hook_point import HookPoint
 from hones_lens.model.nn.mlp import MLP
 from hones_lens.model.nn.norm import LayerNorm
 

@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
+
+from hones_lens.model.nn.hook_point import HookPoint
 
 
 class Norm(Protocol):

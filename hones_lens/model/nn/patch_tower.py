@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from hones_lens.model.config import VisionConfig
 from hones_lens.model.nn.attention import AttentionContext
 from hones_lens.model.nn.block import Block
+from hones_lens.model.nn.hook_point import HookPoint
 from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.patches import PatchLayout, PatchShape
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
+from hones_lens.model.nn.hook_point import HookPoint
 from hones_lens.model.typed import activation
 
 
