@@ -12,4 +12,5 @@ from .metrics import (
     sentence_bleu as sentence_bleu,
     vqa_accuracy as vqa_accuracy,
 )
+from .own_text import own_prompt as own_prompt, takes_text as takes_text
 from .registry import load_task as load_task, task_names as task_names

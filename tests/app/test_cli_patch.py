@@ -19,6 +19,7 @@ from hones_lens.app.commands import patch as command
 from hones_lens.app.runs import patch as patch_run
 from hones_lens.interventions.corruptions import blur, region
 from hones_lens.interventions.token_groups import Box
+from hones_lens.model.loading import load_hf_model
 from hones_lens.results.labelled import Labelled
 
 FAST = ["--limit", "3"]
@@ -101,9 +102,9 @@ def test_a_run_that_was_killed_goes_on_from_its_last_batch(folder: Path, monkeyp
 
 
 def test_a_picture_of_ones_own_with_a_corruption_in_a_box(folder: Path, capsys) -> None:
-    image = hl.load_examples("shapes", "vqa", "dev", 1)[0].image
+    image = hl.load_examples("shapes", "vqa", "dev", 1)[0].image  # a yellow triangle
     image.save("mine.png")
-    argv = ["patch", "--image", "mine.png", "--prompt", "what color is the circle?", "--answer", "red"]
+    argv = ["patch", "--image", "mine.png", "--prompt", "what color is the triangle?", "--answer", "yellow"]
     argv += ["--foil", "blue", "--corrupt", "blur", "--strength", "6", "--corrupt-box", "0,0,56,112"]
     argv += ["--groups", "image,last", "--box", "0,0,40,40", "--raw"]
     assert main([*argv, "--out", "run"]) == 0
@@ -111,34 +112,34 @@ def test_a_picture_of_ones_own_with_a_corruption_in_a_box(folder: Path, capsys) 
     result = Labelled.load("run/patch.json")
     assert result.names("group") == ("image", "last", "box 0,0 – 40,40") and result.n == 1
     model = hl.HookedVLM.from_pretrained("tiny-llava")
-    clean = model.prepare("mine.png", "what color is the circle?")
+    asked = "Question: what color is the triangle?\nAnswer the question with a short phrase."
+    clean = model.prepare("mine.png", asked)
     corrupted = region(blur(6), Box(0, 0, 56, 112))(model, clean)
-    red, blue = (model.continuation("what color is the circle?", word)[0] for word in ("red", "blue"))
+    yellow, blue = (model.continuation(asked, word)[0] for word in ("yellow", "blue"))
     with torch.no_grad():
         ends = [model(inputs)[0, -1] for inputs in (clean, corrupted)]
-    gap = float((ends[0][red] - ends[0][blue]) - (ends[1][red] - ends[1][blue]))
+    gap = float((ends[0][yellow] - ends[0][blue]) - (ends[1][yellow] - ends[1][blue]))
     image_0 = float(result.select(layer=0, group="image").values)
     assert image_0 == pytest.approx(gap, abs=1e-4), "all that differs is in the image's tokens"
 
 
+def own_pair() -> list[str]:
+    """Options of a pair of one's own: a yellow triangle, and the same in red."""
+    (pair,) = hl.counterfactual_pairs("vqa", "color", limit=1)
+    assert pair.answers == ("yellow", "red")
+    pair.clean.image.save("yellow.png")
+    pair.corrupted.image.save("red.png")
+    return ["--image", "yellow.png", "--prompt", pair.clean.question, "--answer", "yellow", "--layers", "0"]
+
+
 def test_two_pictures_of_ones_own_and_a_swapped_word(folder: Path) -> None:
-    for i, example in enumerate(hl.load_examples("shapes", "vqa", "dev", 2)):
-        example.image.save(f"{i}.png")
-    own = ["patch", "--image", "0.png", "--prompt", "is the circle red?", "--answer", "yes", "--layers", "0"]
-    assert main([*own, "--corrupted-image", "1.png", "--foil", "no", "--out", "a"]) == 0
+    own = ["patch", *own_pair()]
+    assert main([*own, "--corrupted-image", "red.png", "--foil", "red", "--out", "a"]) == 0
     image = Labelled.load("a/patch.json").select(layer=0)
     assert image.select(group="image").item() == pytest.approx(1, abs=1e-4)
     assert image.select(group="question").item() == 0
-    swapped = [
-        "--corrupted-prompt",
-        "is the circle blue?",
-        "--metric",
-        "kl",
-        "--by",
-        "position",
-        "--out",
-        "b",
-    ]
+    swapped = ["--corrupted-prompt", "what shape is the triangle?", "--metric", "kl", "--by", "position"]
+    swapped += ["--out", "b"]
     assert main([*own, *swapped]) == 0
     result = Labelled.load("b/patch.json")
     (word,) = [name for name in result.names("position") if "→" in name]
@@ -183,6 +184,57 @@ def test_plan_counts_and_times_and_does_nothing(folder: Path, capsys) -> None:
     assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2.5-vl"])
+def test_the_users_question_is_asked_in_the_form_of_the_task(name: str, folder: Path, capsys) -> None:
+    """As Hugging Face's own model answers the task's prompt; `--raw-prompt` asks the text alone."""
+    own = ["patch", "--model", name, *own_pair(), "--corrupted-image", "red.png", "--foil", "red"]
+    hf_model, model = load_hf_model(name)[0], hl.HookedVLM.from_pretrained(name)
+    question = "what color is the triangle?"
+    form = f"Question: {question}\nAnswer the question with a short phrase."
+    for text, options in ((form, ["--out", "a"]), (question, ["--raw-prompt", "--force", "--out", "b"])):
+        assert main([*own, *options]) == 0
+        said = capsys.readouterr().out
+        assert f"prompt: {text!r}\n" in said
+        for side, picture in (("clean", "yellow.png"), ("corrupted", "red.png")):
+            inputs = model.prepare(picture, text).to_hf()
+            tokens = hf_model.generate(**inputs, max_new_tokens=24, do_sample=False)
+            new = tokens[0, inputs["input_ids"].shape[1] :]
+            answer = model.tokenizer.decode(new, skip_special_tokens=True).strip()
+            assert f"{side}: the model answers {answer!r}\n" in said
+    whole = ["patch", "--model", name, *own_pair(), "--corrupted-image", "red.png", "--foil", "red"]
+    whole[whole.index("--prompt") + 1] = form  # a text that has the form already is not wrapped again
+    assert main([*whole, "--out", "c"]) == 0 and f"prompt: {form!r}\n" in capsys.readouterr().out
+    assert (folder / "a" / "patch.json").read_bytes() == (folder / "c" / "patch.json").read_bytes()
+
+
+def test_where_the_clean_run_does_not_prefer_the_answer_nothing_is_concluded(folder: Path, capsys) -> None:
+    own = ["patch", *own_pair(), "--corrupted-image", "red.png", "--out", "run"]
+    own[own.index("--answer") + 1] = "blue"
+    assert main([*own, "--foil", "yellow"]) == 1
+    said = capsys.readouterr()
+    assert "clean: the model answers 'yellow'" in said.out
+    assert "nothing can be concluded" in said.err and "--force" in said.err
+    assert not (folder / "run").exists()
+    assert main([*own]) == 1, "without a foil, the answer has to be the most likely one"
+    with pytest.warns(UserWarning, match=r"right in 0 of 1 pairs.*\(0 % right\); nothing can be concluded"):
+        assert main([*own, "--foil", "yellow", "--force"]) == 0
+    assert main(["report", "run", "--out", "page.html"]) == 0
+    page = (folder / "page.html").read_text()
+    assert "inconclusive" in page and "Nothing can be concluded" in page
+    assert "Largest share" not in page, "no share is the headline"
+
+
+def test_tasks_that_ask_the_same_of_every_picture_need_no_prompt(folder: Path, capsys) -> None:
+    example = hl.load_examples("shapes", "ocr", "dev", 1)[0]
+    example.image.save("word.png")
+    argv = ["patch", "--task", "ocr", "--image", "word.png", "--answer", example.text, "--corrupt", "blank"]
+    assert main([*argv, "--layers", "0", "--out", "run"]) == 0
+    said = capsys.readouterr().out
+    assert f"clean: the model answers {example.text!r}" in said and "Transcribe the text" in said
+    assert main([*argv, "--prompt", "what does it say?"]) == 1
+    assert "has no place for 'what does it say?'" in capsys.readouterr().err
+
+
 OWN = ["--image", "x.png", "--prompt", "is it red?", "--answer", "yes"]
 
 
@@ -194,6 +246,8 @@ OWN = ["--image", "x.png", "--prompt", "is it red?", "--answer", "yes"]
         ([*OWN, "--corrupt", "blur", "--corrupted-image", "y.png"], "--image needs --corrupt, or else"),
         ([*OWN, "--corrupt", "blur"], "image 'x.png' does not exist"),
         (["--answer", "yes"], "--answer goes with --image"),
+        (["--raw-prompt"], "--raw-prompt goes with --image"),
+        (["--raw-prompt", "--task", "ocr", "--image", "x", "--answer", "a"], "--image needs --prompt too"),
         (["--dataset", "mine.json"], "say how they are corrupted: --corrupt"),
         (["--corrupt", "blur", "--kind", "color"], "--kind is for counterfactual pairs"),
         (["--strength", "2"], "--strength has nothing to act on"),

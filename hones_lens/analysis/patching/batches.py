@@ -24,7 +24,7 @@ class PairBatch:
         pairs: The pairs.
         base, source: Inputs of the two runs, with image embeddings; followed by the right answers where the
             metric is of whole answers.
-        clean_logits: Next-token logits of the clean run, [batch d_vocab].
+        clean_logits, corrupted_logits: Next-token logits of the two runs, [batch d_vocab].
         answer: The answers' tokens, where the metric is of whole answers.
         appended: How many tokens of them were appended to each row, [batch].
     """
@@ -33,6 +33,7 @@ class PairBatch:
     base: VLMInputs
     source: VLMInputs
     clean_logits: Float[Tensor, "batch d_vocab"]
+    corrupted_logits: Float[Tensor, "batch d_vocab"]
     answer: Answer | None = None
     appended: tuple[int, ...] = ()
 
@@ -47,12 +48,13 @@ class PairBatch:
         metric: str | Metric,
     ) -> PairBatch:
         """The batch as a metric needs it, from the pairs' inputs with image embeddings."""
-        clean_logits, answer, appended = logits_at_end(model, clean), None, list[int]()
+        clean_logits, corrupted_logits = (logits_at_end(model, inputs) for inputs in (clean, corrupted))
+        answer, appended = None, list[int]()
         if reads_whole_answer(metric) and pairs.answer_ids:
             encoded = replace(pairs, clean=clean, corrupted=corrupted)
             clean, corrupted, answer, appended = with_answers(model, encoded)
         base, source = (clean, corrupted) if direction == "noise" else (corrupted, clean)
-        return cls(pairs, base, source, clean_logits, answer, tuple(appended))
+        return cls(pairs, base, source, clean_logits, corrupted_logits, answer, tuple(appended))
 
     @property
     def keep(self) -> int:

@@ -18,6 +18,7 @@ from hones_lens.analysis.gradients import activation_gradients
 from hones_lens.analysis.patching.batches import PairBatch, check_no_hooks, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
 from hones_lens.analysis.patching.outcome import Summary, SummaryKeywords, outcome_notes
+from hones_lens.analysis.patching.pair_answers import answers_of_batch, joined_answers
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, as_patch_site, positions_of, targets_of, vision_mask
 from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
@@ -166,18 +167,20 @@ def attribute_patching(
     targets = targets_of(site, model.cfg, layers, "each" if site.unit else "together")
     masks = positions_of(model, pairs, site, by, groups)
     order = [targets.layers.index(layer) for layer in targets.labels.get("layer", targets.layers)]
-    estimates, gaps, desc = [], [], f"attribution patching · {what}"
+    estimates, gaps, answers, desc = [], [], [], f"attribution patching · {what}"
     with tqdm(total=len(pairs), desc=desc, disable=not options.progress) as bar:
         for start, batch in pair_batches(model, pairs, direction, options.batch_size, metric):
             batch_masks = {name: batch.mask_rows(mask, start) for name, mask in masks.items()}
             job = _AttributionBatch(model, batch, site, targets.layers, measure, batch_masks, steps)
             estimates.append(job.estimates(method)[:, order].cpu())
             gaps.append(batch.gap(model, measure).cpu())
+            answers.append(answers_of_batch(batch))
             bar.update(len(batch.pairs))
     shape, axes, labels = targets.layout(by, tuple(masks))
     change, gap = torch.cat(estimates).view(len(pairs), *shape), torch.cat(gaps)
     settings: dict[str, Any] = {"metric": metric, "direction": direction, "axes": axes, "labels": labels}
     settings["notes"] = outcome_notes(model, pairs, gap, metric, direction)
+    settings["answers"] = joined_answers(answers)
     return summary.result(change, gap, pairs, of=f"{what}, estimated by {method}", **settings)
 
 

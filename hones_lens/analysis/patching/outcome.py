@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hones_lens.analysis.patching.batches import DIRECTIONS
 from hones_lens.analysis.patching.metrics import Metric, reads_whole_answer
+from hones_lens.analysis.patching.pair_answers import PairAnswers
 from hones_lens.analysis.patching.pairs import PatchPairs, measured_note, measured_tokens
 from hones_lens.engine import SweepKeywords
 from hones_lens.model import HookedVLM
@@ -69,6 +70,7 @@ class Summary:
         metric: str | Metric,
         direction: str,
         of: str,
+        answers: PairAnswers,
         notes: Sequence[str],
     ) -> Labelled:
         """Summarise the changes of all pairs in one result.
@@ -80,6 +82,7 @@ class Summary:
             axes, labels: Axes and labels of the result, without the axis of pairs.
             metric, direction: The metric, and the direction of patching.
             of: Description of what was patched.
+            answers: What the model answers unpatched; noted, with a warning if some pairs are wrong.
             notes: Notes of the result.
 
         Raises:
@@ -87,7 +90,9 @@ class Summary:
         """
         name = metric_name(metric)
         change, gap = change.double(), gap.double()
-        notes = tuple(notes)
+        first, *others = notes
+        answers.warn()
+        notes = (first, str(answers), *others)
         description = f"change of {name}, {of}, {DIRECTIONS[direction]}"
         if self.by_pair:
             return Labelled(description, change, ("pair", *axes), labels | {"pair": pairs.ids}, notes=notes)
@@ -102,15 +107,30 @@ class Summary:
 def outcome_notes(
     model: HookedVLM, pairs: PatchPairs, gap: Tensor, metric: str | Metric, direction: str
 ) -> tuple[str, ...]:
-    """The mean gap, and the tokens of the answers that it is of, as lines of text."""
+    """The mean gap, the tokens of the answers that it is of, and whether it is small, as lines of text."""
     clean_end = "clean − corrupted" if direction == "denoise" else "corrupted − clean"
     whole = f"{metric_name(metric)}: {clean_end} is {float(gap.double().mean()):.4g}"
-    return whole, measured_note(measured_tokens(model, pairs, reads_whole_answer(metric)))
+    measured = measured_note(measured_tokens(model, pairs, reads_whole_answer(metric)))
+    return whole, measured, *gap_notes(gap, direction)
 
 
 def metric_name(metric: str | Metric) -> str:
     """Name of a metric."""
     return metric if isinstance(metric, str) else getattr(metric, "__name__", "the metric")
+
+
+def gap_notes(gap: Float[Tensor, " pair"], direction: str) -> tuple[str, ...]:
+    """A note if the two runs hardly differ, or the wrong way: within two standard errors of 0.
+
+    Args:
+        gap: The metric of the source run minus that of the base run.
+        direction: Direction of patching.
+    """
+    gap = gap if direction == "denoise" else -gap
+    error = 2 * float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0
+    if float(gap.mean()) > error:
+        return ()
+    return (f"clean and corrupted differ by {gap.mean():.3g} ± {error:.3g} only: shares mean little",)
 
 
 def share_of_gap(

@@ -20,6 +20,7 @@ from hones_lens import engine
 from hones_lens.analysis.patching.batches import PairBatch, check_no_hooks, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
 from hones_lens.analysis.patching.outcome import PatchingKeywords, Summary, SummaryKeywords, outcome_notes
+from hones_lens.analysis.patching.pair_answers import PairAnswers, answers_of_batch, joined_answers
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.receivers import (
     Head,
@@ -76,10 +77,11 @@ def path_patching(
     """
     summary, options = _summary_and_options(keywords, options)
     paths = _Paths(model, [senders], receivers, through_mlps)
-    change, gap = paths.measured(pairs, direction, as_metric(metric), positions, options)
+    change, gap, answers = paths.measured(pairs, direction, as_metric(metric), positions, options)
     sent, labels = ", ".join(f"{layer}.{head}" for layer, head in senders), {"receiver": tuple(paths.groups)}
     how: dict[str, Any] = {"metric": metric, "direction": direction, "of": f"along paths from {sent}"}
     how["notes"] = outcome_notes(model, pairs, gap, metric, direction)
+    how["answers"] = answers
     return summary.result(change[:, 0], gap, pairs, axes=("receiver",), labels=labels, **how)
 
 
@@ -113,7 +115,7 @@ def path_patching_matrix(
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     each = [(n, h) for n in range(n_layers) for h in range(n_heads)] if senders is None else list(senders)
     paths = _Paths(model, [[sender] for sender in each], receivers, through_mlps)
-    change, gap = paths.measured(pairs, direction, as_metric(metric), positions, options)
+    change, gap, answers = paths.measured(pairs, direction, as_metric(metric), positions, options)
     axes, labels = ("sender", "receiver"), {"receiver": tuple(paths.groups)}
     if senders is None:
         change, axes = change.unflatten(1, (n_layers, n_heads)), ("layer", "head", "receiver")
@@ -121,6 +123,7 @@ def path_patching_matrix(
         labels["sender"] = tuple(f"{layer}.{head}" for layer, head in each)
     how: dict[str, Any] = {"metric": metric, "direction": direction, "of": "along paths from each sender"}
     how["notes"] = outcome_notes(model, pairs, gap, metric, direction)
+    how["answers"] = answers
     return summary.result(change, gap, pairs, axes=axes, labels=labels, **how)
 
 
@@ -166,10 +169,10 @@ class _Paths:
         metric: Metric,
         positions: Group,
         options: SweepOptions,
-    ) -> tuple[Float[Tensor, "pair senders receiver"], Float[Tensor, " pair"]]:
-        """Change of the metric in each pair, and metric of the source run minus that of the base run."""
+    ) -> tuple[Float[Tensor, "pair senders receiver"], Float[Tensor, " pair"], PairAnswers]:
+        """Change of the metric in each pair, metric of the source run minus that of the base run, answers."""
         shape, mask = (len(self.senders), len(self.groups)), pairs.mask(positions)
-        changes, gaps, total = [], [], len(pairs) * shape[0] * shape[1]
+        changes, gaps, answers, total = [], [], [], len(pairs) * shape[0] * shape[1]
         budget = {"memory_budget": options.memory_budget, "tally": options.tally}
         with tqdm(total=total, desc="path patching", unit="cell", disable=not options.progress) as bar:
             for start, batch in pair_batches(self.model, pairs, direction, options.batch_size, metric):
@@ -181,7 +184,8 @@ class _Paths:
                 change = [values[i] - values[0] for i in range(1, len(arms))]
                 changes.append(torch.stack(change, dim=1).unflatten(1, shape))
                 gaps.append(batch.gap(self.model, metric).cpu())
-        return torch.cat(changes), torch.cat(gaps)
+                answers.append(answers_of_batch(batch))
+        return torch.cat(changes), torch.cat(gaps), joined_answers(answers)
 
     def _arms(self, batch: PairBatch, where: Tensor) -> list[list[Hook]]:
         names = {f"blocks.{layer}.attn.hook_z" for heads in self.senders for layer, _ in heads}

@@ -15,6 +15,8 @@ from transformer_lens import ActivationCache
 from hones_lens import engine
 from hones_lens.analysis.patching.batches import PairBatch, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
+from hones_lens.analysis.patching.outcome import gap_notes
+from hones_lens.analysis.patching.pair_answers import PairAnswers, answers_of_batch, joined_answers
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, Target, Targets, vision_mask
 from hones_lens.engine import Budget, SweepOptions, stack_hooks
@@ -66,6 +68,7 @@ class PatchMeasurements:
     Attributes:
         clean, corrupted: Metric of the two unpatched runs, [pair].
         values: Metric under each patch, [patch pair].
+        answers: What the model answers in the two unpatched runs.
         run, full: Number of patches that were run, and of those run as full passes, both times pairs. Where
             both runs have the same activations, nothing is run.
     """
@@ -73,6 +76,7 @@ class PatchMeasurements:
     clean: Tensor
     corrupted: Tensor
     values: Float[Tensor, "patch pair"]
+    answers: PairAnswers
     run: int = 0
     full: int = 0
 
@@ -86,13 +90,8 @@ class PatchMeasurements:
 
     def notes(self, name: str) -> tuple[str, ...]:
         """The baselines and the number of patches run, as lines of text."""
-        gap = self.clean - self.corrupted
-        error = float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0
         lines = [f"{name}: clean {self.clean.mean():.4g}, corrupted {self.corrupted.mean():.4g}"]
-        if float(gap.mean()) <= 2 * error:
-            lines.append(
-                f"clean and corrupted differ by {gap.mean():.3g} ± {2 * error:.3g} only: shares mean little"
-            )
+        lines += gap_notes(self.clean - self.corrupted, "denoise")
         cells, share = self.values.numel(), self.full / max(1, self.run)
         lines.append(
             f"{self.run:,} of {cells:,} patches run, {100 * share:.0f} % of them as full passes; in the "
@@ -119,6 +118,7 @@ def measure_patches(
         ValueError, FloatingPointError: As `patch_activations`.
     """
     n_patches, records, journal = len(targets.cells) * len(positions), [], options.journal
+    answers = []
     total, desc = n_patches * len(pairs), f"patching · {site.what}"
     with tqdm(total=total, desc=desc, disable=not options.progress) as bar:
         for start, batch in pair_batches(model, pairs, direction, options.batch_size, metric):
@@ -133,13 +133,14 @@ def measure_patches(
             else:
                 bar.update(n_patches * len(batch.pairs))
             records.append(record)
+            answers.append(answers_of_batch(batch))
     clean, corrupted = (
         torch.tensor([x for r in records for x in r[name]], dtype=torch.float64)
         for name in ("clean", "corrupted")
     )
     values = torch.cat([torch.tensor(r["values"], dtype=torch.float64) for r in records], dim=1)
     run, full = (sum(r[name] for r in records) for name in ("run", "full"))
-    return PatchMeasurements(clean, corrupted, values, run, full)
+    return PatchMeasurements(clean, corrupted, values, joined_answers(answers), run, full)
 
 
 @dataclass(frozen=True, eq=False)

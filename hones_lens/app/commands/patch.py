@@ -37,6 +37,7 @@ def add(commands: Any) -> None:
     add("--image", metavar="FILE", help="a picture of your own, with --prompt and --answer")
     for name, what in (("prompt", "what to ask"), ("answer", "what is right"), ("foil", "another answer")):
         add(f"--{name}", help=f"{what} about it")
+    add("--raw-prompt", action="store_true", help="ask the prompts as they are, not in the form of --task")
     add("--corrupted-image", metavar="FILE", help="the corrupted picture, on which the foil is right")
     add("--corrupted-prompt", help="the corrupted prompt, of as many tokens")
     add("--corrupt", choices=CORRUPTIONS, help="corrupt the picture, or the examples of a data set")
@@ -54,12 +55,14 @@ def add(commands: Any) -> None:
     add("--raw", action="store_true", help="the change of the metric instead of its share")
     add("--batch-size", type=int, default=32, help="pairs at a time (default: 32)")
     add("--out", metavar="DIR", help="run folder (default: runs/MODEL-TASK-patch-…)")
+    add("--force", action="store_true", help="patch though the clean run does not prefer the answer")
     add("--plan", action="store_true", help="say what would be done and stop")
 
 
 def execute(args: argparse.Namespace) -> int:
     """Activation patching of one kind of activation, between clean and corrupted inputs."""
     from hones_lens.app.runs import patch as patch_run
+    from hones_lens.app.runs.baseline import unpatched_answers
     from hones_lens.interventions import Box
 
     fields = patch_run.PairsChoice.__dataclass_fields__
@@ -74,9 +77,14 @@ def execute(args: argparse.Namespace) -> int:
     if args.plan:
         print(*patch_run.plan_patching(model, pairs, options), sep="\n")
         return 0
+    baseline = unpatched_answers(model, pairs, choice, args.batch_size)
+    print(*baseline.lines(), sep="\n", end="\n\n")
+    if not args.force:
+        baseline.check()
     source = Path(args.image).stem if args.image else args.task
     default = f"runs/{Path(args.model).name}-{source}-patch-{args.what}-{args.by}-{args.direction}"
     run = patch_run.start_patching(model, pairs, args.out or default, choice, options)
+    baseline.save(run.path("answers.json"))
     result = patch_run.run_patching(model, run, pairs, options)
     print(result, f"Run: {run.folder}", sep="\n\n")
     write_result(args, json.loads(run.path("patch.json").read_text(encoding="utf-8")))

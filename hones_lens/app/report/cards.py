@@ -128,5 +128,8 @@ def pair_card(pair: PairView) -> Card:
     facts = [Fact("pair", pair.id), Fact("prompt", pair.prompt), Fact("clean answer", pair.answer, True)]
     if pair.foil is not None:
         facts.append(Fact("other answer", pair.foil, True))
+    for side, generated in (("clean", pair.clean_answer), ("corrupted", pair.corrupted_answer)):
+        if generated:
+            facts.append(Fact(f"the model, {side}", generated, True))
     shown = [(name, viz.image_uri(picture)) for name, picture in pictures.items() if picture is not None]
     return Card(shown, facts)

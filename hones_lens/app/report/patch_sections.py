@@ -68,6 +68,13 @@ def describe_values(view: PatchView) -> str:
     )
 
 
+def describe_answers(view: PatchView) -> str:
+    """How many pairs the model gets right unpatched, and what that means; empty if it was not stored."""
+    if view.problem:
+        return f"Nothing can be concluded from it: {view.problem}."
+    return f"{capitalized(view.answers)}." if view.answers else ""
+
+
 def heat_map(result: Labelled) -> tuple[Plot, dict[str, list[str]]]:
     """The figure of a result, and the tooltips of its cells.
 

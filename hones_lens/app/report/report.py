@@ -11,12 +11,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hones_lens import viz
 from hones_lens.app.report import patch_sections
-from hones_lens.app.report.run_view import RunView
+from hones_lens.app.report.run_view import PatchView, RunView
 from hones_lens.app.report.sections import Section, page_figure, sections
 from hones_lens.app.report.tables import Bold, Cell, Table
 from hones_lens.app.report.verdict import verdict
 from hones_lens.hones import MEASURES, NeuronScores, masking_measure
-from hones_lens.results import Labelled
 from hones_lens.viz import join_words, level, nonbreaking, number, percent, span
 
 _TINT = ("#eaf3f9", "#17262f")  # behind the verdict
@@ -165,7 +164,7 @@ def story(run: RunView) -> list[str]:
 
 
 def _tiles(run: RunView) -> list[Tile]:
-    tiles = [_patching_tile(run.patching.result)] if run.patching else []
+    tiles = [_patching_tile(run.patching)] if run.patching else []
     if (main := run.main) is not None:
         for measure in ("metric", "log_prob"):
             m = masking_measure(main, measure)
@@ -202,8 +201,12 @@ def _tiles(run: RunView) -> list[Tile]:
     return tiles
 
 
-def _patching_tile(result: Labelled) -> Tile:
-    """A tile with the largest value of an activation patching."""
+def _patching_tile(view: PatchView) -> Tile:
+    """A tile with the largest value of an activation patching, or with why that value says nothing."""
+    result = view.result
+    if view.problem:
+        detail = patch_sections.capitalized(view.problem) + "."
+        return Tile("Activation patching", "inconclusive", detail)
     index = patch_sections.largest_index(result)
     quantity = result.what.partition(",")[0]
     interval = "" if result.low is None else f", 95 % interval {patch_sections.interval_text(result, index)}"

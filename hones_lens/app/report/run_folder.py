@@ -138,7 +138,10 @@ def _patching(folder: Path, settings: dict[str, Any]) -> PatchView | None:
     if not (folder / "patch.json").exists():
         return None
     result = Labelled.load(folder / "patch.json")
-    return PatchView(result, settings["patch"], _pairs(settings, result.n), _pair(folder))
+    answers = _load_if_exists(folder / "answers.json", lambda file: read_json(file, "patch-answers")) or {}
+    pair = _pair(folder, answers)
+    told = {name: answers.get(key, "") for name, key in (("answers", "text"), ("problem", "problem"))}
+    return PatchView(result, settings["patch"], _pairs(settings, result.n), pair, **told)
 
 
 def _pairs(settings: dict[str, Any], n: int | None) -> str:
@@ -157,7 +160,8 @@ def _pairs(settings: dict[str, Any], n: int | None) -> str:
     return f"{n:,} pairs of {task} pictures that differ in one fact{kind}"
 
 
-def _pair(folder: Path) -> PairView | None:
+def _pair(folder: Path, answers: dict[str, Any]) -> PairView | None:
+    """The first pair; `answers` has what the model generates for its two inputs."""
     if not (folder / "pair.json").exists():
         return None
     data = read_json(folder / "pair.json", "patch-pair")
@@ -175,6 +179,7 @@ def _pair(folder: Path) -> PairView | None:
         leading_tokens=data["leading_tokens"],
     )
     texts = {name: data[name] for name in ("id", "prompt", "answer", "foil")}
+    texts |= {f"{side}_answer": answers.get(side, "") for side in ("clean", "corrupted")}
     return PairView(clean=clean, corrupted=corrupted, inputs=inputs, **texts)
 
 

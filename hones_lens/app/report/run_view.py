@@ -66,6 +66,7 @@ class PairView:
         clean: The clean picture.
         foil: The right token on the corrupted input; None if there is no other answer.
         corrupted: The corrupted picture; None if the corruption does not make one.
+        clean_answer, corrupted_answer: What the model generates for either; empty if it was not stored.
         inputs: The clean inputs, which locate the picture's patches among the positions.
     """
 
@@ -76,6 +77,8 @@ class PairView:
     foil: str | None
     corrupted: Image.Image | None
     inputs: VLMInputs
+    clean_answer: str = ""
+    corrupted_answer: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +90,16 @@ class PatchView:
         options: The options of `patch_activations`: `what`, `by`, `direction`, `metric`, `raw`.
         pairs: What was patched, in words, e.g. `64 counterfactual pairs of vqa`.
         pair: The first of them; None if it was not stored.
+        answers: How many pairs the model gets right unpatched, in words.
+        problem: Why nothing can be concluded; empty if something can, or if it was not stored.
     """
 
     result: Labelled
     options: Mapping[str, Any]
     pairs: str
     pair: PairView | None = None
+    answers: str = ""
+    problem: str = ""
 
 
 class NeuronTokens(NamedTuple):

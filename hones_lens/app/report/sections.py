@@ -87,7 +87,8 @@ def _patching(run: RunView, name: str) -> Section | None:
         figures.append(page_figure(on_picture, f"{name}-patched", title="The same on the picture"))
     pictures = [pair_card(run.patching.pair)] if run.patching.pair else []
     section_tables = [patch_sections.values_table(run.patching.result)]
-    text = patch_sections.describe_values(run.patching)
+    sentences = (patch_sections.describe_values(run.patching), patch_sections.describe_answers(run.patching))
+    text = " ".join(filter(None, sentences))
     return Section(
         f"{name}-patching", "Activation patching", text, figures, section_tables, pictures, stacked=True
     )

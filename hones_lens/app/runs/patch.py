@@ -27,7 +27,7 @@ from hones_lens.data import Example, counterfactual_pairs, load_examples
 from hones_lens.interventions import Box, Corruption
 from hones_lens.model import HookedVLM, VLMInputs, open_image
 from hones_lens.results import Labelled, write_json
-from hones_lens.tasks import load_task
+from hones_lens.tasks import load_task, own_prompt, takes_text
 
 CORRUPTIONS = ("noise", "blank", "blur", "shuffle", "mean")
 DEFAULT_LIMIT = 64
@@ -46,6 +46,7 @@ class PairsChoice:
         kind: Kind of counterfactual pairs (see `counterfactual_pairs`).
         image, prompt, answer, foil: The user's clean input, its right answer, and another answer.
         corrupted_image, corrupted_prompt: The user's corrupted input, where it differs from the clean one.
+        raw_prompt: Whether the user's prompts are given to the model as they are, and not in the task's form.
         corrupt: Name of a built-in corruption, one of `CORRUPTIONS`.
         strength: Standard deviations of the noise, or radius of the blur; None for the default.
         color: Colour of `blank`.
@@ -62,6 +63,7 @@ class PairsChoice:
     foil: str | None = None
     corrupted_image: str | None = None
     corrupted_prompt: str | None = None
+    raw_prompt: bool = False
     corrupt: str | None = None
     strength: float | None = None
     color: str | None = None
@@ -111,13 +113,25 @@ class PairsChoice:
         """Clean picture, corrupted picture (None if there is none) and prompt of the first pair."""
         if self.image is not None:
             other = None if self.corrupted_image is None else open_image(self.corrupted_image)
-            return open_image(self.image), other, str(self.prompt)
+            return open_image(self.image), other, self.asked(self.prompt)
         task = load_task(self.task)
         if pairs.facts:
             clean, corrupted = pairs.facts[0].clean, pairs.facts[0].corrupted
             return clean.image, corrupted.image, task.target_prompt(clean)
         example = self._examples()[0]
         return example.image, None, task.target_prompt(example)
+
+    def asked(self, text: str | None) -> str:
+        """What the model is asked for a text of the user: the task's prompt around it, or the text alone.
+
+        Raises:
+            ValueError: No text where one is needed, or a text that the task's prompt has no place for.
+        """
+        if not self.raw_prompt:
+            return own_prompt(load_task(self.task), text)
+        if text is None:
+            raise ValueError("--raw-prompt needs --prompt")
+        return text
 
     def corruption(self) -> Corruption:
         """The built-in corruption that the options select."""
@@ -134,10 +148,10 @@ class PairsChoice:
 
     def _user_pair(self, model: HookedVLM) -> PatchPairs:
         """The one pair that is made from the user's picture and prompt."""
-        image, prompt, answer = str(self.image), str(self.prompt), str(self.answer)
+        image, prompt, answer = str(self.image), self.asked(self.prompt), str(self.answer)
         clean = model.prepare(image, prompt)
         answer_ids = model.continuation(prompt, answer)
-        corrupted_prompt = self.corrupted_prompt or prompt
+        corrupted_prompt = prompt if self.corrupted_prompt is None else self.asked(self.corrupted_prompt)
         foils = None if self.foil is None else [model.continuation(corrupted_prompt, self.foil)]
 
         def corrupted(model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
@@ -147,20 +161,12 @@ class PairsChoice:
         return corrupted_by(model, clean, corruption, [answer_ids], foils, [Path(image).name])
 
     def _check(self) -> None:
-        required = {"prompt": self.prompt, "answer": self.answer}
-        corrupted = {"corrupted-image": self.corrupted_image, "corrupted-prompt": self.corrupted_prompt}
         if self.image is not None:
-            if missing := [name for name, value in required.items() if value is None]:
-                raise ValueError(f"--image needs --{' and --'.join(missing)} too")
-            given = [
-                name for name, value in {**corrupted, "corrupt": self.corrupt}.items() if value is not None
-            ]
-            if not given or (self.corrupt is not None and len(given) > 1):
-                raise ValueError(
-                    "--image needs --corrupt, or else --corrupted-image or --corrupted-prompt or both"
-                )
-        elif wrong := [n for n, v in {**required, **corrupted, "foil": self.foil}.items() if v is not None]:
+            self._check_own_picture()
+        elif wrong := [name for name, value in self._own_texts.items() if value is not None]:
             raise ValueError(f"--{wrong[0]} goes with --image")
+        elif self.raw_prompt:
+            raise ValueError("--raw-prompt goes with --image")
         elif self.corrupt is None and self.dataset != "shapes":
             raise ValueError(
                 f"counterfactual pairs are of the shapes world; to patch examples of {self.dataset!r} say "
@@ -179,6 +185,25 @@ class PairsChoice:
             if is_unused:
                 raise ValueError(f"--{name} has nothing to act on with --corrupt {self.corrupt}")
 
+    @property
+    def _own_texts(self) -> dict[str, str | None]:
+        """Options that go with a picture of the user alone."""
+        texts = {"prompt": self.prompt, "answer": self.answer, "corrupted-image": self.corrupted_image}
+        return texts | {"corrupted-prompt": self.corrupted_prompt, "foil": self.foil}
+
+    def _check_own_picture(self) -> None:
+        required = ["answer"]
+        if self.raw_prompt or takes_text(load_task(self.task)):
+            required = ["prompt", "answer"]
+        if missing := [name for name in required if self._own_texts[name] is None]:
+            raise ValueError(f"--image needs --{' and --'.join(missing)} too")
+        texts = (self.corrupted_image, self.corrupted_prompt, self.corrupt)
+        given = [value for value in texts if value is not None]
+        if not given or (self.corrupt is not None and len(given) > 1):
+            raise ValueError(
+                "--image needs --corrupt, or else --corrupted-image or --corrupted-prompt or both"
+            )
+
 
 def start_patching(
     model: HookedVLM, pairs: PatchPairs, out: str | Path, choice: PairsChoice, options: dict[str, Any]
@@ -188,7 +213,9 @@ def start_patching(
     Raises:
         ValueError: The folder holds a run with other settings.
     """
-    groups = options.get("groups")
+    groups, chosen = options.get("groups"), asdict(choice)
+    if not choice.raw_prompt:
+        del chosen["raw_prompt"]  # folders that were made before the option lack it
     run = Run(
         out,
         {
@@ -196,7 +223,7 @@ def start_patching(
             "weights": weights_hash(model),
             "device": model.cfg.device.type,
             "dtype": str(model.cfg.dtype).removeprefix("torch."),
-            **asdict(choice),
+            **chosen,
             "pairs": pairs_hash(pairs, whole=options.get("metric") == "log_prob"),
             "patch": {**options, "groups": groups and [str(group) for group in groups]},
         },

@@ -220,6 +220,7 @@ def _localize_by_patching(
     effects = measure_patches(
         model, pairs, site, targets_of(site, model.cfg), token_positions, options, **patching
     )
+    effects.answers.warn()
     drops = (effects.clean - effects.values).view(model.cfg.n_layers, model.cfg.n_heads, -1)
     many = len(pairs) > 1
     ends = torch.from_numpy(_mean_drops(drops.flatten(0, 1).numpy()))[:, 1:].reshape(*drops.shape[:2], 2)

@@ -58,7 +58,8 @@ def test_a_corrupted_example_has_one_picture_and_ones_own_picture_two(tmp_path: 
     _, pair = first_pair("tiny-llava", tmp_path / "b", **own)
     images = [one.image.tobytes() for one in hl.load_examples("shapes", "vqa", "dev", 2)]
     assert [pair.clean.tobytes(), pair.corrupted.tobytes()] == images
-    assert (pair.prompt, pair.id) == ("is it red?", "0.png")
+    asked = "Question: is it red?\nAnswer the question with a short phrase."
+    assert (pair.prompt, pair.id) == (asked, "0.png")
 
 
 def test_one_page_of_a_patching_and_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
