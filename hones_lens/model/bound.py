@@ -48,7 +48,7 @@ class BindableModel(Protocol):
         """Run."""
         ...
 
-    def to_tokens(self, text: str | Sequence[str], prepend_bos: bool = True) -> Tensor:
+    def to_tokens(self, text: str | Sequence[str], prepend_bos: bool | None = None) -> Tensor:
         """Ids of plain text."""
         ...
 
@@ -157,7 +157,7 @@ class BoundModel:
         if (row := _first_true_row((is_padding & ~was_padding)[:, 0])) is not None:
             raise ValueError(f"row {row} has padding where the bound inputs have tokens")
 
-    def to_tokens(self, text: str | Sequence[str], prepend_bos: bool = True) -> Tensor:
+    def to_tokens(self, text: str | Sequence[str], prepend_bos: bool | None = None) -> Tensor:
         """Ids of plain text, as the model's own `to_tokens`; for the bound prompts, the bound tokens.
 
         The bound prompts are `texts`, or the user's prompts that `prepare` was given; several texts must

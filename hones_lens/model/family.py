@@ -23,8 +23,10 @@ class Family(ABC):
         family: Its key in the registry, `families.FAMILIES`.
         processor_class: Has `from_pretrained(folder, revision=…, **options)`.
         processor_options: Names of these options.
-        answer_separator: Text between the rendered prompt and an answer.
+        answer_separator: Text between the rendered prompt and an answer, where the chat template shows none.
         default_chat_template: Used if the checkpoint has no chat template.
+        image_markup: What stands for an image in a chat template that takes only text; `{image}` is the image
+            token.
     """
 
     family = ""
@@ -32,6 +34,7 @@ class Family(ABC):
     processor_options: tuple[str, ...] = ()
     answer_separator = ""
     default_chat_template = ""
+    image_markup = "{image}\n"
 
     @classmethod
     @abstractmethod

@@ -147,8 +147,7 @@ class HookedVLM(HookedRoot, Family):
 
     def continuation(self, prompt: str, answer: str, n_images: int = 1) -> list[int]:
         """The ids of an answer as it is tokenized after this prompt."""
-        text = self.render(prompt, [1] * n_images)
-        return prompting.continuation(self.tokenizer, text, self.answer_separator, answer)
+        return prompting.continuation(self, prompt, answer, n_images)
 
     # -- forward ---------------------------------------------------------------------------------
 

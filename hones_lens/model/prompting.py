@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -10,11 +10,11 @@ from typing import Any, Protocol, cast
 from PIL import Image
 from torch import Tensor
 
+from hones_lens.model.chat import ChatFormat
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.inputs import Region, VLMInputs
-from hones_lens.model.tokens import image_token_of, pad_left, tokenizer_of
+from hones_lens.model.tokens import image_token_of, pad_left, text_ids, text_ids_and_spans, tokenizer_of
 
-_PROMPT_MARKER = "words of the user"
 Picture = Image.Image | str | Path
 Pictures = Picture | Sequence[Picture] | None
 
@@ -24,6 +24,7 @@ class ReadsPrompts(Protocol):
 
     answer_separator: str
     default_chat_template: str
+    image_markup: str
     processor: Any
 
     @property
@@ -108,44 +109,49 @@ def prepare(
     images: Pictures | Sequence[Pictures],
     prompts: str | Sequence[str],
     answers: str | Sequence[str] | None = None,
+    *,
+    prepend_bos: bool | None = None,
 ) -> VLMInputs:
     """Pictures and prompts to a left-padded batch in the model's chat format (`HookedVLM.prepare`).
+
+    Ids are those of Hugging Face's `processor.apply_chat_template(tokenize=True)`: one BOS token, whether the
+    chat template writes it or the tokenizer adds it. A chat template that takes only text, as a language
+    model's does, gets the images written before the prompt, with a warning.
 
     Args:
         model: The model.
         images: For each prompt a picture (PIL image or path), a list of them, or None.
-        prompts: The user's turns; one string or a list.
+        prompts: The user's turns, without image tokens and chat format; one string or a list.
         answers: The assistant's turns, one per prompt: the inputs then hold prompt and answer,
             with `answer_mask` at the answer's tokens (no end-of-sequence token is added).
+        prepend_bos: Whether each row begins with a BOS token; by default as Hugging Face's processor does it.
 
     Raises:
-        FileNotFoundError, ValueError: A missing or unreadable image, an empty prompt or answer,
-            lengths that differ, a prompt longer than the context.
+        FileNotFoundError, ValueError: A missing or unreadable image, an empty prompt or answer, a prompt
+            that holds image tokens or the chat format itself, lengths that differ, a prompt longer than the
+            context, a chat template that can't take pictures, a tokenizer without the image token, or
+            `prepend_bos=True` without a BOS token.
     """
     rows = pair_images_with_prompts(images, prompts)
     answer_texts = [answers] if isinstance(answers, str) else answers
     if answer_texts is not None and len(answer_texts) != len(rows):
         raise ValueError(f"{len(answer_texts)} answers for {len(rows)} prompts")
     pixels, counts = model.process_images([image for pictures, _ in rows for image in pictures])
+    chat = ChatFormat(model)
     texts: list[tuple[str, str]] = []
     n_images = 0
     for pictures, prompt in rows:
         image_tokens = counts[n_images : n_images + len(pictures)]
         n_images += len(pictures)
-        texts.append((render(model, prompt, image_tokens), prompt))
-
-    def answer_ids(text: str, row: int) -> list[int]:
-        assert answer_texts is not None
-        return continuation(tokenizer_of(model), text, model.answer_separator, answer_texts[row])
-
-    encoded = tokenize_rows(
-        tokenizer_of(model),
-        texts,
-        render(model, _PROMPT_MARKER, []).rpartition(_PROMPT_MARKER)[2],
-        model.cfg.n_ctx,
-        model.cfg.pad_token_id,
-        None if answer_texts is None else answer_ids,
-    )
+        texts.append((_write_out(model, chat, prompt, image_tokens), prompt))
+    ids_of_answers: list[list[int]] | None = None
+    if answer_texts is not None:
+        separator = chat.before_answer()
+        ids_of_answers = [
+            answer_ids(tokenizer_of(model), text, separator, answer)
+            for (text, _), answer in zip(texts, answer_texts, strict=True)
+        ]
+    encoded = tokenize_rows(model, texts, chat.suffix, ids_of_answers, prepend_bos)
     inputs = VLMInputs(
         input_ids=encoded.input_ids,
         attention_mask=encoded.attention_mask,
@@ -158,25 +164,17 @@ def prepare(
 
 
 def render(model: ReadsPrompts, prompt: str, image_tokens: Sequence[int]) -> str:
-    """The text that is tokenized: chat format applied, each image token repeated."""
-    template = getattr(model.processor, "chat_template", None) or tokenizer_of(model).chat_template
-    text = render_chat(
-        tokenizer_of(model), template or model.default_chat_template, prompt, len(image_tokens)
-    )
-    return expand_images(text, image_token_of(model), image_tokens)
+    """The text that is tokenized: chat format applied, each image token repeated.
+
+    Raises:
+        ValueError: A prompt or a chat template that does not fit, see `ChatFormat.user_turn`.
+    """
+    return _write_out(model, ChatFormat(model), prompt, image_tokens)
 
 
-def render_chat(tokenizer: Any, template: str, prompt: str, n_images: int) -> str:
-    """One user turn, opened for the assistant's answer, by a chat template."""
-    content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        chat_template=template,
-        add_generation_prompt=True,
-        tokenize=False,
-    )
-    assert isinstance(text, str)
-    return text
+def _write_out(model: ReadsPrompts, chat: ChatFormat, prompt: str, image_tokens: Sequence[int]) -> str:
+    text = chat.user_turn(prompt, len(image_tokens))
+    return expand_images(text, image_token_of(model), image_tokens) if image_tokens else text
 
 
 def expand_images(text: str, image_token: str, counts: Sequence[int]) -> str:
@@ -194,55 +192,81 @@ def expand_images(text: str, image_token: str, counts: Sequence[int]) -> str:
     return "".join(expanded) + segments[-1]
 
 
-def continuation(tokenizer: Any, text: str, separator: str, answer: str) -> list[int]:
-    """The ids of an answer as it is tokenized after a prompt.
+def continuation(model: ReadsPrompts, prompt: str, answer: str, n_images: int) -> list[int]:
+    """The ids of an answer as it is tokenized after a prompt (`HookedVLM.continuation`).
+
+    Raises:
+        ValueError: As `render` and `answer_ids`.
+    """
+    chat = ChatFormat(model)
+    text = _write_out(model, chat, prompt, [1] * n_images)
+    return answer_ids(tokenizer_of(model), text, chat.before_answer(), answer)
+
+
+def answer_ids(tokenizer: Any, text: str, separator: str, answer: str) -> list[int]:
+    """The ids of an answer as it is tokenized after a rendered prompt and the white space between them.
 
     Raises:
         ValueError: An empty answer, or one whose first letters the tokenizer joins to the prompt.
     """
     if not answer.strip():
         raise ValueError("the answer is empty")
-    prompt_ids = tokenizer(text).input_ids
-    all_ids = tokenizer(text + separator + answer).input_ids
+    prompt_ids = text_ids(tokenizer, text)
+    all_ids = text_ids(tokenizer, text + separator + answer)
     if all_ids[: len(prompt_ids)] != prompt_ids or len(all_ids) == len(prompt_ids):
         raise ValueError(f"the tokenizer joins the answer {answer!r} to the end of its prompt")
     return all_ids[len(prompt_ids) :]
 
 
 def tokenize_rows(
-    tokenizer: Any,
+    model: ReadsPrompts,
     rows: Sequence[tuple[str, str]],
     suffix: str,
-    n_ctx: int,
-    pad_token_id: int,
-    answer_ids: Callable[[str, int], list[int]] | None,
+    answers: Sequence[Sequence[int]] | None,
+    prepend_bos: bool | None = None,
 ) -> TokenizedRows:
-    """Tokenize rendered prompts (rendered text, the user's prompt within it) and pad them on the left.
+    """Tokenize rendered prompts, append their answers, and pad them on the left.
 
-    `suffix` is the text that the chat format puts after the user's prompt; the prompt is not searched there.
+    Args:
+        model: The model: its tokenizer, context length and padding id.
+        rows: For each row the rendered text, and the user's prompt within it.
+        suffix: What the chat format puts after the user's prompt; the prompt is not searched there.
+        answers: Ids of each row's answer.
+        prepend_bos: As in `prepare`.
 
     Raises:
         ValueError: A row longer than the context, or a template that changes the user's words.
     """
     ids: list[list[int]] = []
     questions: list[list[bool]] = []
-    answers: list[list[bool]] = []
+    answer_marks: list[list[bool]] = []
     for i, (text, prompt) in enumerate(rows):
-        encoded = tokenizer(text, return_offsets_mapping=True)
+        row_ids, spans = _prompt_ids(tokenizer_of(model), text, prepend_bos)
         start = text.rfind(prompt.strip(), 0, len(text) - len(suffix))
         if start < 0:
             raise ValueError(f"the chat template changes the words of prompt {i}, so they can't be marked")
         end = start + len(prompt.strip())
-        answer_tokens = answer_ids(text, i) if answer_ids else []
-        in_prompt = [a < end and b > start for a, b in encoded["offset_mapping"]]
-        ids.append(encoded["input_ids"] + answer_tokens)
-        questions.append(in_prompt + [False] * len(answer_tokens))
-        answers.append([False] * len(in_prompt) + [True] * len(answer_tokens))
-        if len(ids[-1]) > n_ctx:
-            raise ValueError(f"prompt {i} has {len(ids[-1])} tokens, more than the context of {n_ctx}")
+        answer = list(answers[i]) if answers else []
+        ids.append(row_ids + answer)
+        questions.append([a < end and b > start for a, b in spans] + [False] * len(answer))
+        answer_marks.append([False] * len(row_ids) + [True] * len(answer))
+        if len(ids[-1]) > model.cfg.n_ctx:
+            raise ValueError(
+                f"prompt {i} has {len(ids[-1])} tokens, more than the context of {model.cfg.n_ctx}"
+            )
     return TokenizedRows(
-        input_ids=pad_left(ids, pad_token_id),
+        input_ids=pad_left(ids, model.cfg.pad_token_id),
         attention_mask=pad_left([[1] * len(row) for row in ids], 0),
         question=pad_left(questions, False),
-        answer=pad_left(answers, False) if answer_ids else None,
+        answer=pad_left(answer_marks, False) if answers else None,
     )
+
+
+def _prompt_ids(
+    tokenizer: Any, text: str, prepend_bos: bool | None
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and characters of a rendered prompt; without BOS also where the chat template writes it."""
+    ids, spans = text_ids_and_spans(tokenizer, text, prepend_bos)
+    if prepend_bos is False and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id:
+        return ids[1:], spans[1:]
+    return ids, spans

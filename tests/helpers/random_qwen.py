@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
 from helpers import random_llava
 from hones_lens import HookedVLM, VLMInputs
@@ -29,6 +30,18 @@ def make_processor(config: Qwen2_5_VLConfig) -> QwenProcessor:
         temporal_patch_size=vision.temporal_patch_size,
     )
     return QwenProcessor(images, tokenizer, tokenizer.chat_template)
+
+
+def hugging_faces_processor(parts: QwenProcessor) -> Qwen2_5_VLProcessor:
+    """Hugging Face's own processor of these parts, without the video processor that needs torchvision."""
+    processor = object.__new__(Qwen2_5_VLProcessor)
+    processor.image_processor, processor.tokenizer = parts.image_processor, parts.tokenizer
+    processor.video_processor, processor.chat_template = None, parts.chat_template
+    processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
+    for kind in ("image", "video"):
+        token_id = parts.tokenizer.convert_tokens_to_ids(getattr(processor, f"{kind}_token"))
+        setattr(processor, f"{kind}_token_id", token_id)
+    return processor
 
 
 def make_config(

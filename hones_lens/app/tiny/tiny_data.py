@@ -215,8 +215,8 @@ def _tokenize(model: HookedVLM, turns: list[Turn], image_tokens: int) -> _Row:
     row = _Row([], [], [], [])
     for segment, (kind, prompt, answer) in enumerate(turns, start=1):
         prompt_text = model.render(prompt, [image_tokens])
-        opening = tokenizer(prompt_text).input_ids
-        full = tokenizer(f"{prompt_text}{model.answer_separator}{answer}{tokenizer.eos_token}").input_ids
+        answer_text = f"{prompt_text}{model.answer_separator}{answer}{tokenizer.eos_token}"
+        opening, full = (model.to_tokens(text)[0].tolist() for text in (prompt_text, answer_text))
         start = len(opening) - opening[::-1].index(model.cfg.image_token_id)
         if segment == 1:
             row.ids += full[:start]

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+from transformers import AutoTokenizer, ProcessorMixin, Qwen2VLImageProcessorPil
 
 from hones_lens.model.config import VisionConfig, VLMConfig, require, special_ids
 from hones_lens.model.hooked_vlm import HookedVLM
@@ -66,14 +66,19 @@ class QwenProcessor:
         """Read both parts; `min_pixels` and `max_pixels` overrule the checkpoint's bounds on image size."""
         text: Any = AutoTokenizer
         pictures: Any = Qwen2VLImageProcessorPil
+        processor: Any = ProcessorMixin
+        revision = revision or "main"
         tokenizer = text.from_pretrained(folder, revision=revision)
-        images = pictures.from_pretrained(folder, revision=revision or "main", **sizes)
-        return cls(images, tokenizer, tokenizer.chat_template)
+        images = pictures.from_pretrained(folder, revision=revision, **sizes)
+        settings, _ = processor.get_processor_dict(folder, revision=revision)
+        return cls(images, tokenizer, settings.get("chat_template") or tokenizer.chat_template)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write both parts in Hugging Face's format."""
+        """Write both parts in Hugging Face's format, and the chat template if it is not the tokenizer's."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+        if isinstance(self.chat_template, str) and self.chat_template != self.tokenizer.chat_template:
+            (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
 
 class HookedQwen2_5_VL(HookedVLM):
@@ -83,6 +88,7 @@ class HookedQwen2_5_VL(HookedVLM):
     processor_class = QwenProcessor
     processor_options = ("min_pixels", "max_pixels")
     video_token_id: int
+    image_markup = "<|vision_start|>{image}<|vision_end|>"
     default_chat_template = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -136,10 +136,9 @@ def test_a_prompt_and_answer_longer_than_the_context(model: HookedVLM) -> None:
 
 
 def test_a_prompt_with_an_image_token_in_it(model: HookedVLM) -> None:
-    with pytest.raises(ValueError, match="2 image tokens '<image>' in the prompt for 1 images"):
-        model.prepare(random_llava.make_images(1)[0], "what is an <image>?")
-    with pytest.raises(ValueError, match="1 image tokens '<image>' in the prompt for 0 images"):
-        model.prepare(None, "what is an <image>?")
+    for pictures in (random_llava.make_images(1)[0], None):
+        with pytest.raises(ValueError, match="'what is an <image>\\?' already holds '<image>': prepare adds"):
+            model.prepare(pictures, "what is an <image>?")
 
 
 @pytest.mark.parametrize("n", [0, -1])

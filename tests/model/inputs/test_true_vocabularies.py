@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import pytest
 import torch
-from helpers import random_llava as llava, random_qwen as qwen, real_tokenizers
+from helpers import chat_templates, random_llava as llava, random_qwen as qwen, real_tokenizers
+from PIL import Image
+from tokenizers import processors
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from hones_lens import HookedVLM
@@ -39,13 +46,22 @@ PROMPTS = (
 ANSWERS = ("2", "7", "東京", "½", "Yes", "No", "it's red", "red circle", "1,234", "a")
 
 
-@pytest.fixture(scope="module")
-def llava_model() -> HookedVLM:
-    tokenizer = real_tokenizers.fresh("llama")
+@pytest.fixture(scope="module", autouse=True)
+def free_the_models() -> Any:
+    yield
+    llava_model.cache_clear()
+    qwen_model.cache_clear()
+
+
+@cache
+def llava_model(vocabulary: str) -> HookedVLM:
+    tokenizer = real_tokenizers.fresh(vocabulary)
+    if vocabulary == "llama3":  # the package leaves out that Meta's tokenizer begins each text with BOS
+        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos[0]} $A", special_tokens=[bos]
+        )
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
-    tokenizer.image_token = "<image>"
-    tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    template = llava.build_llava_tokenizer(512).chat_template
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"shortest_edge": llava.SIZE}, crop_size={"height": llava.SIZE, "width": llava.SIZE}
@@ -54,14 +70,13 @@ def llava_model() -> HookedVLM:
         patch_size=llava.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=template,
     )
     config = llava.make_config({"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
-    config.image_token_index = tokenizer.image_token_id
+    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
     return HookedVLM.from_hf(llava.make_hf(config), processor)
 
 
-@pytest.fixture(scope="module")
+@cache
 def qwen_model() -> HookedVLM:
     tokenizer = real_tokenizers.fresh("qwen")
     ids = {
@@ -76,55 +91,98 @@ def qwen_model() -> HookedVLM:
     config = qwen.make_config({"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
     for name, value in ids.items():
         setattr(config, name, value)
-    made = qwen.make_processor(config)
-    tokenizer.chat_template = made.tokenizer.chat_template
-    return HookedVLM.from_hf(
-        qwen.make_hf(config), QwenProcessor(made.image_processor, tokenizer, tokenizer.chat_template)
-    )
+    images = qwen.make_processor(config).image_processor
+    return HookedVLM.from_hf(qwen.make_hf(config), QwenProcessor(images, tokenizer))
 
 
-def expected_ids(model: HookedVLM, prompt: str, sizes: list[int]) -> list[int]:
-    """Hugging Face's template, written out and tokenized by its tokenizer, each picture's token repeated."""
-    tokenizer = model.processor.tokenizer
-    content = [*({"type": "image"} for _ in sizes), {"type": "text", "text": prompt}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        chat_template=model.processor.chat_template,
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    image = tokenizer.convert_ids_to_tokens(model.cfg.image_token_id)
-    first, *rest = text.split(image)
-    for size, part in zip(sizes, rest, strict=True):
-        first += image * size + part
-    return tokenizer(first).input_ids
+class Case:
+    """A model with a true vocabulary and a chat template, beside Hugging Face's processor with the same two.
+
+    `text` writes pictures and prompt as the one string that templates of language models read; None where
+    the template reads a list of parts.
+    """
+
+    def __init__(self, vocabulary: str, template: Any, text: str | None = None):
+        self.model = qwen_model() if vocabulary == "qwen" else llava_model(vocabulary)
+        self.model.processor.chat_template = template
+        self.text = text
+
+    def conversation(self, prompt: str, pictures: list[Image.Image], answer: str | None = None) -> list[Any]:
+        if self.text is None:
+            parts = [{"type": "image", "image": picture} for picture in pictures]
+            turns = [[*parts, {"type": "text", "text": prompt}], [{"type": "text", "text": answer}]]
+        else:
+            turns = [self.text * len(pictures) + prompt, answer]
+        roles = ("user", "assistant") if answer is not None else ("user",)
+        return [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
+
+    def expected_ids(self, prompt: str, pictures: list[Image.Image], answer: str | None = None) -> list[int]:
+        processor = self.model.processor
+        if isinstance(processor, QwenProcessor):
+            processor = qwen.hugging_faces_processor(processor)
+        by_name = {"images": pictures} if self.text is not None and pictures else {}
+        encoded = processor.apply_chat_template(
+            self.conversation(prompt, pictures, answer),
+            add_generation_prompt=answer is None,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs=by_name,
+        )
+        return encoded["input_ids"][0]
+
+
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+CASES: dict[str, Callable[[], Case]] = {
+    "llava": lambda: Case("llama", chat_templates.LLAVA),
+    "llava, with BOS": lambda: Case("llama", chat_templates.LLAVA_WITH_BOS),
+    "llava, several": lambda: Case("llama", {"default": chat_templates.LLAVA_WITH_BOS, "tool_use": "no"}),
+    "llava, text parts": lambda: Case("llama", chat_templates.TEXT_PARTS, "<image>\n"),
+    "vicuna": lambda: Case("llama", chat_templates.VICUNA, "<image>\n"),
+    "mistral": lambda: Case("mistral", chat_templates.MISTRAL, "<image>\n"),
+    "llama 3": lambda: Case("llama3", chat_templates.packaged("llama3"), "<image>\n"),
+    "qwen": lambda: Case("qwen", chat_templates.QWEN_VL),
+    "qwen, with BOS": lambda: Case("qwen", "{{ bos_token }}" + chat_templates.QWEN_VL),
+    "qwen 3, text": lambda: Case("qwen", chat_templates.packaged("qwen"), QWEN_IMAGE),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]()
+
+
+@pytest.fixture
+def pictures_in_text() -> Any:
+    """Templates of language models get their pictures in the text, and a warning says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the chat template takes only text")
+        yield
 
 
 @pytest.mark.parametrize("n_images", range(4))
-@pytest.mark.parametrize("family", ["llava_model", "qwen_model"])
-def test_prompts_have_the_ids_of_the_template(
-    family: str, n_images: int, request: pytest.FixtureRequest
+def test_prompts_have_the_ids_of_hugging_faces_processor(
+    case: Case, n_images: int, pictures_in_text: None
 ) -> None:
-    model = request.getfixturevalue(family)
-    pictures = llava.make_images(n_images, size=(56, 42)) or None
+    pictures = llava.make_images(n_images, size=(56, 42))
     for prompt in PROMPTS:
-        inputs = model.prepare([pictures], [prompt])
-        sizes = [rows * columns for rows, columns in inputs.grids[0]]
-        assert len(sizes) == n_images
-        assert inputs.input_ids[0].tolist() == expected_ids(model, prompt, sizes), prompt
+        inputs = case.model.prepare([pictures or None], [prompt])
+        assert len(inputs.grids[0]) == n_images
+        assert inputs.input_ids[0].tolist() == case.expected_ids(prompt, pictures), prompt
 
 
-@pytest.mark.parametrize("family", ["llava_model", "qwen_model"])
-def test_an_answer_is_what_the_tokenizer_makes_of_prompt_and_answer(
-    family: str, request: pytest.FixtureRequest
+@pytest.mark.parametrize("n_images", [0, 2])
+def test_an_answer_has_the_ids_of_hugging_faces_processor(
+    case: Case, n_images: int, pictures_in_text: None
 ) -> None:
-    """Numbers, CJK and apostrophes: their tokens decode to the answer, and stand where the answer stands."""
-    model = request.getfixturevalue(family)
-    (picture,) = llava.make_images(1, size=(56, 42))
+    """Numbers, CJK and apostrophes: ids are those of the conversation that the template writes with them."""
+    pictures = llava.make_images(n_images, size=(56, 42))
     for answer in ANSWERS:
-        inputs = model.prepare([picture], ["What is it?"], [answer])
+        inputs = case.model.prepare([pictures or None], ["What is it?"], [answer])
         assert inputs.answer_mask is not None
         tokens = inputs.input_ids[0][inputs.answer_mask[0]]
-        assert model.tokenizer.decode(tokens).strip() == answer
+        assert case.model.tokenizer.decode(tokens).strip() == answer
         assert torch.equal(inputs.input_ids[0][-len(tokens) :], tokens)
-        assert tokens.tolist() == model.continuation("What is it?", answer)
+        assert tokens.tolist() == case.model.continuation("What is it?", answer, n_images)
+        whole = case.expected_ids("What is it?", pictures, answer)
+        if "<think>" not in case.model.tokenizer.decode(whole):  # no thoughts are asked of Qwen 3
+            assert inputs.input_ids[0].tolist() == whole[: inputs.input_ids.shape[1]], answer
