@@ -146,7 +146,7 @@ class _Attribution:
 
         def keep(x: Tensor, hook: Any) -> None:
             if hook.name == "ln_final.hook_scale":
-                kept["scale"] = x.float()
+                kept["scale"] = x[:, columns].float()
             else:
                 kept[hook.name] = reads[hook.name](x[:, columns].float(), direction)
 

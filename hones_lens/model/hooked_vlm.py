@@ -169,8 +169,8 @@ class HookedVLM(HookedRoot, Family):
             inputs: With `start_at_layer`: the inputs that give positions and mask.
             start_at_layer: Skip the embedding, the vision tower and all blocks below.
             stop_at_layer: Skip this block and all above, and return the residual stream.
-            logits_to_keep: Compute logits only at the last so many positions, or at these
-                positions (a tensor of indices); 0 for all.
+            logits_to_keep: Unembed only the last so many positions, or these (a tensor of indices);
+                0 for all. Every hook, `ln_final`'s too, sees all positions.
             return_type: `loss` is the mean cross-entropy of the answer tokens, or of all text
                 tokens where no answer is marked.
 
@@ -263,11 +263,12 @@ class HookedVLM(HookedRoot, Family):
         return self._logits(self.run_blocks(resid, context, 0, self.cfg.n_layers), 1)[:, -1]
 
     def _logits(self, resid: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        normalized = self.ln_final(resid)  # everywhere, so that its hooks have the blocks' positions
         if isinstance(logits_to_keep, Tensor):
-            resid = resid[:, logits_to_keep]
+            normalized = normalized[:, logits_to_keep]
         elif logits_to_keep:
-            resid = resid[:, -logits_to_keep:]
-        return self.unembed(self.ln_final(resid))
+            normalized = normalized[:, -logits_to_keep:]
+        return self.unembed(normalized)
 
     generate = generation.generate
     log_probs = answers.log_probs
