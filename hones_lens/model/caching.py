@@ -1,15 +1,19 @@
-"""Hooks that store the activations for `HookedVLM.run_with_cache`."""
+"""Caches of activations: the hooks that fill one, and `VLMCache`, which knows each row's images."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 
 from hones_lens.model.hook_names import HookFunction
+from hones_lens.model.typed import to_list
 
 _BY_HEAD_PAIR = ("hook_attn_scores", "hook_pattern")
 
@@ -20,7 +24,10 @@ def caching_hooks(
     pos_slice: Any,
     remove_batch_dim: bool,
 ) -> tuple[HookFunction, HookFunction]:
-    """A forward hook that stores detached activations by name, and a backward one for `*_grad`.
+    """A forward hook that stores activations by name, and a backward one for `*_grad`.
+
+    What is stored is a detached, contiguous copy: no later edit in place changes it, and it keeps nothing
+    else in memory.
 
     Args:
         store: Filled with the activations.
@@ -35,13 +42,11 @@ def caching_hooks(
     pos_slicer = Slice.unwrap(pos_slice)
 
     def store_activation(tensor: Tensor, name: str, suffix: str) -> None:
-        activation = tensor.detach().to(device)
-        in_decoder = not name.startswith("vision") and name != "hook_image_embed"
-        if in_decoder:
+        activation = tensor.detach()
+        if not _has_image_axis(name):
             activation = pos_slicer.apply(activation, dim=-2 if name.endswith(_BY_HEAD_PAIR) else 1)
-        if remove_batch_dim and in_decoder and activation.shape[0] != 1:
-            raise ValueError(f"can't remove the batch axis of {name}: its size is {activation.shape[0]}")
-        store[name + suffix] = activation[0] if remove_batch_dim and activation.shape[0] == 1 else activation
+        activation = activation.to(device=device, copy=True, memory_format=torch.contiguous_format)
+        store[name + suffix] = _without_batch(name, activation) if remove_batch_dim else activation
 
     def forward_hook(tensor: Tensor, hook: HookPoint) -> None:
         store_activation(tensor, str(hook.name), "")
@@ -50,3 +55,146 @@ def caching_hooks(
         store_activation(tensor, str(hook.name), "_grad")
 
     return forward_hook, backward_hook
+
+
+class VLMCache(ActivationCache):
+    """TransformerLens's `ActivationCache`, which also knows the images of each row.
+
+    The decoder's entries have the batch as their first axis. Those of the vision tower and projector, and
+    `hook_image_embed`, list the images of all rows, [image token …], or, where images differ in size, the
+    tokens of all images, [image_token …]; methods that select rows select these rows' images there.
+
+    Args:
+        cache_dict: Activations by hook name.
+        model: The model that they are from.
+        image_tokens: Number of tokens of every image, by row (`VLMInputs.image_tokens`).
+        has_batch_dim: Whether the decoder's entries have a batch axis; without it there is one row.
+    """
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        image_tokens: Sequence[Sequence[int]],
+        has_batch_dim: bool = True,
+    ):
+        super().__init__(cache_dict, model, has_batch_dim)
+        self.image_tokens = tuple(tuple(row) for row in image_tokens)
+
+    def _batch_size(self) -> int:
+        return len(self.image_tokens)
+
+    def remove_batch_dim(self, batch_size: int | None = None) -> VLMCache:
+        """Drop the batch axis, and the vision tower's image axis where the row has one image.
+
+        Args:
+            batch_size: Not needed, since the cache knows it; another number raises.
+
+        Raises:
+            ValueError: More rows than one.
+        """
+        if not self.has_batch_dim:
+            logging.warning("Tried removing batch dimension after already having removed it.")
+            return self
+        rows = self._batch_size()
+        if rows != 1 or batch_size not in (None, rows):
+            raise ValueError(
+                f"can't remove the batch axis of a cache of {rows} rows"
+                + (f", given as {batch_size}" if batch_size not in (None, rows) else "")
+            )
+        for name, entry in self.cache_dict.items():
+            self.cache_dict[name] = _without_batch(name, entry)
+        self.has_batch_dim = False
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> VLMCache:
+        """A cache of some rows, with the vision tower's entries of their images; the entries are copies.
+
+        Args:
+            batch_slice: An index, a (start, stop, step), a slice, or a list, array or tensor of indices. A
+                single index drops the batch axis, and the image axis where the row has one image.
+
+        Raises:
+            ValueError: A cache without a batch axis, or an entry that does not have this batch.
+            IndexError: A row that does not exist.
+        """
+        batch_slice = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        if not self.has_batch_dim:
+            if batch_slice.mode == "identity":
+                return VLMCache(dict(self.cache_dict), self.model, self.image_tokens, has_batch_dim=False)
+            raise ValueError("the cache has no batch axis to take rows from")
+        rows = batch_slice.apply(torch.arange(self._batch_size())).reshape(-1)
+        taken = {name: self._take_rows(name, entry, rows) for name, entry in self.cache_dict.items()}
+        numbers: list[int] = to_list(rows)
+        cache = VLMCache(taken, self.model, [self.image_tokens[row] for row in numbers])
+        return cache.remove_batch_dim() if batch_slice.mode == "int" else cache
+
+    def _take_rows(self, name: str, entry: Tensor, rows: Tensor) -> Tensor:
+        if not _has_image_axis(name):
+            if len(entry) != self._batch_size():
+                raise ValueError(
+                    f"{name} has {len(entry)} rows; the cache is of a batch of {self._batch_size()}"
+                )
+            return entry[rows.to(entry.device)]
+        sizes = self._sizes(name, entry)
+        parts = torch.split(torch.arange(len(entry)), [sum(row) for row in sizes])
+        index = torch.cat([parts[row] for row in to_list(rows)]) if len(rows) else rows
+        return entry[index.to(entry.device)]
+
+    def _sizes(self, name: str, entry: Tensor) -> Sequence[Sequence[int]]:
+        """How much of the entry's first axis each image has, by row."""
+        for sizes in ([[1] * len(row) for row in self.image_tokens], self.image_tokens):
+            if sum(map(sum, sizes)) == len(entry):
+                return sizes
+        images, tokens = sum(map(len, self.image_tokens)), sum(map(sum, self.image_tokens))
+        raise ValueError(
+            f"{name} has {len(entry)} entries; the cache is of {images} images, {tokens} tokens in all"
+        )
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Tensor,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> Tensor:
+        """As in TransformerLens, for a stack that has the rows and positions of the norm's scale.
+
+        Raises:
+            ValueError: Other rows or positions, which would be broadcast: give the `pos_slice` and
+                `batch_slice` that the stack was made with.
+        """
+        layer = self.model.cfg.n_layers if layer in (None, -1) else layer
+        pos_slice = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        batch_slice = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        if not (recompute_ln and layer == self.model.cfg.n_layers):
+            sliced = residual_stack[..., :1]  # for its shape
+            sliced = batch_slice.apply(sliced, dim=1) if has_batch_dim else sliced
+            scale = self._get_cached_ln_scale(layer, mlp_input, pos_slice, batch_slice)
+            given, kept = tuple(sliced.shape[1:-1]), tuple(scale.shape[:-1])
+            one_row = (1, *given) == kept if self.has_batch_dim else given == (1, *kept)
+            if given != kept and not one_row:
+                raise ValueError(
+                    f"a stack of [rows, positions] {list(given)} does not fit the norm's scale {list(kept)}: "
+                    "give the pos_slice and batch_slice that the stack was made with"
+                )
+        return super().apply_ln_to_stack(
+            residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
+        )
+
+
+def _has_image_axis(name: str) -> bool:
+    """Whether an entry's first axis is over images or their tokens, instead of over the batch."""
+    return name.startswith("vision") or name.removesuffix("_grad") == "hook_image_embed"
+
+
+def _without_batch(name: str, activation: Tensor) -> Tensor:
+    """An activation of one row without its batch axis; without its image axis, where that is 1."""
+    if _has_image_axis(name):
+        return activation[0] if activation.ndim > 2 and len(activation) == 1 else activation
+    if len(activation) != 1:
+        raise ValueError(f"can't remove the batch axis of {name}: its size is {len(activation)}")
+    return activation[0]

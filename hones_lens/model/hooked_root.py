@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint, LensHandle
 
-from hones_lens.model.caching import caching_hooks
+from hones_lens.model.caching import VLMCache, caching_hooks
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.hook_names import (
     Hook,
@@ -22,6 +23,7 @@ from hones_lens.model.hook_names import (
     matching_hooks,
 )
 from hones_lens.model.hook_requests import HookRequest, check_all_ran
+from hones_lens.model.inputs import VLMInputs
 from hones_lens.model.nn.hook_point import HookScope, ScopedHook, is_hooked, remove_hook
 
 
@@ -47,6 +49,10 @@ class HookedRoot(HookedRootModule):
     def hooked_names(self) -> list[str]:
         """Names of the hook points where hooks act in the current context."""
         return [name for name, point in self.hook_dict.items() if is_hooked(point)]
+
+    @abstractmethod
+    def as_inputs(self, model_input: Any) -> VLMInputs:
+        """What the model is given, as VLMInputs with the images of each row."""
 
     def _matching(self, names: NamesFilter) -> list[str]:
         return matching_hooks(names, self.hook_dict, self.cfg.use_split_qkv_input)
@@ -158,6 +164,7 @@ class HookedRoot(HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         pos_slice: Any = None,
+        return_cache_object: bool = True,
         **forward_options: Any,
     ) -> tuple[Tensor, Any]:
         """Run the model and keep activations.
@@ -171,11 +178,12 @@ class HookedRoot(HookedRootModule):
             incl_bwd: Also run backward (with `return_type="loss"`) and keep gradients as `*_grad`.
             pos_slice: Keep only these positions of the decoder's activations.
             reset_hooks_end, clear_contexts: As for `hooks`.
+            return_cache_object: False gives a dict of the activations in place of the cache.
             forward_options: Passed to `forward`.
 
         Returns:
-            What `forward` returns, and the ActivationCache (typed Any: the method that this one overrides
-            is typed to give a dict); tensors are detached.
+            What `forward` returns, and a `VLMCache`, an ActivationCache (typed Any: the method that this one
+            overrides is typed to give a dict); tensors are detached copies.
 
         Raises:
             ValueError: An unknown name, a filter that matches nothing, or a batch to drop that is
@@ -185,11 +193,18 @@ class HookedRoot(HookedRootModule):
         store, fwd_hooks, bwd_hooks = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice
         )
+        call: dict[str, Any] = {**dict(zip(("model_input",), model_args, strict=False)), **forward_options}
+        inputs_key = "model_input" if call.get("start_at_layer") is None else "inputs"
+        if (located := call.get(inputs_key)) is not None:
+            call[inputs_key] = located = self.as_inputs(located)
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            output = self(*model_args, **forward_options)
+            output = self(*model_args[1:], **call)
             if incl_bwd:
                 output.backward()
-        return output, ActivationCache(store, self, has_batch_dim=not remove_batch_dim)
+        if not return_cache_object:
+            return output, store
+        assert located is not None  # or the model would not have run
+        return output, VLMCache(store, self, located.image_tokens, not remove_batch_dim)
 
     def get_caching_hooks(
         self,
@@ -207,7 +222,8 @@ class HookedRoot(HookedRootModule):
             cache: Filled by the hooks; default: a new dictionary.
 
         Returns:
-            The dictionary, the forward hooks, and the backward hooks (none without `incl_bwd`).
+            The dictionary, the forward hooks, and the backward hooks (none without `incl_bwd`). Whose the
+            images are is not in the dictionary: `VLMCache(dictionary, model, inputs.image_tokens)` knows it.
 
         Raises:
             ValueError: An unknown name, or a filter that matches nothing.
@@ -228,10 +244,11 @@ class HookedRoot(HookedRootModule):
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
         cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
     ) -> dict[str, Tensor]:
         """Add lasting hooks that fill a dictionary at every run; see `get_caching_hooks`."""
         store, fwd_hooks, bwd_hooks = self.get_caching_hooks(
-            names_filter, incl_bwd, device, remove_batch_dim, cache
+            names_filter, incl_bwd, device, remove_batch_dim, cache, pos_slice
         )
         for names, function in fwd_hooks:
             self.add_hook(names, function)

@@ -147,6 +147,12 @@ class VLMInputs:
         return groups
 
     @property
+    def image_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """Number of tokens of every image, by row; no images where no model has located any."""
+        grids = self.grids or ((),) * self.batch_size
+        return tuple(tuple(r * c + self.leading_tokens for r, c in row) for row in grids)
+
+    @property
     def batch_size(self) -> int:
         """Number of rows."""
         return self.input_ids.shape[0]
@@ -217,8 +223,7 @@ class VLMInputs:
             return None
         if self.image_embeds.ndim == 3:
             return self.image_embeds[images]
-        sizes = [rows * columns + self.leading_tokens for row in self.grids for rows, columns in row]
-        embeds_by_image = torch.split(self.image_embeds, sizes)
+        embeds_by_image = torch.split(self.image_embeds, [n for row in self.image_tokens for n in row])
         return torch.cat([embeds_by_image[i] for i in images])
 
     def extended(self, tokens: Tensor) -> VLMInputs:
@@ -322,7 +327,7 @@ class VLMInputs:
         if row >= len(self.grids) or image >= len(self.grids[row]):
             n_images = len(self.grids[row]) if row < len(self.grids) else 0
             raise IndexError(f"row {row} has {n_images} images; there is no image {image}")
-        sizes = [rows * columns + self.leading_tokens for rows, columns in self.grids[row]]
+        sizes = list(self.image_tokens[row])
         if values.shape == self.input_ids.shape[1:]:
             values = torch.split(values[self.image_mask[row].to(values.device)], sizes)[image]
         grid, patches = self.grids[row][image], self.patch_grids[row][image]
