@@ -45,6 +45,11 @@ from .hones import (
     transfer_steering as transfer_steering,
 )
 from .interventions import Box as Box
-from .model import HookedVLM as HookedVLM, VLMInputs as VLMInputs, checkpoint_path as checkpoint_path
+from .model import (
+    Decoding as Decoding,
+    HookedVLM as HookedVLM,
+    VLMInputs as VLMInputs,
+    checkpoint_path as checkpoint_path,
+)
 from .results import Labelled as Labelled, Racing as Racing
 from .tasks import Task as Task, load_task as load_task

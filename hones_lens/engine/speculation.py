@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,7 @@ from hones_lens.engine.arms import Arm, stack_hooks
 from hones_lens.engine.forks import ForkOutput, LayerStep
 from hones_lens.engine.memory import Budget
 from hones_lens.engine.segments import Segment, buckets
-from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, greedy, to_list
+from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, decode, to_list
 
 NEAR_TIE = 1e-4  # nats between the two likeliest tokens, below which rounding could decide
 
@@ -78,7 +79,7 @@ class Draft:
     @classmethod
     def of_clean_answers(cls, model: HookedVLM, inputs: VLMInputs, max_new_tokens: int) -> Draft:
         """The clean model's answers, end-of-sequence tokens included."""
-        tokens: list[list[int]] = to_list(greedy(model, inputs, max_new_tokens))
+        tokens: list[list[int]] = to_list(decode(model, inputs, max_new_tokens))
         return cls(inputs, [_cut_after_eos(row, model.cfg.eos_token_ids) for row in tokens])
 
 
@@ -121,6 +122,7 @@ class ExpectedAnswers:
         ids: The names of its rows in errors.
         wanted: The tokens, −1 behind them, [row longest].
         cos, sin: Rotation of every position that an answer can reach, [row pos d_head].
+        process: What the model's decoding makes of logits, see `Decoding.processors`.
     """
 
     draft: Draft
@@ -129,6 +131,7 @@ class ExpectedAnswers:
     wanted: Tensor
     cos: Tensor
     sin: Tensor
+    process: Any
 
     @classmethod
     def of(
@@ -139,7 +142,28 @@ class ExpectedAnswers:
         filler = torch.full((len(draft.tokens), max_new_tokens), model.cfg.pad_token_id)
         longest = prompts.extended(filler.to(prompts.input_ids.device))
         cos, sin = model.rotary(model.positions(longest), model.cfg.dtype)
-        return cls(draft, rows, ids, draft.padded(-1), cos, sin)
+        process = model.decoding.processors(prompts.attention_mask, model.cfg.eos_token_ids, max_new_tokens)
+        return cls(draft, rows, ids, draft.padded(-1), cos, sin, process)
+
+    def likeliest(self, logits: Float[Tensor, "arm row longest d_vocab"]) -> tuple[Tensor, Tensor]:
+        """What each arm chooses behind every part of the draft, and by how much, [arm row longest]."""
+        if not self.process:
+            return _likeliest(logits)
+        n_arms, prompts = len(logits), self.draft.inputs.input_ids
+        ids = torch.cat((prompts, self.wanted.clamp(min=0)), dim=1).repeat(n_arms, 1)
+        choices = torch.zeros_like(logits[..., 0], dtype=torch.long)
+        leads = torch.zeros_like(choices, dtype=torch.float32)
+        for i in range(logits.shape[2]):
+            said = ids[:, : prompts.shape[1] + i]
+            scores: Tensor = self.process(said, logits[:, :, i].flatten(0, 1).float())
+            choices[:, :, i], leads[:, :, i] = _likeliest(scores.view(n_arms, len(prompts), -1))
+        return choices, leads
+
+
+def _likeliest(scores: Float[Tensor, "*row d_vocab"]) -> tuple[Int[Tensor, "*row"], Float[Tensor, "*row"]]:
+    """The token with the largest score of each row, and by how much it is the largest."""
+    best = scores.float().topk(2, dim=-1).values
+    return scores.argmax(-1), best[..., 0] - best[..., 1]
 
 
 @dataclass
@@ -155,7 +179,12 @@ class _DecodingRow:
     @property
     def position(self) -> int:
         """Position of the last token."""
-        return self.expected.draft.inputs.input_ids.shape[1] + len(self.tokens) - 1
+        return self.prompt.shape[0] + len(self.tokens) - 1
+
+    @property
+    def prompt(self) -> Int[Tensor, " pos"]:
+        """The ids of its prompt."""
+        return self.expected.draft.inputs.input_ids[self.row]
 
 
 class Answers:
@@ -196,11 +225,10 @@ class Answers:
         logits, wanted = forked.logits, expected.wanted
         assert logits is not None
         check_finite(logits, arms, expected.ids)
-        choices = logits.argmax(-1)
+        choices, leads = expected.likeliest(logits)
         differs = (choices != wanted) & (wanted >= 0)
         reached = differs.cumsum(-1) - differs.int() == 0  # up to the first difference
-        best = logits.float().topk(2, dim=-1).values
-        near = (best[..., 0] - best[..., 1] < NEAR_TIE) & reached & (wanted >= 0)
+        near = (leads < NEAR_TIE) & reached & (wanted >= 0)
         self.tally.near_ties += int(near.sum())
         first: list[list[int]] = to_list(differs.int().argmax(-1))
         differing: list[tuple[int, int]] = to_list(differs.any(-1).nonzero())
@@ -236,10 +264,10 @@ class Answers:
                 logits = model.unembed(model.ln_final(resid))[:, 0]
             for i, row in enumerate(rows):
                 check_finite(logits[None, i : i + 1, None], [row.arm], [row.expected.ids[row.row]])
-            best = logits.float().topk(2, dim=-1).values
-            self.tally.near_ties += int((best[:, 0] - best[:, 1] < NEAR_TIE).sum())
+            choices, leads = _likeliest(_scores(rows, logits.float()))
+            self.tally.near_ties += int((leads < NEAR_TIE).sum())
             self.tally.row_layers += len(rows) * model.cfg.n_layers
-            rows = self._advance(rows, to_list(logits.argmax(-1)))
+            rows = self._advance(rows, to_list(choices))
 
     def _advance(self, rows: list[_DecodingRow], tokens: list[int]) -> list[_DecodingRow]:
         """The rows that are not at their end, moved together."""
@@ -259,6 +287,20 @@ def _context(rows: list[_DecodingRow], slots: _Slots) -> AttentionContext:
     sin = torch.stack([row.expected.sin[row.row, row.position] for row in rows])[:, None]
     seen = torch.arange(slots.length, device=slots.at.device) <= slots.at[:, None]
     return AttentionContext(cos, sin, seen[:, None, None], causal=True, kv_cache=slots)
+
+
+def _scores(rows: Sequence[_DecodingRow], logits: Float[Tensor, "row d_vocab"]) -> Tensor:
+    """What decoding makes of the logits of rows whose prompts may have several lengths."""
+    if not rows[0].expected.process:
+        return logits
+    scores, alike = logits.clone(), dict[tuple[int, int], list[int]]()
+    for i, row in enumerate(rows):
+        alike.setdefault((len(row.prompt), len(row.tokens)), []).append(i)
+    for indices in alike.values():  # no padding: one length, one way to process
+        said = torch.tensor([rows[i].tokens for i in indices], device=logits.device)
+        ids = torch.cat((torch.stack([rows[i].prompt for i in indices]), said), dim=1)
+        scores[indices] = rows[indices[0]].expected.process(ids, logits[indices])
+    return scores
 
 
 def _by_arm(rows: Sequence[_DecodingRow]) -> Iterator[list[_DecodingRow]]:

@@ -9,8 +9,9 @@ from .config import (
     checkpoint_path as checkpoint_path,
     find_settings as find_settings,
 )
+from .decoding import Decoding as Decoding
 from .families.qwen2_5_vl import QwenProcessor as QwenProcessor
-from .generation import greedy as greedy
+from .generation import decode as decode
 from .hooked_vlm import HookedVLM as HookedVLM
 from .inputs import ModelInput as ModelInput, Region as Region, VLMInputs as VLMInputs
 from .loading import hook_hf_model as hook_hf_model, load_hf_model as load_hf_model, load_model as load_model

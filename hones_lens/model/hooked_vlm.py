@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hones_lens.model import answers, bound, generation, prompting, tl_weights, tokens
 from hones_lens.model.config import VLMConfig
+from hones_lens.model.decoding import Decoding
 from hones_lens.model.family import Family
 from hones_lens.model.hooked_root import HookedRoot
 from hones_lens.model.inputs import ModelInput, VLMInputs
@@ -35,6 +36,10 @@ class HookedVLM(HookedRoot, Family):
         decoder: Embedding, rotary positions, blocks, final norm and unembedding.
         vision: The vision tower, `vision_encoder`.
         projector: Maps its features to the decoder's width, `vision_projector`.
+
+    Attributes:
+        decoding: The settings of the checkpoint's generation config that change which token `generate`
+            chooses; `Decoding()` is plain greedy. Every stage that generates answers follows them.
     """
 
     blocks: Any  # nn.ModuleList of Block
@@ -46,6 +51,7 @@ class HookedVLM(HookedRoot, Family):
         super().__init__()
         self.cfg = cfg
         self.processor: Any = None
+        self.decoding = Decoding()
         self.vision_encoder = vision
         self.vision_projector = projector
         self.embed = decoder.embed
@@ -70,6 +76,7 @@ class HookedVLM(HookedRoot, Family):
         name: str,
         device: str | None = None,
         dtype: torch.dtype | str | None = None,
+        plain_greedy: bool = False,
         **processor_options: Any,
     ) -> HookedVLM:
         """Load a shipped checkpoint, an alias of `model_configs/`, a local folder or a Hub id.
@@ -78,6 +85,8 @@ class HookedVLM(HookedRoot, Family):
             name: E.g. `tiny-llava`, `llava`, `path/to/folder`, `llava-hf/llava-1.5-7b-hf`.
             device: Default: the GPU if there is one.
             dtype: Default: float32 on a CPU, the checkpoint's own on a GPU.
+            plain_greedy: Leave out the settings of the checkpoint's generation config that change which
+                token follows, such as a `repetition_penalty`.
             processor_options: What the family's processor takes: `min_pixels` and `max_pixels` for
                 Qwen2.5-VL, which bound the size that an image is brought to; none for LLaVA.
 
@@ -87,7 +96,7 @@ class HookedVLM(HookedRoot, Family):
         """
         from hones_lens.model import loading
 
-        return loading.load_model(name, device, dtype, **processor_options)
+        return loading.load_model(name, device, dtype, plain_greedy, **processor_options)
 
     @staticmethod
     def from_hf(hf_model: Any, processor: Any = None) -> HookedVLM:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from hones_lens.model.config import all_settings, checkpoint_path, find_settings, token_ids
+from hones_lens.model.decoding import Decoding
 from hones_lens.model.families import load_family
 from hones_lens.model.hooked_vlm import HookedVLM
 
@@ -43,9 +44,12 @@ def load_hf_model(
     name: str,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
+    plain_greedy: bool = False,
     **processor_options: Any,
 ) -> tuple[Any, Any]:
     """Hugging Face's own model (in eval mode) and processor for a name that `resolve` takes.
+
+    With `plain_greedy`, its generation config keeps the special tokens alone.
 
     Raises:
         ValueError: An unknown name, family or processor option, or weights that are missing or left
@@ -70,8 +74,16 @@ def load_hf_model(
         if report.get(kind):
             listed = ", ".join(map(str, sorted(report[kind], key=str)[:5]))
             raise ValueError(f"checkpoint {name!r} has {kind.replace('_', ' ')}: {listed}")
+    if plain_greedy:
+        model.generation_config = _special_tokens_alone(model.generation_config)
     load_processor = family.processor_class.from_pretrained
     return model.to(torch_device).eval(), load_processor(folder, revision=revision, **processor_options)
+
+
+def _special_tokens_alone(config: Any) -> GenerationConfig:
+    """A generation config with which greedy decoding is the plain one."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(config, name) for name in names})
 
 
 @contextmanager
@@ -89,10 +101,11 @@ def load_model(
     name: str,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
+    plain_greedy: bool = False,
     **processor_options: Any,
 ) -> HookedVLM:
     """Load and hook a model; see `HookedVLM.from_pretrained`."""
-    model, processor = load_hf_model(name, device, dtype, **processor_options)
+    model, processor = load_hf_model(name, device, dtype, plain_greedy, **processor_options)
     hooked = hook_hf_model(model, processor)
     settings = find_settings(name)
     hooked.cfg = replace(hooked.cfg, model_name=settings.name if settings else name)
@@ -108,6 +121,7 @@ def hook_hf_model(hf_model: Any, processor: Any = None) -> HookedVLM:
     _share_weights(hooked, hf_model)
     hooked.processor = processor
     hooked.cfg = replace(hooked.cfg, **_special_tokens(hooked, hf_model))
+    hooked.decoding = Decoding.of(getattr(hf_model, "generation_config", None))
     return hooked.eval()
 
 
