@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 
 
 def model_from(args: argparse.Namespace) -> HookedVLM:
-    """The model that `--model` names, on `--device` in `--dtype`."""
+    """The model that `--model` names, on `--device` in `--dtype`; says so if it does not decode plainly."""
     import torch
 
-    from hones_lens.model import load_model
+    from hones_lens.model import Decoding, load_model
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pixels = {name: getattr(args, name) for name in ("min_pixels", "max_pixels")}
     given = {name: value for name, value in pixels.items() if value is not None}
-    return load_model(args.model, args.device, dtype, **given)
+    model = load_model(args.model, args.device, dtype, args.plain_greedy, **given)
+    if str(model.decoding) != str(Decoding()):
+        print(f"answers are decoded as the checkpoint's generation config says: {model.decoding}")
+    return model
 
 
 def data_from(args: argparse.Namespace) -> DataChoice:

@@ -67,6 +67,11 @@ def model_options(command: argparse.ArgumentParser, named: bool = True) -> None:
         command.add_argument("--config", metavar="YAML", help="options from a file; those given here win")
     command.add_argument("--device", help="default: the GPU if there is one")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    command.add_argument(
+        "--plain-greedy",
+        action="store_true",
+        help="leave out settings of the generation config that change tokens, such as a repetition penalty",
+    )
     if named:
         for name in ("min", "max"):
             command.add_argument(f"--{name}-pixels", type=int, help="of a picture, for models that resize it")

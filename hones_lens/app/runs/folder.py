@@ -27,6 +27,7 @@ from hones_lens.tasks import Task
 
 _PACKAGES = ("hones-lens", "torch", "transformers", "transformer-lens", "numpy", "pillow")
 _SAMPLES = 1024
+_EARLIER = {"decoding": "greedy"}  # what runs did before they recorded it
 
 
 def environment() -> dict[str, str]:
@@ -139,8 +140,8 @@ class Run:
                 raise ValueError(f"{self.folder} is not empty and not a run folder; choose another --out")
             return False
         saved = json.loads(file.read_text(encoding="utf-8"))
-        current = {**self.settings, **self.environment}
-        stored = {**saved["settings"], **saved["environment"]}
+        current = {**_EARLIER, **self.settings, **self.environment}
+        stored = {**_EARLIER, **saved["settings"], **saved["environment"]}
         differences = [
             f"{k}: {stored.get(k)!r} there, {current.get(k)!r} now"
             for k in sorted(stored | current)

@@ -63,6 +63,7 @@ def start_overlap(
     settings: dict[str, Any] = {"model": model_name, "tasks": list(neurons), "neurons": json_hash(selected)}
     if model is not None and examples is not None:
         settings["weights"] = weights_hash(model)
+        settings["decoding"] = str(model.decoding)
         settings["examples"] = {
             task: examples_hash(load_task(task), task_examples) for task, task_examples in examples.items()
         }

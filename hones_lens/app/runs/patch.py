@@ -223,6 +223,7 @@ def start_patching(
             "weights": weights_hash(model),
             "device": model.cfg.device.type,
             "dtype": str(model.cfg.dtype).removeprefix("torch."),
+            "decoding": str(model.decoding),
             **chosen,
             "pairs": pairs_hash(pairs, whole=options.get("metric") == "log_prob"),
             "patch": {**options, "groups": groups and [str(group) for group in groups]},

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from helpers import random_llava
+from transformers import GenerationConfig
 
+from hones_lens import Decoding, HookedVLM
 from hones_lens.app.checks.parity import check_model
 
 
@@ -49,3 +53,59 @@ def test_patches_in_another_order_are_found(pair):
     encoder.patch_embedding = Transposed()
     failed = _failed(check_model(ours, theirs, max_new_tokens=2))
     assert "patches lie where the picture has them" in failed
+
+
+GREEDY = "greedy tokens equal Hugging Face's"
+
+
+def _greedy(checks):
+    (check,) = [check for check in checks if check.name == GREEDY]
+    return check
+
+
+def test_greedy_tokens_are_compared_as_the_generation_config_decodes(pair):
+    ours, theirs = pair
+    theirs.generation_config.repetition_penalty = 1.5
+    follows = HookedVLM.from_hf(theirs, ours.processor)
+    found = _greedy(check_model(follows, theirs, max_new_tokens=8))
+    assert found.passed and "24 tokens in 3 rows, decoding: greedy, repetition_penalty=1.5" in found.figure
+    assert not _greedy(check_model(ours, theirs, max_new_tokens=8)).passed, "a plain decoding passes"
+    follows.decoding = Decoding({"num_beams": 4})
+    refused = _greedy(check_model(follows, theirs, max_new_tokens=8))
+    assert not refused.passed and "num_beams=4" in refused.figure
+
+
+@pytest.fixture
+def tied_pair():
+    """The same weights twice; the token most likely to follow has a twin of a later id."""
+    theirs, ours = random_llava.make_pair()
+    ids = ours.prepare(random_llava.make_images(1)[0], "what color is the circle?")
+    token = int(theirs(**ids.to_hf()).logits[0, -1].argmax())
+    twin = theirs.lm_head.weight.shape[0] - 1
+    with torch.no_grad():
+        theirs.lm_head.weight[:] *= 0.01
+        theirs.lm_head.weight[token] *= 100
+        theirs.lm_head.weight[twin] = theirs.lm_head.weight[token]
+    theirs.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=3)
+    other = deepcopy(theirs)
+    return HookedVLM.from_hf(other, ours.processor), theirs, other, twin
+
+
+def test_a_choice_closer_than_rounding_may_go_either_way(tied_pair):
+    ours, theirs, other, twin = tied_pair
+    said = []
+    for factor in (1 + 1e-6, 1 - 1e-6):  # ours prefers now one of the two, now the other
+        with torch.no_grad():
+            other.lm_head.weight[twin] = theirs.lm_head.weight[twin] * factor
+        found = check_model(ours, theirs, max_new_tokens=6)
+        assert _greedy(found).passed and found[0].passed
+        said.append(_greedy(found).figure)
+    assert any("closer than rounding, and are compared up to there" in figure for figure in said)
+
+
+def test_a_third_token_at_a_tie_is_wrong(tied_pair):
+    ours, theirs, other, twin = tied_pair
+    with torch.no_grad():
+        other.lm_head.weight[twin - 1] = 2 * theirs.lm_head.weight[twin]
+    found = _greedy(check_model(ours, theirs, max_new_tokens=6))
+    assert not found.passed and "3 rows differ" in found.figure

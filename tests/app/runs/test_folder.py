@@ -43,6 +43,14 @@ def test_same_settings_resume_and_others_are_refused_by_name(tmp_path):
         Run(tmp_path / "a", {"model": "m", "seed": 2})
 
 
+def test_a_run_decodes_in_one_way(tmp_path):
+    """A folder from before decoding was recorded holds plain greedy answers."""
+    Run(tmp_path / "a", {"model": "m"})
+    assert Run(tmp_path / "a", {"model": "m", "decoding": "greedy"}).resumed
+    with pytest.raises(ValueError, match=r"decoding: 'greedy' there, 'greedy, repetition_penalty=1\.1' now"):
+        Run(tmp_path / "a", {"model": "m", "decoding": "greedy, repetition_penalty=1.1"})
+
+
 def test_other_versions_are_refused(tmp_path):
     run = Run(tmp_path / "a", {"model": "m"})
     saved = json.loads(run.path("settings.json").read_text())
