@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from hones_lens.model import open_image
+
 _CACHED_IMAGES = 256  # most recently used; thousands of photographs would not fit in memory
 
 
@@ -56,4 +58,4 @@ class Example:
 
 @lru_cache(maxsize=_CACHED_IMAGES)
 def _image_of(example: Example) -> Image.Image:
-    return example.image_source.load()
+    return open_image(example.image_source.load(), f"the image of example {example.id}")

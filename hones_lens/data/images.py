@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 from hones_lens.data.drawing import BOX_BLUE
 from hones_lens.data.records import BadRecord, Box, Record
+from hones_lens.model import opened_image, read_image
 
-# Raised by Pillow for files that are missing, truncated, not images, or far too large.
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-_SWAPS_SIDES = range(5, 9)  # EXIF orientations that swap width and height
+_TURNS = range(2, 9)  # EXIF orientations that turn or mirror a picture
+_SWAPS_SIDES = range(5, 9)  # those that swap width and height
 
 
 def clip_box(box: Box, size: tuple[int, int]) -> tuple[tuple[int, int, int, int], bool]:
@@ -68,8 +67,8 @@ def draw_box(image: Image.Image, pixel_box: tuple[int, int, int, int]) -> None:
 class Picture:
     """The picture of one record (an `ImageSource`).
 
-    The EXIF orientation is applied, as every viewer does: boxes and sizes are those of the upright
-    picture. Transparent pixels are shown on white.
+    Read as `HookedVLM.prepare` reads pictures. The EXIF orientation is applied: boxes and sizes are those of
+    the upright picture.
 
     Attributes:
         record: Name of the record in error messages.
@@ -90,10 +89,11 @@ class Picture:
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: Not an image, truncated, or of another size than annotated, so that the box would
-                be in the wrong position. Messages name the record and the file.
+            ValueError: Not an image, truncated, of more than 8 bits a channel, or of another size than
+                annotated, so that the box would be in the wrong position. Messages name the record and the
+                file.
         """
-        image = _in_rgb(self._open(), self._describe)
+        image = read_image(self._source, self._describe())
         if self.box is not None:
             if self.size not in (None, image.size):
                 raise ValueError(
@@ -114,57 +114,35 @@ class Picture:
         Raises:
             FileNotFoundError, ValueError: As `load`.
         """
-        try:
-            with Image.open(self._source()) as image:
-                image.verify()  # checksums; afterwards the image must be opened again
-            with Image.open(self._source()) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(self._describe("does not exist")) from error
-        except _UNREADABLE as error:
-            raise ValueError(self._describe(f"can't be read as an image: {error}")) from error
+        with opened_image(self._source, self._describe()) as image:
+            image.verify()  # checksums; afterwards the image must be opened again
+        with opened_image(self._source, self._describe()) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNS
         return self.load().size, turned
 
     def header_size(self) -> tuple[int, int]:
         """Width and height of the upright picture, read from the header of the file."""
         try:
-            with Image.open(self._source()) as image:
+            with opened_image(self._source, f"image {self.file}") as image:
+                if image.format == "TIFF":  # newer versions of Pillow have swapped its sides already
+                    return ImageOps.exif_transpose(image).size
                 width, height = image.size
                 turned = image.getexif().get(ExifTags.Base.Orientation) in _SWAPS_SIDES
-        except _UNREADABLE as error:
-            raise BadRecord(f"image {self.file} can't be read: {error}") from error
+        except (FileNotFoundError, ValueError) as error:
+            raise BadRecord(str(error)) from error
         return (height, width) if turned else (width, height)
 
-    def _source(self) -> Path | io.BytesIO:
-        return self.file if self.content is None else io.BytesIO(self.content())
+    @property
+    def _source(self) -> Path | Callable[[], bytes]:
+        return self.content or self.file
 
-    def _open(self) -> Image.Image:
-        try:
-            with Image.open(self._source()) as image:
-                image.load()
-                return ImageOps.exif_transpose(image)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(self._describe("does not exist")) from error
-        except _UNREADABLE as error:
-            raise ValueError(self._describe(f"can't be read as an image: {error}")) from error
-
-    def _describe(self, problem: str) -> str:
-        return f"record {self.record}: image {self.file} {problem}"
+    def _describe(self, problem: str = "") -> str:
+        return f"record {self.record}: image {self.file} {problem}".rstrip()
 
 
 def format_size(size: tuple[int, int] | None) -> str:
     """A size in words, for messages."""
     return "of unknown size" if size is None else f"{size[0]} × {size[1]} pixels"
-
-
-def _in_rgb(image: Image.Image, describe: Callable[[str], str]) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(describe(f"has pixels of mode {image.mode}: save it with 8 bits a channel"))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        background = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(background, rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def find_picture_file(record: Record, folder: Path, must_exist: bool) -> Path:

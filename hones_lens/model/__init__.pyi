@@ -21,7 +21,14 @@ from .nn.attention import (
     attention_mask as attention_mask,
 )
 from .nn.rotary import rotate as rotate
-from .prompting import Picture as Picture, open_image as open_image
+from .pictures import (
+    PictureLike as PictureLike,
+    Pictures as Pictures,
+    open_image as open_image,
+    open_images as open_images,
+    opened_image as opened_image,
+    read_image as read_image,
+)
 from .tokens import (
     bare_text_ids as bare_text_ids,
     leading_blanks as leading_blanks,

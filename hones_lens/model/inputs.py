@@ -47,7 +47,7 @@ class VLMInputs:
         image_mask: True at image tokens, [batch pos].
         grids: `grids[row][image]` = (rows, columns) of image tokens, in raster order.
         regions: `regions[row][image]` = (left, top, right, bottom): the part of the picture that its grid
-            covers, in the picture's own pixels; filled in by `prepare`. Smaller than the picture if the
+            covers, in pixels of the upright picture; filled in by `prepare`. Smaller than the picture if the
             processor crops it.
         leading_tokens: Number of image tokens before the grid's first (1 if the class token is kept).
         question_mask: True at the tokens of the user's own prompt, [batch pos], if prepared.

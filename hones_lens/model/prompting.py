@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor
@@ -13,10 +12,8 @@ from torch import Tensor
 from hones_lens.model.chat import ChatFormat
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.inputs import Region, VLMInputs
+from hones_lens.model.pictures import Pictures, listed, open_images
 from hones_lens.model.tokens import image_token_of, pad_left, text_ids, text_ids_and_spans, tokenizer_of
-
-Picture = Image.Image | str | Path
-Pictures = Picture | Sequence[Picture] | None
 
 
 class ReadsPrompts(Protocol):
@@ -55,26 +52,8 @@ class TokenizedRows:
     answer: Tensor | None
 
 
-def open_image(picture: Picture) -> Image.Image:
-    """The picture in RGB, read now.
-
-    Raises:
-        FileNotFoundError: No such file; names it.
-        ValueError: Not an image, or a truncated one; names the file.
-    """
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    if not Path(picture).is_file():
-        raise FileNotFoundError(f"image {str(picture)!r} does not exist")
-    try:
-        with Image.open(picture) as opened:
-            return opened.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"image {str(picture)!r} can't be read: {error}") from error
-
-
 def pair_images_with_prompts(
-    images: Pictures | Sequence[Pictures], prompts: str | Sequence[str]
+    images: Pictures | Iterable[Pictures], prompts: str | Sequence[str]
 ) -> list[tuple[list[Image.Image], str]]:
     """Pair every prompt with its list of pictures.
 
@@ -83,30 +62,30 @@ def pair_images_with_prompts(
 
     Raises:
         ValueError: Lengths that differ, no prompt, or an empty prompt.
+        FileNotFoundError, ValueError, TypeError: A picture that `open_image` refuses.
     """
+    entries: list[Any]
     if isinstance(prompts, str):
-        prompts, images = [prompts], [cast("Pictures", images)]
-    if images is None:
-        images = [None] * len(prompts)
-    if isinstance(images, (str, Path, Image.Image)) and len(prompts) == 1:
-        images = [images]
-    if isinstance(images, (str, Path, Image.Image)) or len(images) != len(prompts):
-        n_entries = 1 if isinstance(images, (str, Path, Image.Image)) else len(images)
-        raise ValueError(f"{n_entries} entries of images for {len(prompts)} prompts; give one entry a prompt")
+        prompts, entries = [prompts], [images]
+    else:
+        entries = [None] * len(prompts) if images is None else listed(images)
+    if len(entries) != len(prompts):
+        raise ValueError(
+            f"{len(entries)} entries of images for {len(prompts)} prompts; give one entry a prompt"
+        )
     if not prompts:
         raise ValueError("no prompts")
     rows: list[tuple[list[Image.Image], str]] = []
-    for i, (entry, prompt) in enumerate(zip(images, prompts, strict=True)):
+    for i, (entry, prompt) in enumerate(zip(entries, prompts, strict=True)):
         if not prompt.strip():
             raise ValueError(f"prompt {i} is empty")
-        pictures = [entry] if isinstance(entry, (str, Path, Image.Image)) else list(entry or [])
-        rows.append(([open_image(picture) for picture in pictures], prompt))
+        rows.append((open_images(entry, f" of prompt {i}"), prompt))
     return rows
 
 
 def prepare(
     model: ReadsPrompts,
-    images: Pictures | Sequence[Pictures],
+    images: Pictures | Iterable[Pictures],
     prompts: str | Sequence[str],
     answers: str | Sequence[str] | None = None,
     *,
@@ -120,7 +99,8 @@ def prepare(
 
     Args:
         model: The model.
-        images: For each prompt a picture (PIL image or path), a list of them, or None.
+        images: For each prompt a picture (PIL image, path or uint8 array, read as `model/pictures.py` says),
+            a list of them, or None.
         prompts: The user's turns, without image tokens and chat format; one string or a list.
         answers: The assistant's turns, one per prompt: the inputs then hold prompt and answer,
             with `answer_mask` at the answer's tokens (no end-of-sequence token is added).
@@ -131,6 +111,7 @@ def prepare(
             that holds image tokens or the chat format itself, lengths that differ, a prompt longer than the
             context, a chat template that can't take pictures, a tokenizer without the image token, or
             `prepend_bos=True` without a BOS token.
+        TypeError: Something that is no picture.
     """
     rows = pair_images_with_prompts(images, prompts)
     answer_texts = [answers] if isinstance(answers, str) else answers

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from hones_lens.analysis import SINK_RATIO, HeadAttention
-from hones_lens.model import Region
+from hones_lens.model import PictureLike, Pictures, Region, open_image, open_images
 from hones_lens.viz import theme
 from hones_lens.viz.image_plots import check_region, on_grey, region_of, veil
 from hones_lens.viz.text import nonbreaking, number
@@ -27,7 +27,7 @@ _MAPS_IN_ONE_PANEL = 2  # maps side by side that fit into the width of one panel
 
 @styled
 def attention_over_image(
-    image: Image.Image,
+    image: PictureLike,
     heatmap: Float[Tensor, "rows columns"],
     title: str = "",
     *,
@@ -40,7 +40,7 @@ def attention_over_image(
     Without smoothing, the patch with the largest value is outlined.
 
     Args:
-        image: The picture; its proportions are kept.
+        image: The picture, as `HookedVLM.prepare` takes it; its proportions are kept.
         heatmap: A value of at least 0 per patch, in raster order (`VLMInputs.heatmap`).
         title: E.g. the head.
         region: The part of the picture that the grid shows, `inputs.regions[row][image]`; default: all.
@@ -51,9 +51,10 @@ def attention_over_image(
         ValueError: A value that is negative or not finite, or a region outside of the picture.
     """
     values = _check_attention(heatmap)
-    visible = check_region(region, image)
+    shown = open_image(image)
+    visible = check_region(region, shown)
     rows, columns = values.shape
-    width, height = image.size
+    width, height = shown.size
     if bare:
         figure = Plot(figsize=(4, 4 * height / width))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -65,7 +66,7 @@ def attention_over_image(
         tall = min(5.0, (theme.WIDTH - 0.8) * height / width + 0.2)
         figure, (axes,) = theme.new_plot(title, note, tall)
     limit = float(values.max()) or 1.0
-    _draw_attention(axes, image, values, visible, limit, smooth)
+    _draw_attention(axes, shown, values, visible, limit, smooth)
     if not bare:
         _add_colorbar(figure, [axes], limit, "attention")
     return figure
@@ -86,7 +87,7 @@ class _HeadMap(NamedTuple):
 @styled
 def attention_maps(
     found: HeadAttention,
-    pictures: Image.Image | Sequence[Image.Image],
+    pictures: Pictures,
     *,
     images: Sequence[int] | None = None,
     smooth: bool = False,
@@ -113,7 +114,7 @@ def attention_maps(
             `HeadAttention.on_image` and `HeadAttention.sinks`.
         IndexError: No such image.
     """
-    picture_list = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    picture_list = open_images(pictures)
     if len(picture_list) != found.n_images or not picture_list:
         raise ValueError(f"{len(picture_list)} pictures for a row with {found.n_images} images")
     lines = []
@@ -240,7 +241,7 @@ def _draw_attention(
     """The picture, darkened by values over its region, the brightest patch outlined, the rest veiled."""
     width, height = image.size
     left, top, right, bottom = region
-    axes.imshow(image.convert("RGB"), interpolation="none" if width >= 224 else "nearest")
+    axes.imshow(image, interpolation="none" if width >= 224 else "nearest")
     overlay = axes.imshow(
         values.numpy(),
         cmap=theme.spotlight(),

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.model import Region, VLMInputs
+from hones_lens.model import PictureLike, Region, VLMInputs, open_image
 from hones_lens.results import Labelled
 from hones_lens.viz import theme
 from hones_lens.viz.text import nonbreaking, number
@@ -93,7 +93,7 @@ class _ImageMap(NamedTuple):
 def on_image(
     values: Labelled | Float[Tensor, "*axes"],
     inputs: VLMInputs,
-    picture: Image.Image,
+    picture: PictureLike,
     *,
     row: int = 0,
     image: int = 0,
@@ -106,7 +106,7 @@ def on_image(
         values: [pos], [token] or [rows columns]; or Labelled on `position` or on `row` and `column`, with at
             most one other axis, each of whose entries gets a picture.
         inputs: The prepared inputs that the positions refer to.
-        picture: The picture.
+        picture: The picture, as `HookedVLM.prepare` takes it.
         row, image: Index of the row, and of the image in it.
         scale: `diverging` around 0, or `sequential` from the smallest value; default: diverging where a value
             is negative, else sequential from 0.
@@ -118,7 +118,8 @@ def on_image(
     """
     if scale is not None and scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; valid: {', '.join(SCALES)}")
-    region = region_of(inputs, row, image, picture)
+    shown = open_image(picture)
+    region = region_of(inputs, row, image, shown)
     result = values if isinstance(values, Labelled) else _as_labelled(values, inputs)
     layers = _layers(result, inputs, row, image)
     stacked = torch.stack([layer.values for layer in layers])
@@ -128,11 +129,11 @@ def on_image(
     across = min(_MAPS_PER_LINE, len(layers))
     panels, down = (1 if across <= 2 else 2), -(-len(layers) // across)
     wide = (panels * theme.WIDTH - 0.9) / across
-    tall = min(5.0, wide * picture.height / picture.width) + (0.25 if len(layers) > 1 else 0.1)
+    tall = min(5.0, wide * shown.height / shown.width) + (0.25 if len(layers) > 1 else 0.1)
     heading = title or _heading(result)
     figure, axes = theme.new_plot(
         heading,
-        nonbreaking(_note(result, layers, region, picture, inputs, row)),
+        nonbreaking(_note(result, layers, region, shown, inputs, row)),
         down * tall,
         panels=panels,
     )
@@ -142,7 +143,7 @@ def on_image(
     for panel in grid.flat:
         panel.set_axis_off()
     for panel, layer in zip(grid.flat, layers, strict=False):
-        _draw(panel, picture, region, layer, colours)
+        _draw(panel, shown, region, layer, colours)
     _add_bar(figure, list(grid.flat), colours, result.what if title and result.what != "values" else "")
     return figure
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from hones_lens.analysis import LogitLens
-from hones_lens.model import Region
+from hones_lens.model import PictureLike, Region, open_image
 from hones_lens.results import Labelled
 from hones_lens.viz import theme
 from hones_lens.viz.image_plots import ON_PALE, check_region, on_grey, veil
@@ -122,7 +122,7 @@ def _glow() -> ListedColormap:
 @styled
 def image_lens(
     result: Labelled,
-    image: Image.Image,
+    image: PictureLike,
     region: Region | None = None,
     *,
     layers: Sequence[Any] | None = None,
@@ -132,7 +132,7 @@ def image_lens(
 
     Args:
         result: From `image_token_lens`: layer, row, column.
-        image: The picture.
+        image: The picture, as `HookedVLM.prepare` takes it.
         region: The part of it that the grid shows, `inputs.regions[row][image]`; default: all.
         layers: Labels of the layers to draw; default: all.
         title: Default: `result.what`.
@@ -154,21 +154,22 @@ def image_lens(
     across = _ACROSS[len(names) > _MOST_WIDE]
     down = -(-(1 + len(names)) // across)
     rows, columns = maps[0].shape
-    height = down * ((theme.WIDTH - 0.9) / across * image.height / image.width + 0.27)
-    visible = check_region(region, image)
+    shown = open_image(image)
+    height = down * ((theme.WIDTH - 0.9) / across * shown.height / shown.width + 0.27)
+    visible = check_region(region, shown)
     note = f"{rows} × {columns} image tokens; each layer's strongest is outlined. One scale for all layers."
-    if visible != (0, 0, *image.size):
+    if visible != (0, 0, *shown.size):
         note += " Veiled: cut off before the model sees it."
     figure, axes = _panels(title or _capitalised(result.what), note, height, (down, across))
     for panel in axes.flat:
         panel.set_axis_off()
     first, *rest = axes.flat
-    first.imshow(image.convert("RGB"), interpolation="nearest")
+    first.imshow(shown, interpolation="nearest")
     first.set_title("picture", size=8.8, pad=3)
     for panel, name, values in zip(rest, names, intensities, strict=False):
-        _map(panel, image, visible, name, values, limits)
-    shown_as = on_grey(Normalize(*limits), _glow())
-    bar = figure.colorbar(shown_as, ax=axes, fraction=0.045, pad=0.02, aspect=22, ticks=MaxNLocator(4))
+        _map(panel, shown, visible, name, values, limits)
+    scale = on_grey(Normalize(*limits), _glow())
+    bar = figure.colorbar(scale, ax=axes, fraction=0.045, pad=0.02, aspect=22, ticks=MaxNLocator(4))
     bar.outline.set(edgecolor=GRID)
     if ranks:
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{10**-value:,.0f}")

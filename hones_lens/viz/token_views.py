@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from hones_lens.analysis import Cells, FoldedAttention
+from hones_lens.model import Pictures, open_images
 from hones_lens.results import round_floats
 from hones_lens.viz.cell_plots import cell_patterns, cell_values, check_finite
 from hones_lens.viz.image_plots import region_of
@@ -97,7 +98,7 @@ class TokenView:
 
 def attention_tokens(
     folded: FoldedAttention,
-    pictures: Image.Image | Sequence[Image.Image] = (),
+    pictures: Pictures = None,
     *,
     source: int = -1,
     title: str = "",
@@ -146,7 +147,7 @@ def attention_tokens(
 def coloured_tokens(
     cells: Cells,
     values: Float[Tensor, " pos"],
-    pictures: Image.Image | Sequence[Image.Image] = (),
+    pictures: Pictures = None,
     *,
     fold: str = "mean",
     what: str = "value",
@@ -250,10 +251,10 @@ def _image_details(
     image: int,
     maps: Sequence[tuple[str, Tensor]],
     description: str,
-    pictures: Image.Image | Sequence[Image.Image],
+    pictures: Pictures,
 ) -> str:
     """Fold-out of an image's cell: a patch grid for each map."""
-    picture_list = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    picture_list = open_images(pictures)
     count = sum(i is not None for i in cells.images)
     if picture_list and len(picture_list) != count:
         raise ValueError(f"{len(picture_list)} pictures for a row with {count} images")

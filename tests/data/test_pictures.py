@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from helpers import picture_files
 from hypothesis import given, strategies as st
 from PIL import Image
+from transformers.image_utils import load_image
 
 from hones_lens.data.check import check_data
 from hones_lens.data.drawing import BOX_BLUE
+from hones_lens.data.examples import Example
 from hones_lens.data.images import Picture, clip_box
 from hones_lens.data.loading import load_examples
 from hones_lens.data.records import BadRecord
+from hones_lens.model import open_image
 
 SIZES = st.integers(1, 400)
 STARTS = st.floats(-500, 500, allow_nan=False)
@@ -80,12 +86,29 @@ def test_pictures_are_upright_and_boxes_are_those_of_the_upright_picture(tmp_pat
     assert Picture("7", tmp_path / "a.png").verify() == ((60, 40), orientation != 1)
 
 
-def test_transparent_pixels_are_white_and_other_modes_become_rgb(tmp_path):
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # load_image
+@pytest.mark.parametrize("name", picture_files.OPAQUE)
+def test_a_data_set_and_prepare_read_what_hugging_face_reads(tmp_path, name):
+    file = picture_files.write(name, tmp_path)
+    with Image.open(file) as opened:
+        expected = load_image(opened)
+    picture = Picture("7", file)
+    content = Picture("7", tmp_path / "row 7", content=file.read_bytes)
+    for read in (picture.load(), content.load(), open_image(file)):
+        assert (read.mode, read.size, read.tobytes()) == ("RGB", expected.size, expected.tobytes())
+    assert picture.header_size() == content.header_size() == expected.size
+    turned = name.startswith("turned") or name in {f"orientation {o}" for o in range(2, 9)}
+    assert picture.verify() == (expected.size, turned)
+
+
+def test_transparent_pixels_are_white(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert Picture("7", tmp_path / "clear.png").load().getpixel((0, 0)) == (255, 255, 255)
-    for mode in ("1", "L", "P", "CMYK", "LA"):
-        Image.new(mode, (4, 4)).save(tmp_path / "a.tiff")
-        assert Picture("7", tmp_path / "a.tiff").load().mode == "RGB"
+    for mode in ("RGBA", "LA", "P", "RGB"):
+        picture_files.half_transparent(mode).save(tmp_path / "a.png")
+        read = Picture("7", tmp_path / "a.png").load()
+        assert read.getpixel((0, 0)) == (255, 255, 255)
+        assert read.tobytes() == open_image(tmp_path / "a.png").tobytes()
 
 
 def test_pictures_of_16_bits_raise(tmp_path):
@@ -125,3 +148,40 @@ def test_the_check_counts_turned_doubled_and_resized_pictures(tmp_path):
     assert "too few images for a record in every split" in str(check)
     image = load_examples(tmp_path, "vqa", "all", limit=1)[0].image
     assert image.size == (240, 320)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("kind", ["jpg", "tiff", "png", "webp"])
+def test_boxes_of_turned_pictures_lie_where_the_upright_picture_has_them(tmp_path, kind, orientation):
+    """A data set annotates a red square of the upright picture: the blue box runs around it."""
+    upright = Image.new("RGB", (120, 80), "white")
+    upright.paste("red", (64, 24, 88, 48))
+    stored = upright.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation])
+    options = {"jpg": {"quality": 95, "subsampling": 0}, "webp": {"lossless": True}}.get(kind, {})
+    stored.save(tmp_path / f"a.{kind}", exif=picture_files.exif(orientation), **options)
+    row = {"image": f"a.{kind}", "text": "stop", "bbox": [64, 24, 24, 24]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row))
+    (example,) = load_examples(tmp_path, "ocr", "all")
+    assert example.image.size == (120, 80) and not example.facts["box_clipped"]
+    drawn = blue(example.image)
+    rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (22, 49, 62, 89)
+    red, green, _ = np.moveaxis(np.asarray(example.image).astype(int), -1, 0)
+    assert ((red > 200) & (green < 60))[25:47, 65:87].all()
+
+
+def test_pictures_of_a_source_of_ones_own_are_read_like_all_others():
+    class Source:
+        def __init__(self, image):
+            self.image = image
+
+        def load(self):
+            return self.image
+
+    upright = picture_files.photograph()
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.info["exif"] = picture_files.exif(6).tobytes()
+    image = Example("mine/1", Source(stored)).image
+    assert image.size == upright.size and image.tobytes() == upright.tobytes()
+    with pytest.raises(ValueError, match="the image of example mine/2 has pixels of mode I;16"):
+        _ = Example("mine/2", Source(Image.new("I;16", (4, 4)))).image

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hones_lens.hones import HeadScores
-from hones_lens.model import HookedVLM, Picture
+from hones_lens.model import HookedVLM, Pictures
 
 if TYPE_CHECKING:
     from hones_lens.app.explorer.widget import Explorer
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 def explore(
     model: HookedVLM,
-    image: Picture | Sequence[Picture] | None,
+    image: Pictures,
     prompt: str,
     heads: HeadScores | None = None,
     max_new_tokens: int = 12,
@@ -23,7 +22,7 @@ def explore(
 
     Args:
         model: The model.
-        image: The prompt's picture, several, or None.
+        image: The prompt's picture (PIL image, path or uint8 array), several, or None.
         prompt: The user's text; see a task's `prompt(example)`.
         heads: Scores for the map of heads, such as those of `localize_heads`; default: what each head adds
             directly to the logit of the answer.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hones_lens.app.explorer.views import ExplorerViews
 from hones_lens.data import load_examples
-from hones_lens.model import Picture
+from hones_lens.model import PictureLike
 from hones_lens.tasks import load_task
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _HEAD = """<style>
 _served: list[ExplorerViews] = []  # the one that tabs show; marimo runs them as threads of this process
 
 
-def picture_and_prompt(image: str | None, prompt: str | None) -> tuple[Picture, str]:
+def picture_and_prompt(image: str | None, prompt: str | None) -> tuple[PictureLike, str]:
     """The picture and the prompt to explore; either one that is not given comes from the shapes world.
 
     The default prompt for a given picture asks for a description. The default for a prompt alone is a picture

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hones_lens.analysis import promoted_tokens, vocabulary_logits
@@ -17,7 +15,7 @@ from hones_lens.app.explorer import compute
 from hones_lens.app.explorer.compute import Activations
 from hones_lens.app.explorer.state import Edit, LayerIndex, State
 from hones_lens.hones import HeadScores
-from hones_lens.model import HookedVLM, Picture, leading_blanks, open_image
+from hones_lens.model import HookedVLM, Pictures, leading_blanks, open_images
 from hones_lens.results import round_floats
 from hones_lens.viz import image_uri
 
@@ -45,7 +43,7 @@ class ExplorerViews:
     def __init__(
         self,
         model: HookedVLM,
-        pictures: Picture | Sequence[Picture] | None,
+        pictures: Pictures,
         prompt: str,
         heads: HeadScores | None = None,
         max_new_tokens: int = 12,
@@ -53,9 +51,7 @@ class ExplorerViews:
         shape = (model.cfg.n_layers, model.cfg.n_heads)
         if heads is not None and tuple(heads.scores.shape) != shape:
             raise ValueError(f"head scores {tuple(heads.scores.shape)} for a model of {shape} heads")
-        is_single = isinstance(pictures, (Image.Image, str)) or not isinstance(pictures, Sequence)
-        given = [] if pictures is None else [pictures] if is_single else list(pictures)  # type: ignore[arg-type]
-        self.pictures = [open_image(picture) for picture in given]  # type: ignore[arg-type]
+        self.pictures = open_images(pictures)
         self.model, self.heads, self.max_new_tokens = model, heads, max_new_tokens
         inputs = model.prepare([self.pictures] if self.pictures else [None], [prompt])
         self.answered = compute.answer_prompt(model, inputs, max_new_tokens)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 
 from hones_lens.analysis import LensDifference, LogitLens
 from hones_lens.app.report.run_view import ExampleView, NeuronTokens, PairView, PatchView, RunView
@@ -24,7 +23,7 @@ from hones_lens.hones import (
     SteeringTable,
     load_masking,
 )
-from hones_lens.model import VLMInputs
+from hones_lens.model import VLMInputs, open_image
 from hones_lens.results import Labelled, read_json
 from hones_lens.tasks import load_task, task_names
 from hones_lens.viz import join_words
@@ -167,7 +166,7 @@ def _pair(folder: Path, answers: dict[str, Any]) -> PairView | None:
     data = read_json(folder / "pair.json", "patch-pair")
     mask = torch.tensor([here == "1" for here in data["image_mask"]])[None]
     clean, corrupted = (
-        None if data[side] is None else _opened(folder / data[side]) for side in ("clean", "corrupted")
+        None if data[side] is None else open_image(folder / data[side]) for side in ("clean", "corrupted")
     )
     assert clean is not None
     inputs = VLMInputs(
@@ -181,11 +180,6 @@ def _pair(folder: Path, answers: dict[str, Any]) -> PairView | None:
     texts = {name: data[name] for name in ("id", "prompt", "answer", "foil")}
     texts |= {f"{side}_answer": answers.get(side, "") for side in ("clean", "corrupted")}
     return PairView(clean=clean, corrupted=corrupted, inputs=inputs, **texts)
-
-
-def _opened(file: Path) -> Image.Image:
-    with Image.open(file) as opened:
-        return opened.convert("RGB")
 
 
 def _promoted(folder: Path) -> dict[tuple[int, int], NeuronTokens]:
@@ -212,5 +206,5 @@ def _examples(folder: Path) -> list[ExampleView]:
             "lens": _load_if_exists(file.with_name(f"{file.stem}-logit-lens.json"), LogitLens.load),
             "image_lens": _load_if_exists(file.with_name(f"{file.stem}-image-lens.json"), Labelled.load),
         }
-        views.append(ExampleView(image=_opened(file), **parts, **row))
+        views.append(ExampleView(image=open_image(file), **parts, **row))
     return views

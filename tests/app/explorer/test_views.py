@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import example_results
+from helpers import example_results, picture_files
 from helpers.explorer_views import example, prompt, shipped, views
 from PIL import Image
 
@@ -181,3 +181,15 @@ def test_a_prompt_without_picture_and_one_with_two() -> None:
     for name in SECTIONS:
         alone.section(name, alone.start())
         two.section(name, two.start())
+
+
+def test_turned_pictures_and_arrays_are_shown_as_the_model_sees_them(tmp_path) -> None:
+    upright = example().image.resize((112, 84))
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "a.png", exif=picture_files.exif(6))
+    model = shipped("tiny-llava")
+    whole = ExplorerViews(model, upright, prompt())
+    for given in (tmp_path / "a.png", str(tmp_path / "a.png"), [tmp_path / "a.png"], np.asarray(upright)):
+        one = ExplorerViews(model, given, prompt())
+        assert one.scene() == whole.scene()
+    assert ExplorerViews(model, None, prompt()).pictures == []
