@@ -151,6 +151,17 @@ class VLMCache(ActivationCache):
             f"{name} has {len(entry)} entries; the cache is of {images} images, {tokens} tokens in all"
         )
 
+    def _get_cached_ln_scale(
+        self, layer: int | None, mlp_input: bool, pos_slice: Slice, batch_slice: Slice | None = None
+    ) -> Tensor:
+        name = f"blocks.{layer}.ln{2 if mlp_input else 1}.hook_scale"
+        entry = self.cache_dict.get(name)
+        if entry is not None and entry.ndim > 2 + self.has_batch_dim:
+            raise ValueError(
+                f"{name} is by head, since the split inputs (attn.hook_q_input, …) ran: cache without them"
+            )
+        return super()._get_cached_ln_scale(layer, mlp_input, pos_slice, batch_slice)
+
     def apply_ln_to_stack(
         self,
         residual_stack: Tensor,

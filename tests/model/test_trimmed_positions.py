@@ -88,3 +88,60 @@ def test_an_edit_of_the_final_norm_means_the_same_position(run: Run) -> None:
     found = run.model.run_with_hooks(run.inputs, fwd_hooks=hooks, logits_to_keep=at)
     expected = run.logits[:, at] * torch.tensor([2.0, 1.0])[None, :, None]
     close(found[run.real[:, at]], expected[run.real[:, at]])
+
+
+def test_a_scale_by_head_is_refused(run: Run) -> None:
+    """Where the split inputs run, the norm before attention has a scale for every head."""
+    _, cache = run.model.run_with_cache(run.inputs, names_filter=lambda name: name.startswith("blocks"))
+    for row in (cache, cache.apply_slice_to_batch_dim(0)):
+        stack = row.decompose_resid(layer=1, incl_embeds=False)
+        with pytest.raises(ValueError, match=r"blocks\.1\.ln1\.hook_scale is by head"):
+            row.apply_ln_to_stack(stack, layer=1)
+        with pytest.raises(ValueError, match="by head"):
+            row.stack_neuron_results(1, apply_ln=True, project_output_onto=torch.ones(32))
+        assert row.apply_ln_to_stack(stack, layer=1, mlp_input=True).shape == stack.shape
+
+
+def test_a_stack_of_other_positions_is_refused(run: Run) -> None:
+    """Without a pos_slice the scale is of all positions, and a stack of one would be broadcast to them."""
+    _, cache = run.model.run_with_cache(run.inputs)
+    rows, n = run.inputs.input_ids.shape
+    last = cache.decompose_resid(pos_slice=-1)
+    for stack in (last, last[:, :, None], cache.decompose_resid(pos_slice=[3])):
+        shape = list(stack.shape[1:-1])
+        with pytest.raises(
+            ValueError, match=f"{shape} does not fit the norm's scale [{rows}, {n}]".replace("[", r"\[")
+        ):
+            cache.logit_attrs(stack, tokens=9)
+    with pytest.raises(ValueError, match="does not fit"):
+        cache.logit_attrs(cache.decompose_resid(), tokens=9, pos_slice=-1)
+    with pytest.raises(ValueError, match="does not fit"):
+        cache.apply_ln_to_stack(cache.decompose_resid()[:, 0], has_batch_dim=False)
+    for cut in (-1, (3, 9), [2, 5]):
+        close_at = cache.logit_attrs(cache.decompose_resid(pos_slice=cut), tokens=9, pos_slice=cut).sum(0)
+        index = slice(*cut) if isinstance(cut, tuple) else cut
+        close(close_at[run.real[:, index]], run.logits[:, index, 9][run.real[:, index]])
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_attributions_of_one_row(run: Run, row: int) -> None:
+    """By batch_slice, by a sliced cache, and of a cache without a batch axis."""
+    _, cache = run.model.run_with_cache(run.inputs, logits_to_keep=1)
+    real, expected = run.real[row], run.logits[row, :, 9][run.real[row]]
+    of_row = cache.logit_attrs(cache.decompose_resid(), tokens=9, batch_slice=row).sum(0)
+    close(of_row[real], expected)
+    alone = cache.apply_slice_to_batch_dim(row)
+    close(alone.logit_attrs(alone.decompose_resid(), tokens=9, has_batch_dim=False).sum(0)[real], expected)
+    close(alone.logit_attrs(alone.decompose_resid(), tokens=9).sum(0)[real], expected)
+    close(alone.logit_lens(positions=None).values[-1][..., 9][real], expected)
+    kept = cache.apply_slice_to_batch_dim([row])
+    close(kept.logit_attrs(kept.decompose_resid(), tokens=9).sum(0)[0, real], expected)
+    close(
+        kept.logit_attrs(kept.decompose_resid()[:, 0], tokens=9, has_batch_dim=False).sum(0)[real], expected
+    )
+    heads = alone.stack_head_results(incl_remainder=True)
+    close(alone.logit_attrs(heads, tokens=9, has_batch_dim=False).sum(0)[real], expected)
+    neurons = alone.get_full_resid_decomposition()
+    close(alone.logit_attrs(neurons, tokens=9, has_batch_dim=False).sum(0)[real], expected)
+    some = cache.logit_lens(positions=None, batch_slice=row).values[-1][..., 9]
+    close(some[real], expected)

@@ -100,7 +100,7 @@ def write_in(
     kept: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: Any) -> None:
-        kept[hook.name] = x[:, -1].float()
+        kept[hook.name] = x[:, -1].to(torch.float32, copy=True)  # a view would keep all positions
 
     watch = [*names, "ln_final.hook_scale"] if apply_ln else names
     stop = None if apply_ln else n_layers

@@ -205,7 +205,7 @@ def _activations_at_last(
             kept: dict[str, Tensor] = {}
 
             def keep(x: Tensor, hook: object, kept: dict[str, Tensor] = kept) -> None:
-                kept[getattr(hook, "name", "")] = x[:, -1].detach()
+                kept[getattr(hook, "name", "")] = x[:, -1].detach().clone()
 
             with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
                 model(batch.inputs, stop_at_layer=model.cfg.n_layers)

@@ -112,9 +112,9 @@ class HookPoint(tl.HookPoint):
     - Where forward hooks act, they get a copy: an edit in place changes nothing that somebody else holds
       (a cache, the inputs, what autograd has saved).
     - What a hook returns is cast to the activation's floating type.
-    - A backward hook gets the gradient at the value that the forward hooks left, and what it returns goes
-      on through their edits. It belongs to the forward passes that ran while it was set, whenever their
-      backward pass comes.
+    - A backward hook gets a copy of the gradient at the value that the forward hooks left. What it returns,
+      or has edited in place, goes on through their edits. It belongs to the forward passes that ran while it
+      was set, whenever their backward pass comes.
     """
 
     def __init__(self) -> None:
@@ -138,6 +138,7 @@ class HookPoint(tl.HookPoint):
         return x.clone() if any(map(_acts, tuple(self.fwd_hooks))) else x
 
     def _edited_gradient(self, hooks: Sequence[ScopedHook], gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()  # autograd hands one tensor to both terms of a sum
         for hook in hooks:
             result = hook.run(gradient, self)
             gradient = gradient if result is None else result

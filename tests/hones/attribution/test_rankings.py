@@ -26,6 +26,7 @@ from hones_lens import engine
 from hones_lens.data.examples import Example
 from hones_lens.data.pairs import counterfactual_pairs
 from hones_lens.hones.attribution.attribute import RANKINGS, attribute_neurons
+from hones_lens.hones.attribution.rankings import _activations_at_last
 from hones_lens.tasks.base import Task
 from hones_lens.tasks.registry import load_task
 
@@ -238,3 +239,10 @@ def test_a_planted_neuron_comes_first() -> None:
         (best,) = attribute_neurons(model, task, examples, method=method, progress=False).top(1)
         assert (best.layer, best.index) == (layer, neuron), method
         assert best.score > 0
+
+
+def test_activations_of_one_position_do_not_keep_the_others_in_memory() -> None:
+    model, examples = pair()[1], examples_of("vqa", 2)
+    names = [f"blocks.{layer}.mlp.hook_post" for layer in range(N_LAYERS)]
+    kept = next(_activations_at_last(model, load_task("vqa"), examples, names, batch_size=2, progress=False))
+    assert [x.untyped_storage().nbytes() for x in kept] == [2 * D_MLP * 4] * N_LAYERS
