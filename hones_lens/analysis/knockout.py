@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from hones_lens.analysis.patching.batches import PairBatch
 from hones_lens.analysis.patching.metrics import Metric, as_metric, log_prob, reads_whole_answer
 from hones_lens.analysis.patching.outcome import metric_name
+from hones_lens.analysis.patching.pair_answers import PairAnswers, answers_of_batch, joined_answers
 from hones_lens.analysis.patching.pairs import (
     PatchPairs,
     continued_mask,
@@ -63,12 +64,14 @@ class _Plan:
         windows: Layers that are cut together, by centre layer.
         spared: By edge, the number of queries in the batches so far that would have had no key left.
         measured: The tokens that were measured in the batches so far.
+        answers: What the model answers in these batches with nothing cut.
     """
 
     edges: dict[str, Edge]
     windows: list[range]
     spared: Counter[str] = field(default_factory=Counter)
     measured: list[str] = field(default_factory=list[str])
+    answers: list[PairAnswers] = field(default_factory=list[PairAnswers])
 
     @property
     def n_arms(self) -> int:
@@ -102,9 +105,13 @@ class _Plan:
         fields = {
             name: torch.as_tensor(statistics[name]).reshape(shape) for name in statistics if name != "n"
         }
-        widest = max(map(len, self.windows))
+        widest, answers = max(map(len, self.windows)), []
+        if self.answers:
+            answers.append(joined_answers(self.answers))
+            answers[0].warn()
         all_notes = [
             *notes,
+            *map(str, answers),
             *([measured_note(self.measured)] if self.measured else []),
             f"{widest} layers at a time, fewer at the ends" if widest > 1 else "one layer at a time",
         ]
@@ -198,6 +205,7 @@ def _metric_values(
     with tqdm(total=total, desc="knockout", disable=not options.progress, unit="cell") as bar:
         for batch, masks in _batches(model, data, task, plan.edges, metric, options.batch_size):
             plan.measured += measured_tokens(model, batch.pairs, reads_whole_answer(metric))
+            plan.answers.append(answers_of_batch(batch, clean_alone=True))
             arms, values = [[], *plan.arms(batch.base, masks)], torch.zeros(plan.n_arms + 1, len(batch.pairs))
             for i, logits in logits_under(model, batch.base, arms, batch.keep, **budget):
                 values[i] = batch.value(metric, logits).cpu()

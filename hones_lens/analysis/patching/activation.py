@@ -9,7 +9,7 @@ from hones_lens.analysis.patching.metrics import Metric, as_metric, reads_whole_
 from hones_lens.analysis.patching.outcome import PatchingKeywords, Summary, SummaryKeywords, metric_name
 from hones_lens.analysis.patching.pair_answers import pair_answers
 from hones_lens.analysis.patching.pairs import PatchPairs, measured_note, measured_tokens
-from hones_lens.analysis.patching.runner import measure_patches
+from hones_lens.analysis.patching.runner import PatchMeasurements, measure_patches
 from hones_lens.analysis.patching.sites import Units, as_patch_site, positions_of, targets_of
 from hones_lens.engine import SweepOptions, as_task, split_keywords
 from hones_lens.interventions import Group
@@ -35,8 +35,6 @@ def patch_activations(
 
     The share of the whole effect, a ratio of means over pairs: `(patched − base) / (other − base)`, where
     base is the run that is patched. 0: the patch does nothing; 1: it does what changing the input does.
-    Where the unpatched model gets the answers wrong, nothing can be concluded: that share is in the notes,
-    and a UserWarning unless it is all of them.
 
     Args:
         model, pairs: What to patch.
@@ -70,22 +68,26 @@ def patch_activations(
     """
     own, sweep = split_keywords(keywords, SummaryKeywords.__annotations__)
     summary, options, site = Summary(**own), SweepOptions.of(options, sweep), as_patch_site(what)
-    whole_pairs, pairs = pairs, _pairs_for_metric(pairs, metric)
-    targets = targets_of(site, model.cfg, layers, units)
-    positions = positions_of(model, pairs, site, by, groups)
+    given, pairs = pairs, _pairs_for_metric(pairs, metric)
+    targets, masks = targets_of(site, model.cfg, layers, units), positions_of(model, pairs, site, by, groups)
     settings: dict[str, Any] = {"direction": direction, "metric": metric}
-    measurements = measure_patches(model, pairs, site, targets, positions, options, **settings)
-    shape, axes, labels = targets.layout(by, tuple(positions))
-    change = measurements.change(direction).T.reshape(-1, *shape)
+    measured = measure_patches(model, pairs, site, targets, masks, options, **settings)
+    shape, axes, labels = targets.layout(by, tuple(masks))
+    settings |= {"axes": axes, "labels": labels, "of": what, "notes": _notes(model, pairs, measured, metric)}
+    settings["answers"] = pair_answers(model, given) if metric == "task" else measured.answers
+    change = measured.change(direction).T.reshape(-1, *shape)
+    return summary.result(change, measured.gap(direction), pairs, **settings)
+
+
+def _notes(
+    model: HookedVLM, pairs: PatchPairs, measurements: PatchMeasurements, metric: str | Metric
+) -> tuple[str, ...]:
+    """The baselines, the tokens of the answers where the metric is of them, and the number of patches."""
     notes = measurements.notes(metric_name(metric))
     if metric != "task":
         measured = measured_tokens(model, pairs, reads_whole_answer(metric))
         notes = (notes[0], measured_note(measured), *notes[1:])
-    settings |= {"axes": axes, "labels": labels, "of": what, "notes": notes}
-    # For the task's own score, the beginnings that answers share are not behind the prompts.
-    is_task = metric == "task"
-    settings["answers"] = pair_answers(model, whole_pairs) if is_task else measurements.answers
-    return summary.result(change, measurements.gap(direction), pairs, **settings)
+    return notes
 
 
 def _pairs_for_metric(pairs: PatchPairs, metric: str | Metric) -> PatchPairs:

@@ -160,28 +160,30 @@ def attribute_patching(
         FloatingPointError: A metric that is not finite; names the pair.
     """
     own, sweep = split_keywords(keywords, ("steps", *SummaryKeywords.__annotations__))
-    steps, options = own.pop("steps", STEPS), SweepOptions.of_batches(options, sweep, batch_size=16)
+    options, steps = SweepOptions.of_batches(options, sweep, batch_size=16), own.pop("steps", STEPS)
+    _check_method(method, steps)
     summary, site, measure = Summary(**own), as_patch_site(what), as_metric(metric)
-    if method not in METHODS or steps < 1:
-        raise ValueError(f"method {method!r} with {steps} steps; valid: {', '.join(METHODS)}, 1 step or more")
     targets = targets_of(site, model.cfg, layers, "each" if site.unit else "together")
-    masks = positions_of(model, pairs, site, by, groups)
+    masks, parts = positions_of(model, pairs, site, by, groups), []
     order = [targets.layers.index(layer) for layer in targets.labels.get("layer", targets.layers)]
-    estimates, gaps, answers, desc = [], [], [], f"attribution patching · {what}"
-    with tqdm(total=len(pairs), desc=desc, disable=not options.progress) as bar:
+    with tqdm(total=len(pairs), desc=f"attribution patching · {what}", disable=not options.progress) as bar:
         for start, batch in pair_batches(model, pairs, direction, options.batch_size, metric):
             batch_masks = {name: batch.mask_rows(mask, start) for name, mask in masks.items()}
             job = _AttributionBatch(model, batch, site, targets.layers, measure, batch_masks, steps)
-            estimates.append(job.estimates(method)[:, order].cpu())
-            gaps.append(batch.gap(model, measure).cpu())
-            answers.append(answers_of_batch(batch))
+            estimate, gap = job.estimates(method)[:, order], batch.gap(model, measure)
+            parts.append((estimate.cpu(), gap.cpu(), answers_of_batch(batch)))
             bar.update(len(batch.pairs))
+    estimates, gaps, answers = zip(*parts, strict=True)
     shape, axes, labels = targets.layout(by, tuple(masks))
-    change, gap = torch.cat(estimates).view(len(pairs), *shape), torch.cat(gaps)
+    change, gap, told = torch.cat(estimates).view(-1, *shape), torch.cat(gaps), joined_answers(answers)
     settings: dict[str, Any] = {"metric": metric, "direction": direction, "axes": axes, "labels": labels}
-    settings["notes"] = outcome_notes(model, pairs, gap, metric, direction)
-    settings["answers"] = joined_answers(answers)
+    settings |= {"notes": outcome_notes(model, pairs, gap, metric, direction), "answers": told}
     return summary.result(change, gap, pairs, of=f"{what}, estimated by {method}", **settings)
+
+
+def _check_method(method: str, steps: int) -> None:
+    if method not in METHODS or steps < 1:
+        raise ValueError(f"method {method!r} with {steps} steps; valid: {', '.join(METHODS)}, 1 step or more")
 
 
 def _first_order(job: _AttributionBatch) -> list[Float[Tensor, "batch component sum"]]:

@@ -54,11 +54,16 @@ class PairAnswers:
             warnings.warn(f"{self} ({100 * self.right.double().mean():.0f} % right){end}", stacklevel=4)
 
 
-def answers_of_batch(batch: PairBatch) -> PairAnswers:
-    """The answers in a batch of pairs, from the logits of its two runs."""
+def answers_of_batch(batch: PairBatch, clean_alone: bool = False) -> PairAnswers:
+    """The answers in a batch of pairs, from the logits of its two runs.
+
+    Args:
+        batch: The batch.
+        clean_alone: Whether the answers to the corrupted inputs do not matter.
+    """
     pairs, clean, corrupted = batch.pairs, batch.clean_logits, batch.corrupted_logits
     right = clean.argmax(-1) == pairs.answer
-    if pairs.facts and pairs.foil is not None:
+    if pairs.facts and pairs.foil is not None and not clean_alone:
         right = right & (corrupted.argmax(-1) == pairs.foil)
     margins = (_margin(logits, pairs) for logits in (clean, corrupted))
     return PairAnswers(*margins, right=right.cpu(), has_foil=pairs.foil is not None)

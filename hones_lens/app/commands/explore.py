@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hones_lens.app.commands.arguments import model_from
 from hones_lens.app.commands.options import add_command, model_options
+from hones_lens.tasks import task_names
 
 if TYPE_CHECKING:
     from hones_lens.app.explorer.views import ExplorerViews
@@ -19,7 +20,10 @@ def add(commands: Any) -> None:
     command = add_command(commands, "explore", execute, "click through one prompt's heads and neurons")
     add = command.add_argument
     add("--image", metavar="FILE", help="a picture (default: one of the shapes world, with its question)")
-    add("--prompt", help="what to ask (default: for a description)")
+    add("--prompt", help="what to ask (default: of a picture alone, for a description)")
+    text = "in whose form it is asked (default: vqa; without --prompt, caption)"
+    add("--task", choices=task_names(), help=text)
+    add("--raw-prompt", action="store_true", help="ask the prompt as it is, not in the form of a task")
     add("--run", metavar="RUN", dest="run_folder", help="colour the heads by the scores of this run folder")
     add("--port", type=int, default=0, help="of the server on 127.0.0.1 (default: one that is free)")
     add("--no-browser", action="store_true", help="only say where the page is")
@@ -48,6 +52,9 @@ def _views(args: argparse.Namespace) -> ExplorerViews:
     from hones_lens.app.explorer.views import ExplorerViews
     from hones_lens.hones import HeadScores
 
-    picture, prompt = picture_and_prompt(args.image, args.prompt)
+    given = (args.image, args.prompt, args.task)
+    picture, prompt = picture_and_prompt(*given, raw_prompt=args.raw_prompt)
     heads = HeadScores.load(Path(args.run_folder) / "heads.json") if args.run_folder else None
-    return ExplorerViews(model_from(args), picture, prompt, heads)
+    views = ExplorerViews(model_from(args), picture, prompt, heads)
+    print(f"prompt: {prompt!r}\nthe model answers {views.text(()).strip()!r}", flush=True)
+    return views

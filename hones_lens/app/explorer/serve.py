@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hones_lens.app.explorer.views import ExplorerViews
 from hones_lens.data import load_examples
 from hones_lens.model import PictureLike
-from hones_lens.tasks import load_task
+from hones_lens.tasks import load_task, own_prompt
 
 if TYPE_CHECKING:
     import uvicorn
@@ -29,16 +29,30 @@ _HEAD = """<style>
 _served: list[ExplorerViews] = []  # the one that tabs show; marimo runs them as threads of this process
 
 
-def picture_and_prompt(image: str | None, prompt: str | None) -> tuple[PictureLike, str]:
+def picture_and_prompt(
+    image: str | None, prompt: str | None, task: str | None = None, *, raw_prompt: bool = False
+) -> tuple[PictureLike, str]:
     """The picture and the prompt to explore; either one that is not given comes from the shapes world.
 
-    The default prompt for a given picture asks for a description. The default for a prompt alone is a picture
-    of the shapes world.
+    Args:
+        image: File of a picture.
+        prompt: The user's text, e.g. a question.
+        task: The task in whose form the text is asked; default: `vqa`, or `caption` for a picture alone.
+        raw_prompt: Whether the text is the whole prompt.
+
+    Raises:
+        ValueError: An unknown task, no text where the task needs one, or one that it has no place for.
     """
-    name = "vqa" if image is None else "caption"
-    task = load_task(name)
-    example = load_examples("shapes", name, "test", limit=2)[1]
-    return image or example.image, prompt or task.target_prompt(example)
+    if raw_prompt and prompt is None:
+        raise ValueError("--raw-prompt needs --prompt")
+    known_task = load_task(task or ("vqa" if image is None or prompt is not None else "caption"))
+    example = None
+    if image is None:
+        example = load_examples("shapes", known_task.examples_of or known_task.name, "test", limit=2)[1]
+        if prompt is None:
+            return example.image, known_task.target_prompt(example)
+    asked = prompt if raw_prompt and prompt is not None else own_prompt(known_task, prompt)
+    return (example.image if example is not None else str(image)), asked
 
 
 def open_listener(port: int = 0) -> socket.socket:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hones_lens as hl
+from hones_lens.analysis.knockout import attention_knockout
 from hones_lens.analysis.patching.activation import patch_activations
 from hones_lens.analysis.patching.gradient import attribute_patching
 from hones_lens.analysis.patching.pair_answers import pair_answers
@@ -22,6 +23,7 @@ KINDS: dict[str, Callable] = {
     "activation": lambda model, pairs: patch_activations(model, pairs, **ONE_LAYER),
     "gradient": lambda model, pairs: attribute_patching(model, pairs, "z", **ONE_LAYER),
     "path": lambda model, pairs: path_patching(model, pairs, [(1, 2)], progress=False),
+    "knockout": lambda model, pairs: attention_knockout(model, pairs, [("image", "last")], progress=False),
     "matrix": lambda model, pairs: path_patching_matrix(model, pairs, [(1, 2)], progress=False),
 }
 

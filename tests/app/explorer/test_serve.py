@@ -106,7 +106,24 @@ def test_what_is_not_given_is_of_the_shapes_world() -> None:
     assert picture.tobytes() == example().image.tobytes()  # type: ignore[union-attr]
     assert prompt.startswith("Question: what shape is the green one?")
     assert picture_and_prompt("my.png", None) == ("my.png", "Describe the image in one sentence.")
-    assert picture_and_prompt("my.png", "why?") == ("my.png", "why?")
+
+
+def test_a_text_of_ones_own_is_asked_in_the_form_of_a_task() -> None:
+    form = "Question: why?\nAnswer the question with a short phrase."
+    assert picture_and_prompt("my.png", "why?") == ("my.png", form)
+    assert picture_and_prompt("my.png", form) == ("my.png", form)
+    assert picture_and_prompt("my.png", "why?", raw_prompt=True) == ("my.png", "why?")
+    assert picture_and_prompt("my.png", "a red dot", "retrieval")[1].startswith("Candidate: a red dot\n")
+    assert picture_and_prompt("my.png", None, "ocr")[1].startswith("Transcribe the text")
+    assert picture_and_prompt(None, None, "ocr")[1].startswith("Transcribe the text")
+    for given, says in (
+        (("my.png", None, "vqa"), "needs a text of your own"),
+        (("my.png", "why?", "ocr"), "has no place for 'why\\?'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            picture_and_prompt(*given)
+    with pytest.raises(ValueError, match="--raw-prompt needs --prompt"):
+        picture_and_prompt("my.png", None, raw_prompt=True)
 
 
 # -- the command -------------------------------------------------------------------------------------
@@ -140,7 +157,9 @@ def test_the_command_serves_and_opens_the_page(monkeypatch: pytest.MonkeyPatch, 
     assert main(["explore", "--device", "cpu"]) == 0
     (address,) = opened
     said = capsys.readouterr()
-    assert said.out == f"Explorer: {address} (Ctrl-C ends it)\n\n" and not said.err
+    prompt = "Question: what shape is the green one?\nAnswer the question with a short phrase."
+    told = f"prompt: {prompt!r}\nthe model answers {example().answers[0]!r}\n"
+    assert said.out == f"{told}Explorer: {address} (Ctrl-C ends it)\n\n" and not said.err
     assert address.startswith("http://127.0.0.1:") and "?access_token=" in address
     assert main(["explore", "--device", "cpu", "--no-browser"]) == 0 and len(opened) == 1
 
