@@ -9,6 +9,7 @@ from .corruptions import (
     region as region,
     token_swap as token_swap,
 )
+from .folding import fold_head_scales as fold_head_scales, fold_neuron_scales as fold_neuron_scales
 from .hooks import (
     HeadEdit as HeadEdit,
     Hook as Hook,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -83,6 +83,21 @@ class VLMConfig:
     normalization_type: str = "RMS"
     attn_only: bool = False
     use_split_qkv_input: bool = False
+
+    # What code written for TransformerLens reads besides; the same for every family.
+    attention_dir: ClassVar[str] = "causal"
+    positional_embedding_type: ClassVar[str] = "rotary"
+    use_attn_result: ClassVar[bool] = True  # `attn.hook_result` runs when it is hooked
+
+    @property
+    def d_vocab_out(self) -> int:
+        """Tokens that there are logits of: all."""
+        return self.d_vocab
+
+    @property
+    def attn_scale(self) -> float:
+        """What attention scores are divided by."""
+        return self.d_head**0.5
 
     @property
     def n_neurons(self) -> int:

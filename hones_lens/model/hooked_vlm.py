@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hones_lens.model import answers, bound, generation, prompting, tl_weights, tokens
+from hones_lens.model import answers, bound, generation, prompting, saving, tl_weights, tokens
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.decoding import Decoding
 from hones_lens.model.family import Family
@@ -23,6 +23,7 @@ from hones_lens.model.nn.hook_point import HookPoint
 from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.unembed import Unembedding
 from hones_lens.model.padding import find_attention_mask
+from hones_lens.model.saving import HFSource
 
 
 class HookedVLM(HookedRoot, Family):
@@ -52,6 +53,7 @@ class HookedVLM(HookedRoot, Family):
         self.cfg = cfg
         self.processor: Any = None
         self.decoding = Decoding()
+        self.hf_source: HFSource | None = None
         self.vision_encoder = vision
         self.vision_projector = projector
         self.embed = decoder.embed
@@ -76,7 +78,9 @@ class HookedVLM(HookedRoot, Family):
         name: str,
         device: str | None = None,
         dtype: torch.dtype | str | None = None,
+        *,
         plain_greedy: bool = False,
+        revision: str | None = None,
         **processor_options: Any,
     ) -> HookedVLM:
         """Load a shipped checkpoint, an alias of `model_configs/`, a local folder or a Hub id.
@@ -85,6 +89,7 @@ class HookedVLM(HookedRoot, Family):
             name: E.g. `tiny-llava`, `llava`, `path/to/folder`, `llava-hf/llava-1.5-7b-hf`.
             device: Default: the GPU if there is one.
             dtype: Default: float32 on a CPU, the checkpoint's own on a GPU.
+            revision: Branch, tag or commit on the Hub; default: the one that is known to work, if any.
             plain_greedy: Leave out the settings of the checkpoint's generation config that change which
                 token follows, such as a `repetition_penalty`.
             processor_options: What the family's processor takes: `min_pixels` and `max_pixels` for
@@ -92,22 +97,28 @@ class HookedVLM(HookedRoot, Family):
 
         Raises:
             ValueError: An unknown name or option, an unsupported family or config value, weights that are
-                missing or left over.
+                missing, left over or quantised, or a folder that holds no whole checkpoint.
         """
         from hones_lens.model import loading
 
-        return loading.load_model(name, device, dtype, plain_greedy, **processor_options)
+        options = {"plain_greedy": plain_greedy, "revision": revision, **processor_options}
+        return loading.load_model(name, device, dtype, **options)
 
     @staticmethod
     def from_hf(hf_model: Any, processor: Any = None) -> HookedVLM:
         """Hook an in-memory Hugging Face model; weights are shared, the model is not changed.
 
         Raises:
-            ValueError: An unsupported family, config value or weight.
+            TypeError: Not a Hugging Face model for images and text, or one inside a wrapper (PEFT,
+                torch.compile, DataParallel); says how to get it out.
+            ValueError: An unsupported family, config value or weight; weights that are quantised, offloaded,
+                or of several devices or dtypes; adapters or hooks in it.
         """
         from hones_lens.model import loading
 
         return loading.hook_hf_model(hf_model, processor)
+
+    save_pretrained = saving.save_pretrained
 
     tokenizer = property(tokens.tokenizer_of, doc=tokens.tokenizer_of.__doc__)
     image_processor = property(tokens.image_processor_of, doc=tokens.image_processor_of.__doc__)
@@ -313,9 +324,15 @@ class HookedVLM(HookedRoot, Family):
     W_K = tl_weights.StackedWeight("attn", "W_K")  # [layer kv_head d_model d_head]
     W_V = tl_weights.StackedWeight("attn", "W_V")  # [layer kv_head d_model d_head]
     W_O = tl_weights.StackedWeight("attn", "W_O")  # [layer head d_head d_model]
+    b_Q = tl_weights.StackedWeight("attn", "b_Q")  # [layer head d_head]
+    b_K = tl_weights.StackedWeight("attn", "b_K")  # [layer kv_head d_head]
+    b_V = tl_weights.StackedWeight("attn", "b_V")  # [layer kv_head d_head]
+    b_O = tl_weights.StackedWeight("attn", "b_O")  # [layer d_model]
     W_gate = tl_weights.StackedWeight("mlp", "W_gate")  # [layer d_model d_mlp]
     W_in = tl_weights.StackedWeight("mlp", "W_in")  # [layer d_model d_mlp]
     W_out = tl_weights.StackedWeight("mlp", "W_out")  # [layer d_mlp d_model]
+    b_in = tl_weights.StackedWeight("mlp", "b_in")  # [layer d_mlp]
+    b_out = tl_weights.StackedWeight("mlp", "b_out")  # [layer d_model]
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:

@@ -17,22 +17,37 @@ from hones_lens.model.config import all_settings, checkpoint_path, find_settings
 from hones_lens.model.decoding import Decoding
 from hones_lens.model.families import load_family
 from hones_lens.model.hooked_vlm import HookedVLM
+from hones_lens.model.loadable import check_config, check_dtype, check_folder, check_hf_model
+from hones_lens.model.saving import HFSource
+from hones_lens.model.weights import WeightMap
 
 
-def resolve(name: str) -> tuple[str, str | None]:
+def resolve(name: str, revision: str | None = None) -> tuple[str, str | None]:
     """The folder or Hub id, and the Hub revision, of a model name.
 
+    Args:
+        name: A known model, a folder or a Hub id.
+        revision: A branch, tag or commit on the Hub; default: that of the known model's settings, else the
+            repository's main branch.
+
     Raises:
-        ValueError: Neither a known model, nor a folder, nor a Hub id; lists the known ones.
+        ValueError: Neither a known model, nor a folder of a checkpoint, nor a Hub id (lists the known ones);
+            or a revision of what is not on the Hub.
     """
+    place, known_revision = _resolve(name)
+    if revision is not None and Path(place).is_dir():
+        raise ValueError(f"{name!r} is a folder, which has no revision {revision!r}")
+    return place, revision or known_revision
+
+
+def _resolve(name: str) -> tuple[str, str | None]:
     settings = find_settings(name)
     if settings is not None and settings.checkpoint is not None:
         return str(checkpoint_path(settings.checkpoint)), None
     if settings is not None:
         return str(settings.hub_id), settings.revision
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise ValueError(f"folder {name!r} has no config.json, so it is not a checkpoint")
+        check_folder(Path(name))
         return name, None
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return name, None
@@ -44,7 +59,9 @@ def load_hf_model(
     name: str,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
+    *,
     plain_greedy: bool = False,
+    revision: str | None = None,
     **processor_options: Any,
 ) -> tuple[Any, Any]:
     """Hugging Face's own model (in eval mode) and processor for a name that `resolve` takes.
@@ -55,13 +72,16 @@ def load_hf_model(
         ValueError: An unknown name, family or processor option, or weights that are missing or left
             over.
     """
-    folder, revision = resolve(name)
+    check_dtype(dtype)
+    folder, revision = resolve(name, revision)
     torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         dtype = torch.float32 if torch_device.type == "cpu" else "auto"
     auto_config: Any = AutoConfig
     auto_model: Any = AutoModelForImageTextToText
-    family = load_family(auto_config.from_pretrained(folder, revision=revision).model_type)
+    config = auto_config.from_pretrained(folder, revision=revision)
+    check_config(name, config)
+    family = load_family(config.model_type)
     for option in processor_options:
         if option not in family.processor_options:
             valid = ", ".join(family.processor_options) or "none"
@@ -101,11 +121,14 @@ def load_model(
     name: str,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
+    *,
     plain_greedy: bool = False,
+    revision: str | None = None,
     **processor_options: Any,
 ) -> HookedVLM:
     """Load and hook a model; see `HookedVLM.from_pretrained`."""
-    model, processor = load_hf_model(name, device, dtype, plain_greedy, **processor_options)
+    options = {"plain_greedy": plain_greedy, "revision": revision, **processor_options}
+    model, processor = load_hf_model(name, device, dtype, **options)
     hooked = hook_hf_model(model, processor)
     settings = find_settings(name)
     hooked.cfg = replace(hooked.cfg, model_name=settings.name if settings else name)
@@ -114,19 +137,24 @@ def load_model(
 
 def hook_hf_model(hf_model: Any, processor: Any = None) -> HookedVLM:
     """Hook an in-memory Hugging Face model; see `HookedVLM.from_hf`."""
+    check_hf_model(hf_model)
     config = hf_model.config
     family = load_family(config.model_type)
     name = config.name_or_path or config.model_type
     hooked = family.from_config(config, name, hf_model.device, hf_model.dtype)
-    _share_weights(hooked, hf_model)
+    weight_map, unused = _share_weights(hooked, hf_model)
+    hooked.hf_source = HFSource(config, getattr(hf_model, "generation_config", None), weight_map, unused)
     hooked.processor = processor
     hooked.cfg = replace(hooked.cfg, **_special_tokens(hooked, hf_model))
     hooked.decoding = Decoding.of(getattr(hf_model, "generation_config", None))
     return hooked.eval()
 
 
-def _share_weights(hooked: HookedVLM, hf_model: Any) -> None:
+def _share_weights(hooked: HookedVLM, hf_model: Any) -> tuple[WeightMap, dict[str, Tensor]]:
     """Let every parameter of the hooked model share the storage of the Hugging Face weight it is mapped to.
+
+    Returns:
+        The map from Hugging Face's names to ours, and the weights that are mapped to nothing.
 
     Raises:
         ValueError: A weight that is not mapped, or a parameter that no weight fills; names them.
@@ -134,7 +162,7 @@ def _share_weights(hooked: HookedVLM, hf_model: Any) -> None:
     hf_weights = {name: p.detach() for name, p in hf_model.named_parameters(remove_duplicate=False)}
     weight_map = hooked.weight_map(hooked.cfg, list(hf_weights))
     expected = {name for name, _ in hooked.named_parameters()}
-    targets = {name: weight_map.get(name, name) for name in hf_weights}
+    targets: WeightMap = {name: weight_map.get(name, name) for name in hf_weights}
     targets_of = {
         name: (target,) if isinstance(target, str) else target or () for name, target in targets.items()
     }
@@ -155,6 +183,7 @@ def _share_weights(hooked: HookedVLM, hf_model: Any) -> None:
     hooked.load_state_dict(state_dict, strict=True, assign=True)
     if hooked.unembed.W_U.data_ptr() == hooked.embed.weight.data_ptr():
         hooked.unembed.tie(hooked.embed)  # so that they stay tied when the model is moved
+    return targets, {name: hf_weights[name] for name, target in targets.items() if not target}
 
 
 def _special_tokens(hooked: HookedVLM, hf_model: Any) -> dict[str, Any]:

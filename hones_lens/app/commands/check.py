@@ -37,7 +37,7 @@ def execute(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.flips is not None and dtype is torch.float32:
         raise ValueError("--flips compares another type with float32; give --dtype bfloat16 or float16")
-    hf_model, processor = load_hf_model(args.model_name, args.device, dtype, args.plain_greedy)
+    hf_model, processor = load_hf_model(args.model_name, args.device, dtype, plain_greedy=args.plain_greedy)
     checks = check_model(hook_hf_model(hf_model, processor), hf_model)
     for check in checks:
         print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.figure}")
@@ -55,7 +55,7 @@ def _flips(args: argparse.Namespace, dtype: Any) -> list[DtypeFlips]:
     from hones_lens.model import load_model
 
     exact, other = (
-        load_model(args.model_name, args.device, kind, args.plain_greedy) for kind in (torch.float32, dtype)
+        load_model(args.model_name, args.device, kind, plain_greedy=args.plain_greedy) for kind in (torch.float32, dtype)
     )
     results = []
     for task in tasks_of("shapes"):

@@ -1,0 +1,177 @@
+"""What can't be hooked, refused by name before anything heavy is loaded: wrappers, quantised weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+_SHOWN = 3  # names in a message
+# Files that old quantisation tools write beside the config.
+_QUANTISED = ("quantize_config.json", "quant_config.json")
+# Hooks that these libraries set for themselves compute nothing else.
+_OWN_HOOKS = ("transformers.", "accelerate.")
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
+
+
+# -- folders -------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path) -> None:
+    """Check the files of a checkpoint's folder, without reading a weight.
+
+    Raises:
+        ValueError: No config; an adapter instead of a model; quantised weights; an index whose shards are not
+            all there, or no weights.
+    """
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(
+                f"folder {str(folder)!r} holds an adapter (LoRA), not a model: load the base model with "
+                "PEFT, call merge_and_unload(), and save that, or pass it to HookedVLM.from_hf"
+            )
+        raise ValueError(f"folder {str(folder)!r} has no config.json, so it is not a checkpoint")
+    for name in _QUANTISED:
+        if (folder / name).is_file():
+            raise ValueError(_quantised(f"folder {str(folder)!r} (it has {name})", None))
+    _check_shards(folder)
+
+
+def _check_shards(folder: Path) -> None:
+    for index in sorted(folder.glob("*.index.json")):
+        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        absent = sorted(name for name in shards if not (folder / name).is_file())
+        if absent:
+            raise ValueError(
+                f"{index}: {len(absent)} of {len(shards)} files of weights are not there: {_listed(absent)}"
+            )
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ValueError(f"folder {str(folder)!r} has no weights (*.safetensors or *.bin)")
+
+
+def check_config(name: str, config: Any) -> None:
+    """Refuse the config of quantised weights, before transformers asks for the library that reads them.
+
+    Raises:
+        ValueError: Quantised weights; names the method.
+    """
+    for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
+        settings = getattr(part, "quantization_config", None)
+        if settings:
+            raise ValueError(_quantised(f"checkpoint {name!r}", settings))
+
+
+def _quantised(what: str, settings: Any) -> str:
+    to_dict: Any = getattr(settings, "to_dict", None)
+    values: Any = to_dict() if to_dict else settings or {}
+    method: Any = values.get("quant_method") or (f"{values['bits']} bits" if values.get("bits") else None)
+    method = f" ({getattr(method, 'value', method)})" if method else ""
+    return (
+        f"{what} has quantised weights{method}, which have no rows to read or edit: load the original "
+        "checkpoint in float32, bfloat16 or float16, or dequantise it first (model.dequantize())"
+    )
+
+
+# -- models in memory ----------------------------------------------------------------------------------------
+
+
+def check_hf_model(hf_model: Any) -> None:
+    """Check that a model in memory is Hugging Face's own, with its weights as they are computed with.
+
+    Raises:
+        TypeError: Not a Hugging Face model for generation, or one inside a wrapper; says how to get it out.
+        ValueError: Adapters, hooks of the user, quantised or absent weights, several devices or dtypes.
+    """
+    _check_wrapper(hf_model)
+    if not isinstance(hf_model, PreTrainedModel):
+        raise TypeError(f"a model of Hugging Face's transformers is needed, not {type(hf_model).__name__}")
+    model: Any = hf_model
+    if model.get_output_embeddings() is None:
+        raise TypeError(
+            f"{type(hf_model).__name__} has no unembedding (lm_head): load it as a model for generation, "
+            "e.g. by AutoModelForImageTextToText"
+        )
+    _check_adapters(hf_model)
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(_quantised("the model", getattr(model.config, "quantization_config", None)))
+    _check_parameters(hf_model)
+    _check_module_hooks(hf_model)
+
+
+def _check_wrapper(model: Any) -> None:
+    kind = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("the model is compiled (torch.compile): give the original one, model._orig_mod")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise TypeError(f"the model is inside {kind}: give the one it wraps, model.module")
+    if hasattr(model, "peft_config") and hasattr(model, "base_model"):
+        raise TypeError(
+            f"the model is inside PEFT's {kind}: merge its adapters, model.merge_and_unload(), or "
+            "leave them out, model.unload()"
+        )
+
+
+def _check_adapters(model: nn.Module) -> None:
+    adapted = [name for name, _ in model.named_parameters() if ".lora_" in name or ".base_layer." in name]
+    if adapted:
+        raise ValueError(
+            f"the model has adapters in its layers ({_listed(adapted)}): merge them first, e.g. by PEFT's "
+            "merge_and_unload()"
+        )
+
+
+def _check_parameters(model: nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    absent = [name for name, p in parameters.items() if p.is_meta]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} of {len(parameters)} weights are not in memory (offloaded to the CPU or to disk, "
+            f"or never loaded): {_listed(absent)}; load the model without device_map, or onto one device"
+        )
+    integers = [name for name, p in parameters.items() if not p.is_floating_point()]
+    if integers:
+        raise ValueError(_quantised(f"the model (e.g. {_listed(integers)})", None))
+    for what in ("device", "dtype"):
+        places: dict[Any, list[str]] = {}
+        for name, p in parameters.items():
+            places.setdefault(getattr(p, what), []).append(name)
+        if len(places) > 1:
+            each = "; ".join(f"{place}: {_listed(names)}" for place, names in places.items())
+            raise ValueError(f"the weights have more than one {what} ({each}): bring them to one")
+
+
+def _check_module_hooks(model: nn.Module) -> None:
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, module in modules.items():
+        hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        for hook in hooks:
+            if not f"{getattr(hook, '__module__', '')}.".startswith(_OWN_HOOKS):
+                raise ValueError(
+                    f"the model has a hook of yours at {name or 'its top'} ({hook!r}), which is not taken "
+                    "over: remove it, and set it on the hooked model"
+                )
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            raise ValueError(f"the forward of {name or 'the model'} is replaced, which is not taken over")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse what is not a floating-point dtype, or `auto`.
+
+    Raises:
+        ValueError: Another dtype.
+    """
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is None or dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return
+    raise ValueError(f"dtype must be a floating-point dtype of torch, its name, or 'auto', not {dtype!r}")
