@@ -31,8 +31,7 @@ def check_folder(folder: Path) -> None:
     """Check the files of a checkpoint's folder, without reading a weight.
 
     Raises:
-        ValueError: No config; an adapter instead of a model; quantised weights; an index whose shards are not
-            all there, or no weights.
+        ValueError: No config, an adapter instead of a model, or quantised weights.
     """
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
@@ -44,10 +43,14 @@ def check_folder(folder: Path) -> None:
     for name in _QUANTISED:
         if (folder / name).is_file():
             raise ValueError(_quantised(f"folder {str(folder)!r} (it has {name})", None))
-    _check_shards(folder)
 
 
-def _check_shards(folder: Path) -> None:
+def check_shards(folder: Path) -> None:
+    """Check that all files of weights are there.
+
+    Raises:
+        ValueError: An index whose files are not all there (counts and names them), or no weights.
+    """
     for index in sorted(folder.glob("*.index.json")):
         shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
         absent = sorted(name for name in shards if not (folder / name).is_file())
@@ -155,7 +158,8 @@ def _check_module_hooks(model: nn.Module) -> None:
     for name, module in modules.items():
         hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         for hook in hooks:
-            if not f"{getattr(hook, '__module__', '')}.".startswith(_OWN_HOOKS):
+            source: Any = getattr(hook, "__module__", "")
+            if not f"{source}.".startswith(_OWN_HOOKS):
                 raise ValueError(
                     f"the model has a hook of yours at {name or 'its top'} ({hook!r}), which is not taken "
                     "over: remove it, and set it on the hooked model"

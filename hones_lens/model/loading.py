@@ -17,7 +17,7 @@ from hones_lens.model.config import all_settings, checkpoint_path, find_settings
 from hones_lens.model.decoding import Decoding
 from hones_lens.model.families import load_family
 from hones_lens.model.hooked_vlm import HookedVLM
-from hones_lens.model.loadable import check_config, check_dtype, check_folder, check_hf_model
+from hones_lens.model.loadable import check_config, check_dtype, check_folder, check_hf_model, check_shards
 from hones_lens.model.saving import HFSource
 from hones_lens.model.weights import WeightMap
 
@@ -86,6 +86,8 @@ def load_hf_model(
         if option not in family.processor_options:
             valid = ", ".join(family.processor_options) or "none"
             raise ValueError(f"unknown processor option {option!r} for {name!r}; valid: {valid}")
+    if Path(folder).is_dir():
+        check_shards(Path(folder))
     with _without_progress_bars():
         model, report = auto_model.from_pretrained(
             folder, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
