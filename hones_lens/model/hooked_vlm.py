@@ -101,7 +101,7 @@ class HookedVLM(HookedRoot, Family):
         """
         from hones_lens.model import loading
 
-        options = {"plain_greedy": plain_greedy, "revision": revision, **processor_options}
+        options: dict[str, Any] = {"plain_greedy": plain_greedy, "revision": revision, **processor_options}
         return loading.load_model(name, device, dtype, **options)
 
     @staticmethod

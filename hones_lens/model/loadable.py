@@ -158,7 +158,7 @@ def _check_module_hooks(model: nn.Module) -> None:
     for name, module in modules.items():
         hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         for hook in hooks:
-            source: Any = getattr(hook, "__module__", "")
+            source: str = hook.__module__
             if not f"{source}.".startswith(_OWN_HOOKS):
                 raise ValueError(
                     f"the model has a hook of yours at {name or 'its top'} ({hook!r}), which is not taken "

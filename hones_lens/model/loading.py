@@ -129,7 +129,7 @@ def load_model(
     **processor_options: Any,
 ) -> HookedVLM:
     """Load and hook a model; see `HookedVLM.from_pretrained`."""
-    options = {"plain_greedy": plain_greedy, "revision": revision, **processor_options}
+    options: dict[str, Any] = {"plain_greedy": plain_greedy, "revision": revision, **processor_options}
     model, processor = load_hf_model(name, device, dtype, **options)
     hooked = hook_hf_model(model, processor)
     settings = find_settings(name)

@@ -55,7 +55,8 @@ def _flips(args: argparse.Namespace, dtype: Any) -> list[DtypeFlips]:
     from hones_lens.model import load_model
 
     exact, other = (
-        load_model(args.model_name, args.device, kind, plain_greedy=args.plain_greedy) for kind in (torch.float32, dtype)
+        load_model(args.model_name, args.device, kind, plain_greedy=args.plain_greedy)
+        for kind in (torch.float32, dtype)
     )
     results = []
     for task in tasks_of("shapes"):
