@@ -207,7 +207,8 @@ def patching_as_text(case: Case, patch: Patch) -> None:
     def unchecked(self: HookedVLM, inputs: VLMInputs) -> VLMInputs:
         if inputs.pixel_values is not None:
             return known(self, inputs)
-        positions = inputs.attention_mask.cumsum(-1).expand(3, -1, -1) - 1
+        counted = inputs.attention_mask.cumsum(-1) - 1
+        positions = counted if case.is_llava else counted.expand(3, -1, -1)
         nothing = torch.zeros_like(inputs.input_ids).bool()
         return replace(inputs, image_mask_or_none=nothing, position_ids=positions)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hones_lens.model.choices import require_choice
 from hones_lens.model.inputs import VLMInputs
+from hones_lens.model.typed import to_list
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,71 @@ def at_positions(inputs: VLMInputs, positions: str) -> Bool[Tensor, "row pos"]:
     return torch.arange(inputs.input_ids.shape[1], device=first.device) == first[:, None] - 1
 
 
+class LogitsAndLoss(NamedTuple):
+    """What a forward pass returns under `return_type="both"`."""
+
+    logits: Float[Tensor, "batch pos d_vocab"]
+    loss: Float[Tensor, ""]
+
+
+def loss_of(output: Any) -> Any:
+    """The loss, of what a forward pass returned under `return_type="loss"` or `"both"`."""
+    return output.loss if isinstance(output, LogitsAndLoss) else output
+
+
 def answer_loss(logits: Float[Tensor, "batch pos d_vocab"], inputs: VLMInputs) -> Float[Tensor, ""]:
-    """Mean cross-entropy, in nats, of the answer tokens, or of all text tokens where no answer is marked."""
-    target_mask = inputs.answer_mask
-    if target_mask is None:
-        target_mask = inputs.token_groups["text"] & (inputs.attention_mask.cumsum(-1) > 1)
-    target_mask = target_mask[:, 1:].to(logits.device)
-    return F.cross_entropy(logits[:, :-1][target_mask], inputs.input_ids[:, 1:][target_mask])
+    """Mean cross-entropy, in nats, in float32 at least.
+
+    Over the labels that are not −100, as Hugging Face's; without labels over the answer tokens, and where no
+    answer is marked over all text tokens.
+
+    Raises:
+        ValueError: No token to predict, or a label that would be predicted from padding; names the row.
+    """
+    targets = _targets(inputs)[:, 1:].to(logits.device)
+    predicted = targets != -100
+    if not bool(predicted.any()):
+        raise ValueError("these inputs have no token to predict, so there is no loss")
+    logits = logits[:, :-1][predicted]
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[predicted])
+
+
+def _targets(inputs: VLMInputs) -> Int[Tensor, "batch pos"]:
+    """The token to predict at each position, from the one before it; −100 where there is none."""
+    if inputs.labels is None:
+        target_mask = inputs.answer_mask
+        if target_mask is None:
+            target_mask = inputs.token_groups["text"] & (inputs.attention_mask.cumsum(-1) > 1)
+        return inputs.input_ids.masked_fill(~target_mask, -100)
+    if inputs.labels.shape != inputs.input_ids.shape:
+        raise ValueError(
+            f"labels {list(inputs.labels.shape)} do not fit input_ids {list(inputs.input_ids.shape)}"
+        )
+    from_padding = (inputs.labels[:, 1:] != -100) & (inputs.attention_mask[:, :-1] == 0)
+    places: list[list[int]] = to_list(from_padding.nonzero())
+    if places:
+        row, position = places[0]
+        raise ValueError(
+            f"row {row}: the label at position {position + 1} would be predicted from padding: set it to -100"
+        )
+    return inputs.labels
+
+
+def check_return_type(
+    return_type: str | None, stop_at_layer: int | None, logits_to_keep: int | Tensor
+) -> None:
+    """Check the options of a forward pass that say what comes back.
+
+    Raises:
+        ValueError: An unknown `return_type`, or a loss that the other options leave no logits for.
+    """
+    if return_type is not None:
+        require_choice("return_type", return_type, ("logits", "loss", "both"), "None")
+    if return_type in ("loss", "both"):
+        if stop_at_layer is not None:
+            raise ValueError(f"return_type={return_type!r} needs all layers: leave stop_at_layer out")
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
+            raise ValueError(f"return_type={return_type!r} needs all positions: leave logits_to_keep out")
 
 
 class RunsForward(Protocol):

@@ -30,7 +30,7 @@ class BindableModel(Protocol):
         ...
 
     @property
-    def run_with_cache(self) -> Callable[..., tuple[Tensor, ActivationCache]]:
+    def run_with_cache(self) -> Callable[..., tuple[Any, ActivationCache]]:
         """Run and keep activations."""
         ...
 
@@ -180,19 +180,19 @@ class BoundModel:
             return self.as_inputs(model_input), options
         return model_input, {"inputs": self._inputs_for_rows(len(model_input)), **options}
 
-    def forward(self, tokens: TokensLike, **options: Any) -> Tensor:
+    def forward(self, tokens: TokensLike, **options: Any) -> Any:
         """As `HookedVLM.forward`, for tokens; with `start_at_layer`, for a residual stream."""
         model_input, options = self._model_call(tokens, options)
         return self.model(model_input, **options)
 
     __call__ = forward
 
-    def run_with_hooks(self, tokens: TokensLike, **options: Any) -> Tensor:
+    def run_with_hooks(self, tokens: TokensLike, **options: Any) -> Any:
         """As `HookedVLM.run_with_hooks`, for tokens."""
         model_input, options = self._model_call(tokens, options)
         return self.model.run_with_hooks(model_input, **options)
 
-    def run_with_cache(self, tokens: TokensLike, **options: Any) -> tuple[Tensor, ActivationCache]:
+    def run_with_cache(self, tokens: TokensLike, **options: Any) -> tuple[Any, ActivationCache]:
         """As `HookedVLM.run_with_cache`, for tokens."""
         model_input, options = self._model_call(tokens, options)
         return self.model.run_with_cache(model_input, **options)

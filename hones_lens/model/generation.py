@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from hones_lens.model.choices import require_choice
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.decoding import SAMPLING, Decoding
 from hones_lens.model.inputs import ModelInput, VLMInputs
@@ -135,7 +136,7 @@ def generate(
         model: The model.
         inputs: Prompts with their images.
         max_new_tokens: Stop a row after this many, or after an end-of-sequence token.
-        return_type: `tokens` gives the new tokens [batch new], EOS kept, then padding.
+        return_type: `text`, or `tokens`: the new tokens [batch new], EOS kept, then padding.
         use_kv_cache: False computes everything anew at every step (same tokens, slower).
         do_sample: Draw every token from the model's distribution. Default: the likeliest follows.
         num_return_sequences: Answers to draw for each row; those of a row follow each other.
@@ -154,15 +155,14 @@ def generate(
         ValueError: An option that would have no effect, an invalid value, a setting (given or the
             checkpoint's) that is not handled, or what `decode` refuses.
     """
-    if return_type not in ("text", "tokens"):
-        raise ValueError(f"unknown return_type {return_type!r}; valid: text, tokens")
+    require_choice("return_type", return_type, ("text", "tokens"))
     if not do_sample:
         _check_greedy(num_return_sequences, generator, settings)
     if isinstance(generator, int):
         generator = torch.Generator(model.cfg.device).manual_seed(generator)
     tokens = decode(
         model,
-        _repeated(model.as_inputs(inputs), num_return_sequences),
+        _repeated(model.as_inputs(inputs).positions_for_generation(), num_return_sequences),
         max_new_tokens,
         use_kv_cache,
         decoding=model.decoding.with_settings(settings),

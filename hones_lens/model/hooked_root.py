@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint, LensHandle
 
+from hones_lens.model.answers import loss_of
 from hones_lens.model.caching import VLMCache, caching_hooks
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.hook_names import (
@@ -133,7 +134,7 @@ class HookedRoot(HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         **forward_options: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Run the model forward under hooks; see `hooks` for them and `forward` for the rest."""
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self(*model_args, **forward_options)
@@ -166,7 +167,7 @@ class HookedRoot(HookedRootModule):
         pos_slice: Any = None,
         return_cache_object: bool = True,
         **forward_options: Any,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Any, Any]:
         """Run the model and keep activations.
 
         Args:
@@ -175,7 +176,7 @@ class HookedRoot(HookedRootModule):
                 `attn.hook_result` and the split inputs, which cost n_heads residual streams each.
             device: Where to keep the activations; default: where they are.
             remove_batch_dim: Drop the batch axis (of 1), and the vision tower's image axis where it is 1.
-            incl_bwd: Also run backward (with `return_type="loss"`) and keep gradients as `*_grad`.
+            incl_bwd: Also run backward (under `return_type="loss"` or `"both"`) and keep gradients, `*_grad`.
             pos_slice: Keep only these positions of the decoder's activations.
             reset_hooks_end, clear_contexts: As for `hooks`.
             return_cache_object: False gives a dict of the activations in place of the cache.
@@ -200,7 +201,7 @@ class HookedRoot(HookedRootModule):
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             output = self(*model_args[1:], **call)
             if incl_bwd:
-                output.backward()
+                loss_of(output).backward()
         if not return_cache_object:
             return output, store
         assert located is not None  # or the model would not have run

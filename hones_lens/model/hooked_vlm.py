@@ -179,8 +179,8 @@ class HookedVLM(HookedRoot, Family):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_type: Literal["logits", "loss"] = "logits",
-    ) -> Tensor:
+        return_type: Literal["logits", "loss", "both"] | None = "logits",
+    ) -> Any:
         """Logits for a batch.
 
         Args:
@@ -191,39 +191,59 @@ class HookedVLM(HookedRoot, Family):
             stop_at_layer: Skip this block and all above, and return the residual stream.
             logits_to_keep: Unembed only the last so many positions, or these (a tensor of indices);
                 0 for all. Every hook, `ln_final`'s too, sees all positions.
-            return_type: `loss` is the mean cross-entropy of the answer tokens, or of all text
-                tokens where no answer is marked.
+            return_type: `loss` is the mean cross-entropy of the labels, else of the answer tokens, or of all
+                text tokens where no answer is marked; `both` gives logits and loss, as in TransformerLens;
+                None computes no logits and returns None.
 
         Returns:
-            [batch pos d_vocab]; [batch pos d_model] with `stop_at_layer`; a scalar for `loss`.
+            Logits [batch pos d_vocab], a scalar loss, or `LogitsAndLoss`; with `stop_at_layer` the residual
+            stream [batch pos d_model].
 
         Raises:
-            ValueError: Inputs that don't fit (see `as_inputs`), a layer out of range, or a residual
-                without `inputs`.
+            ValueError: Inputs that don't fit (see `as_inputs`), a layer out of range, a residual without
+                `inputs` or `inputs` without one, an unknown `return_type`, or a loss with `stop_at_layer` or
+                `logits_to_keep`.
         """
+        answers.check_return_type(return_type, stop_at_layer, logits_to_keep)
         first = layer_index(start_at_layer, 0, self.cfg.n_layers)
         last = layer_index(stop_at_layer, self.cfg.n_layers, self.cfg.n_layers)
         if first > 0 or last < self.cfg.n_layers:
             self.note_skipped(
                 "layers", f"only blocks {first} … {last - 1} ran (start_at_layer, stop_at_layer)"
             )
-        if start_at_layer is None:
-            located = self.as_inputs(model_input)
-            resid = self.embed_inputs(located)
-        else:
-            if inputs is None or not isinstance(model_input, Tensor) or not model_input.is_floating_point():
-                raise ValueError("start_at_layer takes a residual stream [batch pos d_model] and inputs=")
-            located, resid = self.as_inputs(inputs), model_input
-            if resid.shape[:2] != located.input_ids.shape:
-                raise ValueError(
-                    f"residual {tuple(resid.shape)} does not fit inputs {tuple(located.input_ids.shape)}"
-                )
+        located, resid = self._entering(model_input, inputs, start_at_layer)
         resid = self.run_blocks(resid, self.attention_context(located), first, last)
         if stop_at_layer is not None:
             return resid
-        if return_type == "loss":
-            return answers.answer_loss(self._logits(resid, 0), located)
-        return self._logits(resid, logits_to_keep)
+        if return_type is None:
+            self.ln_final(resid)  # its hooks run, as in TransformerLens
+            return None
+        logits = self._logits(resid, logits_to_keep)
+        if return_type == "logits":
+            return logits
+        loss = answers.answer_loss(logits, located)
+        return loss if return_type == "loss" else answers.LogitsAndLoss(logits, loss)
+
+    def _entering(
+        self,
+        model_input: ModelInput,
+        inputs: ModelInput | None,
+        start_at_layer: int | None,
+    ) -> tuple[VLMInputs, Tensor]:
+        """The inputs of a forward pass, and the residual stream that enters its first block."""
+        if start_at_layer is None:
+            if inputs is not None:
+                raise ValueError("inputs= goes with start_at_layer and a residual stream [batch pos d_model]")
+            located = self.as_inputs(model_input)
+            return located, self.embed_inputs(located)
+        if inputs is None or not isinstance(model_input, Tensor) or not model_input.is_floating_point():
+            raise ValueError("start_at_layer takes a residual stream [batch pos d_model] and inputs=")
+        located = self.as_inputs(inputs)
+        if model_input.shape[:2] != located.input_ids.shape:
+            raise ValueError(
+                f"residual {tuple(model_input.shape)} does not fit inputs {tuple(located.input_ids.shape)}"
+            )
+        return located, model_input
 
     def embed_inputs(self, inputs: VLMInputs) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that enters block 0: text embedded, images encoded and merged in."""

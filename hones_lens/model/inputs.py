@@ -19,19 +19,21 @@ _FROM_HF = (
     "image_grid_thw",
     "position_ids",
     "mm_token_type_ids",
+    "labels",
 )
-_BY_POSITION = (
+_BY_ROW_AND_POSITION = (
     "input_ids",
     "attention_mask",
-    "position_ids",
     "mm_token_type_ids",
+    "labels",
     "image_mask_or_none",
     "question_mask",
     "answer_mask",
 )
+_POSITIONS = ("position_ids", "counted_position_ids")
 Region = tuple[float, float, float, float]
 _UNSEEN_MASK = "which tokens are padding is the model's to say: use model.as_inputs(inputs)"
-_IGNORED_FROM_HF = ("token_type_ids", "labels")
+_UNREAD_BY_HF = ("token_type_ids",)  # some tokenizers return it; no family's forward reads it
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,9 @@ class VLMInputs:
         attention_mask: 1 at tokens, 0 at padding, [batch pos].
         pixel_values: What the vision tower reads; images of all rows in order. None without images.
         image_grid_thw: Patch counts (time, height, width) of each image, [n_images 3] (Qwen).
-        position_ids: [3 batch pos] (Qwen); None where positions follow from the mask.
+        position_ids: Rotary positions, [batch pos], or [3 batch pos] (Qwen); None where they follow from the
+            mask.
+        labels: Targets of the loss, [batch pos]; −100 leaves a position out. None: those of `answer_mask`.
         image_mask: True at image tokens, [batch pos].
         grids: `grids[row][image]` = (rows, columns) of image tokens, in raster order.
         regions: `regions[row][image]` = (left, top, right, bottom): the part of the picture that its grid
@@ -56,6 +60,8 @@ class VLMInputs:
             `HookedVLM.with_image_embeds`); the vision tower is then not run.
         mask_is_assumed: The inputs came without an attention mask, and which of the tokens are padding is not
             known yet: `attention_mask` is 1 everywhere until a model has seen them (`HookedVLM.as_inputs`).
+        counted_position_ids: The positions that the model counted itself, [3 batch pos] (Qwen); other
+            `position_ids` were given.
     """
 
     input_ids: Tensor
@@ -64,6 +70,7 @@ class VLMInputs:
     image_grid_thw: Tensor | None = None
     position_ids: Tensor | None = None
     mm_token_type_ids: Tensor | None = field(default=None, repr=False)
+    labels: Tensor | None = field(default=None, repr=False)
     image_mask_or_none: Tensor | None = field(default=None, repr=False)
     grids: tuple[tuple[tuple[int, int], ...], ...] = ()
     regions: tuple[tuple[Region, ...], ...] = ()
@@ -72,6 +79,7 @@ class VLMInputs:
     answer_mask: Tensor | None = field(default=None, repr=False)
     image_embeds: Tensor | None = field(default=None, repr=False)
     mask_is_assumed: bool = field(default=False, repr=False)
+    counted_position_ids: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Tensor | None]) -> VLMInputs:
@@ -82,16 +90,18 @@ class VLMInputs:
         `model.as_inputs(mapping)`.
 
         Raises:
-            ValueError: A key that would be ignored, or no input_ids.
+            ValueError: A key that would be ignored, or no input_ids [batch pos].
         """
         for key, value in mapping.items():
             if "video" in key and value is not None:
                 raise ValueError(f"inputs key {key!r}: video is not handled; give still images")
-            if key not in (*_FROM_HF, *_IGNORED_FROM_HF) and value is not None:
+            if key not in (*_FROM_HF, *_UNREAD_BY_HF) and value is not None:
                 raise ValueError(f"inputs key {key!r} is not handled; handled: {', '.join(_FROM_HF)}")
         if (ids := mapping.get("input_ids")) is None:
             raise ValueError("inputs have no 'input_ids'")
         ids = torch.as_tensor(ids)
+        if ids.ndim != 2 or ids.is_floating_point():
+            raise ValueError(f"input_ids are {ids.dtype} {list(ids.shape)}; give ids [batch, pos]")
         mask = mapping.get("attention_mask")
         token_types = mapping.get("mm_token_type_ids")
         image_mask = token_types == 1 if token_types is not None else None
@@ -99,19 +109,37 @@ class VLMInputs:
             image_mask = torch.zeros_like(ids, dtype=torch.bool)
         return cls(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids) if mask is None else torch.as_tensor(mask).long(),
+            attention_mask=torch.ones_like(ids) if mask is None else _as_mask(mask, ids),
             pixel_values=mapping.get("pixel_values"),
             image_grid_thw=mapping.get("image_grid_thw"),
             position_ids=mapping.get("position_ids"),
+            labels=mapping.get("labels"),
             mm_token_type_ids=token_types,
             image_mask_or_none=image_mask,
             mask_is_assumed=mask is None,
         )
 
     def to_hf(self) -> dict[str, Tensor]:
-        """Keyword arguments for the Hugging Face model's `forward` and `generate`."""
+        """Keyword arguments for the Hugging Face model's `forward` and `generate`, without `labels`."""
         names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
+        if self.positions_are_given:
+            names = (*names, "position_ids")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def positions_are_given(self) -> bool:
+        """Whether `position_ids` are others than the model's own."""
+        given, counted = self.position_ids, self.counted_position_ids
+        if given is None or counted is None:
+            return given is not None
+        return given is not counted and not torch.equal(given, counted)
+
+    @property
+    def mask_holes(self) -> Tensor:
+        """True where `attention_mask` is 0 between two tokens of a row, [batch pos]."""
+        tokens = self.attention_mask.bool()
+        behind_a_token = tokens.cumsum(-1) > 0
+        return ~tokens & behind_a_token & (tokens.flip(-1).cumsum(-1).flip(-1) > 0)
 
     @property
     def image_mask(self) -> Tensor:
@@ -186,12 +214,11 @@ class VLMInputs:
             raise IndexError(f"rows {rows!r} select nothing from {self.batch_size} rows")
         selected: dict[str, Any] = {}
         row_numbers: list[int] = to_list(row_index)
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_mask_or_none"):
+        for name in _BY_ROW_AND_POSITION:
             selected[name] = _take_rows(getattr(self, name), row_index)
-        for name in ("question_mask", "answer_mask"):
-            selected[name] = _take_rows(getattr(self, name), row_index)
-        if self.position_ids is not None:
-            selected["position_ids"] = self.position_ids[..., row_index.to(self.position_ids.device), :]
+        for name in _POSITIONS:
+            if (positions := getattr(self, name)) is not None:
+                selected[name] = positions[..., row_index.to(positions.device), :]
         if self.pixel_values is not None:
             selected.update(self._take_images(row_numbers))
         elif len(self.grids) == self.batch_size:
@@ -241,11 +268,31 @@ class VLMInputs:
                 fields[name] = torch.cat((mask, zeros.bool()), dim=1)
         if self.mm_token_type_ids is not None:
             fields["mm_token_type_ids"] = torch.cat((self.mm_token_type_ids, zeros), dim=1)
-        if self.position_ids is not None:
-            steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-            following = self.position_ids.amax((0, -1))[:, None] + steps  # after the largest of a row
-            fields["position_ids"] = torch.cat((self.position_ids, following.expand(3, -1, -1)), dim=-1)
+        if self.labels is not None:
+            fields["labels"] = torch.cat((self.labels, zeros - 100), dim=1)
+        steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        counted = not self.positions_are_given
+        for name in _POSITIONS:
+            if (positions := getattr(self, name)) is not None:
+                last = positions[..., -1:]  # as Hugging Face's generate goes on behind positions it was given
+                if counted:
+                    last = positions.amax((0, -1))[:, None].expand_as(
+                        last
+                    )  # behind the larger side of an image
+                fields[name] = torch.cat((positions, last + steps), dim=-1)
         return replace(self, **fields)
+
+    def positions_for_generation(self) -> VLMInputs:
+        """The same inputs, with positions as Hugging Face's `generate` counts them.
+
+        Other than its `forward`, it doesn't count what the mask hides between two tokens; where images give
+        the positions (mRoPE), neither does.
+        """
+        if self.positions_are_given or self.image_grid_thw is not None or not bool(self.mask_holes.any()):
+            return self
+        positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+        counted = self.position_ids
+        return replace(self, position_ids=positions if counted is None else positions.expand_as(counted))
 
     def require_left_padding(self, purpose: str) -> None:
         """Check that every row ends in a token: for what reads the last position.
@@ -285,7 +332,7 @@ class VLMInputs:
     def _columns(self, columns: slice | Tensor) -> VLMInputs:
         """Select the same columns of every row (slice), or columns for each row (indices [batch pos])."""
         selected: dict[str, Any] = {}
-        for name in _BY_POSITION:
+        for name in (*_BY_ROW_AND_POSITION, *_POSITIONS):
             if (value := getattr(self, name)) is None:
                 continue
             per_row = isinstance(columns, Tensor)
@@ -346,6 +393,23 @@ class VLMInputs:
         if pixels is None:
             return grid_values
         return F.interpolate(grid_values[None, None].float(), size=pixels, mode="bilinear")[0, 0]
+
+
+def _as_mask(mask: Any, ids: Tensor) -> Tensor:
+    """An attention mask of 0 and 1, [batch pos].
+
+    Raises:
+        ValueError: Another shape, or other values.
+    """
+    mask = torch.as_tensor(mask)
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask {list(mask.shape)} does not fit input_ids {list(ids.shape)}; masks of queries "
+            "by keys are not handled"
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("attention_mask has values other than 0 (padding) and 1 (a token)")
+    return mask.long()
 
 
 def _take_rows(value: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ from hones_lens.model.nn.clip import ClipEncoder
 from hones_lens.model.nn.decoder import llama_decoder
 from hones_lens.model.nn.projector import Projector
 from hones_lens.model.nn.rotary import Rotary, rotary_frequencies
+from hones_lens.model.positions import check_token_types, expand_positions, text_positions
 from hones_lens.model.typed import activation_names, to_list
 from hones_lens.model.weights import WeightMap, decoder_weights, parameters, vit_weights
 
@@ -80,16 +81,22 @@ class HookedLlava(HookedVLM):
         return self.vision_projector(features if self.cfg.vision.keep_class_token else features[:, 1:])
 
     def positions(self, inputs: VLMInputs) -> Tensor:
-        """Positions [batch pos] that count tokens, not padding."""
-        return (inputs.attention_mask.cumsum(-1) - 1).clamp(min=0)
+        """Positions [batch pos]: those given, else counted from each row's first token."""
+        return text_positions(inputs) if inputs.position_ids is None else inputs.position_ids
 
     def locate_images(self, inputs: VLMInputs) -> VLMInputs:
         """Fill in `image_mask` and `grids`, and check that images and image tokens agree.
 
         Raises:
-            ValueError: Counts that differ, an image cut by a row, or pixels of another size.
+            ValueError: Counts that differ, an image cut by a row, pixels of another size, positions that are
+                not [batch pos], or `image_grid_thw`, which this family does not read.
         """
+        if inputs.image_grid_thw is not None:
+            raise ValueError("inputs key 'image_grid_thw' is not read by LLaVA, whose images have one size")
+        if inputs.position_ids is not None:
+            inputs = replace(inputs, position_ids=expand_positions(inputs.position_ids, inputs, axes=1))
         mask = inputs.input_ids == self.cfg.image_token_id
+        check_token_types(inputs, mask)
         n_images = 0 if inputs.pixel_values is None else len(inputs.pixel_values)
         if inputs.pixel_values is not None:
             self._check_pixels(inputs.pixel_values)

@@ -30,6 +30,7 @@ from hones_lens.model.nn.norm import RMSNorm
 from hones_lens.model.nn.patch_tower import PatchMerger, PatchTower
 from hones_lens.model.nn.patches import PatchLayout, PatchShape, pack_pictures, unpack_patches
 from hones_lens.model.nn.rotary import Rotary, rotary_frequencies
+from hones_lens.model.positions import check_token_types, expand_positions
 from hones_lens.model.typed import activation_names, to_list
 from hones_lens.model.weights import WeightMap, decoder_weights, parameters
 
@@ -150,11 +151,19 @@ class HookedQwen2_5_VL(HookedVLM):
         """Fill in `image_mask`, `grids` and `position_ids`, and check that images and tokens agree.
 
         Raises:
-            ValueError: Counts that differ, an image cut by a row, pixels that don't fit their grids, video.
+            ValueError: Counts that differ, an image cut by a row or hidden in part by the mask, pixels that
+                don't fit their grids, positions of another shape than [3 batch pos] or [batch pos], video.
         """
         mask = inputs.input_ids == self.cfg.image_token_id
         if bool((inputs.input_ids == self.video_token_id).any()):
             raise ValueError("the prompt has video tokens; video is not handled: give still images")
+        check_token_types(inputs, mask)
+        hidden: list[int] = to_list((mask & (inputs.attention_mask == 0)).sum(-1))
+        if any(hidden):
+            row, n = next((row, n) for row, n in enumerate(hidden) if n)
+            raise ValueError(
+                f"row {row}: attention_mask hides {n} image tokens, which leaves no positions for the others"
+            )
         token_grids = self._token_grids(inputs)
         n_image_tokens, n_expected = int(mask.sum()), sum(rows * columns for rows, columns in token_grids)
         if n_image_tokens != n_expected:
@@ -176,12 +185,15 @@ class HookedQwen2_5_VL(HookedVLM):
         located = replace(
             inputs, image_mask_or_none=mask, grids=tuple(grids), mm_token_type_ids=mask.to(torch.int)
         )
-        if located.position_ids is None:
-            located = replace(located, position_ids=mrope_positions(located))
-        return located
+        if inputs.position_ids is not None and inputs.positions_are_given:
+            return replace(located, position_ids=expand_positions(inputs.position_ids, inputs, axes=3))
+        counted = mrope_positions(located)
+        return replace(located, position_ids=counted, counted_position_ids=counted)
 
     def _token_grids(self, inputs: VLMInputs) -> list[tuple[int, int]]:
         if inputs.pixel_values is None:
+            if inputs.image_grid_thw is not None:
+                raise ValueError("image_grid_thw without pixel_values: there are no images")
             return []
         merge, shape = self.cfg.vision.merge_size, self._patch_shape
         if inputs.image_grid_thw is None:
