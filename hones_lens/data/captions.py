@@ -24,8 +24,10 @@ TASKS = ("caption", "retrieval")
 
 
 def is_karpathy(top: Any) -> bool:
-    """Whether a file's top level is Karpathy's: `images`, and no annotations beside them."""
-    return isinstance(top, dict) and "images" in top and "annotations" not in top
+    """Whether a file's top level is Karpathy's: `images` with sentences, and no annotations beside them."""
+    if not isinstance(top, dict) or "annotations" in top or not isinstance(top.get("images"), list):
+        return False
+    return any(isinstance(raw, dict) and "sentences" in raw for raw in top["images"])
 
 
 def is_coco_captions(top: Any) -> bool:

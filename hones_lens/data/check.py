@@ -221,6 +221,7 @@ def _check_task(
     check.usable = len(usable)
     split_counts = Counter(split_of(record.image_key, seed) for record in usable)
     check.splits = {split: split_counts[split] for split in SHARES}
+    check.warnings += [f"left out: {skipped}" for skipped in checked.left_out]
     if usable and min(check.splits.values()) == 0:
         check.warnings.append("too few images for a record in every split")
     if task in _EXTRA_CHECKS:

@@ -6,7 +6,8 @@
      "imgToAnns": {...}}
 
 Texts that are not legible, not English or not transcribed are not meant for the task. `imgToAnns` is
-redundant and not read.
+redundant and not read. A text whose box has no area or lies outside its picture (the official file holds
+some) is left out with a warning that names it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hones_lens.data.coco_paths import coco_image_paths
 from hones_lens.data.files import load_records
 from hones_lens.data.hones import parse_ocr_fields
 from hones_lens.data.reading import describe_top_level, read_json
+from hones_lens.data.recognize import refuse_other_format
 from hones_lens.data.records import (
     BadRecord,
     Format,
@@ -35,6 +37,7 @@ from hones_lens.data.records import (
 def rows(file: Path, task: str) -> list[Row]:
     """One row per text."""
     top = read_json(file)
+    refuse_other_format(top, file, "COCO-Text's", "cocotext")
     if not isinstance(top, dict) or not all(isinstance(top.get(key), dict) for key in ("imgs", "anns")):
         raise ValueError(
             f"{file} is not COCO-Text's: no objects 'imgs' and 'anns', but {describe_top_level(top)}"
@@ -60,5 +63,5 @@ def _parse(raw: Any, key: str, images: dict[str, Any]) -> Record:
     )
 
 
-FORMAT = Format("cocotext", ("ocr",), rows)
+FORMAT = Format("cocotext", ("ocr",), rows, leaves_out_bad_boxes=True)
 load = partial(load_records, FORMAT)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from hones_lens.data.examples import Example
 from hones_lens.data.images import Picture, clip_box, find_picture_file
 from hones_lens.data.negatives import N_NEGATIVES, hard_negatives
-from hones_lens.data.records import BadRecord, Format, NotForTask, Record
+from hones_lens.data.records import BadBox, BadRecord, Format, NotForTask, Record
 from hones_lens.data.splits import check_split, select_records, stable_hash
 
 
@@ -30,7 +30,7 @@ class LoadedExamples(list[Example]):
     """A list of the examples of a file, with the records that were left out.
 
     Attributes:
-        skipped: Unusable records (with `on_error="skip"`).
+        skipped: Unusable records (with `on_error="skip"`; bad boxes of COCO-Text always).
         not_for_task: How many records are not meant for the task, by reason.
         clipped: Ids of the examples whose box crosses the border of its image.
     """
@@ -53,10 +53,19 @@ class LoadedExamples(list[Example]):
 
 @dataclass
 class CheckedRecords:
-    """The records of a file for one task, after all checks that need no pictures."""
+    """The records of a file for one task, after all checks that need no pictures.
+
+    Attributes:
+        records: Records that can be used.
+        bad: Records that can't be used.
+        left_out: Records with a bad box, of a format that leaves such out whatever `on_error`.
+        not_for_task: How many records are not meant for the task, by reason.
+        clipped: Ids of records whose box crosses the border of the image.
+    """
 
     records: list[Record] = field(default_factory=list)
     bad: list[SkippedRecord] = field(default_factory=list)
+    left_out: list[SkippedRecord] = field(default_factory=list)
     not_for_task: Counter[str] = field(default_factory=Counter)
     clipped: list[str] = field(default_factory=list)
 
@@ -80,7 +89,9 @@ def check_records(fmt: Format, task: str, file: Path) -> CheckedRecords:
         except NotForTask as reason:
             checked.not_for_task[str(reason)] += 1
         except BadRecord as error:
-            checked.bad.append(SkippedRecord(row.label, str(error)))
+            tolerated = isinstance(error, BadBox) and fmt.leaves_out_bad_boxes
+            skipped = checked.left_out if tolerated else checked.bad
+            skipped.append(SkippedRecord(row.label, str(error)))
         else:
             seen.add(record.id)
             checked.records.append(record)
@@ -128,7 +139,7 @@ def load_records(
     check_split(split)
     file = Path(data_file)
     checked = check_records(fmt, task, file)
-    if not checked.records and not checked.bad:
+    if not checked.records and not checked.bad and not checked.left_out:
         raise ValueError(f"{file} has no {task} records{_format_reasons(checked.not_for_task)}")
     chosen, unknown = select_records(checked.records, split, seed)
     bad = checked.bad + [SkippedRecord(name, f"is in {split}, but not in the data file") for name in unknown]
@@ -138,7 +149,7 @@ def load_records(
     pictures, missing = _find_pictures(chosen, folder, must_exist, limit, on_error == "raise")
     if missing and on_error == "raise":
         raise ValueError(_summarize_skipped(file, missing))
-    bad += missing
+    bad += checked.left_out + missing
     if bad:
         warnings.warn(_summarize_skipped(file, bad, "left out"), stacklevel=3)
     if not pictures:

@@ -13,6 +13,7 @@ from pathlib import Path
 from hones_lens.data import captions
 from hones_lens.data.files import load_records
 from hones_lens.data.reading import describe_top_level, read_csv, read_json
+from hones_lens.data.recognize import refuse_other_format
 from hones_lens.data.records import BadRecord, Format, Record, Row, parse_captions, parse_text
 
 
@@ -20,6 +21,7 @@ def rows(file: Path, task: str) -> list[Row]:
     """One row per image, from either kind of file."""
     if file.suffix.lower() != ".csv":
         top = read_json(file)
+        refuse_other_format(top, file, "Karpathy's JSON of Flickr30k", "flickr30k")
         if not captions.is_karpathy(top):
             raise ValueError(
                 f"{file} is not Karpathy's JSON: no list 'images', but {describe_top_level(top)}"

@@ -21,6 +21,7 @@ from typing import Any
 from hones_lens.data.coco_paths import coco_image_paths
 from hones_lens.data.files import load_records
 from hones_lens.data.reading import describe_top_level, read_json
+from hones_lens.data.recognize import refuse_other_format, require_answers
 from hones_lens.data.records import (
     BadRecord,
     Format,
@@ -63,6 +64,7 @@ def unified_rows(top: Any, file: Path, task: str) -> list[Row]:
     Raises:
         ValueError: The top level is not that of the unified JSON, or holds no records.
     """
+    refuse_other_format(top, file, "HONES's unified JSON", "hones")
     if not is_unified(top):
         raise ValueError(
             f"{file} is not HONES's unified JSON: no list of records, but {describe_top_level(top)}"
@@ -70,17 +72,24 @@ def unified_rows(top: Any, file: Path, task: str) -> list[Row]:
     records = top["data"] if isinstance(top, dict) else top
     if not records:
         raise ValueError(f"{file} has no records")
+    if task == "vqa":
+        sections = (section for record in records for section in _record_sections(record, task))
+        require_answers(sections, file, "all_answers", "answer")
     return [row for i, record in enumerate(records) for row in _record_rows(record, i, task)]
 
 
 def _record_rows(record: Any, index: int, task: str) -> Iterator[Row]:
     name = label(record, index, "image_id")
+    for entry in _record_sections(record, task):
+        yield Row(name, partial(_parse, record, entry, task))
+
+
+def _record_sections(record: Any, task: str) -> list[Any]:
+    """The sections of a task in one record, `[None]` if it has none."""
     section = None
     if isinstance(record, dict):
         section = next((record[key] for key in _SECTIONS[task] if record.get(key) is not None), None)
-    sections = section if isinstance(section, list) and task in ("vqa", "ocr") else [section]
-    for entry in sections:
-        yield Row(name, partial(_parse, record, entry, task))
+    return section if isinstance(section, list) and task in ("vqa", "ocr") else [section]
 
 
 def _parse(raw: Any, section: Any, task: str) -> Record:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 from hones_lens.data.drawing import BOX_BLUE
-from hones_lens.data.records import BadRecord, Box, Record
+from hones_lens.data.records import BadBox, BadRecord, Box, Record
 from hones_lens.model import opened_image, read_image
 
 _TURNS = range(2, 9)  # EXIF orientations that turn or mirror a picture
@@ -28,13 +28,13 @@ def clip_box(box: Box, size: tuple[int, int]) -> tuple[tuple[int, int, int, int]
         (left, top, right, bottom), right and bottom exclusive; and whether the box crosses the border.
 
     Raises:
-        BadRecord: The box lies wholly outside the picture.
+        BadBox: The box lies wholly outside the picture.
     """
     x, y, box_width, box_height = box
     width, height = size
     right, bottom = x + box_width, y + box_height
     if x >= width or y >= height or right <= 0 or bottom <= 0:
-        raise BadRecord(f"bbox {list(box)} lies wholly outside the image of {width} × {height} pixels")
+        raise BadBox(f"bbox {list(box)} lies wholly outside the image of {width} × {height} pixels")
     crosses = x < 0 or y < 0 or right > width or bottom > height
     pixel_box = (
         max(math.floor(x), 0),

@@ -16,6 +16,10 @@ class BadRecord(ValueError):
     """A record that can't be used. The message gives the reason and follows the record's name."""
 
 
+class BadBox(BadRecord):
+    """A box that can't be drawn: not four finite numbers, of no area, or wholly outside its image."""
+
+
 class NotForTask(Exception):
     """A record that is not meant for the task, such as an image without a question. This is no error."""
 
@@ -69,12 +73,15 @@ class Format:
             Raises ValueError, naming the file, if it is not of this format.
         images_beside: Whether pictures must exist beside the file if no image folder is given. If False,
             the annotations can be read without the pictures.
+        leaves_out_bad_boxes: Whether a record with a bad box is left out with a warning that names it,
+            whatever `on_error`: the official file holds some, and nobody else can mend it.
     """
 
     name: str
     tasks: tuple[str, ...]
     rows: Callable[[Path, str], Sequence[Row]]
     images_beside: bool = False
+    leaves_out_bad_boxes: bool = False
 
 
 def parse_object(value: Any, field: str) -> Mapping[str, Any]:
@@ -152,17 +159,17 @@ def parse_captions(value: Any) -> tuple[str, ...]:
 def parse_box(value: Any) -> Box:
     """A box (x, y, width, height) of finite numbers and positive area."""
     if value is None:
-        raise BadRecord("has no bbox")
+        raise BadBox("has no bbox")
     if not isinstance(value, list) or len(value) != 4:
-        raise BadRecord(f"bbox is {_describe(value)}, not [x, y, width, height]")
+        raise BadBox(f"bbox is {_describe(value)}, not [x, y, width, height]")
     for number in value:
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise BadRecord(f"bbox {value} holds {_describe(number)}, not a number")
+            raise BadBox(f"bbox {value} holds {_describe(number)}, not a number")
     if not all(math.isfinite(number) for number in value):
-        raise BadRecord(f"bbox {value} holds a number that is not finite")
+        raise BadBox(f"bbox {value} holds a number that is not finite")
     x, y, width, height = map(float, value)
     if width <= 0 or height <= 0:
-        raise BadRecord(f"bbox {value} has no area")
+        raise BadBox(f"bbox {value} has no area")
     return x, y, width, height
 
 

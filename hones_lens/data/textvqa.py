@@ -12,6 +12,7 @@ from typing import Any
 
 from hones_lens.data.files import load_records
 from hones_lens.data.reading import parse_list, read_json
+from hones_lens.data.recognize import refuse_other_format, require_answers
 from hones_lens.data.records import (
     Format,
     Record,
@@ -27,9 +28,12 @@ from hones_lens.data.records import (
 
 def rows(file: Path, task: str) -> list[Row]:
     """One row per question."""
-    records = parse_list(read_json(file), "data", file)
+    top = read_json(file)
+    refuse_other_format(top, file, "TextVQA's", "textvqa")
+    records = parse_list(top, "data", file)
     if not records:
         raise ValueError(f"{file} has no records")
+    require_answers(records, file, "answers")
     return [Row(label(raw, i, "question_id"), partial(_parse, raw)) for i, raw in enumerate(records)]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from hones_lens.data.coco_paths import coco_image_paths
 from hones_lens.data.files import load_records
 from hones_lens.data.reading import parse_list, read_json
+from hones_lens.data.recognize import refuse_other_format
 from hones_lens.data.records import (
     BadRecord,
     Format,
@@ -31,8 +32,8 @@ _QUESTIONS, _ANNOTATIONS = "questions.json", "annotations.json"
 def rows(file: Path, task: str) -> list[Row]:
     """One row per question, and one per duplicate or unmatched annotation, so that its error can name it."""
     questions_file, annotations_file = find_file_pair(file)
-    top = read_json(annotations_file)
-    questions = parse_list(read_json(questions_file), "questions", questions_file)
+    top = _read(annotations_file)
+    questions = parse_list(_read(questions_file), "questions", questions_file)
     annotations = parse_list(top, "annotations", annotations_file)
     subset = str(top.get("data_subtype", ""))
     by_id = {raw["question_id"]: raw for raw in annotations if _has_id(raw)}
@@ -57,12 +58,15 @@ def find_file_pair(file: Path) -> tuple[Path, Path]:
 
     Raises:
         FileNotFoundError: No such file or folder.
-        ValueError: The pair is ambiguous, or the file name is not an official one.
+        ValueError: The pair is ambiguous, the file is another data set's, or holds a test set's questions
+            (which have no answers), or its name is not an official one.
     """
     if file.is_dir():
         questions, annotations = (sorted(file.glob(f"*{suffix}")) for suffix in (_QUESTIONS, _ANNOTATIONS))
         if len(questions) == len(annotations) == 1:
             return questions[0], annotations[0]
+        if len(questions) == 1 and not annotations:
+            _refuse_test_questions(questions[0])
         raise ValueError(
             f"{file} holds {len(questions)} files *{_QUESTIONS} and {len(annotations)} *{_ANNOTATIONS}: "
             "name one of the files"
@@ -75,6 +79,7 @@ def find_file_pair(file: Path) -> tuple[Path, Path]:
     if file.name.endswith(_QUESTIONS):
         other = file.name.replace(_QUESTIONS, _ANNOTATIONS)
         return file, _first_existing(file, other.replace("OpenEnded_", ""), other)
+    _read(file)
     raise ValueError(f"{file}: its name must end in {_QUESTIONS} or {_ANNOTATIONS}, as the official ones do")
 
 
@@ -82,9 +87,27 @@ def _first_existing(file: Path, *names: str) -> Path:
     for name in names:
         if file.with_name(name).exists():
             return file.with_name(name)
+    _refuse_test_questions(file)
     raise FileNotFoundError(
         f"{file} needs the other file of its pair beside it: {' or '.join(dict.fromkeys(names))}"
     )
+
+
+def _read(file: Path) -> Any:
+    """The top level of a file; raises ValueError if it is another data set's."""
+    top = read_json(file)
+    refuse_other_format(top, file, "VQA v2's questions or annotations", "vqav2")
+    return top
+
+
+def _refuse_test_questions(file: Path) -> None:
+    """Raise ValueError for the questions of a test set (`data_subtype` test2015 or test-dev2015)."""
+    top = _read(file)
+    if isinstance(top, dict) and str(top.get("data_subtype", "")).startswith("test"):
+        raise ValueError(
+            f"{file} holds a test set's questions and no answers, which are not public: use the "
+            "validation or training set"
+        )
 
 
 def _has_id(raw: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.dataset_files import FORMATS, TASKS_BY_FORMAT, WrittenDataset, sample_scenes
+from helpers.dataset_files import FORMATS, TASKS_BY_FORMAT, WrittenDataset, sample_scenes, write
 
 from hones_lens import HookedVLM, evaluate
 from hones_lens.data import shapes
@@ -136,7 +136,7 @@ def test_vqav2_names_what_is_missing_or_not_to_be_told_apart(tmp_path):
     with pytest.raises(ValueError, match=r"holds 0 files \*questions.json and 1 \*annotations.json"):
         load_examples("vqav2", "vqa", "all", data_file=folder)
     with pytest.raises(ValueError, match=r"its name must end in questions.json or annotations.json"):
-        load_examples("vqav2", "vqa", "all", data_file=FORMATS["textvqa"](tmp_path / "text").data_file)
+        load_examples("vqav2", "vqa", "all", data_file=write(tmp_path / "vqa.json", {"some": "thing"}))
 
 
 def test_a_file_of_captions_has_no_questions(written):
