@@ -153,10 +153,9 @@ def _check_parameters(model: nn.Module) -> None:
             raise ValueError(f"the weights have more than one {what} ({each}): bring them to one")
 
 
-def _check_module_hooks(model: nn.Module) -> None:
-    modules: dict[str, Any] = dict(model.named_modules())
-    for name, module in modules.items():
-        hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+def _check_module_hooks(model: Any) -> None:
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         for hook in hooks:
             source: str = hook.__module__
             if not f"{source}.".startswith(_OWN_HOOKS):
