@@ -31,7 +31,11 @@ class PredictsTokens(Protocol):
 
 
 class Streamer(Protocol):
-    """What is told of tokens as they come, e.g. Hugging Face's `TextStreamer`."""
+    """What is told of tokens as they come, e.g. Hugging Face's `TextStreamer`.
+
+    To read a `TextIteratorStreamer` meanwhile, run `generate` in a thread: hooks belong to the thread that
+    set them, so set them in that one, or run it by `contextvars.copy_context().run`.
+    """
 
     def put(self, value: Tensor) -> None:
         """Take the prompts [batch pos], then the new token of every row [batch], once a step."""
