@@ -40,7 +40,7 @@ def load_ranking(name: str) -> Ranking:
         ValueError: No such ranking; lists the valid ones.
     """
     installed = {entry.name: entry.value for entry in entry_points(group="hones_lens.rankings")}
-    rankings = installed | RANKINGS
+    rankings = RANKINGS | installed | RANKINGS  # the built-in ones first, and not replaced
     if name not in rankings:
         raise ValueError(f"unknown method {name!r}; valid: hones, {', '.join(rankings)}")
     return pkgutil.resolve_name(rankings[name])
