@@ -3,6 +3,7 @@ from .answers import (
     at_positions as at_positions,
     summed_log_probs as summed_log_probs,
 )
+from .caching import VLMCache as VLMCache
 from .config import (
     VLMConfig as VLMConfig,
     all_settings as all_settings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,13 +38,19 @@ def caching_hooks(
 
     Raises:
         ValueError: When run: a batch to drop that is larger than 1.
+        IndexError: When run: a position that does not exist, or no positions.
     """
     pos_slicer = Slice.unwrap(pos_slice)
 
     def store_activation(tensor: Tensor, name: str, suffix: str) -> None:
         activation = tensor.detach()
         if not _has_image_axis(name):
-            activation = pos_slicer.apply(activation, dim=-2 if name.endswith(_BY_HEAD_PAIR) else 1)
+            axis = 2 if name.endswith(_BY_HEAD_PAIR) else 1
+            activation = pos_slicer.apply(activation, dim=axis)
+            if not activation.shape[axis]:
+                raise IndexError(
+                    f"pos_slice {pos_slicer.slice} selects none of {tensor.shape[axis]} positions"
+                )
         activation = activation.to(device=device, copy=True, memory_format=torch.contiguous_format)
         store[name + suffix] = _without_batch(name, activation) if remove_batch_dim else activation
 
@@ -62,7 +68,8 @@ class VLMCache(ActivationCache):
 
     The decoder's entries have the batch as their first axis. Those of the vision tower and projector, and
     `hook_image_embed`, list the images of all rows, [image token …], or, where images differ in size, the
-    tokens of all images, [image_token …]; methods that select rows select these rows' images there.
+    tokens of all images, [image_token …]; methods that select rows select these rows' images there. With
+    `run_with_cache(pos_slice=…)` all entries of the decoder have these positions, among which methods count.
 
     Args:
         cache_dict: Activations by hook name.
@@ -116,7 +123,7 @@ class VLMCache(ActivationCache):
 
         Raises:
             ValueError: A cache without a batch axis, or an entry that does not have this batch.
-            IndexError: A row that does not exist.
+            IndexError: A row that does not exist, or no rows.
         """
         batch_slice = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
         if not self.has_batch_dim:
@@ -124,6 +131,8 @@ class VLMCache(ActivationCache):
                 return VLMCache(dict(self.cache_dict), self.model, self.image_tokens, has_batch_dim=False)
             raise ValueError("the cache has no batch axis to take rows from")
         rows = batch_slice.apply(torch.arange(self._batch_size())).reshape(-1)
+        if not len(rows):
+            raise IndexError(f"{batch_slice.slice} selects none of the cache's {self._batch_size()} rows")
         taken = {name: self._take_rows(name, entry, rows) for name, entry in self.cache_dict.items()}
         numbers: list[int] = to_list(rows)
         cache = VLMCache(taken, self.model, [self.image_tokens[row] for row in numbers])
@@ -138,7 +147,7 @@ class VLMCache(ActivationCache):
             return entry[rows.to(entry.device)]
         sizes = self._sizes(name, entry)
         parts = torch.split(torch.arange(len(entry)), [sum(row) for row in sizes])
-        index = torch.cat([parts[row] for row in to_list(rows)]) if len(rows) else rows
+        index = torch.cat([parts[row] for row in to_list(rows)])
         return entry[index.to(entry.device)]
 
     def _sizes(self, name: str, entry: Tensor) -> Sequence[Sequence[int]]:
@@ -150,6 +159,41 @@ class VLMCache(ActivationCache):
         raise ValueError(
             f"{name} has {len(entry)} entries; the cache is of {images} images, {tokens} tokens in all"
         )
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "mlp", "attn"] = "all",
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Any:
+        """As in TransformerLens, of a cache that has all components.
+
+        Raises:
+            ValueError: Another `mode`.
+            KeyError: A component that the cache lacks, the embedding included where `mode` is `all`.
+        """
+        if mode not in (modes := ("all", "mlp", "attn")):
+            raise ValueError(f"unknown mode {mode!r}; valid: {', '.join(modes)}")
+        if mode == "all" and incl_embeds:
+            self._require_embed("; incl_embeds=False leaves it out")
+        return super().decompose_resid(
+            layer, mlp_input, mode, apply_ln, pos_slice, incl_embeds, return_labels
+        )
+
+    def get_full_resid_decomposition(self, *args: Any, **options: Any) -> Any:
+        """As in TransformerLens, of a cache that has all components; KeyError where it lacks one."""
+        self._require_embed("")
+        return super().get_full_resid_decomposition(*args, **options)
+
+    def _require_embed(self, hint: str) -> None:
+        if not self.has_embed:
+            raise KeyError(
+                f"hook_embed is not in this cache, so its components don't add up to the stream{hint}"
+            )
 
     def _get_cached_ln_scale(
         self, layer: int | None, mlp_input: bool, pos_slice: Slice, batch_slice: Slice | None = None

@@ -177,7 +177,7 @@ def test_gradients_follow_their_activations(pair: Pair) -> None:
 
 def test_rows_that_do_not_exist(batch: Batch) -> None:
     _, cache = batch.model.run_with_cache(batch.inputs)
-    for rows in (7, [0, 7], -9):
+    for rows in (7, [0, 7], -9, slice(5, None), slice(1, 1)):
         with pytest.raises(IndexError):
             cache.apply_slice_to_batch_dim(rows)
 
@@ -271,3 +271,47 @@ def test_what_the_run_refuses_is_refused_as_before(pair: Pair) -> None:
         model.run_with_cache(inputs, inputs)
     with pytest.raises(TypeError):
         model.run_with_cache()
+
+
+def test_positions_that_do_not_exist(pair: Pair) -> None:
+    for cut in (500, (500, 600), slice(3, 3), [2, 500]):
+        with pytest.raises(IndexError):
+            pair.model.run_with_cache(pair.inputs, pos_slice=cut)
+    assert not pair.model.list_hooks()
+
+
+def test_a_decomposition_without_its_embedding_is_refused(pair: Pair) -> None:
+    """Of a filtered cache, and of a run that starts above the embedding."""
+    model, inputs = pair.model, pair.inputs
+    embeds = model.embed_inputs(model.as_inputs(inputs))
+    caches = [
+        model.run_with_cache(inputs, names_filter=lambda name: name.startswith("blocks"))[1],
+        model.run_with_cache(embeds, start_at_layer=0, inputs=inputs)[1],
+    ]
+    for cache in caches:
+        with pytest.raises(KeyError, match="hook_embed is not in this cache"):
+            cache.decompose_resid()
+        with pytest.raises(KeyError, match="hook_embed is not in this cache"):
+            cache.get_full_resid_decomposition()
+        parts = cache.decompose_resid(incl_embeds=False).sum(0)
+        last = model.cfg.n_layers - 1
+        torch.testing.assert_close(parts + embeds, cache["resid_post", last], atol=1e-4, rtol=1e-4)
+        heads = [cache["attn_out", layer] for layer in range(last + 1)]
+        assert torch.equal(cache.decompose_resid(mode="attn"), torch.stack(heads))
+        with pytest.raises(ValueError, match="unknown mode 'heads'; valid: all, mlp, attn"):
+            cache.decompose_resid(mode="heads")
+    _, above = model.run_with_cache(model(inputs, stop_at_layer=1), start_at_layer=1, inputs=inputs)
+    with pytest.raises(KeyError, match=r"blocks\.0\.hook_attn_out"):
+        above.decompose_resid(incl_embeds=False)
+    with pytest.raises(KeyError, match=r"blocks\.0\.hook_resid_pre"):
+        above.accumulated_resid()
+
+
+def test_methods_of_other_architectures_are_refused(pair: Pair) -> None:
+    _, cache = pair.model.run_with_cache(pair.inputs)
+    assert cache.ssm_layers() == []
+    for method in (cache.compute_ssm_state, cache.compute_ssm_effective_attention):
+        with pytest.raises(RuntimeError, match="No SSM"):
+            method()
+        with pytest.raises(TypeError, match="Block 0"):
+            method(layer=0)
