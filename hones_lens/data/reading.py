@@ -50,6 +50,7 @@ def read_csv(file: Path) -> list[tuple[int, dict[str, str]]]:
     rows: list[tuple[int, dict[str, str]]] = []
     try:
         columns = [column.strip() for column in next(reader)]
+        _refuse_other_separator(columns, file)
         if "" in columns or len(set(columns)) < len(columns):
             raise ValueError(f"{file}: each column needs a name of its own, not {columns}")
         for cells in reader:
@@ -64,6 +65,17 @@ def read_csv(file: Path) -> list[tuple[int, dict[str, str]]]:
     if not rows:
         raise ValueError(f"{file} has a header and no rows")
     return rows
+
+
+def _refuse_other_separator(columns: list[str], file: Path) -> None:
+    """Raise ValueError for a header line whose columns are separated by something else than commas."""
+    names = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+    for separator, name in names.items():
+        if len(columns) == 1 and separator in columns[0]:
+            hint = "save it separated by commas"
+            if columns[0].startswith("image_name|"):
+                hint = "this is Flickr30k's results.csv; use the data set 'flickr30k' for it"
+            raise ValueError(f"{file}: its columns are separated by {name}, not commas: {hint}")
 
 
 def parse_list(top: Any, key: str, file: Path) -> list[Any]:

@@ -284,6 +284,34 @@ def flickr30k_json(folder: Path) -> WrittenDataset:
     return WrittenDataset("flickr30k", file, pictures, tasks, dict.fromkeys(tasks, N_SCENES))
 
 
+def _caption_lines(scenes: Sequence[shapes.Scene], line: str) -> list[str]:
+    return [
+        line.format(image=f"{100 + i}.jpg", number=k, caption=caption)
+        for i, scene in enumerate(scenes)
+        for k, caption in enumerate(scene.captions)
+    ]
+
+
+def flickr30k_token(folder: Path) -> WrittenDataset:
+    """`results_20130124.token`, as the authors publish it."""
+    return _flickr30k_lines(folder, "results_20130124.token", [], "{image}#{number}\t{caption}")
+
+
+def flickr30k_kaggle(folder: Path) -> WrittenDataset:
+    """`results.csv`, as Kaggle's copy has it."""
+    header = "image_name| comment_number| comment"
+    return _flickr30k_lines(folder, "results.csv", [header], "{image}| {number}| {caption}")
+
+
+def _flickr30k_lines(folder: Path, name: str, header: list[str], line: str) -> WrittenDataset:
+    scenes = sample_scenes()
+    images = save(scenes, folder / "flickr30k-images", lambda n: f"{n}.jpg")
+    file = folder / name
+    file.write_text("\n".join([*header, *_caption_lines(scenes, line)]) + "\n", encoding="utf-8")
+    tasks = ("caption", "retrieval")
+    return WrittenDataset("flickr30k", file, images, tasks, dict.fromkeys(tasks, N_SCENES))
+
+
 def write_csv(file: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as out:
@@ -345,6 +373,8 @@ FORMATS: dict[str, Callable[[Path], WrittenDataset]] = {
         textvqa,
         flickr30k_csv,
         flickr30k_json,
+        flickr30k_token,
+        flickr30k_kaggle,
         own_csv,
         own_jsonl,
     )
@@ -362,6 +392,8 @@ TASKS_BY_FORMAT = {
     "textvqa": ("vqa",),
     "flickr30k_csv": ("caption", "retrieval"),
     "flickr30k_json": ("caption", "retrieval"),
+    "flickr30k_token": ("caption", "retrieval"),
+    "flickr30k_kaggle": ("caption", "retrieval"),
     "own_csv": ("vqa", "ocr", "caption", "retrieval"),
     "own_jsonl": ("vqa", "ocr", "caption", "retrieval"),
 }
