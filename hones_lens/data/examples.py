@@ -59,3 +59,13 @@ class Example:
 @lru_cache(maxsize=_CACHED_IMAGES)
 def _image_of(example: Example) -> Image.Image:
     return open_image(example.image_source.load(), f"the image of example {example.id}")
+
+
+def check_on_error(on_error: str) -> None:
+    """Check what is to be done with records that can't be used.
+
+    Raises:
+        ValueError: Another word than `raise` or `skip`.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', not {on_error!r}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hones_lens.data.examples import Example
+from hones_lens.data.examples import Example, check_on_error
 from hones_lens.data.images import Picture, clip_box, find_picture_file
 from hones_lens.data.negatives import N_NEGATIVES, hard_negatives
 from hones_lens.data.records import BadBox, BadRecord, Format, NotForTask, Record
@@ -130,8 +130,7 @@ def load_records(
     Raises:
         FileNotFoundError, ValueError: A missing or invalid file or record; the message names it.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
+    check_on_error(on_error)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     if data_file is None:

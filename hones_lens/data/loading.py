@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hones_lens.data.examples import Example
+from hones_lens.data.examples import Example, check_on_error
 
 if TYPE_CHECKING:
     from hones_lens.data.records import Format
@@ -91,9 +91,10 @@ def load_examples(
 
     Raises:
         FileNotFoundError: A file or folder does not exist.
-        ValueError: An unknown data set, task or split; files given to a data set that reads none;
+        ValueError: An unknown data set, task, split or `on_error`; files given to a data set that reads none;
             a file or a record that can't be used. The message names it.
     """
+    check_on_error(on_error)
     files: dict[str, Any] = {"data_file": data_file, "image_dir": image_dir}
     module = _module_of(str(dataset))
     if module is not None and not hasattr(module, "FORMAT"):

@@ -282,9 +282,11 @@ def logits_under(
 
     Raises:
         FloatingPointError: Logits that are not finite; names the arm and the row.
+        ValueError: A row padded on the right.
     """
     sweep = Sweep(model, arms, SweepOptions(memory_budget=memory_budget, tally=tally))
     prepared = model.with_image_embeds(model.as_inputs(inputs))
+    prepared.require_left_padding("sweep")
     names = [f"row {row}" for row in range(len(prepared))]
     forked = sweep.forkable(in_portions=False)
     for i in set(range(len(arms))) - set(forked):

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
+from hones_lens.model import require_choice
 from hones_lens.results import Interval, Result, read_json, to_json, write_json
 
 MEASURES = ("metric", "log_prob")
@@ -124,7 +125,11 @@ class MaskingResult(Result):
         Args:
             what: `metric` or `log_prob`.
             kind: Count only this kind of question (in the metric).
+
+        Raises:
+            ValueError: `what` is neither.
         """
+        require_choice("measure", what, MEASURES)
         if kind is not None:
             return sum(c.kinds[kind] > self.kinds[kind].masked for c in self.controls)
         masked = self.masked if what == "metric" else self.masked_log_prob

@@ -4,6 +4,7 @@ from .answers import (
     summed_log_probs as summed_log_probs,
 )
 from .caching import VLMCache as VLMCache
+from .choices import require_choice as require_choice
 from .config import (
     VLMConfig as VLMConfig,
     all_settings as all_settings,

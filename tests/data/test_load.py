@@ -52,3 +52,8 @@ def test_an_unknown_task_or_split_raises_and_lists_the_valid_ones():
 def test_files_for_a_drawn_data_set_raise(name):
     with pytest.raises(ValueError, match="drawn, not read: leave out data_file and image_dir"):
         load_examples("shapes", "vqa", "dev", **{name: "somewhere"})
+
+
+def test_a_world_that_is_drawn_takes_no_unknown_words_either():
+    with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip', not 'ignore'"):
+        load_examples("shapes", "vqa", "dev", 1, on_error="ignore")

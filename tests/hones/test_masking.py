@@ -109,6 +109,8 @@ def test_what_comes_back() -> None:
         assert abs(p - exact) < 0.05 and f"p = {p:.3g}" in str(found)
     assert found.beats("log_prob") == sum(c.log_prob > found.masked_log_prob for c in found.controls)
     assert found.beats("metric") == sum(c.metric > found.masked for c in found.controls)
+    with pytest.raises(ValueError, match="unknown measure 'accuracy'; valid: metric, log_prob"):
+        found.beats("accuracy")
     assert sum(kind.n for kind in found.kinds.values()) == len(examples)
     for kind, drop in found.kinds.items():
         rows = [i for i, e in enumerate(examples) if e.kind == kind]

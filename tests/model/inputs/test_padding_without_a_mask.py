@@ -11,7 +11,7 @@ import torch
 from helpers import random_llava, random_qwen
 from torch import Tensor
 
-from hones_lens import HookedVLM, PatchPairs, VLMInputs, logit_lens
+from hones_lens import HookedVLM, PatchPairs, VLMInputs, logit_lens, logits_under
 from hones_lens.analysis.attention import head_attention
 from hones_lens.analysis.token_cells import fold_tokens
 from hones_lens.model.padding import find_attention_mask
@@ -119,6 +119,7 @@ def test_what_reads_the_last_position_refuses_padding_on_the_right(case: Case) -
         lambda: head_attention(case.model, ids, [(0, 0)]),
         lambda: fold_tokens(case.model, ids),
         lambda: PatchPairs(inputs, inputs, answers, None, ("a", "b")),
+        lambda: next(logits_under(case.model, inputs, [[]])),
     ):
         with pytest.raises(ValueError, match="row 0 is padded on the right; pad on the left to"):
             read()
