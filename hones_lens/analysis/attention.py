@@ -16,7 +16,7 @@ from hones_lens.results import Plottable
 
 SINK_RATIO = 5.0  # times the median image token's attention from which a token counts as a sink
 Source = int | Group
-_MARKS = "▁Ġ"  # how tokenizers write a space
+_SPACE = "▁"  # in the names of tokens
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -197,7 +197,7 @@ def _token_position(text: str, tokens: Sequence[str], inputs: VLMInputs) -> int:
     positions = [
         i
         for i, (token, real) in enumerate(zip(tokens, is_token, strict=True))
-        if real and text in (token, token.lstrip(_MARKS))
+        if real and text.replace(" ", _SPACE) in (token, token.lstrip(_SPACE))
     ]
     if not positions:
         groups = ", ".join(("all", *inputs.token_groups))

@@ -61,10 +61,7 @@ def direct_logit_attribution(
     if by not in KINDS:
         raise ValueError(f"unknown kind of component {by!r}; valid: {', '.join(KINDS)}")
     inputs = model.as_inputs(model_input)
-    tokens, foils, notes = _telling_tokens(model, tokens, foils)
-    answers = _ids(model, tokens, len(inputs))
-    foil_ids = None if foils is None else _ids(model, foils, len(inputs))
-    run = _Attribution(model, by, answers, foil_ids, notes)
+    run = _Attribution.of(model, by, tokens, foils, len(inputs))
     mask = token_mask(inputs, group)
     columns = mask.any(0).nonzero()[:, 0]
     contributions, logits = run.contributions(inputs, columns, hooks)
@@ -134,6 +131,13 @@ class _Attribution:
     answers: Int[Tensor, " row"]
     foils: Int[Tensor, " row"] | None
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: HookedVLM, by: str, tokens: Token, foils: Token | None, rows: int) -> _Attribution:
+        """The attribution to tokens as they are given to `direct_logit_attribution`."""
+        answer, foil, notes = _telling_tokens(model, tokens, foils)
+        foil_ids = None if foil is None else _ids(model, foil, rows)
+        return cls(model, by, _ids(model, answer, rows), foil_ids, notes)
 
     @torch.no_grad()
     def contributions(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hones_lens.engine.batches import Batch
 from hones_lens.interventions import Hook
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, token_names
 from hones_lens.tasks import Task
 
 MAX_NEW_TOKENS = 24
@@ -47,9 +47,9 @@ def yes_no_ids(model: HookedVLM, prompt: str) -> tuple[int, int]:
     """
     yes, no = (model.continuation(prompt, word)[0] for word in ("Yes", "No"))
     if yes == no:
-        piece = model.tokenizer.convert_ids_to_tokens(yes)
+        (name,) = token_names(model, [yes])
         raise ValueError(
-            f"Yes and No both begin with the token {piece!r} after this prompt; they can't be compared"
+            f"Yes and No both begin with the token {name!r} after this prompt; they can't be compared"
         )
     return yes, no
 

@@ -18,12 +18,11 @@ from PIL import ImageColor
 from torch import Tensor
 
 from hones_lens.interventions.token_groups import Box, token_mask
-from hones_lens.model import HookedVLM, VLMInputs, to_list
+from hones_lens.model import HookedVLM, VLMInputs, to_list, token_names
 
 Corruption = Callable[[HookedVLM, VLMInputs], VLMInputs]
 Color = str | tuple[int, int, int]
 _WORD_CONTEXTS = (" ", "\n", "(")  # text before a word that changes how it is tokenized
-_BYTE_LEVEL_WHITESPACE = "ĠĊĉč"  # how byte-level tokenizers write space, newline, tab and return
 _KERNEL_EXTENT = 4  # standard deviations at which a blur's kernel is cut off
 
 
@@ -314,10 +313,8 @@ def _swap_ids(
 
 def _has_alphanumeric_at(model: HookedVLM, token: list[int], character: int) -> bool:
     """Whether the first (0) or last (-1) character of a token is a letter or digit; False for no token."""
-    text = "".join(model.tokenizer.convert_ids_to_tokens(token))
-    if not text or token[0] in model.tokenizer.all_special_ids:
-        return False
-    return text[character].isalnum() and text[character] not in _BYTE_LEVEL_WHITESPACE
+    text = "".join(token_names(model, token))
+    return bool(text) and token[0] not in model.tokenizer.all_special_ids and text[character].isalnum()
 
 
 # -- pictures and embeddings -------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hones_lens.model.config import VLMConfig
+from hones_lens.model.readable import readable
 from hones_lens.model.typed import to_list
 
 
@@ -169,7 +170,7 @@ def to_single_token(model: HasProcessor, text: str) -> int:
     """
     ids = bare_text_ids(model, text)
     if len(ids) != 1:
-        raise ValueError(f"{text!r} is {len(ids)} tokens: {tokenizer_of(model).convert_ids_to_tokens(ids)}")
+        raise ValueError(f"{text!r} is {len(ids)} tokens: {token_names(model, ids)}")
     return ids[0]
 
 
@@ -193,10 +194,13 @@ def leading_blanks(model: HasProcessor, ids: Sequence[int]) -> int:
 def to_str_tokens(
     model: HasProcessor, tokens: str | Tensor | Sequence[int], prepend_bos: bool | None = None
 ) -> list[str]:
-    """Each token of one text, or of one row of ids, as a string; `prepend_bos` as in `to_tokens`."""
+    """Each token of one text, or of one row of ids, as it reads in text, a space as `▁` (see `readable`).
+
+    `prepend_bos` as in `to_tokens`.
+    """
     if isinstance(tokens, str):
         tokens = to_tokens(model, tokens, prepend_bos)
-    return tokenizer_of(model).convert_ids_to_tokens(to_list(torch.as_tensor(tokens).flatten()))
+    return readable(tokenizer_of(model), to_list(torch.as_tensor(tokens).flatten()))
 
 
 def to_string(model: HasProcessor, tokens: Tensor) -> str | list[str]:
@@ -207,6 +211,5 @@ def to_string(model: HasProcessor, tokens: Tensor) -> str | list[str]:
 
 
 def token_names(model: HasProcessor, ids: Sequence[int]) -> list[str]:
-    """Tokens as the tokenizer writes them; `[id]` for rows of W_U that no token has."""
-    names = tokenizer_of(model).convert_ids_to_tokens(list(ids))
-    return [name if name is not None else f"[{i}]" for i, name in zip(ids, names, strict=True)]
+    """Tokens as they read in text, white space visible; `[id]` for rows of W_U that no token has."""
+    return readable(tokenizer_of(model), ids)

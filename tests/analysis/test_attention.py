@@ -31,9 +31,9 @@ def test_attention_of_any_head_on_any_image(made, image: int) -> None:
 def test_from_positions_tokens_and_groups(made) -> None:
     both, inputs, theirs = twin(made)
     model, row = both.model, theirs[:, ROW]
-    tokens = model.tokenizer.convert_ids_to_tokens(inputs.input_ids[ROW].tolist())
+    tokens = model.to_str_tokens(inputs.input_ids[ROW])
     length = len(tokens)
-    many = next(i for i, token in enumerate(tokens) if token.lstrip("▁Ġ") == "many")
+    many = next(i for i, token in enumerate(tokens) if token.lstrip("▁") == "many")
     left, top = inputs.regions[ROW][1][:2]
     first = patches(both, inputs, ROW, 1)[0, 0].view(1)
     box = Box(left, top, left + 0.1, top + 0.1, image=1)

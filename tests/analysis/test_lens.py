@@ -40,9 +40,7 @@ def test_every_layer_at_every_token(made, monkeypatch: pytest.MonkeyPatch) -> No
     assert found.layers == ("embed", 0, 1, 2)
     assert len(found) == int(inputs.attention_mask.sum())
     for p, place in enumerate(found.places):
-        assert place.token == both.model.tokenizer.convert_ids_to_tokens(
-            int(inputs.input_ids[place.row, place.position])
-        )
+        assert [place.token] == both.model.to_str_tokens(inputs.input_ids[place.row, place.position])
         logits = expected[:, place.row, place.position]
         top = logits.topk(5)
         assert torch.allclose(found.logits[p], top.values, atol=1e-4)
@@ -112,7 +110,7 @@ def test_image_tokens_lie_on_their_grid(made, value: str) -> None:
 def test_image_lens_by_name_and_under_hooks() -> None:
     both = Twin(random_qwen)
     inputs = random_qwen.mixed_batch(both.model)
-    word = both.model.tokenizer.convert_ids_to_tokens(33)
+    (word,) = both.model.to_str_tokens([33])
     hook = steering_vector(1, torch.randn(32), Box(0, 0, 5, 5), inputs=inputs[:1])
     by_name = image_token_lens(both.model, inputs[:1], both.model.tokenizer.decode([33]))
     assert word in by_name.what

@@ -17,7 +17,7 @@ def test_cells_are_the_tokens_in_order_with_each_image_as_one(made) -> None:
         cells = fold_tokens(both.model, inputs, row=row)
         there = inputs.attention_mask[row].nonzero()[:, 0].tolist()
         assert [p for span in cells.spans for p in span] == there
-        tokens = both.model.tokenizer.convert_ids_to_tokens(inputs.input_ids[row].tolist())
+        tokens = both.model.to_str_tokens(inputs.input_ids[row])
         images = [patches(both, inputs, row, i).flatten().tolist() for i in range(len(inputs.grids[row]))]
         expected, position = [], there[0]
         while position < len(tokens):

@@ -268,7 +268,7 @@ def test_lens_tables_text_and_file(tmp_path) -> None:
     first = frame[(frame.layer == 2) & (frame.direction == "falls") & (frame["rank"] == 1)].iloc[0]
     assert first.id == table.falls[2][0].id and first.delta == table.falls[2][0].delta
     for token in table.falls[2]:
-        assert token.token == (model.tokenizer.convert_ids_to_tokens(token.id) or f"[{token.id}]")
+        assert [token.token] == model.to_str_tokens([token.id])
     assert "layer 0 falls: nothing" in str(table) and table.falls[2][0].token in str(table)
     table.save(tmp_path / "lens.json")
     assert LensDifference.load(tmp_path / "lens.json") == table

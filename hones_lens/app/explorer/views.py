@@ -15,7 +15,7 @@ from hones_lens.app.explorer import compute
 from hones_lens.app.explorer.compute import Activations
 from hones_lens.app.explorer.state import Edit, LayerIndex, State
 from hones_lens.hones import HeadScores
-from hones_lens.model import HookedVLM, Pictures, leading_blanks, open_images
+from hones_lens.model import HookedVLM, Pictures, leading_blanks, open_images, token_names
 from hones_lens.results import round_floats
 from hones_lens.viz import image_uri
 
@@ -159,14 +159,11 @@ class ExplorerViews:
 
     def vocabulary_entry(self, token_id: int) -> str:
         """A token's string in the vocabulary, for tooltips."""
-        return self.model.tokenizer.convert_ids_to_tokens(token_id) or f"#{token_id}"
+        return self.model.tokenizer.convert_ids_to_tokens(token_id) or self.readable(token_id)
 
     def readable(self, token_id: int) -> str:
-        """A token as text; white space as visible signs, incomplete UTF-8 as the string in the vocabulary."""
-        text = self.model.tokenizer.decode([token_id])
-        if "\ufffd" in text:
-            return self.vocabulary_entry(token_id)
-        return text.strip() or text.replace("\n", "↵").replace(" ", "␣").replace("\t", "⇥") or "␣"
+        """A token as it reads in text, white space as visible signs."""
+        return token_names(self.model, [token_id])[0]
 
     def position_name(self, position: int) -> str:
         """Description of a position: its token, or the row and column of its patch."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from hones_lens import engine
 from hones_lens.analysis import head_attention, image_token_lens, logit_lens, promoted_tokens
@@ -13,7 +12,7 @@ from hones_lens.app.runs.folder import Run
 from hones_lens.engine import as_task
 from hones_lens.hones import HeadNeuronFlow, HeadScores, NeuronScores, head_neuron_flow
 from hones_lens.interventions import zero_neurons
-from hones_lens.model import HookedVLM, leading_blanks
+from hones_lens.model import HookedVLM, leading_blanks, token_names
 from hones_lens.results import Component, write_json
 from hones_lens.tasks import Task
 
@@ -111,13 +110,7 @@ def save_promoted(model: HookedVLM, run: Run, flow: HeadNeuronFlow, count: int =
     neurons = [(c.layer, c.index) for c in flow.neurons]
     ids = promoted_tokens(model, neurons, flow.activations, count).ids.tolist()
     rows = [
-        [*neuron, [_readable(model.tokenizer, i) for i in tokens], activation]
+        [*neuron, token_names(model, tokens), activation]
         for neuron, tokens, activation in zip(neurons, ids, flow.activations.tolist(), strict=True)
     ]
     write_json(run.path("promoted.json"), {"kind": "promoted", "neurons": rows})
-
-
-def _readable(tokenizer: Any, token_id: int) -> str:
-    """A token as stripped text; white space and incomplete UTF-8 as the string in the vocabulary."""
-    text = tokenizer.decode([token_id]).strip()
-    return text if text and "\ufffd" not in text else tokenizer.convert_ids_to_tokens(token_id)

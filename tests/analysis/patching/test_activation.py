@@ -153,8 +153,8 @@ def test_by_position_labels_tokens_and_equals_a_mask_of_one(made: ModuleType) ->
     labels, ids = result.names("position"), pairs.clean.input_ids[0].tolist()
     assert result.axes == ("layer", "position") and len(labels) == len(ids)
     (swapped,) = [i for i, label in enumerate(labels) if "→" in label]
-    tokens = twin.model.tokenizer.convert_ids_to_tokens(
-        [inputs.input_ids[0, swapped] for inputs in (pairs.clean, pairs.corrupted)]
+    tokens = twin.model.to_str_tokens(
+        [int(inputs.input_ids[0, swapped]) for inputs in (pairs.clean, pairs.corrupted)]
     )
     assert labels[swapped] == f"{swapped} {tokens[0]}→{tokens[1]}" and "red" in tokens[0]
     rows, columns = pairs.clean.grids[0][0]

@@ -38,7 +38,6 @@ def test_promoted_tokens_of_a_run_turn_with_the_activation_s_sign(name: str, tmp
         total += torch.stack([cache[f"blocks.{layer}.mlp.hook_post"][0, -1].double() for layer in range(4)])
     hf_model = AutoModelForImageTextToText.from_pretrained(hl.checkpoint_path(name))
     decoder, signs = hf_model.model.language_model, set()
-    tokenizer, decode = model.tokenizer, model.tokenizer.decode
     for (layer, index), found in promoted.items():
         activation = float(total[layer, index]) / len(examples)
         assert found.activation == pytest.approx(activation, abs=1e-5)
@@ -49,7 +48,7 @@ def test_promoted_tokens_of_a_run_turn_with_the_activation_s_sign(name: str, tmp
             tied = (
                 (logits - value).abs().lt(1e-4).nonzero()[:, 0].tolist()
             )  # rows that training never touched
-            assert text in [*map(str.strip, map(decode, tied)), *tokenizer.convert_ids_to_tokens(tied)]
+            assert text in model.to_str_tokens(tied)
     assert signs == {True, False}
 
 

@@ -65,10 +65,8 @@ def test_tokens_are_those_that_the_neuron_as_active_promotes(family: str) -> Non
         signs.add(activation > 0)
         logits = directions @ (written if activation > 0 else -written)
         top = (logits - logits.mean()).topk(3)
-        names = model.tokenizer.convert_ids_to_tokens(top.indices.tolist())
-        assert [one.token for one in found.promoted[n]] == [
-            name if name is not None else f"[{i}]" for i, name in zip(top.indices, names, strict=True)
-        ]
+        names = model.to_str_tokens(top.indices)
+        assert [one.token for one in found.promoted[n]] == names
         assert [one.logit for one in found.promoted[n]] == pytest.approx(
             top.values.tolist(), rel=1e-5, abs=2e-5
         )
