@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hones_lens.app.commands import (
     check,
@@ -26,6 +28,7 @@ from hones_lens.app.commands import (
     train_tiny,
 )
 from hones_lens.app.hones_config import is_hones_config, read_options
+from hones_lens.model import did_you_mean
 
 # In the order of `hones --help`.
 _COMMANDS = (demo, localize, mask, steer, overlap, patch, reproduce)
@@ -38,6 +41,16 @@ _EXAMPLES = """examples:
   hones patch --what z --by all --limit 32      which heads carry the changed fact?
   hones check path/to/llava-1.5-7b-hf          is it computed as Hugging Face computes it?
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser, and its commands' parsers, whose errors name the nearest valid choice."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if found:
+            message += did_you_mean(found[1], re.findall(r"[^\s',]+", found[2]))
+        super().error(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,13 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every command with its options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hones",
         description="Find, read and steer circuits in vision–language models.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(debug=False)
+    parser.add_argument("--version", action="version", version=f"hones {version('hones-lens')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add(commands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
@@ -137,7 +138,9 @@ def _resolve_path(path: Path) -> tuple[Format, Path]:
     if path.suffix.lower() not in _SUFFIXES:
         names, suffixes = ", ".join(_registered()), ", ".join(_SUFFIXES)
         valid = f"{names}, hf:REPO@SPLIT, or a path to a folder or a {suffixes} file"
-        raise ValueError(f"unknown data set {str(path)!r}; valid: {valid}")
+        near = difflib.get_close_matches(str(path).lower(), _registered(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown data set {str(path)!r}; valid: {valid}{hint}")
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     return _module_of(_SUFFIXES[path.suffix.lower()]).FORMAT, path

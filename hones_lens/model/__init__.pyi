@@ -17,6 +17,7 @@ from .generation import decode as decode
 from .hooked_vlm import HookedVLM as HookedVLM
 from .inputs import ModelInput as ModelInput, Region as Region, VLMInputs as VLMInputs
 from .loading import hook_hf_model as hook_hf_model, load_hf_model as load_hf_model, load_model as load_model
+from .names import did_you_mean as did_you_mean
 from .nn.attention import (
     AttentionContext as AttentionContext,
     KVCache as KVCache,

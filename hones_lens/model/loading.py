@@ -18,6 +18,7 @@ from hones_lens.model.decoding import Decoding
 from hones_lens.model.families import load_family
 from hones_lens.model.hooked_vlm import HookedVLM
 from hones_lens.model.loadable import check_config, check_dtype, check_folder, check_hf_model, check_shards
+from hones_lens.model.names import did_you_mean
 from hones_lens.model.saving import HFSource
 from hones_lens.model.weights import WeightMap
 
@@ -52,7 +53,8 @@ def _resolve(name: str) -> tuple[str, str | None]:
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return name, None
     known = [alias for s in all_settings().values() for alias in (s.name, *s.aliases)]
-    raise ValueError(f"unknown model {name!r}: not a folder, nor a Hub id; known: {', '.join(known)}")
+    hint = did_you_mean(name, known)
+    raise ValueError(f"unknown model {name!r}: not a folder, nor a Hub id; known: {', '.join(known)}{hint}")
 
 
 def load_hf_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
@@ -39,7 +40,9 @@ def load_task(name: str) -> Task:
     """
     tasks = TASKS if name in TASKS else _registered()
     if name not in tasks:
-        raise ValueError(f"unknown task {name!r}; valid: {', '.join(tasks)}")
+        near = difflib.get_close_matches(name.lower(), tasks, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown task {name!r}; valid: {', '.join(tasks)}{hint}")
     task = pkgutil.resolve_name(tasks[name])
     if task.name != name:
         raise ValueError(f"the task registered as {name!r}, {tasks[name]}, is named {task.name!r}")

@@ -9,8 +9,11 @@ from __future__ import annotations
 import base64
 import io
 import re
+import sys
+import tempfile
 import textwrap
 import uuid
+import webbrowser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -139,6 +142,21 @@ class Plot(Figure):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
         return file
+
+    def show(self, warn: bool = True) -> None:
+        """Show the figure: in a notebook in the cell's output, else as a page in the browser.
+
+        Args:
+            warn: Has no effect; matplotlib's figures take it.
+        """
+        if "ipykernel" in sys.modules:
+            from IPython.display import display
+
+            display(self)
+            return
+        file = self.save(Path(tempfile.mkdtemp(prefix="hones-figure-")) / "figure.html")
+        print(f"Figure: {file}")
+        webbrowser.open(file.as_uri())
 
     def _data(self, kind: str, scheme: str | None) -> bytes:
         """The content of a file of that kind."""

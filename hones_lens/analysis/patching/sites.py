@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.interventions import Group, named_groups
-from hones_lens.model import HookedVLM, VLMConfig, VLMInputs
+from hones_lens.model import HookedVLM, VLMConfig, VLMInputs, did_you_mean
 
 BY = ("group", "position", "all")
 # Heads or neurons: `each`, `together`, the same of every layer, (layer, index)s, or sets of these by name.
@@ -94,7 +94,7 @@ def as_patch_site(what: str) -> PatchSite:
         ValueError: An unknown name.
     """
     if what not in SITES:
-        raise ValueError(f"unknown activation {what!r}; valid: {', '.join(SITES)}")
+        raise ValueError(f"unknown activation {what!r}; valid: {', '.join(SITES)}{did_you_mean(what, SITES)}")
     return SITES[what]
 
 

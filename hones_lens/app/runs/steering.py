@@ -12,7 +12,7 @@ from hones_lens.app.runs.folder import Run, examples_hash
 from hones_lens.app.runs.stages import common_settings
 from hones_lens.engine import as_task
 from hones_lens.hones import METHODS, NeuronScores, SteeringTable, compare_steering
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, did_you_mean
 from hones_lens.tasks import Task
 
 
@@ -29,7 +29,8 @@ def steering_methods(names: Sequence[str] | None) -> tuple[str, ...]:
     methods = []
     for name in METHODS if names is None else names:
         if name.lower() not in known:
-            raise ValueError(f"unknown method of steering {name!r}; valid: {', '.join(METHODS)}")
+            hint = did_you_mean(name, METHODS)
+            raise ValueError(f"unknown method of steering {name!r}; valid: {', '.join(METHODS)}{hint}")
         methods.append(known[name.lower()])
     return tuple(methods)
 

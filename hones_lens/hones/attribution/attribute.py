@@ -15,7 +15,7 @@ from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.attribution.neurons import default_ratio, head_conditioned_importance
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, did_you_mean
 from hones_lens.tasks import Task
 
 Ranking = Callable[..., Tensor]
@@ -42,7 +42,8 @@ def load_ranking(name: str) -> Ranking:
     installed = {entry.name: entry.value for entry in entry_points(group="hones_lens.rankings")}
     rankings = RANKINGS | installed | RANKINGS  # the built-in ones first, and not replaced
     if name not in rankings:
-        raise ValueError(f"unknown method {name!r}; valid: hones, {', '.join(rankings)}")
+        hint = did_you_mean(name, ("hones", *rankings))
+        raise ValueError(f"unknown method {name!r}; valid: hones, {', '.join(rankings)}{hint}")
     return pkgutil.resolve_name(rankings[name])
 
 

@@ -1,0 +1,70 @@
+"""Names that are typed wrong: the nearest valid one is said."""
+
+from __future__ import annotations
+
+import sys
+import webbrowser
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+import hones_lens as hl
+from hones_lens.analysis.patching.sites import as_patch_site
+from hones_lens.app.cli import main
+from hones_lens.hones.attribution.attribute import load_ranking
+from hones_lens.model.loading import resolve
+from hones_lens.model.names import did_you_mean
+from hones_lens.results.labelled import Labelled
+
+
+def test_the_nearest_name_is_said_and_none_where_none_is_near() -> None:
+    assert did_you_mean("vqq", ["ocr", "vqa"]) == "; did you mean 'vqa'?"
+    assert did_you_mean("Tiny-LLaVA", ["tiny-llava"]) == "; did you mean 'tiny-llava'?"
+    assert did_you_mean("chess", ["ocr", "vqa"]) == did_you_mean("", ["vqa"]) == ""
+
+
+def test_wrong_names_in_python() -> None:
+    for call, meant in (
+        (lambda: resolve("tiny-lava"), "tiny-llava"),
+        (lambda: hl.load_task("captions"), "caption"),
+        (lambda: hl.load_examples("shape", "vqa", "test"), "shapes"),
+        (lambda: load_ranking("mean_activations"), "mean_activation"),
+        (lambda: as_patch_site("resid_pres"), "resid_pre"),
+    ):
+        with pytest.raises(ValueError, match=f"did you mean '{meant}'\\?"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["localise"], "localize"),
+        (["demo", "--task", "vqaa"], "vqa"),
+        (["patch", "--what", "neuron"], "neurons"),
+    ],
+)
+def test_wrong_names_in_the_shell(argv: list[str], meant: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2 and f"did you mean '{meant}'?" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"hones {version('hones-lens')}\n"
+
+
+def test_a_figure_shows_itself_in_a_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    Labelled("values", torch.ones(3), ("layer",)).plot().show()
+    file = Path(capsys.readouterr().out.removeprefix("Figure: ").strip())
+    assert opened == [file.as_uri()] and "<svg" in file.read_text(encoding="utf-8")
+    assert not plt.get_fignums()
