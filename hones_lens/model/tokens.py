@@ -129,11 +129,14 @@ def encode(
     """Ids of plain text and their attention mask, [batch pos] each, padded on the left.
 
     Raises:
+        TypeError: A list of anything else than strings, such as ids.
         ValueError: No text, or `prepend_bos=True` for a tokenizer without a BOS token.
     """
-    texts = [text] if isinstance(text, str) else list(text)
+    texts: list[Any] = [text] if isinstance(text, str) else list(text)
     if not texts:
         raise ValueError("no text")
+    if not all(isinstance(t, str) for t in texts):
+        raise TypeError("give text, or ids as a tensor [batch pos]: torch.tensor(ids)")
     ids = [text_ids(tokenizer_of(model), t, prepend_bos) for t in texts]
     device = model.cfg.device
     mask = pad_left([[1] * len(row) for row in ids], 0)

@@ -105,6 +105,15 @@ def test_no_prompts(model: HookedVLM) -> None:
         model([])
 
 
+@pytest.mark.parametrize("ids", [[1, 9, 10], [[1, 9], [1, 10]], ["is it red?", 9]])
+def test_ids_in_a_list(model: HookedVLM, ids: list) -> None:
+    for read in (model, model.to_tokens):
+        with pytest.raises(
+            TypeError, match=r"give text, or ids as a tensor \[batch pos\]: torch\.tensor\(ids\)"
+        ):
+            read(ids)
+
+
 @pytest.mark.parametrize("answer", ["", " \n"])
 def test_an_empty_answer(model: HookedVLM, answer: str) -> None:
     with pytest.raises(ValueError, match="the answer is empty"):
