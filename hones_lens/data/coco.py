@@ -12,15 +12,14 @@ from pathlib import Path
 
 from hones_lens.data import captions, hones
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import describe_top_level, read_json
-from hones_lens.data.recognize import refuse_other_format
+from hones_lens.data.reading import describe_top_level
+from hones_lens.data.recognize import read_file_of
 from hones_lens.data.records import Format, Row
 
 
 def rows(file: Path, task: str) -> list[Row]:
     """The rows of any of the three kinds of file."""
-    top = read_json(file)
-    refuse_other_format(top, file, "HONES's unified JSON or a file of COCO captions", "coco", "hones")
+    top = read_file_of(file, "HONES's unified JSON or a file of COCO captions", "coco", "hones")
     if hones.is_unified(top):
         return hones.unified_rows(top, file, task)
     if not (captions.is_karpathy(top) or captions.is_coco_captions(top)):

@@ -19,3 +19,9 @@ def coco_image_paths(file_name: str) -> tuple[str, ...]:
     name = match[0]
     paths = (file_name, name, f"{match['subset']}/{name}", match["number"])
     return tuple(dict.fromkeys(paths))
+
+
+def coco_image_id(file_name: str) -> str:
+    """COCO's id of an image, from its file name of 2014 or 2017; empty if the name is no such one."""
+    match = re.fullmatch(r"(COCO_[a-z]+\d{4}_)?(?P<number>\d{12})\.jpg", file_name.rsplit("/", 1)[-1])
+    return str(int(match["number"])) if match else ""

@@ -19,8 +19,8 @@ from typing import Any
 from hones_lens.data.coco_paths import coco_image_paths
 from hones_lens.data.files import load_records
 from hones_lens.data.hones import parse_ocr_fields
-from hones_lens.data.reading import describe_top_level, read_json
-from hones_lens.data.recognize import refuse_other_format
+from hones_lens.data.reading import describe_top_level
+from hones_lens.data.recognize import read_file_of
 from hones_lens.data.records import (
     BadRecord,
     Format,
@@ -36,8 +36,7 @@ from hones_lens.data.records import (
 
 def rows(file: Path, task: str) -> list[Row]:
     """One row per text."""
-    top = read_json(file)
-    refuse_other_format(top, file, "COCO-Text's", "cocotext")
+    top = read_file_of(file, "COCO-Text's", "cocotext")
     if not isinstance(top, dict) or not all(isinstance(top.get(key), dict) for key in ("imgs", "anns")):
         raise ValueError(
             f"{file} is not COCO-Text's: no objects 'imgs' and 'anns', but {describe_top_level(top)}"

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from hones_lens.data import captions
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import describe_top_level, read_csv, read_json, read_text
-from hones_lens.data.recognize import refuse_other_format
+from hones_lens.data.reading import describe_top_level, read_csv, read_text
+from hones_lens.data.recognize import read_file_of
 from hones_lens.data.records import BadRecord, Format, Record, Row, parse_captions, parse_text
 
 _KAGGLE_HEADER = ["image_name", "comment_number", "comment"]
@@ -46,8 +46,7 @@ def rows(file: Path, task: str) -> list[Row]:
 
 
 def _karpathy_rows(file: Path) -> list[Row]:
-    top = read_json(file)
-    refuse_other_format(top, file, "Karpathy's JSON of Flickr30k", "flickr30k")
+    top = read_file_of(file, "Karpathy's JSON of Flickr30k", "flickr30k")
     if not captions.is_karpathy(top):
         raise ValueError(f"{file} is not Karpathy's JSON: no list 'images', but {describe_top_level(top)}")
     return captions.karpathy_rows(top, file, "filename")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import describe_top_level, read_json
-from hones_lens.data.recognize import refuse_other_format, require_answers
+from hones_lens.data.reading import describe_top_level
+from hones_lens.data.recognize import read_file_of, require_answers
 from hones_lens.data.records import BadRecord, Format, Record, Row, label, parse_id, parse_object, parse_text
 
 _IDS = ("question_id", "questionId", "id")
@@ -21,8 +21,7 @@ _IDS = ("question_id", "questionId", "id")
 
 def rows(file: Path, task: str) -> list[Row]:
     """One row per question."""
-    top = read_json(file)
-    refuse_other_format(top, file, "GQA's", "gqa")
+    top = read_file_of(file, "GQA's", "gqa")
     if isinstance(top, list) and top:
         require_answers(top, file, "answer")
         return [Row(label(raw, i, *_IDS), partial(_parse, raw, None)) for i, raw in enumerate(top)]

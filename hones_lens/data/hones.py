@@ -20,8 +20,8 @@ from typing import Any
 
 from hones_lens.data.coco_paths import coco_image_paths
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import describe_top_level, read_json
-from hones_lens.data.recognize import refuse_other_format, require_answers
+from hones_lens.data.reading import describe_top_level
+from hones_lens.data.recognize import read_file_of, require_answers
 from hones_lens.data.records import (
     BadRecord,
     Format,
@@ -55,7 +55,7 @@ def is_unified(top: Any) -> bool:
 
 def rows(file: Path, task: str) -> list[Row]:
     """One row per section of the task."""
-    return unified_rows(read_json(file), file, task)
+    return unified_rows(read_file_of(file, "HONES's unified JSON", "hones"), file, task)
 
 
 def unified_rows(top: Any, file: Path, task: str) -> list[Row]:
@@ -64,7 +64,6 @@ def unified_rows(top: Any, file: Path, task: str) -> list[Row]:
     Raises:
         ValueError: The top level is not that of the unified JSON, or holds no records.
     """
-    refuse_other_format(top, file, "HONES's unified JSON", "hones")
     if not is_unified(top):
         raise ValueError(
             f"{file} is not HONES's unified JSON: no list of records, but {describe_top_level(top)}"

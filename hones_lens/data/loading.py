@@ -26,6 +26,9 @@ DATASETS = {
     "cocotext": "hones_lens.data.cocotext",
     "gqa": "hones_lens.data.gqa",
     "textvqa": "hones_lens.data.textvqa",
+    "vizwiz": "hones_lens.data.vizwiz",
+    "docvqa": "hones_lens.data.docvqa",
+    "pope": "hones_lens.data.pope",
     "flickr30k": "hones_lens.data.flickr30k",
     "own": "hones_lens.data.own",
 }

@@ -40,6 +40,14 @@ def read_jsonl(file: Path) -> list[tuple[int, Any]]:
     return [(n, _parse(line, f"{file}, line {n},")) for n, line in lines if line.strip()]
 
 
+def read_json_or_jsonl(file: Path) -> Any:
+    """The JSON value of a file; of a file with one object per line, whatever its name, the list of them."""
+    lines = read_text(file).strip().split("\n")
+    if len(lines) > 1 and lines[0].startswith("{") and lines[0].rstrip().endswith("}"):
+        return [value for _, value in read_jsonl(file)]
+    return read_json(file)
+
+
 def read_csv(file: Path) -> list[tuple[int, dict[str, str]]]:
     """Line numbers (of the last line of a row) and cells by column, of a file with a header line.
 

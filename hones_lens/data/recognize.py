@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hones_lens.data.reading import read_json_or_jsonl
+
 _SAMPLED = 5  # records looked at; one faulty record does not hide the format
 
 
@@ -47,7 +49,10 @@ KNOWN_FILES = (
     _known("hones", "HONES's unified JSON", "data", "image_id image_info"),
     _known("hones", "HONES's unified JSON", "", "image_id image_info"),
     _known("", "TextCaps's file of captions", "data", "image_id caption_str"),
+    _known("docvqa", "DocVQA's file of questions", "data", "questionId question image"),
     _known("textvqa", "TextVQA's file of questions", "data", "image_id question"),
+    _known("pope", "POPE's file of questions", "", "image text label"),
+    _known("vizwiz", "VizWiz's file of questions", "", "image question answerable"),
     _known("gqa", "GQA's file of questions", "", "imageId question"),
     _known("", "GQA's file of scene graphs, without questions", "", "objects width height"),
     _known("", "A-OKVQA's file of questions", "", "question direct_answers"),
@@ -62,17 +67,22 @@ def recognize(top: Any) -> KnownFile | None:
     return next((known for known in KNOWN_FILES if _matches(top, known)), None)
 
 
-def refuse_other_format(top: Any, file: Path, expected: str, *datasets: str) -> None:
-    """Raise ValueError if the file is known to be another data set's; the message names that data set.
+def read_file_of(file: Path, expected: str, *datasets: str) -> Any:
+    """The top level of a JSON file (of JSON lines: the list of them).
 
     Args:
-        top, file: The file's top level, and its name.
+        file: The file.
         expected: What the reader expects, for the message.
         datasets: The data sets whose files the reader takes.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not JSON, or known to be another data set's file; the message names that data set.
     """
+    top = read_json_or_jsonl(file)
     known = recognize(top)
     if known is None or known.dataset in datasets:
-        return
+        return top
     reader = f"use the data set {known.dataset!r} for it" if known.dataset else "no data set reads such files"
     raise ValueError(f"{file} is {known.description}, not {expected}: {reader}")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import parse_list, read_json
-from hones_lens.data.recognize import refuse_other_format, require_answers
+from hones_lens.data.reading import parse_list
+from hones_lens.data.recognize import read_file_of, require_answers
 from hones_lens.data.records import (
     Format,
     Record,
@@ -28,8 +28,7 @@ from hones_lens.data.records import (
 
 def rows(file: Path, task: str) -> list[Row]:
     """One row per question."""
-    top = read_json(file)
-    refuse_other_format(top, file, "TextVQA's", "textvqa")
+    top = read_file_of(file, "TextVQA's", "textvqa")
     records = parse_list(top, "data", file)
     if not records:
         raise ValueError(f"{file} has no records")

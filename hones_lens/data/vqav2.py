@@ -12,8 +12,8 @@ from typing import Any
 
 from hones_lens.data.coco_paths import coco_image_paths
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import parse_list, read_json
-from hones_lens.data.recognize import refuse_other_format
+from hones_lens.data.reading import parse_list
+from hones_lens.data.recognize import read_file_of
 from hones_lens.data.records import (
     BadRecord,
     Format,
@@ -95,8 +95,7 @@ def _first_existing(file: Path, *names: str) -> Path:
 
 def _read(file: Path) -> Any:
     """The top level of a file; raises ValueError if it is another data set's."""
-    top = read_json(file)
-    refuse_other_format(top, file, "VQA v2's questions or annotations", "vqav2")
+    top = read_file_of(file, "VQA v2's questions or annotations", "vqav2")
     return top
 
 

@@ -22,6 +22,9 @@ FILE_OF = {
     "gqa list": "gqa_list",
     "textvqa": "textvqa",
     "flickr30k": "flickr30k_json",
+    "vizwiz": "vizwiz",
+    "docvqa": "docvqa",
+    "pope": "pope",
 }
 # What reads the file beside the data set that it is of.
 ALSO_READ_BY = {"hones": {"coco"}}
@@ -56,7 +59,7 @@ def test_the_files_of_vqav2_are_refused_and_refuse(tmp_path):
         for file in folder.glob("*.json"):
             with pytest.raises(ValueError, match="use the data set 'vqav2' for it"):
                 load_examples(reader, tasks_of(reader)[0], "all", data_file=file)
-    for kind in ("gqa", "textvqa"):
+    for kind in ("gqa", "textvqa", "vizwiz", "docvqa", "pope"):
         dataset = FORMATS[kind](tmp_path / kind)
         with pytest.raises(ValueError, match=rf"use the data set '{kind}' for it"):
             load_examples("vqav2", "vqa", "all", data_file=dataset.data_file)
@@ -144,7 +147,7 @@ def _without(keys: tuple[str, ...], file: Path) -> Path:
     return write(file, strip(json.loads(file.read_text())))
 
 
-@pytest.mark.parametrize("kind", ["hones", "coco_unified", "gqa", "gqa_list", "textvqa"])
+@pytest.mark.parametrize("kind", ["hones", "coco_unified", "gqa", "gqa_list", "textvqa", "vizwiz", "docvqa"])
 def test_a_file_of_questions_only_says_that_it_has_no_answers(tmp_path, kind):
     dataset = FORMATS[kind](tmp_path)
     _without(("answer", "answers", "all_answers", "fullAnswer"), dataset.data_file)

@@ -284,6 +284,55 @@ def flickr30k_json(folder: Path) -> WrittenDataset:
     return WrittenDataset("flickr30k", file, pictures, tasks, dict.fromkeys(tasks, N_SCENES))
 
 
+def vizwiz(folder: Path) -> WrittenDataset:
+    scenes, data = sample_scenes(), []
+    for i, scene in enumerate(scenes):
+        question = shapes.questions(scene)[-1]
+        answers = [{"answer": a, "answer_confidence": "yes"} for a in ten_answers(question.answer)]
+        image = f"VizWiz_val_{100 + i:08d}.jpg"
+        types = {"answer_type": "other", "answerable": 1}
+        data.append({"image": image, "question": question.text, "answers": answers, **types})
+    images = save(scenes, folder / "images", lambda n: f"val/VizWiz_val_{n:08d}.jpg")
+    return WrittenDataset("vizwiz", write(folder / "val.json", data), images, ("vqa",), {"vqa": N_SCENES})
+
+
+def docvqa(folder: Path) -> WrittenDataset:
+    scenes = sample_scenes()
+    data = [
+        {
+            "questionId": 49153 + i,
+            "question": "What is the word?",
+            "question_types": ["layout", "form"],
+            "image": f"documents/pybv0228_{100 + i}.png",
+            "docId": 14465,
+            "ucsf_document_id": "pybv0228",
+            "ucsf_document_page_no": str(100 + i),
+            "answers": [scene.word, f"{scene.word}."],
+            "data_split": "val",
+        }
+        for i, scene in enumerate(scenes)
+    ]
+    header = {"dataset_name": "docvqa", "dataset_split": "val", "dataset_version": "1.0"}
+    file = write(folder / "val_v1.0_withQT.json", {**header, "data": data})
+    images = save(scenes, folder / "val", lambda n: f"documents/pybv0228_{n}.png")
+    return WrittenDataset("docvqa", file, images, ("vqa",), {"vqa": N_SCENES})
+
+
+def pope(folder: Path) -> WrittenDataset:
+    """Two questions a picture, one with the answer yes and one with no."""
+    scenes, lines = sample_scenes(), []
+    for i, scene in enumerate(scenes):
+        things = {"yes": scene.things[0].shape, "no": "zebra"}
+        for label, thing in things.items():
+            question = {"question_id": len(lines), "image": coco_name(100 + i), "image_id": 100 + i}
+            text = f"Is there a {thing} in the image?"
+            lines.append(json.dumps({**question, "text": text, "label": label}))
+    images = save(scenes, folder / "val2014", coco_name)
+    file = folder / "coco_pope_random.json"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return WrittenDataset("pope", file, images, ("vqa",), {"vqa": 2 * N_SCENES})
+
+
 def _caption_lines(scenes: Sequence[shapes.Scene], line: str) -> list[str]:
     return [
         line.format(image=f"{100 + i}.jpg", number=k, caption=caption)
@@ -375,6 +424,9 @@ FORMATS: dict[str, Callable[[Path], WrittenDataset]] = {
         flickr30k_json,
         flickr30k_token,
         flickr30k_kaggle,
+        vizwiz,
+        docvqa,
+        pope,
         own_csv,
         own_jsonl,
     )
@@ -394,6 +446,9 @@ TASKS_BY_FORMAT = {
     "flickr30k_json": ("caption", "retrieval"),
     "flickr30k_token": ("caption", "retrieval"),
     "flickr30k_kaggle": ("caption", "retrieval"),
+    "vizwiz": ("vqa",),
+    "docvqa": ("vqa",),
+    "pope": ("vqa",),
     "own_csv": ("vqa", "ocr", "caption", "retrieval"),
     "own_jsonl": ("vqa", "ocr", "caption", "retrieval"),
 }

@@ -1,0 +1,52 @@
+"""`pope`: POPE's yes-or-no questions about objects (`coco_pope_random.json` and the like), JSON lines.
+
+    {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in the image?",
+     "label": "yes"}
+
+The answer is `yes` or `no`, and results can be broken down by it: the accuracy on `yes` is POPE's recall. A
+JSON list of such objects is read too. Splits are drawn over COCO's image ids, so they agree with `coco` and
+`vqav2`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hones_lens.data.coco_paths import coco_image_id, coco_image_paths
+from hones_lens.data.files import load_records
+from hones_lens.data.reading import describe_top_level
+from hones_lens.data.recognize import read_file_of, require_answers
+from hones_lens.data.records import BadRecord, Format, Record, Row, label, parse_id, parse_object, parse_text
+
+LABELS = ("yes", "no")
+
+
+def rows(file: Path, task: str) -> list[Row]:
+    """One row per question."""
+    top = read_file_of(file, "POPE's", "pope")
+    if not isinstance(top, list) or not any(isinstance(raw, dict) and "text" in raw for raw in top):
+        raise ValueError(f"{file} is not POPE's: no objects with 'text', but {describe_top_level(top)}")
+    require_answers(top, file, "label")
+    return [Row(label(raw, i, "question_id"), partial(_parse, raw)) for i, raw in enumerate(top)]
+
+
+def _parse(raw: Any) -> Record:
+    record = parse_object(raw, "the question")
+    image = parse_text(record.get("image"), "image")
+    answer = parse_text(record.get("label"), "label").lower()
+    if answer not in LABELS:
+        raise BadRecord(f"label is {answer!r}, neither 'yes' nor 'no'")
+    return Record(
+        id=parse_id(record, "question_id"),
+        image_key=coco_image_id(image) or image,
+        files=coco_image_paths(image),
+        question=parse_text(record.get("text"), "text"),
+        answers=(answer,),
+        kind=answer,
+    )
+
+
+FORMAT = Format("pope", ("vqa",), rows)
+load = partial(load_records, FORMAT)
