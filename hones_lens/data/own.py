@@ -68,6 +68,8 @@ def rows(file: Path, task: str) -> list[Row]:
     is_csv = file.suffix.lower() == ".csv"
     lines = read_csv(file) if is_csv else read_jsonl(file)
     columns = {key for _, raw in lines if isinstance(raw, dict) for key in raw}
+    if {"raw", "filename", "sentids"} <= columns:
+        raise ValueError(f"{file} is Flickr30k's file of captions: use the data set 'flickr30k' for it")
     require_columns(columns, task, str(file))
     return [Row(_label(raw, n), partial(_parse, raw, f"line {n}", task, is_csv)) for n, raw in lines]
 

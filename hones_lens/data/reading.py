@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -14,19 +15,32 @@ def read_text(file: Path) -> str:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is empty, a folder, or not UTF-8.
+        ValueError: The file is empty, a folder, or not UTF-8; the message says how to convert it.
     """
     if not file.exists():
         raise FileNotFoundError(f"no such file: {file}")
     if file.is_dir():
         raise ValueError(f"{file} is a folder, not a file")
+    content = file.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:1000]:
+        raise ValueError(
+            f"{file} is not UTF-8 text, but UTF-16 or no text at all; {_convert(file, 'UTF-16')}"
+        )
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{file} is not UTF-8 text: line {line} holds the byte 0x{content[error.start]:02x}, as text "
+            f"saved in Latin-1 (Windows-1252) does; {_convert(file, 'CP1252')}"
+        ) from error
     if not text.strip():
         raise ValueError(f"{file} is empty")
     return text
+
+
+def _convert(file: Path, encoding: str) -> str:
+    return f"save it as UTF-8, for instance with: iconv -f {encoding} -t UTF-8 {file.name} > utf8_{file.name}"
 
 
 def read_json(file: Path) -> Any:
@@ -52,13 +66,15 @@ def read_csv(file: Path) -> list[tuple[int, dict[str, str]]]:
     """Line numbers (of the last line of a row) and cells by column, of a file with a header line.
 
     Raises:
-        ValueError: No rows, a column without a name, two with the same name, or a row of another length.
+        ValueError: Columns not separated by commas, no rows, a column without a name, two with the same
+            name, or a row of another length.
     """
-    reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    text = read_text(file)
+    _refuse_other_separator(text.lstrip().split("\n", 1)[0], file)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[tuple[int, dict[str, str]]] = []
     try:
         columns = [column.strip() for column in next(reader)]
-        _refuse_other_separator(columns, file)
         if "" in columns or len(set(columns)) < len(columns):
             raise ValueError(f"{file}: each column needs a name of its own, not {columns}")
         for cells in reader:
@@ -75,13 +91,13 @@ def read_csv(file: Path) -> list[tuple[int, dict[str, str]]]:
     return rows
 
 
-def _refuse_other_separator(columns: list[str], file: Path) -> None:
+def _refuse_other_separator(header: str, file: Path) -> None:
     """Raise ValueError for a header line whose columns are separated by something else than commas."""
     names = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
     for separator, name in names.items():
-        if len(columns) == 1 and separator in columns[0]:
+        if separator in header and "," not in header:
             hint = "save it separated by commas"
-            if columns[0].startswith("image_name|"):
+            if header.startswith("image_name|"):
                 hint = "this is Flickr30k's results.csv; use the data set 'flickr30k' for it"
             raise ValueError(f"{file}: its columns are separated by {name}, not commas: {hint}")
 
