@@ -41,8 +41,8 @@ def data_from(args: argparse.Namespace) -> DataChoice:
         discovery_split=args.discovery_split,
         dev_split=args.dev_split,
         held_out=args.split,
-        n_discovery=args.discovery_limit or args.limit,
-        n_dev=args.dev_limit or args.limit,
+        n_discovery=args.limit if args.discovery_limit is None else args.discovery_limit,
+        n_dev=args.limit if args.dev_limit is None else args.dev_limit,
         n_held_out=args.limit,
         on_error=args.on_error,
     )

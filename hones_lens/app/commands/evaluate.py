@@ -27,7 +27,8 @@ def execute(args: argparse.Namespace) -> int:
     model, results = model_from(args), []
     tasks = tasks_of(args.dataset, args.data_file) if args.task == "all" else (args.task,)
     for task in map(load_task, tasks):
-        limit = args.limit or (100 if task.ranks else 1000)
+        default = 100 if task.ranks else 1000
+        limit = default if args.limit is None else args.limit
         files = {"data_file": args.data_file, "image_dir": args.image_dir, "on_error": args.on_error}
         kind = task.examples_of or task.name
         results.append(

@@ -104,7 +104,7 @@ class PairsChoice:
 
     def _examples(self) -> list[Example]:
         files = {"data_file": self.data_file, "image_dir": self.image_dir, "on_error": self.on_error}
-        task, limit = load_task(self.task), self.limit or DEFAULT_LIMIT
+        task, limit = load_task(self.task), DEFAULT_LIMIT if self.limit is None else self.limit
         return load_examples(
             self.dataset, task.examples_of or task.name, self.split, limit, self.seed, **files
         )
