@@ -126,6 +126,8 @@ def masking_curve(
     """
     options, task = SweepOptions.of(options, sweep), engine.as_task(task)
     engine.check_examples(task, examples)
+    if n_controls < 0:
+        raise ValueError(f"the number of control sets must not be negative: {n_controls}")
     if isinstance(neurons, NeuronScores):
         method = neurons.method
         sets = [select_neurons(model, neurons, neurons.count(ratio)) for ratio in ratios]

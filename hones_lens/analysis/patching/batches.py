@@ -110,6 +110,8 @@ def pair_batches(
         ValueError: An unknown direction.
     """
     check_direction(direction)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     for start in range(0, len(pairs), batch_size):
         whole = batch_size >= len(pairs)
         batch_pairs = pairs if whole else pairs[start : start + batch_size]
