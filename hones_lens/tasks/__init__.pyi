@@ -11,6 +11,7 @@ from .metrics import (
     normalize_answer as normalize_answer,
     sentence_bleu as sentence_bleu,
     vqa_accuracy as vqa_accuracy,
+    yes_no_metrics as yes_no_metrics,
 )
 from .own_text import own_prompt as own_prompt, takes_text as takes_text
 from .registry import load_task as load_task, task_names as task_names

@@ -1,4 +1,4 @@
-"""The metrics: official VQA accuracy, ANLS, BLEU-4 and NDCG, each in 0-1."""
+"""The metrics: official VQA accuracy, POPE's measures, ANLS, BLEU-4 and NDCG, each in 0-1."""
 
 from __future__ import annotations
 
@@ -81,6 +81,50 @@ def _same_answer(a: str, b: str) -> bool:
     if any(normalized):
         return normalized[0] == normalized[1]
     return a.strip().lower() == b.strip().lower()
+
+
+def yes_no_metrics(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """POPE's five measures of answers to yes-or-no questions, `yes` being the positive class.
+
+    As in POPE's `evaluate.py` (Li et al. 2023) a prediction is read up to its first period: it is a no if one
+    of its words, without commas, is `No`, `no` or `not`, and a yes otherwise. (Theirs splits at blanks
+    alone; here any white space ends a word.)
+
+    Args:
+        predictions: What the model says, one text per question.
+        labels: The right answers, `yes` or `no`.
+
+    Returns:
+        `accuracy`, `precision`, `recall`, `f1` and `yes_ratio`, each in 0-1; NaN where a share is of nothing
+        (the precision of a model that never says yes).
+
+    Raises:
+        ValueError: No questions, numbers of predictions and labels that differ, or another label.
+    """
+    if len(predictions) != len(labels) or not labels:
+        raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
+    for label in labels:
+        if label not in ("yes", "no"):
+            raise ValueError(f"label {label!r} is neither 'yes' nor 'no'")
+    said = np.array([_says_yes(prediction) for prediction in predictions])
+    true = np.array([label == "yes" for label in labels])
+    hits = int((said & true).sum())
+
+    def share(count: int, total: int) -> float:
+        return count / total if total else math.nan
+
+    return {
+        "accuracy": float((said == true).mean()),
+        "precision": share(hits, int(said.sum())),
+        "recall": share(hits, int(true.sum())),
+        "f1": share(2 * hits, int(said.sum() + true.sum())),
+        "yes_ratio": float(said.mean()),
+    }
+
+
+def _says_yes(prediction: str) -> bool:
+    words = prediction.split(".")[0].replace(",", "").split()
+    return not {"No", "no", "not"} & set(words)
 
 
 def anls(prediction: str, truth: str, threshold: float = 0.5) -> float:
