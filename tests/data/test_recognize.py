@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.dataset_files import FORMATS, write
+from helpers.dataset_files import FORMATS, WrittenDataset, write
 
 from hones_lens.data.check import check_data
 from hones_lens.data.loading import DATASETS, load_examples, tasks_of
@@ -34,10 +34,16 @@ def json_readers() -> list[str]:
     return [name for name in DATASETS if not name.startswith("shapes") and name not in ("own", "vqav2")]
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, WrittenDataset]:
+    folder: Path = tmp_path_factory.mktemp("known")
+    return {kind: FORMATS[name](folder / name) for kind, name in FILE_OF.items()}
+
+
 @pytest.mark.parametrize("reader", json_readers())
 @pytest.mark.parametrize("kind", FILE_OF)
-def test_every_reader_refuses_the_files_of_the_others_by_their_name(tmp_path, kind, reader):
-    dataset = FORMATS[FILE_OF[kind]](tmp_path)
+def test_every_reader_refuses_the_files_of_the_others_by_their_name(written, kind, reader):
+    dataset = written[kind]
     if reader == dataset.dataset or reader in ALSO_READ_BY.get(dataset.dataset, ()):
         return
     for on_error in ("raise", "skip"):
