@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers.dataset_files import hones
@@ -34,6 +36,42 @@ def test_wrong_usage_exits_with_2():
         assert stop.value.code == 2
 
 
+WRONG_VALUES = {
+    ("mask", "--ratio", "nan"): "nan is not a finite number",
+    ("localize", "--race", "inf"): "inf is not a finite number",
+    ("steer", "--lr", "0.1,nan"): "nan is not a finite number",
+    ("patch", "--strength", "-inf"): "expected one argument|not a finite number",
+    ("mask", "--controls=-1"): "-1 is negative",
+    ("reproduce", "--out", "o", "--controls=-2"): "-2 is negative",
+    ("evaluate", "--json", "folder"): "folder is a folder, not a file",
+    ("evaluate", "--json", "file/result.json"): "file is a file, not a folder",
+    ("localize", "--out", "file"): "file is a file, not a folder",
+    ("patch", "--out", "file/run"): "file is a file, not a folder",
+    ("report", "run", "--out", "folder"): "folder is a folder, not a file",
+    ("explore", "--out", "folder"): "folder is a folder, not a file",
+    ("overlap", "run", "--out", "file"): "file is a file, not a folder",
+}
+
+
+@pytest.mark.parametrize("argv", WRONG_VALUES)
+def test_values_that_can_t_be_right_are_refused_before_anything_runs(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").touch()
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert re.search(WRONG_VALUES[argv], capsys.readouterr().err)
+
+
+def test_a_folder_that_can_t_be_written_to_is_refused_before_anything_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    for argv in (["mask", "--out", str(tmp_path / "run")], ["evaluate", "--json", str(tmp_path / "x.json")]):
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert f"{tmp_path} can't be written to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -46,6 +84,9 @@ def test_wrong_usage_exits_with_2():
         (["data", "check", "nope"], "unknown data set 'nope'"),
         (["localize", "--stage", "neurons", "--limit", "4", "--out", "o"], "no heads.json yet"),
         (["report", "no-such-run", "--out", "x.html"], "no-such-run is not a run folder"),
+        (["evaluate", "--limit", "0"], "limit must be at least 1, not 0"),
+        (["patch", "--limit", "2", "--batch-size", "0", "--out", "o"], "batch_size must be at least 1"),
+        (["localize", "--device", "nonsense"], "nonsense"),
     ],
 )
 def test_failures_are_one_line_and_exit_with_1(argv, says, capsys, tmp_path, monkeypatch):

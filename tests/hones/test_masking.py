@@ -173,6 +173,8 @@ def test_bad_input() -> None:
             evaluate_masking(model, "vqa", examples, [neuron], progress=False)
     with pytest.raises(ValueError, match="no examples"):
         evaluate_masking(model, "vqa", [], CHOSEN, progress=False)
+    with pytest.raises(ValueError, match="control sets must not be negative: -1"):
+        evaluate_masking(model, "vqa", examples, CHOSEN, n_controls=-1, progress=False)
 
 
 # -- matched random sets -------------------------------------------------------------------------------

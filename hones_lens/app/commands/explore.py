@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hones_lens.app.commands.arguments import model_from
-from hones_lens.app.commands.options import add_command, model_options
+from hones_lens.app.commands.options import add_command, model_options, output_file
 from hones_lens.tasks import task_names
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     add("--run", metavar="RUN", dest="run_folder", help="colour the heads by the scores of this run folder")
     add("--port", type=int, default=0, help="of the server on 127.0.0.1 (default: one that is free)")
     add("--no-browser", action="store_true", help="only say where the page is")
-    add("--out", metavar="FILE", help="write a page to keep instead of serving one")
+    add("--out", metavar="FILE", type=output_file, help="write a page to keep instead of serving one")
     model_options(command)
 
 

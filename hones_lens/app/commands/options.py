@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
+from pathlib import Path
 from typing import Any
 
 from hones_lens.tasks import task_names
@@ -14,7 +17,7 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.Argum
     command.set_defaults(run=run, parser=command)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if name not in ("report", "train-tiny", "explore"):
-        command.add_argument("--json", metavar="FILE", help="also write the result here")
+        command.add_argument("--json", metavar="FILE", type=output_file, help="also write the result here")
     return command
 
 
@@ -25,8 +28,8 @@ def add_stage_command(commands: Any, name: str, run: Any, text: str) -> argparse
     data_options(command)
     split_options(command)
     command.add_argument("--top-k", type=int, help="critical heads (default: model_configs/)")
-    command.add_argument("--ratio", type=float, help="share of neurons (default: model_configs/)")
-    command.add_argument("--controls", type=int, default=20, help="matched random sets (default: 20)")
+    command.add_argument("--ratio", type=finite, help="share of neurons (default: model_configs/)")
+    command.add_argument("--controls", type=natural, default=20, help="matched random sets (default: 20)")
     command.add_argument(
         "--positions",
         choices=["all", "last"],
@@ -37,16 +40,18 @@ def add_stage_command(commands: Any, name: str, run: Any, text: str) -> argparse
         "--prefilter", type=int, metavar="M", help="measure only the M heads that attribution patching likes"
     )
     command.add_argument(
-        "--race", type=float, metavar="EPSILON", help="race heads: right up to EPSILON with probability 0.95"
+        "--race", type=finite, metavar="EPSILON", help="race heads: right up to EPSILON with probability 0.95"
     )
-    command.add_argument("--memory-budget", type=float, metavar="GB", help="default: half of what is free")
+    command.add_argument("--memory-budget", type=finite, metavar="GB", help="default: half of what is free")
     command.add_argument("--plan", action="store_true", help="say what would be done and stop")
     return command
 
 
 def split_options(command: argparse.ArgumentParser) -> None:
     """Add the options of the run folder, the splits and their sizes."""
-    command.add_argument("--out", metavar="DIR", help="run folder (default: runs/MODEL-TASK)")
+    command.add_argument(
+        "--out", metavar="DIR", type=output_folder, help="run folder (default: runs/MODEL-TASK)"
+    )
     command.set_defaults(outputs=None)
     command.add_argument("--limit", type=int, help="how many examples of each split")
     command.add_argument("--discovery-limit", type=int, help="how many discovery examples, if not --limit")
@@ -96,6 +101,48 @@ def file_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def finite(text: str) -> float:
+    """A number that is finite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def natural(text: str) -> int:
+    """A whole number, 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def output_file(text: str) -> str:
+    """The path of a file that can be written, known before hours of work are done."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, not a file")
+    _check_parent(path)
+    return text
+
+
+def output_folder(text: str) -> str:
+    """The path of a folder that can be written to, or made."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
+    _check_parent(path / "settings.json")
+    return text
+
+
+def _check_parent(path: Path) -> None:
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{parent} can't be written to")
+
+
 def names(text: str) -> tuple[str, ...]:
     """`a,b` as ("a", "b")."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -103,7 +150,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def numbers(text: str) -> tuple[float, ...]:
     """`1,0.5` as (1.0, 0.5)."""
-    return tuple(float(part) for part in names(text))
+    return tuple(finite(part) for part in names(text))
 
 
 def integers(text: str) -> tuple[int, ...]:

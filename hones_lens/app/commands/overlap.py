@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from hones_lens.app.commands.arguments import data_from, model_from, write_result
-from hones_lens.app.commands.options import add_command, file_options, model_options
+from hones_lens.app.commands.options import add_command, file_options, model_options, output_folder
 
 
 def add(commands: Any) -> None:
@@ -16,7 +16,8 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--mask", action="store_true", help="mask each group, measure every task, and read the logit lens"
     )
-    command.add_argument("--out", metavar="DIR", help="run folder (default: runs/MODEL-overlap[-masked])")
+    text = "run folder (default: runs/MODEL-overlap[-masked])"
+    command.add_argument("--out", metavar="DIR", type=output_folder, help=text)
     command.add_argument("--model", help="where the model is, if not where its name says")
     command.add_argument("--limit", type=int, help="how many examples to measure on")
     command.add_argument("--split", default="test", help="where results are measured (default: test)")

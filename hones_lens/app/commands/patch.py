@@ -12,9 +12,11 @@ from hones_lens.app.commands.options import (
     add_command,
     box,
     data_options,
+    finite,
     integers,
     model_options,
     names,
+    output_folder,
     units,
 )
 
@@ -41,7 +43,7 @@ def add(commands: Any) -> None:
     add("--corrupted-image", metavar="FILE", help="the corrupted picture, on which the foil is right")
     add("--corrupted-prompt", help="the corrupted prompt, of as many tokens")
     add("--corrupt", choices=CORRUPTIONS, help="corrupt the picture, or the examples of a data set")
-    add("--strength", type=float, help="of noise, in standard deviations; of blur, its radius in pixels")
+    add("--strength", type=finite, help="of noise, in standard deviations; of blur, its radius in pixels")
     add("--color", help="of blank (default: grey)")
     add("--corrupt-box", type=box, metavar="L,T,R,B", help="corrupt there alone")
     add("--what", choices=SITES, default="resid_pre", help="what to patch (default: resid_pre)")
@@ -54,7 +56,7 @@ def add(commands: Any) -> None:
     add("--metric", choices=["logit_diff", "log_prob", "kl", "task"], help="default: logit_diff with a foil")
     add("--raw", action="store_true", help="the change of the metric instead of its share")
     add("--batch-size", type=int, default=32, help="pairs at a time (default: 32)")
-    add("--out", metavar="DIR", help="run folder (default: runs/MODEL-TASK-patch-…)")
+    add("--out", metavar="DIR", type=output_folder, help="run folder (default: runs/MODEL-TASK-patch-…)")
     add("--force", action="store_true", help="patch though the clean run does not prefer the answer")
     add("--plan", action="store_true", help="say what would be done and stop")
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hones_lens.app.commands.options import add_command
+from hones_lens.app.commands.options import add_command, output_file
 
 
 def add(commands: Any) -> None:
@@ -14,7 +14,10 @@ def add(commands: Any) -> None:
     command = add_command(commands, "report", execute, "one HTML page of one or more run folders")
     command.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     command.add_argument(
-        "--out", metavar="FILE", help="the page to write (default: report.html in the first RUN)"
+        "--out",
+        metavar="FILE",
+        type=output_file,
+        help="the page to write (default: report.html in the first RUN)",
     )
 
 

@@ -12,6 +12,7 @@ from hones_lens.app.commands.options import (
     file_options,
     model_options,
     names,
+    natural,
     numbers,
     split_options,
 )
@@ -27,7 +28,7 @@ def add(commands: Any) -> None:
     split_options(command)
     command.add_argument("--tasks", type=names, metavar="A,B", help="default: all that the data set has")
     command.add_argument("--ratios", type=numbers, default=(0.01, 0.05), help="shares of neurons to mask")
-    command.add_argument("--controls", type=int, default=20, help="matched random sets (default: 20)")
+    command.add_argument("--controls", type=natural, default=20, help="matched random sets (default: 20)")
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from hones_lens.app.commands.arguments import data_from, model_from, run_folder,
 from hones_lens.app.commands.options import (
     add_command,
     data_options,
+    finite,
     integers,
     model_options,
     names,
@@ -40,7 +41,7 @@ def add(commands: Any) -> None:
     add("--factors", type=numbers, default=(0.5, 0.75, 1.0, 1.25, 1.5, 2.0), help="of the grid search")
     add("--draws", type=int, default=5, help="random sets (default: 5)")
     add("--patience", type=int, help="stop after so many epochs without a better dev metric (default: never)")
-    for name, kind in (("accumulate", int), ("kl-weight", float), ("l2-weight", float), ("clamp", float)):
+    for name, kind in (("accumulate", int), ("kl-weight", finite), ("l2-weight", finite), ("clamp", finite)):
         add(f"--{name}", type=kind, help="default: HONES's")
     add("--negatives", type=int, help="wrong candidates an example of retrieval")
 
