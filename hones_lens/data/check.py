@@ -19,6 +19,7 @@ from hones_lens.data.files import (
 from hones_lens.data.images import Picture, clip_box, format_size
 from hones_lens.data.loading import resolve
 from hones_lens.data.negatives import N_NEGATIVES, group_captions_by_image, normalize_caption
+from hones_lens.data.reading import text_encoding
 from hones_lens.data.records import BadRecord, Record
 from hones_lens.data.splits import SHARES, split_of
 
@@ -131,6 +132,7 @@ def check_data(
     seed: int = 3407,
     open_images: bool = True,
     progress: Callable[[list[Record]], Any] = iter,
+    encoding: str = "utf-8",
 ) -> DataCheck:
     """Check the annotations of a data set, and every picture that they name.
 
@@ -140,6 +142,7 @@ def check_data(
         seed: Seed of the splits whose records are counted.
         open_images: Decode every picture completely. If False, pictures need not exist.
         progress: Wraps the iteration over records while pictures are opened, such as `tqdm`.
+        encoding: The encoding of the files' text, as Python names it.
 
     Raises:
         FileNotFoundError, ValueError: A file is missing, or is not of this format at all.
@@ -153,7 +156,8 @@ def check_data(
     errors: list[ValueError] = []
     for name in fmt.tasks if task is None else [task]:
         try:
-            checked = check_records(fmt, name, file)
+            with text_encoding(encoding):
+                checked = check_records(fmt, name, file)
         except ValueError as error:  # the file may serve another task
             errors.append(error)
         else:

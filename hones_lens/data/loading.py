@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hones_lens.data.examples import Example, check_on_error
+from hones_lens.data.reading import text_encoding
 
 if TYPE_CHECKING:
     from hones_lens.data.records import Format
@@ -71,6 +72,7 @@ def load_examples(
     image_dir: str | Path | None = None,
     on_error: str = "raise",
     cache_dir: str | Path | None = None,
+    encoding: str = "utf-8",
 ) -> list[Example]:
     """Load the examples of one task from one split of a data set.
 
@@ -89,24 +91,28 @@ def load_examples(
             the result's `skipped`.
         cache_dir: For files: folder in which retrieval's hard negatives are cached (default: the user's
             cache).
+        encoding: For files: the encoding of their text, as Python names it, e.g. `cp1252`.
 
     Returns:
         A list; for files a `files.LoadedExamples`, a list with `skipped`, `not_for_task` and `clipped`.
 
     Raises:
         FileNotFoundError: A file or folder does not exist.
-        ValueError: An unknown data set, task, split or `on_error`; files given to a data set that reads none;
-            a file or a record that can't be used. The message names it.
+        ValueError: An unknown data set, task, split, encoding or `on_error`; files given to a data set that
+            reads none; a file or a record that can't be used. The message names it.
     """
     check_on_error(on_error)
     files: dict[str, Any] = {"data_file": data_file, "image_dir": image_dir}
     module = _module_of(str(dataset))
     if module is not None and not hasattr(module, "FORMAT"):
+        if encoding != "utf-8":
+            raise ValueError(f"data set {str(dataset)!r} is drawn, not read from files: encoding= has no use")
         return module.load(task, split, limit, seed, **files)
     from hones_lens.data.files import load_records
 
     fmt, files["data_file"] = resolve(dataset, data_file)
-    return load_records(fmt, task, split, limit, seed, **files, on_error=on_error, cache_dir=cache_dir)
+    with text_encoding(encoding):
+        return load_records(fmt, task, split, limit, seed, **files, on_error=on_error, cache_dir=cache_dir)
 
 
 def resolve(dataset: str | Path, data_file: str | Path | None = None) -> tuple[Format, Path | None]:

@@ -6,41 +6,74 @@ import codecs
 import csv
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+_ENCODING: ContextVar[str] = ContextVar("encoding", default="utf-8")
+
+
+@contextmanager
+def text_encoding(encoding: str) -> Iterator[None]:
+    """Text files are read in this encoding inside the context.
+
+    Raises:
+        ValueError: Python knows no such encoding of text.
+    """
+    try:
+        "".encode(encoding)
+    except LookupError as error:
+        raise ValueError(f"unknown encoding {encoding!r}, e.g. 'utf-8', 'latin-1', 'cp1252'") from error
+    token = _ENCODING.set(encoding)
+    try:
+        yield
+    finally:
+        _ENCODING.reset(token)
+
 
 def read_text(file: Path) -> str:
-    """The text of a file.
+    """The text of a file, in UTF-8 or the encoding of `text_encoding`.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is empty, a folder, or not UTF-8; the message says how to convert it.
+        ValueError: The file is empty, a folder, or in another encoding; the message says what to do.
     """
     if not file.exists():
         raise FileNotFoundError(f"no such file: {file}")
     if file.is_dir():
         raise ValueError(f"{file} is a folder, not a file")
-    content = file.read_bytes()
+    text = _decoded(file, file.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        raise ValueError(f"{file} is empty")
+    return text
+
+
+def _decoded(file: Path, content: bytes) -> str:
+    encoding = _ENCODING.get()
+    if codecs.lookup(encoding).name != "utf-8":
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not text in {encoding}: {error}") from error
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:1000]:
         raise ValueError(
             f"{file} is not UTF-8 text, but UTF-16 or no text at all; {_convert(file, 'UTF-16')}"
         )
     try:
-        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{file} is not UTF-8 text: line {line} holds the byte 0x{content[error.start]:02x}, as text "
             f"saved in Latin-1 (Windows-1252) does; {_convert(file, 'CP1252')}"
         ) from error
-    if not text.strip():
-        raise ValueError(f"{file} is empty")
-    return text
 
 
 def _convert(file: Path, encoding: str) -> str:
-    return f"save it as UTF-8, for instance with: iconv -f {encoding} -t UTF-8 {file.name} > utf8_{file.name}"
+    convert = f"iconv -f {encoding} -t UTF-8 {file.name} > utf8_{file.name}"
+    return f"load it with encoding='{encoding.lower()}', or save it as UTF-8, for instance with: {convert}"
 
 
 def read_json(file: Path) -> Any:

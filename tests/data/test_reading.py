@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.dataset_files import FORMATS, sample_scenes
 
+from hones_lens.data.check import check_data
 from hones_lens.data.loading import load_examples
 
 HEADER, ROW = "image,question,answer", "a.png,Où est le café ?,à gauche"
@@ -30,9 +31,7 @@ def test_utf8_is_read_with_and_without_its_mark(tmp_path, mark, newline):
 
 def test_another_encoding_is_named_with_the_line_and_the_remedy(tmp_path):
     file = own(tmp_path, f"{HEADER}\n{ROW}\n".encode("cp1252"))
-    reason = (
-        r"own\.csv is not UTF-8 text: line 2 holds the byte 0xf9.*Latin-1.*iconv -f CP1252 -t UTF-8 own\.csv"
-    )
+    reason = r"own\.csv is not UTF-8 text: line 2 holds the byte 0xf9.*Latin-1.*encoding='cp1252'.*iconv -f CP1252 "
     with pytest.raises(ValueError, match=reason):
         load_examples(file, "vqa", "all")
 
@@ -42,6 +41,26 @@ def test_utf16_is_named(tmp_path, encoding):
     file = own(tmp_path, f"{HEADER}\n{ROW}\n".encode(encoding))
     with pytest.raises(ValueError, match=r"own\.csv is not UTF-8 text, but UTF-16 .*iconv -f UTF-16"):
         load_examples(file, "vqa", "all")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16", "utf-8", "UTF8"])
+def test_the_encoding_that_is_given_is_used(tmp_path, encoding):
+    file = own(tmp_path, f"{HEADER}\n{ROW}\n".encode(encoding))
+    (example,) = load_examples(file, "vqa", "all", encoding=encoding)
+    assert (example.question, example.answers) == ("Où est le café ?", ("à gauche",))
+    assert check_data(file, "vqa", encoding=encoding).ok
+    (own(tmp_path, f"{HEADER}\n{ROW}\n".encode()))
+    assert load_examples(file, "vqa", "all")[0].question == "Où est le café ?", "it holds for one call"
+
+
+def test_an_encoding_that_does_not_fit_or_exist_is_refused(tmp_path):
+    file = own(tmp_path, f"{HEADER}\n{ROW}\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"own\.csv is not text in ascii: .*0xf9"):
+        load_examples(file, "vqa", "all", encoding="ascii")
+    with pytest.raises(ValueError, match="unknown encoding 'utf-nine'"):
+        load_examples(file, "vqa", "all", encoding="utf-nine")
+    with pytest.raises(ValueError, match="'shapes' is drawn, not read from files: encoding= has no use"):
+        load_examples("shapes", "vqa", "dev", 1, encoding="cp1252")
 
 
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
