@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hones_lens.interventions import Box, Group, Hook, check_heads, group_name, token_mask
-from hones_lens.model import HookedVLM, ModelInput, VLMInputs, token_names
+from hones_lens.model import HookedVLM, ModelInput, VLMInputs, takes_iterables, token_names
 from hones_lens.results import Plottable
 
 SINK_RATIO = 5.0  # times the median image token's attention from which a token counts as a sink
@@ -103,6 +103,7 @@ class HeadAttention(Plottable):
         return "\n".join(lines)
 
 
+@takes_iterables
 @torch.no_grad()
 def head_attention(
     model: HookedVLM,

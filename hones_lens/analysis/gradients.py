@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 
 
+@takes_iterables
 def activation_gradients(
     model: HookedVLM, names: Sequence[str], objective: Callable[[], Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:

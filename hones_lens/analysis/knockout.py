@@ -41,7 +41,7 @@ from hones_lens.engine import (
     prompt_batches,
 )
 from hones_lens.interventions import Group, Hook, block_attention, group_name, token_mask
-from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.model import HookedVLM, VLMInputs, takes_iterables
 from hones_lens.results import Labelled, bootstrap_ends, bootstrap_interval, mean_over_pairs
 from hones_lens.tasks import Task
 
@@ -126,6 +126,7 @@ class _Plan:
         )
 
 
+@takes_iterables
 @torch.no_grad()
 def attention_knockout(
     model: HookedVLM,

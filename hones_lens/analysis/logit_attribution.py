@@ -11,7 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hones_lens.interventions import Group, Hook, neuron_hook, token_mask
-from hones_lens.model import HookedVLM, ModelInput, VLMInputs, bare_text_ids, leading_blanks, token_names
+from hones_lens.model import (
+    HookedVLM,
+    ModelInput,
+    VLMInputs,
+    bare_text_ids,
+    leading_blanks,
+    token_names,
+)
 from hones_lens.results import Labelled, mean_over_pairs
 
 _Ids = int | Sequence[int] | Tensor

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hones_lens.interventions import Group, Hook, check_heads, token_mask
-from hones_lens.model import HookedVLM, ModelInput, VLMInputs, token_names
+from hones_lens.model import HookedVLM, ModelInput, VLMInputs, takes_iterables, token_names
 from hones_lens.results import Plottable
 
 MOST_CELLS = 200
@@ -167,6 +167,7 @@ class FoldedAttention(Plottable):
         return f"{self.model_name}: attention of {', '.join(self.names)} between {len(self.cells)} cells"
 
 
+@takes_iterables
 @torch.no_grad()
 def folded_attention(
     model: HookedVLM,

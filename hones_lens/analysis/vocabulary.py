@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 
 _NEURONS_AT_ONCE = 256  # neurons whose logits are in memory at the same time
 
@@ -43,6 +43,7 @@ def vocabulary_logits(
     return logits - logits.mean(-1, keepdim=True)
 
 
+@takes_iterables
 @torch.no_grad()
 def promoted_tokens(
     model: HookedVLM,

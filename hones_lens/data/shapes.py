@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -243,8 +243,9 @@ def free_cells(scene: Scene) -> list[tuple[int, int]]:
     return [cell for cell in cells if cell not in occupied]
 
 
-def counterfactual_scenes(scene: Scene, facts: Sequence[str] = ATTRIBUTES) -> list[Scene]:
+def counterfactual_scenes(scene: Scene, facts: Iterable[str] = ATTRIBUTES) -> list[Scene]:
     """All scenes that differ from this one in one attribute (of `facts`) of one thing."""
+    facts = list(facts)
     free = free_cells(scene)
     out = []
     for i, thing in enumerate(scene.things):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from hones_lens.interventions import HeadEdit, Hook, Scale
+from hones_lens.model import takes_iterables
 
 
 class ForkPoint(IntEnum):
@@ -46,10 +47,11 @@ class Arm:
         start: Layer and fork point of the lowest one; None where a hook is not in a decoder block.
     """
 
-    def __init__(self, hooks: Sequence[Hook] = ()):
+    def __init__(self, hooks: Iterable[Hook] = ()):
+        hooks = tuple(hooks)
         points = [fork_point_of(name) for name, _ in hooks]
         self._points = sorted(point for point in points if point is not None)
-        self.start, self.hooks = None, tuple(hooks)
+        self.start, self.hooks = None, hooks
         if hooks and len(self._points) == len(hooks):
             self.start = self._points[0]
             self.hooks = tuple(sorted(hooks, key=lambda hook: fork_point_of(hook[0]) or (0, ForkPoint.BLOCK)))
@@ -100,6 +102,7 @@ def fork_point_of(name: object) -> tuple[int, ForkPoint] | None:
     return int(layer), _FORK_POINTS.get(rest, _FORK_POINTS.get(rest.split(".")[0], ForkPoint.BLOCK))
 
 
+@takes_iterables
 def stack_hooks(parts: Sequence[tuple[int, Sequence[Hook]]]) -> list[Hook]:
     """Hooks for a batch whose rows belong to several interventions.
 

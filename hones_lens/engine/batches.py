@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hones_lens.data import Example
-from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.model import HookedVLM, VLMInputs, takes_iterables
 from hones_lens.tasks import Task, load_task
 
 
@@ -29,6 +29,7 @@ def as_task(task: str | Task) -> Task:
     return load_task(task) if isinstance(task, str) else task
 
 
+@takes_iterables
 def check_examples(task: Task, examples: Sequence[Example]) -> None:
     """Raise before any model runs if an example lacks what its task reads, or ids repeat.
 
@@ -46,6 +47,7 @@ def check_examples(task: Task, examples: Sequence[Example]) -> None:
         task.target(example)
 
 
+@takes_iterables
 def prompt_batches(
     model: HookedVLM, task: Task, examples: Sequence[Example], batch_size: int
 ) -> Iterator[Batch]:
@@ -60,6 +62,7 @@ def prompt_batches(
         yield Batch(batch_examples, _encode(model, inputs, shared=task.ranks), rows)
 
 
+@takes_iterables
 def answer_batches(
     model: HookedVLM, task: Task, examples: Sequence[Example], batch_size: int, answers: bool = True
 ) -> Iterator[Batch]:

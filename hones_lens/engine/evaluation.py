@@ -14,7 +14,7 @@ from hones_lens.data import Example
 from hones_lens.engine.batches import as_task, check_examples
 from hones_lens.engine.measurement import measure
 from hones_lens.engine.options import SweepKeywords, SweepOptions
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import Interval, Result, metric_interval
 from hones_lens.tasks import Task
 
@@ -80,6 +80,7 @@ class Evaluation(Result):
         return f"<pre>{escape(str(self))}</pre>"
 
 
+@takes_iterables
 def evaluate(
     model: HookedVLM,
     task: str | Task,

@@ -15,7 +15,7 @@ from hones_lens.engine.full_passes import Prediction
 from hones_lens.engine.options import SweepOptions
 from hones_lens.engine.sweep import Sweep
 from hones_lens.interventions import Hook
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.tasks import Task
 
 T = TypeVar("T")
@@ -34,6 +34,7 @@ class Outcome:
         return float(task.metric((statistics if rows is None else statistics[list(rows)]).sum(0)))
 
 
+@takes_iterables
 def measure(
     model: HookedVLM,
     task: Task,
@@ -81,6 +82,7 @@ def measure(
     return outcomes
 
 
+@takes_iterables
 def measure_log_probs(
     model: HookedVLM,
     task: Task,

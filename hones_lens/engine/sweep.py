@@ -32,7 +32,7 @@ from hones_lens.engine.options import SweepOptions
 from hones_lens.engine.segments import Segment, buckets, split_shared_prefix
 from hones_lens.engine.speculation import Answers, Draft, ExpectedAnswers, Tally, answer_buckets, check_finite
 from hones_lens.interventions import Hook
-from hones_lens.model import HookedVLM, KVCache, VLMInputs, summed_log_probs, to_list
+from hones_lens.model import HookedVLM, KVCache, VLMInputs, summed_log_probs, takes_iterables, to_list
 from hones_lens.tasks import Task
 
 
@@ -256,6 +256,7 @@ class Sweep:
             yield arm_indices, steps, outputs
 
 
+@takes_iterables
 @torch.no_grad()
 def logits_under(
     model: HookedVLM,

@@ -14,7 +14,7 @@ from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking_result import Control, KindDrop, MaskingResult
 from hones_lens.interventions import Hook, check_component, zero_neurons
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import (
     Component,
     bootstrap_interval,
@@ -30,6 +30,7 @@ RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1)
 Neurons = Sequence[tuple[int, int]]
 
 
+@takes_iterables
 def matched_random_sets(
     neurons: Neurons, n_layers: int, d_mlp: int, draws: int, seed: int = 0
 ) -> list[list[Component]]:
@@ -47,6 +48,7 @@ def matched_random_sets(
     return random_sets
 
 
+@takes_iterables
 def evaluate_masking(
     model: HookedVLM,
     task: str | Task,
@@ -103,6 +105,7 @@ def select_neurons(
     return [(c[0], c[1]) for c in chosen]
 
 
+@takes_iterables
 def masking_curve(
     model: HookedVLM,
     task: str | Task,

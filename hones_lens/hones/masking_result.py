@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from hones_lens.model import require_choice
+from hones_lens.model import require_choice, takes_iterables
 from hones_lens.results import Interval, Result, read_json, to_json, write_json
 
 MEASURES = ("metric", "log_prob")
@@ -181,6 +181,7 @@ def _tested(p: float | None) -> str:
     return "" if p is None else f", p = {p:.3g}"
 
 
+@takes_iterables
 def save_masking(file: str | Path, results: Sequence[MaskingResult]) -> None:
     """Write results to JSON."""
     write_json(file, {"kind": "masking", "results": [to_json(result) for result in results]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 
 
 def check_component(
@@ -28,6 +28,7 @@ def check_component(
         raise ValueError(f"{prefix}{name} does not exist: {n_layers} layers of {per_layer} {kind}s")
 
 
+@takes_iterables
 def check_heads(model: HookedVLM, heads: Iterable[Sequence[Any]]) -> tuple[tuple[int, int], ...]:
     """The heads as (layer, head) tuples, after checking that each exists.
 

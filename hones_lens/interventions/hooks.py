@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hones_lens.interventions.positions import PromptMask
 from hones_lens.interventions.token_groups import Group
-from hones_lens.model import VLMInputs, to_list
+from hones_lens.model import VLMInputs, takes_iterables, to_list
 
 Hook = tuple[str, Callable[..., Any]]
 _STREAMS = ("pre", "mid", "post")
@@ -72,6 +72,7 @@ class HeadEdit:
         return f"{self.description} of head {self.head} at {self.name}"
 
 
+@takes_iterables
 def replace_with_other_heads_mean(
     layer: int, head: int | Sequence[int] | Tensor, positions: str = "all"
 ) -> Hook:
@@ -105,6 +106,7 @@ def _mean_of_others(z: Tensor) -> Tensor:
     return ((before + after) / (z.shape[2] - 1)).to(z.dtype)
 
 
+@takes_iterables
 def zero_head(layer: int, head: int | Sequence[int] | Tensor) -> Hook:
     """Set one head's output z to zero, at all positions.
 
@@ -119,6 +121,7 @@ def zero_head(layer: int, head: int | Sequence[int] | Tensor) -> Hook:
     return name, HeadEdit(name, head, torch.zeros_like, "zero instead")
 
 
+@takes_iterables
 def zero(name: str, index: Sequence[int] | Tensor, axis: int = -1) -> Hook:
     """Set entries of one axis to zero at all positions, e.g. neurons of a layer (HONES eq. H4).
 
@@ -159,6 +162,7 @@ class Scale:
         return f"{entries} times {to_list(self.factor) if n == 1 else 'a factor'} at {self.name}"
 
 
+@takes_iterables
 def scale(name: str, index: Sequence[int] | Tensor, factor: float | Tensor, axis: int = -1) -> Hook:
     """Multiply entries of one axis by a factor, or by one factor each (HONES eq. H5: 1 + a_i).
 
@@ -182,6 +186,7 @@ def scale(name: str, index: Sequence[int] | Tensor, factor: float | Tensor, axis
     return name, Scale(name, chosen, factors, axis)
 
 
+@takes_iterables
 def mean_ablate(name: str, mean: Tensor, index: Sequence[int] | Tensor, axis: int = -1) -> Hook:
     """Set entries of one axis to given means, e.g. a neuron's mean over a data set.
 
@@ -353,6 +358,7 @@ def steering_vector(
     return name, add_vector
 
 
+@takes_iterables
 def scale_heads(heads: Iterable[tuple[int, int]], factor: float | Tensor | Sequence[float]) -> list[Hook]:
     """Multiply the outputs of heads, at all positions, in forward passes and at every step of `generate`.
 
@@ -379,6 +385,7 @@ def scale_heads(heads: Iterable[tuple[int, int]], factor: float | Tensor | Seque
     return hooks
 
 
+@takes_iterables
 def zero_neurons(neurons: Iterable[tuple[int, int]]) -> list[Hook]:
     """Mask neurons given as (layer, index): `m_i ← 0` at all positions (HONES eq. H4).
 
@@ -393,6 +400,7 @@ def neuron_hook(layer: int) -> str:
     return f"blocks.{layer}.mlp.hook_post"
 
 
+@takes_iterables
 def by_layer(components: Iterable[tuple[int, int]]) -> Mapping[int, list[int]]:
     """Indices by layer of components given as (layer, index).
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hones_lens.model import VLMInputs, to_list
+from hones_lens.model import VLMInputs, takes_iterables, to_list
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def group_name(group: Group) -> str:
     return "mask" if isinstance(group, Tensor) else str(group)
 
 
+@takes_iterables
 def named_groups(
     inputs: VLMInputs, groups: Mapping[str, Group] | list[Group] | tuple[Group, ...]
 ) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from .families.qwen2_5_vl import QwenProcessor as QwenProcessor
 from .generation import decode as decode
 from .hooked_vlm import HookedVLM as HookedVLM
 from .inputs import ModelInput as ModelInput, Region as Region, VLMInputs as VLMInputs
+from .iterables import takes_iterables as takes_iterables
 from .loading import hook_hf_model as hook_hf_model, load_hf_model as load_hf_model, load_model as load_model
 from .names import did_you_mean as did_you_mean
 from .nn.attention import (

@@ -17,6 +17,7 @@ from hones_lens.model.decoding import Decoding
 from hones_lens.model.family import Family
 from hones_lens.model.hooked_root import HookedRoot
 from hones_lens.model.inputs import ModelInput, VLMInputs
+from hones_lens.model.iterables import as_list
 from hones_lens.model.nn.attention import AttentionContext, KVCache, attention_mask
 from hones_lens.model.nn.decoder import Decoder, layer_index
 from hones_lens.model.nn.hook_point import HookPoint
@@ -139,6 +140,7 @@ class HookedVLM(HookedRoot, Family):
             ValueError: Image tokens without pixels, pixels without image tokens, or counts that
                 differ (names both counts); padding that can't be told from text.
         """
+        model_input = as_list(model_input)
         if isinstance(model_input, (str, list, tuple)):
             ids, mask = tokens.encode(self, model_input)
             model_input = {"input_ids": ids, "attention_mask": mask}

@@ -12,6 +12,7 @@ from torch import Tensor
 from hones_lens.model.chat import ChatFormat
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.inputs import Region, VLMInputs
+from hones_lens.model.iterables import takes_iterables
 from hones_lens.model.pictures import Pictures, listed, open_images
 from hones_lens.model.tokens import image_token_of, pad_left, text_ids, text_ids_and_spans, tokenizer_of
 
@@ -83,6 +84,7 @@ def pair_images_with_prompts(
     return rows
 
 
+@takes_iterables
 def prepare(
     model: ReadsPrompts,
     images: Pictures | Iterable[Pictures],
@@ -144,6 +146,7 @@ def prepare(
     return model.as_inputs(inputs)
 
 
+@takes_iterables
 def render(model: ReadsPrompts, prompt: str, image_tokens: Sequence[int]) -> str:
     """The text that is tokenized: chat format applied, each image token repeated.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hones_lens.model.config import VLMConfig
+from hones_lens.model.iterables import takes_iterables
 from hones_lens.model.readable import readable
 from hones_lens.model.typed import to_list
 
@@ -149,6 +150,7 @@ def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([[value] * (length - len(row)) + list(row) for row in rows])
 
 
+@takes_iterables
 def to_tokens(model: HasProcessor, text: str | Sequence[str], prepend_bos: bool | None = None) -> Tensor:
     """Ids of plain text [batch pos], without chat format; several texts are left-padded.
 
@@ -194,6 +196,7 @@ def leading_blanks(model: HasProcessor, ids: Sequence[int]) -> int:
     return next((n for n in range(len(ids)) if decode(list(ids[: n + 1])).strip()), 0)
 
 
+@takes_iterables
 def to_str_tokens(
     model: HasProcessor, tokens: str | Tensor | Sequence[int], prepend_bos: bool | None = None
 ) -> list[str]:

@@ -98,9 +98,9 @@ def bootstrap_intervals(
     seed: int = 0,
 ) -> list[Interval]:
     """`bootstrap_interval` of metric(base) - metric(other) for each of many arms, on the same resamples."""
-    if not statistics_others:
-        return []
     pairs = [_check_paired_arms(statistics_base, other) for other in statistics_others]
+    if not pairs:
+        return []
     base = pairs[0][0]
 
     def differences(counts: np.ndarray) -> np.ndarray:
@@ -233,7 +233,7 @@ def sign_flip_p(
         ValueError: No arms, fewer than two examples, values that are not finite, another alternative,
             or `draws` out of range.
     """
-    arms = np.asarray(differences, dtype=np.float64)
+    arms = np.asarray([*differences], dtype=np.float64)
     if arms.ndim != 2 or not len(arms):
         raise ValueError(f"expected differences of shape [n_arms, n_examples], got shape {arms.shape}")
     if alternative not in ("greater", "two-sided"):
@@ -254,7 +254,7 @@ def sign_flip_p(
 
 def two_sided_p(differences: Sequence[float] | np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> float:
     """`sign_flip_p` of one arm's paired differences, [n_examples], two-sided."""
-    rows = np.asarray(differences, dtype=np.float64)[None]
+    rows = np.asarray([*differences], dtype=np.float64)[None]
     return float(sign_flip_p(rows, alternative="two-sided", draws=draws, seed=seed)[0])
 
 
@@ -278,7 +278,7 @@ def benjamini_hochberg(
     Raises:
         ValueError: No p-values, one outside 0 … 1 or NaN, or q not between 0 and 1.
     """
-    p = np.asarray(p_values, dtype=np.float64)
+    p = np.asarray([*p_values], dtype=np.float64)
     if p.ndim != 1 or not len(p):
         raise ValueError(f"expected one p-value for each test, got shape {p.shape}")
     if not ((p >= 0) & (p <= 1)).all():
@@ -346,7 +346,7 @@ def _check_paired_arms(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _check_array(values: Sequence[float] | np.ndarray, ndim: int) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
+    array = np.asarray([*values], dtype=np.float64)
     if array.ndim != ndim:
         raise ValueError(f"expected an array of {ndim} dimensions, got shape {array.shape}")
     if len(array) < 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,7 +67,7 @@ class Task(Protocol):
         """The metric in 0-1, [...], of statistics summed over examples, [..., n_statistics]."""
         return mean_metric(statistics)
 
-    def aggregate(self, predictions: Sequence[Any], examples: Sequence[Example]) -> float:
+    def aggregate(self, predictions: Iterable[Any], examples: Iterable[Example]) -> float:
         """The metric over a data set, in 0-1 (P_t of HONES eq. H1)."""
         return summed_metric(self, predictions, examples)
 
@@ -77,12 +77,13 @@ def example_error(example: Example, problem: str) -> ValueError:
     return ValueError(f"example {example.id!r} has {problem}")
 
 
-def summed_metric(task: Task, predictions: Sequence[Any], examples: Sequence[Example]) -> float:
+def summed_metric(task: Task, predictions: Iterable[Any], examples: Iterable[Example]) -> float:
     """The metric of the statistics summed over examples: `aggregate` of every task.
 
     Raises:
         ValueError: No examples, or numbers of predictions and examples that differ.
     """
+    predictions, examples = list(predictions), list(examples)
     if len(predictions) != len(examples):
         raise ValueError(f"{len(predictions)} predictions for {len(examples)} examples")
     if not examples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -55,7 +55,7 @@ def normalize_answer(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+def vqa_accuracy(prediction: str, answers: Iterable[str]) -> float:
     """VQA accuracy of one prediction, in 0-1.
 
     With ten answers or more, the official accuracy: the mean over annotators of min(matches / 3, 1), where
@@ -67,6 +67,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     Raises:
         ValueError: No answers.
     """
+    answers = list(answers)
     if not answers:
         raise ValueError("VQA accuracy needs at least one answer")
     if len(answers) < 10:
@@ -170,7 +171,7 @@ def corpus_bleu(statistics: np.ndarray) -> np.ndarray:
     return np.where(matches.any(axis=-1), bleu, 0.0)
 
 
-def sentence_bleu(prediction: str, references: Sequence[str]) -> float:
+def sentence_bleu(prediction: str, references: Iterable[str]) -> float:
     """Smoothed sentence BLEU-4 in 0-1 (sacreBLEU's `sentence_bleu` / 100).
 
     Exponential smoothing (method 3 of Chen and Cherry 2014) and effective order: a sentence of fewer

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from hones_lens.analysis import SINK_RATIO, HeadAttention
-from hones_lens.model import PictureLike, Pictures, Region, open_image, open_images
+from hones_lens.model import PictureLike, Pictures, Region, open_image, open_images, takes_iterables
 from hones_lens.viz import theme
 from hones_lens.viz.image_plots import check_region, on_grey, region_of, veil
 from hones_lens.viz.text import nonbreaking, number
@@ -84,6 +84,7 @@ class _HeadMap(NamedTuple):
     lost: float  # attention of what was removed
 
 
+@takes_iterables
 @styled
 def attention_maps(
     found: HeadAttention,

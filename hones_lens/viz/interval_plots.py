@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from hones_lens.analysis import LensDifference
 from hones_lens.engine import Evaluation
 from hones_lens.hones import HeldOutHeads
+from hones_lens.model import takes_iterables
 from hones_lens.viz import theme
 from hones_lens.viz.lens_plots import shorten_token
 from hones_lens.viz.masking_plots import DropRow, draw_rows
@@ -63,6 +64,7 @@ def evaluation_dots(evaluation: Evaluation) -> Plot:
     return figure
 
 
+@takes_iterables
 @styled
 def held_out_bars(result: HeldOutHeads) -> Plot:
     """Drop of the metric for each selected head on held-out examples, and their mean beside random sets.

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from hones_lens.analysis import LogitLens
-from hones_lens.model import PictureLike, Region, open_image
+from hones_lens.model import PictureLike, Region, open_image, takes_iterables
 from hones_lens.results import Labelled
 from hones_lens.viz import theme
 from hones_lens.viz.image_plots import ON_PALE, check_region, on_grey, veil
@@ -119,6 +119,7 @@ def _glow() -> ListedColormap:
 # -- over the picture ----------------------------------------------------------------------------------
 
 
+@takes_iterables
 @styled
 def image_lens(
     result: Labelled,

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from hones_lens.hones import MEASURES, MaskingMeasure, MaskingResult, masking_measure
+from hones_lens.model import takes_iterables
 from hones_lens.results import Interval
 from hones_lens.viz import theme
 from hones_lens.viz.text import join_words, level, number, percent
@@ -37,6 +38,7 @@ def error_bar_lengths(drop: float, interval: Interval) -> list[list[float]]:
     return [[max(0.0, drop - interval.low)], [max(0.0, interval.high - drop)]]
 
 
+@takes_iterables
 @styled
 def masking_curve(results: Sequence[MaskingResult], measures: Sequence[str] = MEASURES) -> Plot:
     """The measures against the share of neurons masked, beside matched random sets.
@@ -87,6 +89,7 @@ def _curve_panel(axes: Axes, results: Sequence[MaskingResult], values: Sequence[
     axes.margins(x=0.06)
 
 
+@takes_iterables
 @styled
 def masking_bars(result: MaskingResult, measures: Sequence[str] = MEASURES) -> Plot:
     """Nothing masked, the selected neurons masked, random sets masked (mean, each, and their range)."""

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from hones_lens.hones import GroupMasking, MaskingResult, Overlap, chance_sizes, masking_measure
+from hones_lens.model import takes_iterables
 from hones_lens.viz import theme
 from hones_lens.viz.masking_plots import DropRow, draw_rows
 from hones_lens.viz.text import level, number
@@ -122,6 +123,7 @@ def overlap_layers(overlap: Overlap) -> Plot:
     return figure
 
 
+@takes_iterables
 @styled
 def group_masking_bars(
     groups: GroupMasking, measure: str = "metric", tasks: Sequence[str] | None = None

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from hones_lens.hones import HeadScores, NeuronScores
+from hones_lens.model import takes_iterables
 from hones_lens.viz import theme
 from hones_lens.viz.text import nonbreaking, number
 from hones_lens.viz.theme import GRID, INK, ON_ACCENT, RANDOM, SURFACE, Plot, styled
@@ -120,6 +121,7 @@ def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
+@takes_iterables
 @styled
 def neurons_per_layer(neurons: Sequence[NeuronScores]) -> Plot:
     """Number of task neurons in each layer, for one or several rankings (of tasks, or methods).

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from hones_lens.hones import MEASURES, SideEffect, SideEffects, SteeringTable
+from hones_lens.model import takes_iterables
 from hones_lens.results import Interval
 from hones_lens.viz import theme
 from hones_lens.viz.masking_plots import DOTS, error_bar_lengths
@@ -47,6 +48,7 @@ def gain_rows(table: SteeringTable, measure: str = "metric") -> list[GainRow]:
     return rows
 
 
+@takes_iterables
 @styled
 def steering_bars(table: SteeringTable, measures: Sequence[str] = MEASURES) -> Plot:
     """Gain of every method over the base, with its interval; of the random sets the mean, and each.

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from hones_lens.analysis import Cells, FoldedAttention
-from hones_lens.model import Pictures, open_images
+from hones_lens.model import Pictures, open_images, takes_iterables
 from hones_lens.results import round_floats
 from hones_lens.viz.cell_plots import cell_patterns, cell_values, check_finite
 from hones_lens.viz.image_plots import region_of
@@ -96,6 +96,7 @@ class TokenView:
         return file
 
 
+@takes_iterables
 def attention_tokens(
     folded: FoldedAttention,
     pictures: Pictures = None,
@@ -144,6 +145,7 @@ def attention_tokens(
     return TokenView(_view_html(heading, note, view, grids), partial(cell_patterns, folded, heading))
 
 
+@takes_iterables
 def coloured_tokens(
     cells: Cells,
     values: Float[Tensor, " pos"],

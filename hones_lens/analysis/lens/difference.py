@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hones_lens.analysis.lens.streams import layer_names, residual_streams, summed_logits, token_logits
 from hones_lens.interventions import Group, Hook, group_name, token_mask
-from hones_lens.model import HookedVLM, ModelInput, token_names
+from hones_lens.model import HookedVLM, ModelInput, takes_iterables, token_names
 from hones_lens.results import Result, mean_interval
 
 
@@ -119,6 +119,7 @@ def _html(tokens: Sequence[LensToken]) -> str:
     return " ".join(entries) or "–"
 
 
+@takes_iterables
 @torch.no_grad()
 def lens_difference(
     model: HookedVLM,

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from hones_lens.analysis.lens.streams import layer_names, lens_logits, residual_streams
 from hones_lens.interventions import Hook
-from hones_lens.model import HookedVLM, ModelInput, token_names
+from hones_lens.model import HookedVLM, ModelInput, takes_iterables, token_names
 from hones_lens.results import Labelled
 
 VALUES = ("log_prob", "probability", "logit", "rank")
 
 
+@takes_iterables
 @torch.no_grad()
 def image_token_lens(
     model: HookedVLM,

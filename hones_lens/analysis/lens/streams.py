@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hones_lens.interventions import Hook, resid_hook
-from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.model import HookedVLM, VLMInputs, takes_iterables
 
 _CHUNK = 64  # positions whose logits are in memory at the same time
 
@@ -23,6 +23,7 @@ def layer_names(model: HookedVLM) -> tuple[Any, ...]:
     return ("embed", *range(model.cfg.n_layers))
 
 
+@takes_iterables
 @torch.no_grad()
 def residual_streams(
     model: HookedVLM, inputs: VLMInputs, mask: Bool[Tensor, "batch pos"], hooks: Sequence[Hook] = ()

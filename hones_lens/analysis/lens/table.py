@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hones_lens.analysis.lens.streams import layer_names, lens_logits, residual_streams
 from hones_lens.interventions import Group, Hook, token_mask
-from hones_lens.model import HookedVLM, ModelInput, token_names
+from hones_lens.model import HookedVLM, ModelInput, takes_iterables, token_names
 from hones_lens.results import Result
 
 _MAX_PRINTED = 3  # positions shown when the result is printed
@@ -125,6 +125,7 @@ class LogitLens(Result):
         return f"<table><caption>{escape(head)}</caption>{''.join(rows)}</table>"
 
 
+@takes_iterables
 @torch.no_grad()
 def logit_lens(
     model: HookedVLM,

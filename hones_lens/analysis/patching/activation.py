@@ -13,10 +13,11 @@ from hones_lens.analysis.patching.runner import PatchMeasurements, measure_patch
 from hones_lens.analysis.patching.sites import Units, as_patch_site, positions_of, targets_of
 from hones_lens.engine import SweepOptions, as_task, split_keywords
 from hones_lens.interventions import Group
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import Labelled
 
 
+@takes_iterables
 def patch_activations(
     model: HookedVLM,
     pairs: PatchPairs,

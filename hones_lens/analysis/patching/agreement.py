@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, ClassVar, Unpack
@@ -19,7 +19,7 @@ from hones_lens.analysis.patching.metrics import Metric
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import as_patch_site
 from hones_lens.engine import BatchKeywords, SweepOptions
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import Interval, Result, pearson, spearman
 
 
@@ -73,12 +73,13 @@ class Agreement(Result):
             float(value), max(-1.0, float(value - half_width)), min(1.0, float(value + half_width)), level, n
         )
 
-    def of(self, components: Sequence[tuple[int, int]]) -> Agreement:
+    def of(self, components: Iterable[tuple[int, int]]) -> Agreement:
         """The agreement restricted to some components.
 
         Raises:
             ValueError: One that was not measured.
         """
+        components = list(components)
         missing = set(components) - set(self.components)
         if missing:
             raise ValueError(f"{self.what}: {sorted(missing)[0]} was not measured")
@@ -95,6 +96,7 @@ class Agreement(Result):
         return f"{self.what}, {len(self.components)} components: Spearman {self.spearman()}"
 
 
+@takes_iterables
 def atp_against_measured(
     model: HookedVLM,
     pairs: PatchPairs,

@@ -23,7 +23,7 @@ from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, as_patch_site, positions_of, targets_of, vision_mask
 from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.interventions import Group
-from hones_lens.model import HookedVLM, VLMInputs, attention_mask
+from hones_lens.model import HookedVLM, VLMInputs, attention_mask, takes_iterables
 from hones_lens.results import Labelled
 
 STEPS = 20
@@ -119,6 +119,7 @@ class AttributionKeywords(SummaryKeywords, BatchKeywords, total=False):
     steps: int
 
 
+@takes_iterables
 def attribute_patching(
     model: HookedVLM,
     pairs: PatchPairs,

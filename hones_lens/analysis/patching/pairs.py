@@ -13,7 +13,15 @@ from torch import Tensor
 from hones_lens.data import CounterfactualPair
 from hones_lens.engine import as_task
 from hones_lens.interventions import Corruption, Group, token_mask
-from hones_lens.model import Answer, HookedVLM, VLMInputs, leading_blanks, pad_left, token_names
+from hones_lens.model import (
+    Answer,
+    HookedVLM,
+    VLMInputs,
+    leading_blanks,
+    pad_left,
+    takes_iterables,
+    token_names,
+)
 from hones_lens.tasks import Task
 
 Answers = Int[Tensor, " batch"] | Sequence[int] | Sequence[Sequence[int]]
@@ -112,6 +120,7 @@ class PatchPairs:
         return token_mask(self.clean, group)
 
 
+@takes_iterables
 def counterfactual(model: HookedVLM, pairs: Sequence[CounterfactualPair], task: str | Task) -> PatchPairs:
     """Inputs of counterfactual pairs: one prompt on two pictures that differ in one fact.
 
@@ -137,6 +146,7 @@ def counterfactual(model: HookedVLM, pairs: Sequence[CounterfactualPair], task: 
     return replace(batch, facts=tuple(pairs), task=task)
 
 
+@takes_iterables
 def corrupted_by(
     model: HookedVLM,
     inputs: VLMInputs,

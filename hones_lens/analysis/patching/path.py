@@ -32,10 +32,11 @@ from hones_lens.analysis.patching.receivers import (
 )
 from hones_lens.engine import SweepOptions, split_keywords
 from hones_lens.interventions import Group, Hook
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import Labelled
 
 
+@takes_iterables
 def path_patching(
     model: HookedVLM,
     pairs: PatchPairs,
@@ -85,6 +86,7 @@ def path_patching(
     return summary.result(change[:, 0], gap, pairs, axes=("receiver",), labels=labels, **how)
 
 
+@takes_iterables
 def path_patching_matrix(
     model: HookedVLM,
     pairs: PatchPairs,

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from hones_lens.interventions import check_component
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 
 Head = tuple[int, int]
 Receiver = Literal["logits"] | tuple[int, int] | tuple[int, int, str]
 Receivers = str | Sequence[Receiver] | Mapping[str, Sequence[Receiver]]
 
 
+@takes_iterables
 def every_receiver(model: HookedVLM, senders: Sequence[Head], neurons: bool = True) -> list[Receiver]:
     """All possible receivers of heads: q, k and v of the layers above, neurons, and the logits.
 

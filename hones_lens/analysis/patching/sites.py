@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.interventions import Group, named_groups
-from hones_lens.model import HookedVLM, VLMConfig, VLMInputs, did_you_mean
+from hones_lens.model import HookedVLM, VLMConfig, VLMInputs, did_you_mean, takes_iterables
 
 BY = ("group", "position", "all")
 # Heads or neurons: `each`, `together`, the same of every layer, (layer, index)s, or sets of these by name.
@@ -127,6 +127,7 @@ class Targets:
         return (*self.shape, len(positions)), (*self.axes, by), self.labels | {by: tuple(positions)}
 
 
+@takes_iterables
 def targets_of(
     site: PatchSite, cfg: VLMConfig, layers: Sequence[int] | None = None, units: Units | None = None
 ) -> Targets:
@@ -205,6 +206,7 @@ def _check_indices(kind: str, numbers: Sequence[int], count: int) -> list[int]:
 # -- positions ---------------------------------------------------------------------------------------
 
 
+@takes_iterables
 def positions_of(
     model: HookedVLM,
     pairs: PatchPairs,

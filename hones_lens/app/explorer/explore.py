@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hones_lens.hones import HeadScores
-from hones_lens.model import HookedVLM, Pictures
+from hones_lens.model import HookedVLM, Pictures, takes_iterables
 
 if TYPE_CHECKING:
     from hones_lens.app.explorer.widget import Explorer
 
 
+@takes_iterables
 def explore(
     model: HookedVLM,
     image: Pictures,

@@ -16,6 +16,7 @@ from hones_lens.app.report.sections import Section, page_figure, sections
 from hones_lens.app.report.tables import Bold, Cell, Table
 from hones_lens.app.report.verdict import verdict
 from hones_lens.hones import MEASURES, NeuronScores, masking_measure
+from hones_lens.model import takes_iterables
 from hones_lens.viz import join_words, level, nonbreaking, number, percent, span
 
 _TINT = ("#eaf3f9", "#17262f")  # behind the verdict
@@ -30,6 +31,7 @@ class Tile:
     detail: str
 
 
+@takes_iterables
 def write_report(path: str | Path, runs: Sequence[RunView], title: str = "") -> Path:
     """Write one HTML file that needs no other file, no network and no JavaScript.
 

@@ -12,7 +12,7 @@ from hones_lens import engine
 from hones_lens.app.runs import stages as pipeline
 from hones_lens.engine import Budget
 from hones_lens.hones import RATIOS, default_top_k
-from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.model import HookedVLM, VLMInputs, takes_iterables
 from hones_lens.tasks import load_task
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class _Cost(NamedTuple):
     ranks: bool = True  # whether a ranking task runs all candidates
 
 
+@takes_iterables
 def plan(
     model: HookedVLM,
     task: str,

@@ -14,7 +14,7 @@ from hones_lens.data import Example
 from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.attribution.head_scores import all_heads
 from hones_lens.interventions import Hook, replace_with_other_heads_mean, zero_head, zero_neurons
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.tasks import Task
 
 _HEAD_HOOKS: dict[str, Callable[[int, int], Hook]] = {
@@ -23,6 +23,7 @@ _HEAD_HOOKS: dict[str, Callable[[int, int], Hook]] = {
 }
 
 
+@takes_iterables
 def exact_ablation(
     model: HookedVLM,
     task: str | Task,
@@ -67,6 +68,7 @@ def exact_ablation(
     return drops.view(cfg.n_layers, cfg.d_mlp)
 
 
+@takes_iterables
 def exact_head_ablation(
     model: HookedVLM,
     task: str | Task,

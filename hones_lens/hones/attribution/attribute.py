@@ -15,7 +15,7 @@ from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.attribution.neurons import default_ratio, head_conditioned_importance
-from hones_lens.model import HookedVLM, did_you_mean
+from hones_lens.model import HookedVLM, did_you_mean, takes_iterables
 from hones_lens.tasks import Task
 
 Ranking = Callable[..., Tensor]
@@ -47,6 +47,7 @@ def load_ranking(name: str) -> Ranking:
     return pkgutil.resolve_name(rankings[name])
 
 
+@takes_iterables
 def attribute_neurons(
     model: HookedVLM,
     task: str | Task,

@@ -22,7 +22,7 @@ from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.attribution.neurons import default_ratio, write_in_drops_by_head
 from hones_lens.hones.attribution.rankings import mean_activation
-from hones_lens.model import HookedVLM, token_names
+from hones_lens.model import HookedVLM, takes_iterables, token_names
 from hones_lens.results import Component, Result, ranked
 from hones_lens.tasks import Task
 
@@ -103,6 +103,7 @@ class HeadNeuronFlow(Result):
         return self.to_dataframe().head(20).to_html(index=False)
 
 
+@takes_iterables
 def head_neuron_flow(
     model: HookedVLM,
     task: str | Task,

@@ -16,7 +16,7 @@ from hones_lens.engine import SweepKeywords, SweepOptions, Tally
 from hones_lens.hones.attribution.gradients import first_order_head_drops
 from hones_lens.hones.attribution.head_scores import INTERVENTIONS, LEVEL, HeadScores, all_heads
 from hones_lens.interventions import Hook, replace_with_other_heads_mean
-from hones_lens.model import HookedVLM, find_settings
+from hones_lens.model import HookedVLM, find_settings, takes_iterables
 from hones_lens.results import (
     Race,
     RaceResult,
@@ -39,6 +39,7 @@ def default_top_k(model: HookedVLM) -> int:
     )
 
 
+@takes_iterables
 def localize_heads(
     model: HookedVLM,
     task: str | Task,

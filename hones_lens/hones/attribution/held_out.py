@@ -18,7 +18,7 @@ from hones_lens.data import Example
 from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.attribution.head_scores import INTERVENTIONS, HeadScores, significant_heads
 from hones_lens.interventions import replace_with_other_heads_mean
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import (
     Component,
     Interval,
@@ -119,6 +119,7 @@ class HeldOutHeads(Result):
         return "\n".join([*lines, mean])
 
 
+@takes_iterables
 def remeasure_heads(
     model: HookedVLM,
     task: str | Task,
@@ -222,6 +223,7 @@ def _check(model: HookedVLM, task: Task, examples: Sequence[Example], heads: Hea
         raise ValueError(f"{len(shared)} examples selected the heads, the first is {shared[0]!r}")
 
 
+@takes_iterables
 def random_head_sets(
     selected: Sequence[Head], n_layers: int, n_heads: int, draws: int, seed: int = 0
 ) -> list[list[Head]]:

@@ -14,7 +14,7 @@ from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.masking import masking_curve
 from hones_lens.hones.masking_result import MaskingResult
 from hones_lens.hones.overlap.groups import Neuron, Overlap
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import Result
 
 
@@ -75,6 +75,7 @@ class GroupMasking(Result):
         return f"{self.size} neurons masked of every group; random: mean of {sets} sets each\n{table}"
 
 
+@takes_iterables
 def mask_groups(
     model: HookedVLM,
     examples: Mapping[str, Sequence[Example]],

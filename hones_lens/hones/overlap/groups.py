@@ -15,6 +15,7 @@ import pandas as pd
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons
 from hones_lens.interventions import check_component
+from hones_lens.model import takes_iterables
 from hones_lens.results import Result
 
 _DEGREES = {2: "pair", 3: "triple"}
@@ -144,6 +145,7 @@ def _group(tasks: Sequence[str], n_tasks: int) -> str:
     return f"{tasks[0]} only" if len(tasks) == 1 else _degree(len(tasks))
 
 
+@takes_iterables
 def find_overlap(
     selections: Mapping[str, NeuronScores | Neurons],
     *,

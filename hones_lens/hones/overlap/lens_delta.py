@@ -18,10 +18,11 @@ from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons
 from hones_lens.hones.overlap.groups import check_neurons
 from hones_lens.interventions import Hook, zero_neurons
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.tasks import Task
 
 
+@takes_iterables
 def lens_delta(
     model: HookedVLM,
     task: str | Task,

@@ -20,7 +20,7 @@ from hones_lens.hones.steering.learning import Learner, dev_measurement
 from hones_lens.hones.steering.questions import Arms, answer_log_probs, check_disjoint_images, split_by_image
 from hones_lens.hones.steering.scales import NeuronScales, neurons_to_steer
 from hones_lens.hones.steering.table import SteeringRow, SteeringTable
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import bootstrap_interval, mean_interval, metric_interval, permutation_p
 from hones_lens.tasks import Task
 
@@ -115,6 +115,7 @@ class _Experiment:
         )
 
 
+@takes_iterables
 def compare_steering(
     model: HookedVLM,
     task: str | Task,
@@ -295,6 +296,7 @@ def _choose(
     return best_fits
 
 
+@takes_iterables
 def transfer_steering(
     model: HookedVLM,
     table: SteeringTable,

@@ -20,7 +20,7 @@ from hones_lens.hones.steering.batches import TrainingBatches, frozen_parameters
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.questions import answer_log_probs, check_disjoint_images
 from hones_lens.hones.steering.scales import NeuronScales, neurons_to_steer, scaling_hooks
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import read_json, write_json
 from hones_lens.tasks import Task
 
@@ -212,6 +212,7 @@ class LearningKeywords(BatchKeywords, total=False):
     save_every: int
 
 
+@takes_iterables
 def learn_scales(
     model: HookedVLM,
     task: str | Task,

@@ -84,7 +84,8 @@ class NeuronScales(Result):
     @classmethod
     def uniform(cls, neurons: Neurons, factor: float, **about: Any) -> NeuronScales:
         """The same factor for all neurons."""
-        return cls(tuple((n[0], n[1]) for n in neurons), (factor - 1,) * len(neurons), **about)
+        chosen = tuple((n[0], n[1]) for n in neurons)
+        return cls(chosen, (factor - 1,) * len(chosen), **about)
 
     @property
     def factors(self) -> Float[Tensor, " neuron"]:

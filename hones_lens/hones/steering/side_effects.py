@@ -14,7 +14,7 @@ from hones_lens.data import Example
 from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.steering.questions import NEGATIVES, answer_log_probs
 from hones_lens.hones.steering.scales import NeuronScales
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import (
     Interval,
     Result,
@@ -89,6 +89,7 @@ class SideEffects(Result):
         return "\n".join(lines)
 
 
+@takes_iterables
 def side_effects(
     model: HookedVLM,
     examples_by_task: Mapping[str, Sequence[Example]],
