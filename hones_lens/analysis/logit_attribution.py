@@ -76,10 +76,8 @@ def direct_logit_attribution(
     if bool((mask.sum(-1) > 1).any()):
         labels["position"] = tuple(columns.tolist())
         outside = ~in_group.view(*in_group.shape, *[1] * (contributions.ndim - 2))
-        contributions, logits = (
-            contributions.masked_fill(outside, torch.nan),
-            logits.masked_fill(~in_group, torch.nan),
-        )
+        contributions = contributions.masked_fill(outside, torch.nan)
+        logits = logits.masked_fill(~in_group, torch.nan)
     else:
         rows, first_column = torch.arange(len(contributions)), in_group.int().argmax(1)
         contributions, logits = contributions[rows, first_column], logits[rows, first_column]

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from hones_lens.interventions.components import check_component, check_heads
-from hones_lens.model import HookedVLM, to_list
+from hones_lens.model import HookedVLM, takes_iterables, to_list
 
 Factor = float | Sequence[float] | Tensor
 
 
+@takes_iterables
 @torch.no_grad()
 def fold_neuron_scales(model: HookedVLM, neurons: Iterable[tuple[int, int]], factor: Factor) -> None:
     """Multiply what neurons write by factors, in the weights: row i of `W_out` ← factor × row i.
@@ -37,6 +38,7 @@ def fold_neuron_scales(model: HookedVLM, neurons: Iterable[tuple[int, int]], fac
         model.blocks[layer].mlp.W_out[index] *= value
 
 
+@takes_iterables
 @torch.no_grad()
 def fold_head_scales(model: HookedVLM, heads: Iterable[tuple[int, int]], factor: Factor) -> None:
     """Multiply what heads write by factors, in the weights: head h of `W_O` ← factor × head h.
