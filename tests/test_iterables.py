@@ -28,6 +28,7 @@ HEADS = [(0, 1), (1, 2)]
 ON_THEIR_OWN = {
     "benjamini_hochberg", "bootstrap_intervals", "counterfactual_scenes", "mean_difference_interval",
     "mean_interval", "sentence_bleu", "sign_flip_p", "summed_metric", "two_sided_p", "vqa_accuracy",
+    "yes_no_metrics",
     # walked once
     "direct_logit_attribution", "require_choice", "error_context", "held_out_bars", "split_keywords",
     "token_names", "did_you_mean",
@@ -180,6 +181,7 @@ CASES: dict[str, Callable[[hl.HookedVLM, Of], Any]] = {
     "zero_head": lambda m, of: hl.logits_under(m, inputs(m), [[interventions.zero_head(1, of([0, 1]))]]),
     "summed_metric": lambda m, of: tasks.load_task("vqa").aggregate(of(["red", "no"]), of(examples())),
     "vqa_accuracy": lambda m, of: tasks.vqa_accuracy("red", of(["red"] * 4 + ["blue"] * 6)),
+    "yes_no_metrics": lambda m, of: tasks.yes_no_metrics(of(["yes", "no"]), of(["yes", "yes"])),
     "sentence_bleu": lambda m, of: tasks.sentence_bleu("a red dot", of(["a red dot", "a dot"])),
     "mean_interval": lambda m, of: results.mean_interval(of([1.0, 2.0, 4.0])),
     "two_sided_p": lambda m, of: results.two_sided_p(of([1.0, 2.0, 4.0])),

@@ -6,7 +6,7 @@ which is no mean (corpus BLEU) is resampled exactly as one that is (METHOD, Fait
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -233,7 +233,7 @@ def sign_flip_p(
         ValueError: No arms, fewer than two examples, values that are not finite, another alternative,
             or `draws` out of range.
     """
-    arms = np.asarray([*differences], dtype=np.float64)
+    arms = _as_array(differences)
     if arms.ndim != 2 or not len(arms):
         raise ValueError(f"expected differences of shape [n_arms, n_examples], got shape {arms.shape}")
     if alternative not in ("greater", "two-sided"):
@@ -254,7 +254,7 @@ def sign_flip_p(
 
 def two_sided_p(differences: Sequence[float] | np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> float:
     """`sign_flip_p` of one arm's paired differences, [n_examples], two-sided."""
-    rows = np.asarray([*differences], dtype=np.float64)[None]
+    rows = _as_array(differences)[None]
     return float(sign_flip_p(rows, alternative="two-sided", draws=draws, seed=seed)[0])
 
 
@@ -278,7 +278,7 @@ def benjamini_hochberg(
     Raises:
         ValueError: No p-values, one outside 0 … 1 or NaN, or q not between 0 and 1.
     """
-    p = np.asarray([*p_values], dtype=np.float64)
+    p = _as_array(p_values)
     if p.ndim != 1 or not len(p):
         raise ValueError(f"expected one p-value for each test, got shape {p.shape}")
     if not ((p >= 0) & (p <= 1)).all():
@@ -345,8 +345,13 @@ def _check_paired_arms(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.nda
     return first, second
 
 
+def _as_array(values: Iterable[Any] | np.ndarray) -> np.ndarray:
+    """The numbers as float64, of any iterable."""
+    return np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype=np.float64)
+
+
 def _check_array(values: Sequence[float] | np.ndarray, ndim: int) -> np.ndarray:
-    array = np.asarray([*values], dtype=np.float64)
+    array = _as_array(values)
     if array.ndim != ndim:
         raise ValueError(f"expected an array of {ndim} dimensions, got shape {array.shape}")
     if len(array) < 2:

@@ -84,7 +84,7 @@ def _same_answer(a: str, b: str) -> bool:
     return a.strip().lower() == b.strip().lower()
 
 
-def yes_no_metrics(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+def yes_no_metrics(predictions: Iterable[str], labels: Iterable[str]) -> dict[str, float]:
     """POPE's five measures of answers to yes-or-no questions, `yes` being the positive class.
 
     As in POPE's `evaluate.py` (Li et al. 2023) a prediction is read up to its first period: it is a no if one
@@ -102,6 +102,7 @@ def yes_no_metrics(predictions: Sequence[str], labels: Sequence[str]) -> dict[st
     Raises:
         ValueError: No questions, numbers of predictions and labels that differ, or another label.
     """
+    predictions, labels = list(predictions), list(labels)
     if len(predictions) != len(labels) or not labels:
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
     for label in labels:
