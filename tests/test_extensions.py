@@ -81,6 +81,7 @@ def python(environment: dict[str, str], folder: Path, code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.exhaustive
 def test_names_of_an_installed_package_resolve_and_unknown_ones_list_them(environment, tmp_path) -> None:
     code = """
 from hones_lens import attribute_neurons, load_examples, load_task
@@ -107,10 +108,10 @@ for load in (load_task, load_ranking, load_family, lambda name: load_examples(na
     assert lines[3] == f"unknown task 'none'; valid: {known}"
     assert lines[4] == "the task registered as 'misnamed', outside_lens:TASK, is named 'count-discs'"
     assert lines[5].startswith("unknown method 'none'; valid: hones, activation_probability")
-    assert lines[5].endswith("random, write_norm")
+    assert "random, write_norm" in lines[5]
     assert lines[7] == "unknown model family 'none'; valid: llava, qwen2_5_vl, outside"
     assert lines[9].startswith("unknown data set 'none'; valid: shapes, shapes-varied")
-    assert "flickr30k, own, discs, listed, hf:" in lines[9]
+    assert "own, discs, listed, hf:" in lines[9]
 
 
 def test_the_program_offers_what_is_installed_and_does_not_load_it(environment, tmp_path) -> None:
@@ -126,6 +127,7 @@ def test_the_program_offers_what_is_installed_and_does_not_load_it(environment, 
     assert not any(f"'{name}'" in modules for name in ("outside_lens", "torch", "numpy"))
 
 
+@pytest.mark.exhaustive
 def test_a_data_set_that_is_read_from_files(environment, tmp_path) -> None:
     (tmp_path / "list.txt").write_text("a one\nb two\nc\n")
     code = """
@@ -142,6 +144,7 @@ print(check_data("listed", data_file="list.txt", open_images=False))
     assert "2 usable" in lines[3] and lines[-1].strip().endswith("record c: has no word")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_every_command_takes_the_task_and_the_data_set(environment, tmp_path) -> None:
     data = ["--task", "count-discs", "--dataset", "discs", "--limit", "12"]

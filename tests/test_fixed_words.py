@@ -27,6 +27,7 @@ FREE = {
     ("coloured_tokens", "what"),
     ("open_image", "name"),
     ("own_prompt", "text"),
+    ("check_data", "encoding"),  # of a file: tests/data/test_reading.py
 }
 
 

@@ -106,7 +106,9 @@ def load_examples(
     module = _module_of(str(dataset))
     if module is not None and not hasattr(module, "FORMAT"):
         if encoding != "utf-8":
-            raise ValueError(f"data set {str(dataset)!r} is drawn, not read from files: encoding= has no use")
+            raise ValueError(
+                f"data set {str(dataset)!r} is drawn, not read from files: encoding={encoding!r} has no use"
+            )
         return module.load(task, split, limit, seed, **files)
     from hones_lens.data.files import load_records
 

@@ -96,10 +96,10 @@ def check_hf_model(hf_model: Any) -> None:
         ValueError: Adapters, hooks of the user, quantised or absent weights, several devices or dtypes.
     """
     _check_wrapper(hf_model)
-    if not isinstance(hf_model, PreTrainedModel):
+    if not isinstance(hf_model, nn.Module) or not hasattr(hf_model, "config"):
         raise TypeError(f"a model of Hugging Face's transformers is needed, not {type(hf_model).__name__}")
     model: Any = hf_model
-    if model.get_output_embeddings() is None:
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
         raise TypeError(
             f"{type(hf_model).__name__} has no unembedding (lm_head): load it as a model for generation, "
             "e.g. by AutoModelForImageTextToText"

@@ -186,6 +186,7 @@ def test_demo_runs_resumes_and_reports(task, tmp_path, capsys):
     assert main(["report", str(tmp_path / "run")]) == 0 and page.stat().st_size > 10_000
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_numbers_of_an_unbroken_one(tmp_path):
     command = ["localize", "--stage", "heads", "--limit", "6", "--discovery-limit", "36"]  # two batches

@@ -153,6 +153,7 @@ def shipped() -> HookedVLM:
     return HookedVLM.from_pretrained("tiny-llava")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "task"), FORMATS_AND_TASKS)
 def test_a_shipped_model_is_evaluated_on_every_format(written, name, task):
     """The scores are those of what the model says to one example at a time."""

@@ -59,7 +59,9 @@ def test_an_encoding_that_does_not_fit_or_exist_is_refused(tmp_path):
         load_examples(file, "vqa", "all", encoding="ascii")
     with pytest.raises(ValueError, match="unknown encoding 'utf-nine'"):
         load_examples(file, "vqa", "all", encoding="utf-nine")
-    with pytest.raises(ValueError, match="'shapes' is drawn, not read from files: encoding= has no use"):
+    with pytest.raises(
+        ValueError, match="'shapes' is drawn, not read from files: encoding='cp1252' has no use"
+    ):
         load_examples("shapes", "vqa", "dev", 1, encoding="cp1252")
 
 

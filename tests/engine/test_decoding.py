@@ -35,6 +35,7 @@ def checkpoint(family: str, config: dict[str, Any]) -> tuple[Any, HookedVLM]:
     return hf, HookedVLM.from_hf(hf, model.processor)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_answers_under_interventions_equal_hugging_face_s(family: str, config: str) -> None:

@@ -222,6 +222,7 @@ def test_near_ties_are_counted() -> None:
     assert tally.near_ties > 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("task", TASKS)
 def test_shipped_models_every_fifth_head(name: str, task: str) -> None:

@@ -20,6 +20,7 @@ def as_text(name: str) -> str:
     return name.replace("▁", " ").replace("↵", "\n").replace("⇥", "\t")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.network
 @FAMILIES
 def test_no_two_tokens_of_a_vocabulary_look_alike(family: str) -> None:

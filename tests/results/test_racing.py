@@ -40,6 +40,7 @@ def test_bounds_tighten_where_values_are_rare() -> None:
     assert high[0] - low[0] < 0.1 < high[1] - low[1] < 0.4
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("epsilon", [0.0, 0.05])
 def test_the_k_best_win(epsilon: float) -> None:
     """In at least 1 − δ of 250 shuffles no winner is worse than the K-th best by more than epsilon."""

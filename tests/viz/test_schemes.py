@@ -72,6 +72,7 @@ def test_the_list_of_views_is_complete() -> None:
     assert set(hostile_figures.VIEWS) == set(viz.__all__) - NOT_FIGURES
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", hostile_figures.VIEWS)
 def test_a_view_shows_and_saves_in_light_and_dark(name: str, tmp_path: Path) -> None:
     figure = hostile_figures.settled(name)
@@ -167,6 +168,7 @@ def test_a_page_has_heading_note_and_colours(scheme: str | None) -> None:
     assert f'name="color-scheme" content="{scheme or "light dark"}"' in page
 
 
+@pytest.mark.exhaustive
 @pytest.mark.browser
 def test_browsers_show_figures_in_the_scheme_of_the_page(tmp_path: Path) -> None:
     pytest.importorskip("playwright")

@@ -226,6 +226,7 @@ def test_views_save_as_pages_and_pictures_and_nothing_else(bundle, tmp_path: Pat
     assert view.save(tmp_path / "view.PNG", "dark").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 @needs_circuitsvis
 @pytest.mark.browser
 def test_a_dark_page_has_dark_views_whose_text_stands_out(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.hostile_figures import VIEWS
 
 # What the extras viz and notebook bring along, by the names under which it is imported.
@@ -44,6 +45,7 @@ for ask in (
 """
 
 
+@pytest.mark.exhaustive
 def test_every_figure_and_the_report_are_drawn_and_the_rest_names_its_extra(tmp_path: Path) -> None:
     given = (" ".join(EXTRAS), str(Path(__file__).parents[1]), str(tmp_path / "report.html"))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -45,6 +45,7 @@ def captured(twin: Twin, pairs: PatchPairs, what: str, **options: object) -> tup
     return seen, clean_logits[0]
 
 
+@pytest.mark.exhaustive
 @FAMILIES
 @pytest.mark.parametrize(
     ("what", "layers", "groups"),

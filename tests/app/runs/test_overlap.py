@@ -29,6 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
+@pytest.mark.exhaustive
 def test_groups_masked_and_lenses_in_a_folder(runs, tmp_path, capsys) -> None:
     out = tmp_path / "shared"
     command = ["overlap", *runs.values(), "--mask", "--out", str(out), *LIMIT]

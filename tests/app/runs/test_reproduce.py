@@ -42,6 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Repro
     yield folder, reproduce(model(), folder, DATA, steering=STEERING, **OPTIONS)
 
 
+@pytest.mark.exhaustive
 def test_stages_are_those_run_by_themselves(made):
     folder, found = made
     for task, results in found.tasks.items():

@@ -75,6 +75,7 @@ def test_exact_ablation_equals_hf() -> None:
             assert abs(float(clean - under) - float(found[layer, i])) < 5e-5
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_exact_ablation_of_the_metric_equals_one_run_for_each_neuron(name: str) -> None:
     _, model = pair()

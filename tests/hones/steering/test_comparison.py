@@ -60,6 +60,7 @@ def table(name: str) -> SteeringTable:
     return compare_steering(pair()[1], name, *dev_and_test(name), CHOSEN, **SMALL)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_rows_equal_hf_with_scaled_neurons(name: str) -> None:
     hf_model, model = pair()

@@ -44,6 +44,7 @@ def test_every_hook_is_causal_with_and_without_gradients(pair: Pair) -> None:
     assert not unequal
 
 
+@pytest.mark.exhaustive
 def test_gradients_pass_through_every_hook(pair: Pair) -> None:
     model, inputs = pair.model, pair.inputs
     blocked = []
@@ -74,6 +75,7 @@ def test_identity_hooks_change_nothing(pair: Pair) -> None:
                 assert torch.equal(actual, clean), name
 
 
+@pytest.mark.exhaustive
 def test_an_edit_in_place_is_the_same_edit(pair: Pair) -> None:
     model, inputs = pair.model, pair.inputs
 

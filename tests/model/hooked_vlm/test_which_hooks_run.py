@@ -314,6 +314,7 @@ def test_a_hook_that_returns_no_tensor_raises(model: HookedVLM, inputs: VLMInput
 # -- edits in place where a gradient is kept -------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_an_edit_in_place_and_a_cached_gradient_at_every_point(pair: Pair) -> None:
     """The gradient is that of the same edit made on a copy, which autograd keeps without any hook of ours."""
     model, answered = pair.model, pair.answered
