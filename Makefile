@@ -13,7 +13,8 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 # As many processes as cores; each test runs on one thread. Without nbmake every process starts a second earlier.
 PYTEST = $(BIN)/python -m pytest -p no:nbmake --numprocesses $(WORKERS) --dist worksteal --benchmark-disable
-PIP := $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt
+# Modules are compiled when they are first imported, not all at once.
+PIP := $(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) --constraint constraints.txt
 
 # The caller's PYTHONPATH must not hide what is installed here.
 unexport PYTHONPATH

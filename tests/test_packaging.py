@@ -73,6 +73,7 @@ def test_the_wheel_has_its_types(wheel: Path) -> None:
     assert stubs | {"hones_lens/py.typed"} <= names
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_public_names_are_found_in_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)

@@ -70,6 +70,7 @@ def hf_inputs_of_llava(folder, image, prompt):
 HF_INPUTS = {"tiny-llava": hf_inputs_of_llava, "tiny-qwen2.5-vl": hf_inputs_of_qwen}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("task", ["vqa", "ocr", "caption"])
 def test_hugging_face_alone_gives_the_same_answers(model, name, task):
     folder = hl.checkpoint_path(name)

@@ -207,6 +207,7 @@ def test_a_killed_run_goes_on_with_the_numbers_of_an_unbroken_one(tmp_path):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_check_passes_on_the_shipped_model_and_on_a_saved_one(tmp_path, capsys):
     from hones_lens.app.tiny import tiny_llava
@@ -220,6 +221,7 @@ def test_check_passes_on_the_shipped_model_and_on_a_saved_one(tmp_path, capsys):
     assert len(json.loads((tmp_path / "c.json").read_text())) == 6
 
 
+@pytest.mark.exhaustive
 def test_stages_one_after_the_other_then_steering_and_overlap(tmp_path, capsys):
     limit = ["--limit", "6"]
     runs = [str(tmp_path / task) for task in ("vqa", "ocr")]

@@ -26,6 +26,7 @@ def checkpoint(tmp_path: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.exhaustive
 def test_check_compares_and_says_the_decoding(checkpoint: str, capsys) -> None:
     for options, decoding in (([], SAYS), (["--plain-greedy"], "greedy")):
         assert main(["check", checkpoint, "--dtype", "bfloat16", *options]) == 0

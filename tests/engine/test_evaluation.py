@@ -11,6 +11,7 @@ from hones_lens.results.statistics import metric_interval
 from hones_lens.tasks.registry import load_task
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["vqa", "caption", "retrieval"])
 def test_metric_and_kinds_with_their_intervals(name: str, family: str) -> None:

@@ -81,6 +81,7 @@ def cook(recipe: tuple[str, list], model: HookedVLM, inputs: VLMInputs) -> list[
     return made[kind]()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 @given(
     recipes=st.lists(interventions(), min_size=1, max_size=4), rows=st.integers(1, 3), seed=st.integers(0, 9)

@@ -69,6 +69,7 @@ def _parameters(value: Callable) -> list[str]:
 # -- single functions ----------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PLAIN)
 def test_patches_are_those_on_hugging_faces_model(case: Case, name: str) -> None:
     kept = {key: value.clone() for key, value in case.cache.items()}
@@ -177,6 +178,7 @@ def every(case: Case, name: str) -> Tensor:
     return torch.stack([padded(case, part + suffix) for part in ALL_POS])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", EVERY)
 def test_functions_of_several(case: Case, name: str) -> None:
     options = {"reduce": "none", "baseline": True} if name == "block_every" else {}

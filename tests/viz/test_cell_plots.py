@@ -22,6 +22,7 @@ def cells_of(axes) -> np.ndarray:
     return np.asarray(mesh.get_array())
 
 
+@pytest.mark.exhaustive
 @FAMILIES
 def test_a_map_for_each_head_holds_the_folded_pattern(made) -> None:
     both, inputs, theirs = twin(made)
@@ -57,6 +58,7 @@ def test_too_many_heads_are_refused() -> None:
         cell_patterns(many)
 
 
+@pytest.mark.exhaustive
 @FAMILIES
 @pytest.mark.parametrize("fold", ["mean", "sum", "max"])
 def test_tokens_stand_in_their_order_with_the_colour_of_their_value(made, fold: str) -> None:

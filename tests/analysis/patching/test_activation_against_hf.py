@@ -30,6 +30,7 @@ from hones_lens import VLMInputs
 from hones_lens.interventions.token_groups import Box, token_mask
 
 
+@pytest.mark.exhaustive
 @FAMILIES
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("what", ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"])
@@ -47,6 +48,7 @@ def test_streams_by_layer_and_group(made: ModuleType, direction: str, what: str)
     assert found.abs().amax((0, 2)).min() > 1e-3, "a group does nothing"
 
 
+@pytest.mark.exhaustive
 @FAMILIES
 @pytest.mark.parametrize("what", ["z", "q", "k", "v"])
 def test_heads_by_group(made: ModuleType, what: str) -> None:

@@ -15,7 +15,7 @@ from helpers.explorer_views import views
 
 from hones_lens.app.explorer.page import html, write_page
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.exhaustive]
 pytest.importorskip("playwright", reason="playwright is not installed")
 NOTEBOOK = ROOT / "notebooks" / "06_exploring_interactively.ipynb"
 MOST_MILLISECONDS = 500

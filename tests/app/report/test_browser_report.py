@@ -20,7 +20,7 @@ from hones_lens.app.report.run_view import RunView
 pytest.importorskip("playwright")
 from helpers.browser import chromium
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.exhaustive]
 OPENINGS = 5
 # What is far below is laid out and drawn, too.
 WHOLE = "section { content-visibility: visible !important }"

@@ -81,6 +81,7 @@ def test_several_runs_on_one_page_do_not_share_ids(tmp_path):
     assert "2 runs" in page.text
 
 
+@pytest.mark.exhaustive
 def test_several_runs_stand_side_by_side(tmp_path):
     tasks = {"vqa": (0.71, -1.05), "ocr": (0.9, -0.3)}
     runs = [
@@ -119,6 +120,7 @@ def test_a_report_of_no_runs_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "missing",
     [

@@ -62,6 +62,7 @@ def test_a_corrupted_example_has_one_picture_and_ones_own_picture_two(tmp_path: 
     assert (pair.prompt, pair.id) == (asked, "0.png")
 
 
+@pytest.mark.exhaustive
 def test_one_page_of_a_patching_and_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     few = ["--limit", "3", "--layers", "1,2"]

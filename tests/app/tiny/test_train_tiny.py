@@ -106,6 +106,7 @@ def test_the_price_is_what_the_formula_says():
         torch.testing.assert_close(price.take(), torch.stack(wanted).mean())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("frozen_steps", [2, 1])
 def test_the_second_part_leaves_what_sees_as_it_was_while_it_is_frozen(tmp_path, frozen_steps):
     recipe = Recipe(steps=0, naming_steps=2, frozen_steps=frozen_steps, batch=2, warmup=1)
@@ -166,6 +167,7 @@ def test_the_share_of_pictures_whose_word_is_asked_for():
         assert sum("ocr" in asked for asked in kinds) == wanted
 
 
+@pytest.mark.exhaustive
 def test_the_second_part_makes_neurons_quieter(tmp_path):
     train(tiny_llava, tmp_path, Recipe(steps=1, naming_steps=12, batch=2, warmup=1, neuron_price=1.0))
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

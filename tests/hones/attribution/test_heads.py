@@ -176,6 +176,7 @@ def test_a_prefilter_measures_the_best_heads_exactly_and_no_others(tmp_path) -> 
         localize_heads(model, "ocr", examples, 3, prefilter=2, progress=False)
 
 
+@pytest.mark.exhaustive
 def test_raced_heads_are_the_best_up_to_epsilon(tmp_path) -> None:
     _, model = pair()
     examples = [replace(e, id=f"{e.id} {i}") for i in range(8) for e in examples_of("ocr", 4)]

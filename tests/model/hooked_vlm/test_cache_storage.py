@@ -38,6 +38,7 @@ def batches(pair: Pair) -> dict[str, VLMInputs]:
     }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("what", ["mixed", "text", "encoded"])
 @pytest.mark.parametrize("cut", [None, -1, (2, 9), [0, 3], slice(None, None, 5), slice(-1, None)])
 def test_entries_are_their_own(pair: Pair, what: str, cut: Any) -> None:

@@ -199,6 +199,7 @@ DRAWS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("settings", DRAWS, ids=lambda s: ", ".join(s) or "defaults")
 def test_draws_equal_hugging_face_s(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
     model, inputs = checkpoint.hooked(), checkpoint.inputs
