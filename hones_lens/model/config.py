@@ -56,10 +56,11 @@ class VLMConfig:
     """Sizes and special tokens of a hooked model, under TransformerLens's names.
 
     Attributes:
-        normalization_type: Always "RMS": `ln*.hook_scale` divides, the weight follows.
+        normalization_type: "RMS" or "LN": `ln*.hook_scale` divides, the weight follows.
         n_ctx: Longest sequence that the checkpoint was made for.
         eos_token_ids: Any of them ends a generation.
         use_split_qkv_input: Set through `HookedVLM.set_use_split_qkv_input`.
+        default_prepend_bos: Whether the tokenizer puts a beginning-of-sequence token before a text by itself.
     """
 
     family: str
@@ -83,11 +84,14 @@ class VLMConfig:
     normalization_type: str = "RMS"
     attn_only: bool = False
     use_split_qkv_input: bool = False
+    default_prepend_bos: bool = False
 
     # What code written for TransformerLens reads besides; the same for every family.
     attention_dir: ClassVar[str] = "causal"
     positional_embedding_type: ClassVar[str] = "rotary"
     use_attn_result: ClassVar[bool] = True  # `attn.hook_result` runs when it is hooked
+    use_hook_mlp_in: ClassVar[bool] = False  # there is no `hook_mlp_in`: `ln2.hook_normalized` is what enters
+    ungroup_grouped_query_attention: ClassVar[bool] = False
 
     @property
     def d_vocab_out(self) -> int:
@@ -98,6 +102,11 @@ class VLMConfig:
     def attn_scale(self) -> float:
         """What attention scores are divided by."""
         return self.d_head**0.5
+
+    @property
+    def tokenizer_prepends_bos(self) -> bool:
+        """As `default_prepend_bos`."""
+        return self.default_prepend_bos
 
     @property
     def n_neurons(self) -> int:

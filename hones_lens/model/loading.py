@@ -149,7 +149,9 @@ def hook_hf_model(hf_model: Any, processor: Any = None) -> HookedVLM:
     weight_map, unused = _share_weights(hooked, hf_model)
     hooked.hf_source = HFSource(config, getattr(hf_model, "generation_config", None), weight_map, unused)
     hooked.processor = processor
-    hooked.cfg = replace(hooked.cfg, **_special_tokens(hooked, hf_model))
+    hooked.cfg = replace(
+        hooked.cfg, **_special_tokens(hooked, hf_model), default_prepend_bos=_prepends_bos(processor)
+    )
     hooked.decoding = Decoding.of(getattr(hf_model, "generation_config", None))
     return hooked.eval()
 
@@ -200,3 +202,12 @@ def _special_tokens(hooked: HookedVLM, hf_model: Any) -> dict[str, Any]:
     if pad is None and eos:
         pad = eos[0]
     return {"eos_token_ids": eos} if pad is None else {"eos_token_ids": eos, "pad_token_id": pad}
+
+
+def _prepends_bos(processor: Any) -> bool:
+    """Whether the tokenizer puts a beginning-of-sequence token before a text by itself."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or tokenizer.bos_token_id is None:
+        return False
+    ids: list[int] = tokenizer("").input_ids
+    return ids[:1] == [tokenizer.bos_token_id]

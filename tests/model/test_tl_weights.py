@@ -159,3 +159,26 @@ def test_heads_of_a_group_share_keys_and_values() -> None:
     weight = torch.arange(6.0).view(3, 2)
     assert by_query_head(weight, 6).tolist() == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]
     assert by_query_head(weight.T, 3, axis=1).tolist() == weight.T.tolist()
+
+
+def test_stacked_biases_are_those_of_hugging_faces_layers(case: Case) -> None:
+    model, n_layers = case.model, case.model.cfg.n_layers
+    letters = {"b_Q": "q", "b_K": "k", "b_V": "v"}
+    for name, letter in letters.items():
+        for layer in range(n_layers):
+            bias = case.hf.get_submodule(at(layer, f"self_attn.{letter}_proj")).bias
+            stacked = getattr(model, name)[layer]
+            expected = torch.zeros(stacked.numel()) if bias is None else bias.detach()
+            assert torch.equal(stacked.flatten(), expected), (name, layer)
+    assert model.b_Q.shape == (n_layers, model.cfg.n_heads, model.cfg.d_head)
+    assert model.b_O.shape == model.b_out.shape == (n_layers, model.cfg.d_model)
+    with pytest.raises(AttributeError):
+        _ = model.b_in  # a gated network has none
+
+
+def test_what_transformer_lens_s_code_reads_of_a_config(case: Case) -> None:
+    cfg = case.model.cfg
+    assert cfg.attn_scale == case.d_head**0.5
+    assert cfg.d_vocab_out == case.hf.get_output_embeddings().weight.shape[0]
+    assert (cfg.attention_dir, cfg.positional_embedding_type) == ("causal", "rotary")
+    assert cfg.use_attn_result and not cfg.use_hook_mlp_in and not cfg.ungroup_grouped_query_attention
