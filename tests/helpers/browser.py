@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -153,11 +154,11 @@ def exploring(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen,
         program = subprocess.Popen(command, env=environment, stdout=output, stderr=errors)
     try:
         end = time.monotonic() + 90
-        while "\n" not in out.read_text():
+        while not (address := re.search(r"http://\S+(?=\s)", out.read_text())):
             if time.monotonic() > end or program.poll() is not None:
                 raise RuntimeError(f"hones explore did not start:\n{err.read_text()[-2000:]}")
             time.sleep(0.1)
-        yield program, out.read_text().split()[1]
+        yield program, address[0]
     finally:
         if program.poll() is None:
             program.kill()

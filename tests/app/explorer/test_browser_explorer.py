@@ -295,7 +295,9 @@ def test_hones_explore_in_the_browser(tmp_path: Path) -> None:
         assert hosts == {f"127.0.0.1:{port}"}
         program.send_signal(signal.SIGINT)
         assert program.wait(30) == 0
-    assert (tmp_path / "out.txt").read_text() == f"Explorer: {address} (Ctrl-C ends it)\n\n"
+    prompt, answer, *rest = (tmp_path / "out.txt").read_text().split("\n")
+    assert prompt.startswith("prompt: 'Question: what shape") and answer == "the model answers 'cross'"
+    assert rest == [f"Explorer: {address} (Ctrl-C ends it)", "", ""]
     assert (tmp_path / "err.txt").read_text() == ""
     # All that the program itself ever asked of the network: to listen here.
     assert (tmp_path / "network.txt").read_text() == "socket.bind ('127.0.0.1', 0)\n"
