@@ -138,6 +138,7 @@ def fixed_words() -> Iterator[tuple[str, str]]:
                         yield full_name, parameter.name
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(("name", "parameter"), list(fixed_words()))
 def test_another_word_raises_and_is_named(name: str, parameter: str) -> None:
     with pytest.raises((ValueError, KeyError), match=WORD):

@@ -196,6 +196,7 @@ CASES: dict[str, Callable[[hl.HookedVLM, Of], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("case", CASES)
 def test_a_generator_gives_what_a_list_gives(model: hl.HookedVLM, case: str) -> None:
     call = CASES[case]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from torch import Tensor
-from transformer_lens import ActivationCache
 
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.inputs import VLMInputs
@@ -30,7 +29,7 @@ class BindableModel(Protocol):
         ...
 
     @property
-    def run_with_cache(self) -> Callable[..., tuple[Any, ActivationCache]]:
+    def run_with_cache(self) -> Callable[..., tuple[Any, Any]]:
         """Run and keep activations."""
         ...
 
@@ -192,8 +191,8 @@ class BoundModel:
         model_input, options = self._model_call(tokens, options)
         return self.model.run_with_hooks(model_input, **options)
 
-    def run_with_cache(self, tokens: TokensLike, **options: Any) -> tuple[Any, ActivationCache]:
-        """As `HookedVLM.run_with_cache`, for tokens."""
+    def run_with_cache(self, tokens: TokensLike, **options: Any) -> tuple[Any, Any]:
+        """As `HookedVLM.run_with_cache`, for tokens: an ActivationCache, or a dict where one is asked for."""
         model_input, options = self._model_call(tokens, options)
         return self.model.run_with_cache(model_input, **options)
 

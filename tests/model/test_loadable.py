@@ -178,6 +178,7 @@ def test_a_config_without_weights_is_refused(folder: Path) -> None:
         HookedVLM.from_pretrained(str(folder))
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("dtype", [torch.int8, "nonsense", 16])
 def test_a_dtype_that_is_none_is_refused(dtype: object) -> None:
     with pytest.raises(ValueError, match="floating-point dtype"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +158,7 @@ def test_other_arrays_are_refused(model: HookedVLM, array: object, says: str) ->
 # -- what is no picture ------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(os.environ.get("HONES_CHECK_SHAPES") == "1", reason="the checker refuses these types")
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("given", [b"\x89PNG", {"bytes": b"", "path": "a.png"}, 3, [[["a.png"]]]])
 def test_what_is_no_picture_is_refused_by_its_type(model: HookedVLM, given: object) -> None:
     kind = type(given[0] if isinstance(given, list) else given).__name__

@@ -280,6 +280,7 @@ def test_positions_that_do_not_exist(pair: Pair) -> None:
     assert not pair.model.list_hooks()
 
 
+@pytest.mark.wrong_types
 def test_a_decomposition_without_its_embedding_is_refused(pair: Pair) -> None:
     """Of a filtered cache, and of a run that starts above the embedding."""
     model, inputs = pair.model, pair.inputs

@@ -260,6 +260,7 @@ def test_hooks_are_active_where_answers_are_drawn(checkpoint: Checkpoint) -> Non
     assert len(drawn.unique()) > 60
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -70,6 +70,7 @@ def test_none_computes_no_logits(pair, answered) -> None:
     assert torch.equal(resid, model(answered, stop_at_layer=1)), "as in TransformerLens"
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("wrong", ["Both", "logit", "", 0, True, ("logits",)])
 def test_other_return_types_are_refused(pair, answered, wrong) -> None:
     model, ran = pair[1], []

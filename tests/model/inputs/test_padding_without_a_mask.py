@@ -230,6 +230,7 @@ EDGES = {
 }
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("name", EDGES)
 def test_padding_that_is_another_token_too(name: str) -> None:
     model, ids, expected = EDGES[name]

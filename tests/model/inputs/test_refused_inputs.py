@@ -105,6 +105,7 @@ def test_no_prompts(model: HookedVLM) -> None:
         model([])
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("ids", [[1, 9, 10], [[1, 9], [1, 10]], ["is it red?", 9]])
 def test_ids_in_a_list(model: HookedVLM, ids: list) -> None:
     for read in (model, model.to_tokens):
