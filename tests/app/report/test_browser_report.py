@@ -173,20 +173,21 @@ def test_a_click_on_a_head_shows_its_attention(file: Path) -> None:
     with open_page(file, 1100) as page:
         page.goto(file.as_uri(), wait_until="load")
         card = page.locator(".card.example").first
+        card.scroll_into_view_if_needed()  # what is far below is laid out when it is needed
         pictures = card.locator(".pictures img")
         shown = card.locator(".over img:visible")
+        card.locator(".told:visible", has_text="L1H3").wait_for()
         assert shown.count() == 2
-        assert "L1H3" in card.locator(".told:visible").inner_text()
         before = pictures.nth(1).screenshot()
         card.locator(".head", has_text="L0H0").click()
-        assert "Attention of L0H0" in card.locator(".told:visible").inner_text()
+        card.locator(".told:visible", has_text="Attention of L0H0").wait_for()
         assert shown.first.get_attribute("alt") == "Attention of L0H0, by patch"
         # The map lies over the second picture, and follows the keyboard too.
         boxes = [found.bounding_box() for found in (shown.first, pictures.nth(1))]
         for side in ("x", "y", "width", "height"):
             assert abs(boxes[0][side] - boxes[1][side]) < 1.5, (side, boxes)
         page.keyboard.press("ArrowLeft")
-        assert "L1H3" in card.locator(".told:visible").inner_text()
+        card.locator(".told:visible", has_text="L1H3").wait_for()
         # Dark where the head does not look: the bright patch is row 1, column 1 of 8 × 8.
         pixels = np.asarray(Image.open(io.BytesIO(before)).convert("L")).astype(float)
         cell = pixels.shape[0] / 8
