@@ -1,4 +1,16 @@
-from .components import check_component as check_component, check_heads as check_heads
+from .components import (
+    Heads as Heads,
+    Layers as Layers,
+    as_component as as_component,
+    as_words as as_words,
+    check_component as check_component,
+    check_heads as check_heads,
+    check_indices as check_indices,
+    choose_heads as choose_heads,
+    choose_layers as choose_layers,
+    join_numbers as join_numbers,
+    layer_numbers as layer_numbers,
+)
 from .corruptions import (
     Corruption as Corruption,
     blank as blank,

@@ -1,4 +1,4 @@
-from .base import Plottable as Plottable, Result as Result
+from .base import Plottable as Plottable, Result as Result, html_table as html_table
 from .codec import to_json as to_json
 from .correlation import pearson as pearson, spearman as spearman
 from .files import (

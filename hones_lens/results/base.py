@@ -15,6 +15,22 @@ from hones_lens.results.files import read_json, write_json
 R = TypeVar("R", bound="Result")
 
 
+MOST_ROWS = 50  # of a table in a notebook or terminal
+
+
+def html_table(frame: pd.DataFrame, rows: int = MOST_ROWS, total: int | None = None) -> str:
+    """The first rows of a table as HTML, at most 50, and what is left out.
+
+    Args:
+        frame: The table.
+        rows: How many rows are wanted.
+        total: Of how many they are said to be; default: of the table's own.
+    """
+    shown, total = frame.head(min(rows, MOST_ROWS)), len(frame) if total is None else total
+    more = f"<p>{len(shown)} of {total:,} rows; all: to_dataframe()</p>" if len(shown) < total else ""
+    return shown.to_html(index=False) + more
+
+
 class Plottable:
     """Base of classes that print as their `str` and have a figure in `hones_lens.viz`.
 
@@ -58,10 +74,12 @@ class Result(Plottable):
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return self.to_dataframe().to_string(index=False)
+        frame = self.to_dataframe()
+        more = f"\n({MOST_ROWS} of {len(frame):,} rows)" if len(frame) > MOST_ROWS else ""
+        return frame.head(MOST_ROWS).to_string(index=False) + more
 
     def _repr_html_(self) -> str:
-        return self.to_dataframe().to_html(index=False)
+        return html_table(self.to_dataframe())
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""

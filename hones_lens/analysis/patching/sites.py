@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hones_lens.analysis.patching.pairs import PatchPairs
-from hones_lens.interventions import Group, named_groups
+from hones_lens.interventions import Group, Layers, check_indices, layer_numbers, named_groups
 from hones_lens.model import HookedVLM, VLMConfig, VLMInputs, did_you_mean, takes_iterables
 
 BY = ("group", "position", "all")
@@ -129,14 +129,14 @@ class Targets:
 
 @takes_iterables
 def targets_of(
-    site: PatchSite, cfg: VLMConfig, layers: Sequence[int] | None = None, units: Units | None = None
+    site: PatchSite, cfg: VLMConfig, layers: Layers | None = None, units: Units | None = None
 ) -> Targets:
     """What to patch, one after the other.
 
     Args:
         site: The activation.
         cfg: The model's.
-        layers: Which layers; default: all.
+        layers: Which layers, as numbers, ranges or words (`"10-20"`, both ends in it); default: all.
         units: `each` head or neuron alone, all of a layer `together`, some of them by their index, one at a
             time, pairs (layer, index), one at a time, or named sets of such pairs, each set at once.
             Default: heads each alone, neurons together.
@@ -156,17 +156,16 @@ def targets_of(
         if layers is not None:
             raise ValueError("units that say their layers leave no layers to choose")
         return _targets_of_units(site, cfg, units)
-    chosen = _check_indices(
-        "layer", range(site.n_layers(cfg)) if layers is None else layers, site.n_layers(cfg)
-    )
+    numbers = range(site.n_layers(cfg)) if layers is None else layer_numbers(layers)
+    chosen = check_indices("layer", numbers, site.n_layers(cfg))
     labels = {} if layers is None else {"layer": tuple(chosen)}
     if units == "together":
         cells = tuple(((layer, None),) for layer in chosen)
         return Targets(cells, ("layer",), (len(chosen),), labels)
     assert site.unit is not None
     count = site.count(cfg)
-    numbers: Any = range(count) if isinstance(units, str) else units
-    chosen_units = _check_indices(site.unit, numbers, count)
+    of_a_layer: Any = range(count) if isinstance(units, str) else units
+    chosen_units = check_indices(site.unit, of_a_layer, count)
     labels |= {} if isinstance(units, str) else {site.unit: tuple(chosen_units)}
     cells = tuple(((layer, (unit,)),) for layer in chosen for unit in chosen_units)
     return Targets(cells, ("layer", site.unit), (len(chosen), len(chosen_units)), labels)
@@ -183,24 +182,14 @@ def _targets_of_units(site: PatchSite, cfg: VLMConfig, units: Any) -> Targets:
         by_layer: dict[int, list[int]] = {}
         for layer, index in ((int(pair[0]), int(pair[1])) for pair in pairs):
             by_layer.setdefault(layer, []).append(index)
-        _check_indices("layer", list(by_layer), site.n_layers(cfg))
+        check_indices("layer", list(by_layer), site.n_layers(cfg))
         cells.append(
             tuple(
-                (n, tuple(_check_indices(site.unit, by_layer[n], site.count(cfg)))) for n in sorted(by_layer)
+                (n, tuple(check_indices(site.unit, by_layer[n], site.count(cfg)))) for n in sorted(by_layer)
             )
         )
     axis = "set" if isinstance(units, Mapping) else site.unit
     return Targets(tuple(cells), (axis,), (len(cells),), {axis: tuple(sets)})
-
-
-def _check_indices(kind: str, numbers: Sequence[int], count: int) -> list[int]:
-    chosen = [int(n) for n in numbers]
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"{kind}s {chosen}: give at least one, and each once")
-    for n in chosen:
-        if not 0 <= n < count:
-            raise ValueError(f"{kind} {n} is not in 0 … {count - 1}")
-    return chosen
 
 
 # -- positions ---------------------------------------------------------------------------------------

@@ -74,7 +74,8 @@ def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> R
     """Open the run folder of localization and masking."""
     from hones_lens.app.runs import stages as pipeline
 
-    names = ("top_k", "ratio", "controls", "positions", "prefilter", "race")
+    names = ("top_k", "ratio", "controls", "positions", "prefilter", "race", "heads", "layers")
+    check_limits(args, model)
     settings = {name: getattr(args, name) for name in names}
     return pipeline.start_run(model, args.task, data, run_folder(args), **settings)
 
@@ -86,8 +87,15 @@ def find_heads(args: argparse.Namespace, model: HookedVLM, run: Run, data: DataC
 
     racing = None if args.race is None else Racing(epsilon=args.race)
     options = {"positions": args.positions, "prefilter": args.prefilter, "racing": racing}
-    options["memory_budget"] = args.memory_budget
+    options |= {"memory_budget": args.memory_budget, "heads": args.heads, "layers": args.layers}
     return pipeline.find_heads(model, run, args.task, data, args.top_k, **options)
+
+
+def check_limits(args: argparse.Namespace, model: HookedVLM) -> None:
+    """Raise ValueError if `--heads` or `--layers` names what the model does not have."""
+    from hones_lens.interventions import choose_heads
+
+    choose_heads(model, args.heads, args.layers)
 
 
 def write_result(args: argparse.Namespace, data: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,20 @@ def add_stage_command(commands: Any, name: str, run: Any, text: str) -> argparse
     command.add_argument(
         "--race", type=finite, metavar="EPSILON", help="race heads: right up to EPSILON with probability 0.95"
     )
+    limit_options(command)
     command.add_argument("--memory-budget", type=finite, metavar="GB", help="default: half of what is free")
     command.add_argument("--plan", action="store_true", help="say what would be done and stop")
     return command
+
+
+def limit_options(command: argparse.ArgumentParser, what: str = "measure") -> None:
+    """Add `--heads` and `--layers`, which limit the work."""
+    command.add_argument(
+        "--heads", type=heads, metavar="L18H29,...", help=f"{what} these heads alone (default: all)"
+    )
+    command.add_argument(
+        "--layers", type=layers, metavar="10-20,25", help=f"{what} these layers alone, both ends of a range in"
+    )
 
 
 def split_options(command: argparse.ArgumentParser) -> None:
@@ -164,10 +176,36 @@ def box(text: str) -> tuple[float, float, float, float]:
     return left, top, right, bottom
 
 
+def heads(text: str) -> tuple[tuple[int, int], ...]:
+    """`L18H29,L3H1` as pairs (layer, head)."""
+    from hones_lens.interventions import as_component, as_words
+
+    return _several(text, lambda: tuple(as_component(word, "H") for word in as_words(text)))
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """`10-12,25` as (10, 11, 12, 25)."""
+    from hones_lens.interventions import layer_numbers
+
+    return _several(text, lambda: tuple(layer_numbers(text)))
+
+
+def _several(text: str, read: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """What is read, at least one, and each once."""
+    try:
+        found = read()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not found or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r}: give at least one, and each once")
+    return found
+
+
 def units(text: str) -> str | tuple[int, ...] | tuple[tuple[int, int], ...]:
     """`each`, `together`, numbers, or `LAYER.NUMBER`s as pairs (see `targets_of`)."""
+    from hones_lens.interventions import as_component
+
     parts = names(text)
-    if parts and all("." in part for part in parts):
-        pairs = (part.split(".") for part in parts)
-        return tuple((int(layer), int(index)) for layer, index in pairs)
+    if parts and not all(part.isdigit() for part in parts) and text not in ("each", "together"):
+        return _several(text, lambda: tuple(as_component(part) for part in parts))
     return text if text in ("each", "together") else integers(text)

@@ -19,6 +19,7 @@ from hones_lens.results import (
     RaceResult,
     Result,
     benjamini_hochberg,
+    html_table,
     ranked,
     sign_flip_p,
 )
@@ -58,6 +59,8 @@ class HeadScores(Result):
         score_ends: Ends of the 95 % bootstrap interval of each score, [layer head 2]; NaN of a head that was
             measured on fewer than two examples; None where they are not known. A head that was selected
             for its score here does worse elsewhere: see `remeasure_heads`.
+        chosen: The heads that were asked for, as (layer, head); None for all. Others were not measured:
+            their scores and drops are NaN, they are never critical, and no test counts them.
     """
 
     kind: ClassVar[str] = "heads"
@@ -79,6 +82,21 @@ class HeadScores(Result):
     positions: str = "all"
     baseline_interval: Interval | None = None
     score_ends: Tensor | None = None
+    chosen: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def measured(self) -> Tensor:
+        """Whether each head was measured on any example, [layer head]."""
+        return self.counts > 0
+
+    @cached_property
+    def asked(self) -> Tensor:
+        """Whether each head was asked for, [layer head]: those that tests and their false discovery rate count."""
+        if self.chosen is None:
+            return torch.ones(self.scores.shape, dtype=torch.bool)
+        asked = torch.zeros(self.scores.shape, dtype=torch.bool)
+        asked[tuple(torch.tensor(self.chosen).T)] = True
+        return asked
 
     @property
     def counts(self) -> Tensor:
@@ -108,10 +126,11 @@ class HeadScores(Result):
     def p_values(self) -> Tensor | None:
         """P-values of the tests of no drop that `significant_heads` uses, [layer head].
 
-        None where some heads were not measured on every example, or there are fewer than two examples.
+        None where some heads that were asked for were not measured on every example, or there are fewer than
+        two examples. NaN of heads that were not asked for.
         """
         n = len(self.example_ids)
-        if n < 2 or bool((self.counts < n).any()):
+        if n < 2 or bool((self.counts < n)[self.asked].any()):
             return None
         return _permutation_p_values(self, _draws_for(self, _Q))
 
@@ -120,8 +139,8 @@ class HeadScores(Result):
         """The heads of `significant_heads`, at 5 %; None where there are no `p_values`."""
         if self.p_values is None:
             return None
-        rejected = benjamini_hochberg(self.p_values.flatten().numpy(), _Q)[1].reshape(self.scores.shape)
-        return frozenset((int(layer), int(head)) for layer, head in np.argwhere(rejected))
+        rejected = _rejected(self, self.p_values, _Q)
+        return frozenset((int(layer), int(head)) for layer, head in rejected.nonzero().tolist())
 
     def top(self, k: int | None = None) -> list[Component]:
         """The k largest scores above zero, as (layer, index, score); ties by layer, then index.
@@ -143,7 +162,7 @@ class HeadScores(Result):
         """One row a head: layer, head, score, the ends of its 95 % interval, p, whether it stands.
 
         Then mean, standard error and number of the examples' drops. `p` is NaN and `stands` None where not
-        every head was measured on every example.
+        every head that was asked for was measured on every example, and of heads that were not asked for.
         """
         unknown = torch.full_like(self.scores, torch.nan)
         low, high = (unknown, unknown) if self.score_ends is None else self.score_ends.unbind(-1)
@@ -156,12 +175,13 @@ class HeadScores(Result):
             "standard_error": self.standard_errors,
             "n": self.counts,
         }
+        known, discoveries = self.discoveries is not None, self.discoveries or frozenset()
         rows = [
             {
                 "layer": layer,
                 "head": head,
                 **{name: values[layer, head].item() for name, values in columns.items()},
-                "stands": None if self.discoveries is None else (layer, head) in self.discoveries,
+                "stands": (layer, head) in discoveries if bool(self.asked[layer, head]) and known else None,
             }
             for layer, head in np.ndindex(*self.scores.shape)
         ]
@@ -179,6 +199,8 @@ class HeadScores(Result):
             f"critical heads ({done}), on the examples that select them:",
         ]
         lines += [self._line(c) for c in self.top()]
+        if self.limits:
+            lines.append(self.limits)
         if self.traded:
             lines.append(f"not exact: {self.traded}")
         if self.near_ties:
@@ -192,21 +214,30 @@ class HeadScores(Result):
         significant = (c.layer, c.index) in self.discoveries
         line += f", p = {float(self.p_values[c.layer, c.index]):.2g}"
         verdict = "stands" if significant else "does not stand"
-        return f"{line}, {verdict} (FDR 5 % over {self.scores.numel()} heads)"
+        return f"{line}, {verdict} (FDR 5 % over {int(self.asked.sum())} heads)"
+
+    @property
+    def limits(self) -> str:
+        """Which heads were asked for, in words; empty where all were."""
+        if self.chosen is None:
+            return ""
+        n, total = len(self.chosen), self.scores.numel()
+        return f"{n:,} of {total:,} heads were asked for; the others are not measured"
 
     def _repr_html_(self) -> str:
-        return self.to_dataframe().sort_values("score", ascending=False).head(self.top_k).to_html(index=False)
+        best = self.to_dataframe().sort_values("score", ascending=False, kind="stable")
+        return html_table(best.dropna(subset="score"), self.top_k, len(best))
 
 
 def significant_heads(
     heads: HeadScores, q: float = 0.05, *, draws: int | None = None, seed: int = 0, dependent: bool = False
 ) -> list[Component]:
-    """Heads whose mean drop is above zero, at a false discovery rate of q over all heads; best first.
+    """Heads whose mean drop is above zero, at a false discovery rate of q over all that were asked for; best first.
 
     One-sided paired permutation tests of `heads.drops` (captions: of the smoothed sentence BLEU).
 
     Args:
-        heads: What `localize_heads` returned, exact: every head measured on every example.
+        heads: What `localize_heads` returned, exact: every head asked for measured on every example.
         q: False discovery rate.
         draws: Permutations; default: 10,000, or as many as it takes for one head to be found alone (the
             smallest p-value is 1 / (1 + draws)).
@@ -216,28 +247,37 @@ def significant_heads(
     Raises:
         ValueError: A head that was not measured on every example, or fewer than two examples.
     """
-    incomplete = torch.nonzero(heads.counts < len(heads.example_ids)).tolist()
+    incomplete = torch.nonzero((heads.counts < len(heads.example_ids)) & heads.asked).tolist()
     if incomplete:
         raise ValueError(
             f"{len(incomplete)} heads, the first L{incomplete[0][0]}H{incomplete[0][1]}, were not measured "
             "on every example: localize without racing or a prefilter"
         )
-    p = _permutation_p_values(heads, _draws_for(heads, q) if draws is None else draws, seed).flatten().numpy()
-    rejected = benjamini_hochberg(p, q, dependent=dependent)[1].reshape(heads.scores.shape)
-    if not rejected.any():
+    p = _permutation_p_values(heads, _draws_for(heads, q) if draws is None else draws, seed)
+    rejected = _rejected(heads, p, q, dependent)
+    if not bool(rejected.any()):
         return []
-    scores = heads.scores.where(torch.from_numpy(rejected), -torch.inf)
+    scores = heads.scores.where(rejected, -torch.inf)
     return ranked(scores, int(rejected.sum()))
 
 
 def _permutation_p_values(heads: HeadScores, draws: int, seed: int = 0) -> Tensor:
-    """One-sided p-values of no drop, [layer head]."""
-    p = sign_flip_p(heads.drops.flatten(0, 1).numpy(), draws=draws, seed=seed)
-    return torch.from_numpy(p).view(heads.scores.shape)
+    """One-sided p-values of no drop, [layer head]; NaN of heads that were not asked for."""
+    p = torch.full(heads.scores.shape, torch.nan, dtype=torch.float64)
+    p[heads.asked] = torch.from_numpy(sign_flip_p(heads.drops[heads.asked].numpy(), draws=draws, seed=seed))
+    return p
+
+
+def _rejected(heads: HeadScores, p: Tensor, q: float, dependent: bool = False) -> Tensor:
+    """Whether each head's null hypothesis falls, [layer head], at the rate q over those asked for."""
+    rejected = torch.zeros(p.shape, dtype=torch.bool)
+    falls = benjamini_hochberg(p[heads.asked].numpy(), q, dependent=dependent)[1]
+    rejected[heads.asked] = torch.from_numpy(falls)
+    return rejected
 
 
 def _draws_for(heads: HeadScores, q: float) -> int:
-    return max(10_000, math.ceil(heads.scores.numel() / q))
+    return max(10_000, math.ceil(int(heads.asked.sum()) / q))
 
 
 def all_heads(model: HookedVLM) -> list[tuple[int, int]]:

@@ -12,10 +12,10 @@ import torch
 from hones_lens import engine
 from hones_lens.analysis import SITES, PatchPairs, counterfactual, measure_patches, positions_of, targets_of
 from hones_lens.data import CounterfactualPair, Example
-from hones_lens.engine import SweepKeywords, SweepOptions, Tally
+from hones_lens.engine import SweepKeywords, SweepOptions, Tally, split_keywords
 from hones_lens.hones.attribution.gradients import first_order_head_drops
-from hones_lens.hones.attribution.head_scores import INTERVENTIONS, LEVEL, HeadScores, all_heads
-from hones_lens.interventions import Hook, replace_with_other_heads_mean
+from hones_lens.hones.attribution.head_scores import INTERVENTIONS, LEVEL, HeadScores
+from hones_lens.interventions import Heads, Hook, Layers, choose_heads, replace_with_other_heads_mean
 from hones_lens.model import HookedVLM, find_settings, takes_iterables
 from hones_lens.results import (
     Race,
@@ -39,6 +39,16 @@ def default_top_k(model: HookedVLM) -> int:
     )
 
 
+class HeadKeywords(SweepKeywords, total=False):
+    """Keywords of `localize_heads`: which heads, and those of `SweepOptions`."""
+
+    heads: Heads | None
+    layers: Layers | None
+
+
+Cells = Sequence[tuple[int, int]]
+
+
 @takes_iterables
 def localize_heads(
     model: HookedVLM,
@@ -52,7 +62,7 @@ def localize_heads(
     prefilter: int | None = None,
     racing: Racing | None = None,
     options: SweepOptions | None = None,
-    **sweep: Unpack[SweepKeywords],
+    **keywords: Unpack[HeadKeywords],
 ) -> HeadScores:
     """Score every decoder head by the fall of the task's metric when it is replaced (HONES eq. H1).
 
@@ -76,29 +86,35 @@ def localize_heads(
         prefilter: Measure only so many heads, those with the largest fall of the right answer's
             log-probability to first order (attribution patching). The others get no score.
         racing: Find the top_k heads without measuring all of them on all examples (see `racing`).
-        options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
+        options: How it runs, as `SweepOptions`.
+        keywords: Which heads are measured, by default all: `heads`, names, pairs or components (`"L18H29"`,
+            `(18, 29)`); `layers`, numbers or ranges (`10`, `range(10, 21)`, `"10-20"` with both ends in it);
+            with both, the heads must lie in these layers. The others' scores and drops are NaN. And
+            `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Returns:
         HeadScores, base minus intervened, on the CPU.
 
     Raises:
-        ValueError: No examples, one that lacks a field, a layer with a single head, fewer heads than
+        ValueError: No examples, one that lacks a field, a head or layer that is not there, a layer with a single head, fewer heads than
             top_k kept by the prefilter, or a race for a metric that is not a mean over examples; for
             `patch`, no pairs, other examples than theirs, a prefilter or a race.
         FloatingPointError: Logits that are not finite; names head and examples.
     """
+    own, sweep = split_keywords(keywords, ("heads", "layers"))
     options, task = SweepOptions.of(options, sweep), engine.as_task(task)
     if intervention not in INTERVENTIONS:
         raise ValueError(f"unknown intervention {intervention!r}; valid: {', '.join(INTERVENTIONS)}")
-    k = default_top_k(model) if top_k is None else top_k
+    cells = choose_heads(model, **own)
+    k = min(default_top_k(model), len(cells)) if top_k is None else top_k
     if intervention == "patch":
         _check_no_shortcuts(prefilter, racing)
         return _localize_by_patching(
-            model, task, _pairs_of(model, task, pairs, examples), k, positions, options
+            model, task, _pairs_of(model, task, pairs, examples), cells, k, positions, options
         )
     if pairs is not None:
         raise ValueError("pairs are for intervention='patch'")
-    return _localize_by_mean(model, task, examples, k, positions, prefilter, racing, options)
+    return _localize_by_mean(model, task, examples, cells, k, positions, prefilter, racing, options)
 
 
 def _check_no_shortcuts(prefilter: int | None, racing: Racing | None) -> None:
@@ -113,6 +129,7 @@ def _localize_by_mean(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
+    chosen: Cells,
     k: int,
     positions: str,
     prefilter: int | None,
@@ -125,7 +142,7 @@ def _localize_by_mean(
     engine.check_examples(task, examples)
     tally = Tally() if options.tally is None else options.tally
     options = replace(options, tally=tally)
-    cells, traded = _cells_to_measure(model, task, examples, k, prefilter, options)
+    cells, traded = _cells_to_measure(model, task, examples, chosen, k, prefilter, options)
     if positions != "all":
         traded.insert(0, "heads replaced only from the end of the prompt on")
     arms = [[replace_with_other_heads_mean(*cell, positions)] for cell in cells]
@@ -159,30 +176,39 @@ def _localize_by_mean(
         positions=positions,
         baseline_interval=metric_interval(task, np.array(base.statistics)) if len(examples) > 1 else None,
         score_ends=all_scores[..., 1:],
+        chosen=_limited(model, chosen),
     )
+
+
+def _limited(model: HookedVLM, cells: Cells) -> tuple[tuple[int, int], ...] | None:
+    """The heads that were asked for; None where these are all."""
+    return None if len(cells) == model.cfg.n_layers * model.cfg.n_heads else tuple(cells)
 
 
 def _cells_to_measure(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
+    cells: Cells,
     k: int,
     prefilter: int | None,
     options: SweepOptions,
-) -> tuple[list[tuple[int, int]], list[str]]:
-    """(layer, head) of all heads or of those that the prefilter keeps, and what was traded for speed."""
-    cells = all_heads(model)
+) -> tuple[Cells, list[str]]:
+    """(layer, head) of the heads, or of those that the prefilter keeps, and what was traded for speed."""
     if prefilter is None:
         return cells, []
     if not k <= prefilter:
         raise ValueError(f"prefilter keeps {prefilter} heads, fewer than the {k} asked for")
     drops = first_order_head_drops(model, task, examples, **options.of_a_batch)
-    kept = sorted((c.layer, c.index) for c in ranked(drops, prefilter))
+    where = torch.zeros(drops.shape, dtype=torch.bool)
+    where[tuple(zip(*cells, strict=True))] = True
+    best = ranked(drops.where(where, -torch.inf), min(prefilter, len(cells)))
+    kept = sorted((c.layer, c.index) for c in best)
     return kept, [f"the best {prefilter} of {len(cells)} heads by attribution patching, others unmeasured"]
 
 
 def _by_layer_and_head(
-    model: HookedVLM, cells: Sequence[tuple[int, int]], values: np.ndarray
+    model: HookedVLM, cells: Cells, values: np.ndarray
 ) -> torch.Tensor:
     """Values by cell, [cell n], as [layer head n], NaN for heads without."""
     shape = (model.cfg.n_layers, model.cfg.n_heads, values.shape[1])
@@ -210,7 +236,13 @@ def _pairs_of(
 
 
 def _localize_by_patching(
-    model: HookedVLM, task: Task, pairs: PatchPairs, k: int, positions: str, options: SweepOptions
+    model: HookedVLM,
+    task: Task,
+    pairs: PatchPairs,
+    cells: Cells,
+    k: int,
+    positions: str,
+    options: SweepOptions,
 ) -> HeadScores:
     """Score every head by patching its output on the corrupted input into the clean run."""
     if positions not in ("all", "last"):
@@ -218,13 +250,14 @@ def _localize_by_patching(
     site = SITES["z"]
     token_positions = positions_of(model, pairs, site, "group", [positions])
     patching = {"direction": "noise", "metric": "logit_diff"}
-    effects = measure_patches(
-        model, pairs, site, targets_of(site, model.cfg), token_positions, options, **patching
-    )
+    chosen = _limited(model, cells)
+    targets = targets_of(site, model.cfg, units=chosen)
+    effects = measure_patches(model, pairs, site, targets, token_positions, options, **patching)
     effects.answers.warn()
-    drops = (effects.clean - effects.values).view(model.cfg.n_layers, model.cfg.n_heads, -1)
+    by_cell = (effects.clean - effects.values).numpy()
+    drops = _by_layer_and_head(model, cells, by_cell)
+    ends = _by_layer_and_head(model, cells, _mean_drops(by_cell)[:, 1:])
     many = len(pairs) > 1
-    ends = torch.from_numpy(_mean_drops(drops.flatten(0, 1).numpy()))[:, 1:].reshape(*drops.shape[:2], 2)
     return HeadScores(
         task=task.name,
         metric_name="logit difference",
@@ -241,6 +274,7 @@ def _localize_by_patching(
         positions=positions,
         baseline_interval=mean_interval(effects.clean.numpy()) if many else None,
         score_ends=ends,
+        chosen=chosen,
     )
 
 
@@ -248,7 +282,7 @@ def _measure_all(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
-    cells: Sequence[tuple[int, int]],
+    cells: Cells,
     arms: Sequence[Sequence[Hook]],
     options: SweepOptions,
 ) -> tuple[engine.Outcome, np.ndarray, np.ndarray]:
