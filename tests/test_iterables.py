@@ -110,6 +110,14 @@ def pairs(model: hl.HookedVLM) -> hl.PatchPairs:
 
 
 CASES: dict[str, Callable[[hl.HookedVLM, Of], Any]] = {
+    "choose_heads": lambda m, of: interventions.choose_heads(m, of(["L1H2", (0, 1)]), of([range(2), 3])),
+    "choose_layers": lambda m, of: interventions.choose_layers(of(["0-1", 2]), m.cfg.n_layers),
+    "layer_numbers": lambda m, of: interventions.layer_numbers(of(["0-1", 2])),
+    "check_indices": lambda m, of: interventions.check_indices("layer", of([2, 1]), 3),
+    "join_numbers": lambda m, of: interventions.join_numbers(of([0, 1, 3])),
+    "localize some heads": lambda m, of: hl.localize_heads(
+        m, "vqa", of(examples()), heads=of(HEADS), layers=of([0, 1]), **QUIET
+    ).scores,
     "model on texts": lambda m, of: m(of(PROMPTS)),
     "generate from texts": lambda m, of: m.generate(of(PROMPTS), 2),
     "prepare": lambda m, of: m.prepare(of(pictures()), of(PROMPTS), of(["red", "no"])),

@@ -42,6 +42,7 @@ def check_component(
         )
 
 
+@takes_iterables
 def check_indices(kind: str, numbers: Sequence[int], count: int) -> list[int]:
     """The numbers of layers or components of one kind, after checking that each exists.
 
@@ -102,6 +103,7 @@ def as_component(given: Any, letter: str = "") -> tuple[int, int]:
     raise ValueError(f"{given!r} is no name of a {example}, 18.29 and (18, 29) are")
 
 
+@takes_iterables
 def layer_numbers(layers: Layers) -> list[int]:
     """The numbers of layers: of numbers, ranges, and words such as `"10-20,25"`, which include both ends.
 
@@ -114,7 +116,7 @@ def layer_numbers(layers: Layers) -> list[int]:
             found = _RANGE.fullmatch(part.strip())
             first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
             if first > last:
-                raise ValueError(f"{part!r} is no layer or range of layers: 25, or 10-20 with both ends in it")
+                raise ValueError(f"{part!r} is no layer or range of layers such as 25 or 10-20")
             numbers += range(first, last + 1)
         elif isinstance(part, range):
             numbers += part
@@ -123,6 +125,7 @@ def layer_numbers(layers: Layers) -> list[int]:
     return numbers
 
 
+@takes_iterables
 def choose_layers(layers: Layers | None, n_layers: int) -> list[int]:
     """The layers that are asked for, from the lowest; None: all.
 
@@ -134,6 +137,7 @@ def choose_layers(layers: Layers | None, n_layers: int) -> list[int]:
     return sorted(check_indices("layer", layer_numbers(layers), n_layers))
 
 
+@takes_iterables
 def choose_heads(
     model: HookedVLM, heads: Heads | None = None, layers: Layers | None = None
 ) -> list[tuple[int, int]]:
@@ -156,6 +160,7 @@ def choose_heads(
     return sorted(chosen)
 
 
+@takes_iterables
 def join_numbers(numbers: Sequence[int]) -> str:
     """Numbers in a row as ranges: `0-3, 7`."""
     runs: list[list[int]] = []

@@ -64,7 +64,9 @@ def _heads_note(heads: HeadScores) -> str:
     top, n = len(heads.top()), heads.drops.shape[-1]
     note = f"Outlined: the {top} critical heads. " if top else "No head lowers the metric. "
     if heads.discoveries is not None:
-        note += f"Dot: stands at a false discovery rate of 5 % over {heads.scores.numel():,} heads. "
+        note += f"Dot: stands at a false discovery rate of 5 % over {int(heads.asked.sum()):,} heads. "
+    if not bool(heads.measured.all()):
+        note += f"Empty: the {int((~heads.measured).sum()):,} heads that were not measured. "
     if heads.traded:
         note += f"Not exact: {heads.traded}. "
     if n == 1:

@@ -63,9 +63,11 @@ def run_folder(args: argparse.Namespace) -> Path:
 def planned(args: argparse.Namespace, model: HookedVLM, data: DataChoice, stages: Sequence[str]) -> bool:
     """Print the plan of these stages if `--plan` is given; returns whether it is."""
     from hones_lens.app.runs import plan
+    from hones_lens.interventions import choose_heads
 
     if args.plan:
-        for line in plan.plan(model, args.task, data, stages, args.controls, args.memory_budget):
+        heads = choose_heads(model, args.heads, args.layers)
+        for line in plan.plan(model, args.task, data, stages, args.controls, args.memory_budget, heads):
             print(line)
     return args.plan
 

@@ -55,7 +55,10 @@ def limit_options(command: argparse.ArgumentParser, what: str = "measure") -> No
         "--heads", type=heads, metavar="L18H29,...", help=f"{what} these heads alone (default: all)"
     )
     command.add_argument(
-        "--layers", type=layers, metavar="10-20,25", help=f"{what} these layers alone, both ends of a range in"
+        "--layers",
+        type=layers,
+        metavar="10-20,25",
+        help=f"{what} these layers alone, both ends of a range in",
     )
 
 

@@ -10,6 +10,7 @@ from hones_lens.app.commands.arguments import data_from, model_from
 from hones_lens.app.commands.options import (
     add_command,
     file_options,
+    limit_options,
     model_options,
     names,
     natural,
@@ -26,6 +27,7 @@ def add(commands: Any) -> None:
     model_options(command)
     file_options(command)
     split_options(command)
+    limit_options(command)
     command.add_argument("--tasks", type=names, metavar="A,B", help="default: all that the data set has")
     command.add_argument("--ratios", type=numbers, default=(0.01, 0.05), help="shares of neurons to mask")
     command.add_argument("--controls", type=natural, default=20, help="matched random sets (default: 20)")
@@ -41,7 +43,15 @@ def execute(args: argparse.Namespace) -> int:
     shifted = "shapes-shifted" if args.dataset == "shapes" else None
     tasks = args.tasks or tasks_of(args.dataset, args.data_file)
     result = reproduce(
-        model, out, data, tasks=tasks, shifted=shifted, ratios=args.ratios, n_controls=args.controls
+        model,
+        out,
+        data,
+        tasks=tasks,
+        shifted=shifted,
+        ratios=args.ratios,
+        n_controls=args.controls,
+        heads=args.heads,
+        layers=args.layers,
     )
     print(result)
     runs = " ".join(str(out / name) for name in ("across", *tasks))

@@ -156,7 +156,7 @@ class Reproduction:
     def to_markdown(self) -> str:
         """All tables of the paper as Markdown, with intervals."""
         blocks = [f"# {self.model_name}", *self._masking_blocks(), *self._steering_blocks()]
-        n_heads = next(iter(self.tasks.values())).heads.scores.numel()
+        n_heads = int(next(iter(self.tasks.values())).heads.asked.sum())
         rate = f"{100 * next(iter(self.tasks.values())).held_out.q:g} %"
         blocks += ["## Critical heads", _markdown(self.heads_table())]
         blocks.append(

@@ -89,7 +89,9 @@ def top_heads(heads: HeadScores) -> Table:
     note = f"Base {heads.metric_name} {number(heads.baseline)}{f' {span(base)}' if base else ''}, n = {n:,}; "
     note += "95 % bootstrap intervals, paired permutation tests of no drop (one-sided), on the examples that "
     note += "select the heads. Stands: at a false discovery "
-    note += f"rate of 5 % over all {heads.scores.numel():,} heads."
+    note += f"rate of 5 % over all {int(heads.asked.sum()):,} heads."
+    if heads.limits:
+        note = note[:-1] + f" that were asked for; {heads.limits}."
     if heads.traded:
         note += f" Not exact: {heads.traded}."
     if bool(((heads.mean_drops - heads.scores).abs() > 1e-6).any()):

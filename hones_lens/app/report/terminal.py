@@ -72,9 +72,12 @@ def _print_heads(console: Console, run: RunView) -> None:
     title = "Critical heads" if top else "No head lowers the metric when it is changed"
     base = run.heads.baseline_interval
     note = f"{run.heads.metric_name} {number(run.heads.baseline)}{f' {span(base)}' if base else ''} with all "
-    note += f"heads, n = {n:,}; 95 % intervals; stands: FDR 5 % over all heads"
+    over = "all heads" if run.heads.chosen is None else f"the {len(run.heads.chosen):,} asked for"
+    note += f"heads, n = {n:,}; 95 % intervals; stands: FDR 5 % over {over}"
     if run.held_out is not None:
         note += f"; held out: measured again on n = {len(run.held_out.example_ids):,}, holds: FDR 5 %"
+    if run.heads.limits:
+        note += f"; {run.heads.limits}"
     if run.heads.traded:
         note += f"; not exact: {run.heads.traded}"
     if run.heads.near_ties:

@@ -12,6 +12,7 @@ from hones_lens import engine
 from hones_lens.app.runs import stages as pipeline
 from hones_lens.engine import Budget
 from hones_lens.hones import RATIOS, default_top_k
+from hones_lens.interventions import choose_heads
 from hones_lens.model import HookedVLM, VLMInputs, takes_iterables
 from hones_lens.tasks import load_task
 
@@ -36,6 +37,7 @@ def plan(
     stages: Sequence[str],
     n_controls: int,
     memory_budget: float | None = None,
+    heads: Sequence[tuple[int, int]] | None = None,
 ) -> list[str]:
     """Lines that give rows, operations, memory and time of each stage.
 
@@ -47,15 +49,17 @@ def plan(
     chosen = load_task(task)
     discovery, test = data.discovery(task), data.test(task)
     sample = next(engine.prompt_batches(model, chosen, discovery[:1], 1)).inputs
-    n_layers, heads = model.cfg.n_layers, model.cfg.n_layers * model.cfg.n_heads
-    mean_layers = (n_layers + 1) / 2  # a head of layer l computes what is above it
+    n_layers, measured = model.cfg.n_layers, choose_heads(model, heads)
+    # a head of layer l computes what is above it
+    mean_layers = sum(n_layers - layer for layer, _ in measured) / len(measured)
+    n_critical = min(default_top_k(model), len(measured))
+    held_out = min(n_layers * model.cfg.n_heads, n_critical * 6)  # with five random sets
     masking_arms = 1 + len(RATIOS) * (n_controls + 1)
-    n_critical = default_top_k(model)
     other_arms = len(pipeline.OTHER_RANKINGS) * (pipeline.OTHERS_CONTROLS + 1)
     costs = {
-        "heads": _Cost(heads, len(discovery), mean_layers),
-        "held out": _Cost(1 + min(heads, n_critical * 6), len(test), mean_layers),  # with five random sets
-        "neurons": _Cost(min(heads, 30) + 1, len(discovery), n_layers, ranks=False),
+        "heads": _Cost(len(measured), len(discovery), mean_layers),
+        "held out": _Cost(1 + held_out, len(test), mean_layers),
+        "neurons": _Cost(min(len(measured), 30) + 1, len(discovery), n_layers, ranks=False),
         "masking": _Cost(masking_arms, len(test), n_layers),
         "others": _Cost(1 + other_arms, len(test), n_layers),
     }

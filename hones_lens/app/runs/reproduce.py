@@ -28,6 +28,7 @@ from hones_lens.hones import (
     side_effects,
     transfer_steering,
 )
+from hones_lens.interventions import choose_heads
 from hones_lens.model import HookedVLM
 from hones_lens.tasks import load_task
 
@@ -49,6 +50,7 @@ def reproduce(
     ratios: Sequence[float] = RATIOS,
     n_controls: int = 20,
     steering: Mapping[str, Any] = STEERING,
+    **limits: Any,
 ) -> Reproduction:
     """Localize, attribute, mask, steer and compare the tasks of one model, into run folders.
 
@@ -65,10 +67,12 @@ def reproduce(
         ratios: Shares of all neurons to mask; the last one's neurons are steered.
         n_controls: Matched random sets beside HONES's neurons.
         steering: Options of `compare_steering`.
+        limits: `heads` and `layers` of `localize_heads`: measure these alone.
 
     Raises:
         ValueError: Fewer than two tasks, a folder with other settings, or examples that can't be used.
     """
+    choose_heads(model, limits.get("heads"), limits.get("layers"))
     tasks = tasks_of(data.dataset, data.data_file) if tasks is None else tasks
     if len(set(tasks)) < 2:
         raise ValueError(f"what tasks share is part of it: at least two tasks are needed, not {list(tasks)}")
@@ -78,8 +82,9 @@ def reproduce(
         data = _with_ranking_sizes(all_data, task)
         datasets = _datasets(data, shifted)
         settings = {"controls": n_controls, "ratios": list(ratios), "rankings": list(RANKINGS)}
+        settings |= {name: value for name, value in limits.items() if value is not None}
         run = stages.start_run(model, task, data, out / task, tasks=list(tasks), **settings)
-        heads = stages.find_heads(model, run, task, data)
+        heads = stages.find_heads(model, run, task, data, **limits)
         held_out = stages.remeasure_on_held_out(model, run, task, data, heads)
         if held_out is None:
             raise ValueError(f"no head of {model.cfg.model_name} lowers {heads.metric_name} of {task}")

@@ -99,7 +99,7 @@ def find_heads(
         examples, tally, journal = data.discovery(task), Tally(), run.journal("heads")
         heads = localize_heads(model, task, examples, top_k, journal=journal, tally=tally, **options)
         save_heads(heads, run.path("hones/heads.json"))
-        run.log(f"heads: {len(heads.top())} critical of {heads.scores.numel()}; {tally}")
+        run.log(f"heads: {len(heads.top())} critical of {int(heads.asked.sum())}; {tally}")
         return heads
 
     return run.stage("heads", HeadScores, localize)

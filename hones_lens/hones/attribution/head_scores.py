@@ -91,7 +91,7 @@ class HeadScores(Result):
 
     @cached_property
     def asked(self) -> Tensor:
-        """Whether each head was asked for, [layer head]: those that tests and their false discovery rate count."""
+        """Whether each head was asked for, [layer head]; tests and false discovery rates count these."""
         if self.chosen is None:
             return torch.ones(self.scores.shape, dtype=torch.bool)
         asked = torch.zeros(self.scores.shape, dtype=torch.bool)
@@ -232,7 +232,9 @@ class HeadScores(Result):
 def significant_heads(
     heads: HeadScores, q: float = 0.05, *, draws: int | None = None, seed: int = 0, dependent: bool = False
 ) -> list[Component]:
-    """Heads whose mean drop is above zero, at a false discovery rate of q over all that were asked for; best first.
+    """Heads whose mean drop is above zero, at a false discovery rate of q over all heads; best first.
+
+    All heads are those that were asked for.
 
     One-sided paired permutation tests of `heads.drops` (captions: of the smoothed sentence BLEU).
 

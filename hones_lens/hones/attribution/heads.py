@@ -40,7 +40,13 @@ def default_top_k(model: HookedVLM) -> int:
 
 
 class HeadKeywords(SweepKeywords, total=False):
-    """Keywords of `localize_heads`: which heads, and those of `SweepOptions`."""
+    """Keywords of `localize_heads`: which heads, and those of `SweepOptions`.
+
+    Attributes:
+        heads: Heads to measure, names, pairs or components (`"L18H29"`, `(18, 29)`); None: all.
+        layers: Layers to measure, numbers, ranges or words (`10`, `range(10, 21)`, `"10-20"` with both
+            ends in it); None: all. With both, the heads must lie in these layers.
+    """
 
     heads: Heads | None
     layers: Layers | None
@@ -66,9 +72,8 @@ def localize_heads(
 ) -> HeadScores:
     """Score every decoder head by the fall of the task's metric when it is replaced (HONES eq. H1).
 
-    Every head in turn is replaced by the mean of its layer's other heads, at every position of
-    prompt and answer; the model answers greedily (24 new tokens) or ranks the candidates anew. By default
-    this is exact: each score is that of the naive loop.
+    Every head in turn is replaced by the mean of its layer's other heads, at every position of prompt and
+    answer; the model answers greedily (24 new tokens) or ranks anew: exactly, by default, as the naive loop.
 
     With `intervention="patch"` a head's output on the clean input of a pair is replaced by its output on the
     corrupted one, and the metric is the difference of the two answers' logits.
@@ -87,18 +92,15 @@ def localize_heads(
             log-probability to first order (attribution patching). The others get no score.
         racing: Find the top_k heads without measuring all of them on all examples (see `racing`).
         options: How it runs, as `SweepOptions`.
-        keywords: Which heads are measured, by default all: `heads`, names, pairs or components (`"L18H29"`,
-            `(18, 29)`); `layers`, numbers or ranges (`10`, `range(10, 21)`, `"10-20"` with both ends in it);
-            with both, the heads must lie in these layers. The others' scores and drops are NaN. And
-            `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
+        keywords: As `HeadKeywords`: `heads`, `layers` to measure alone (NaN elsewhere), and `SweepOptions`'s.
 
     Returns:
         HeadScores, base minus intervened, on the CPU.
 
     Raises:
-        ValueError: No examples, one that lacks a field, a head or layer that is not there, a layer with a single head, fewer heads than
-            top_k kept by the prefilter, or a race for a metric that is not a mean over examples; for
-            `patch`, no pairs, other examples than theirs, a prefilter or a race.
+        ValueError: No examples, one that lacks a field, a head or layer that is not there, a layer with a
+            single head, fewer heads than top_k kept by the prefilter, or a race for a metric that is not
+            a mean over examples; for `patch`, no pairs, other examples than theirs, a prefilter or a race.
         FloatingPointError: Logits that are not finite; names head and examples.
     """
     own, sweep = split_keywords(keywords, ("heads", "layers"))
@@ -207,9 +209,7 @@ def _cells_to_measure(
     return kept, [f"the best {prefilter} of {len(cells)} heads by attribution patching, others unmeasured"]
 
 
-def _by_layer_and_head(
-    model: HookedVLM, cells: Cells, values: np.ndarray
-) -> torch.Tensor:
+def _by_layer_and_head(model: HookedVLM, cells: Cells, values: np.ndarray) -> torch.Tensor:
     """Values by cell, [cell n], as [layer head n], NaN for heads without."""
     shape = (model.cfg.n_layers, model.cfg.n_heads, values.shape[1])
     by_head = torch.full(shape, torch.nan, dtype=torch.float64)
