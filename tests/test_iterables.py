@@ -117,7 +117,7 @@ CASES: dict[str, Callable[[hl.HookedVLM, Of], Any]] = {
     "join_numbers": lambda m, of: interventions.join_numbers(of([0, 1, 3])),
     "localize some heads": lambda m, of: hl.localize_heads(
         m, "vqa", of(examples()), heads=of(HEADS), layers=of([0, 1]), **QUIET
-    ).scores,
+    ).chosen,
     "model on texts": lambda m, of: m(of(PROMPTS)),
     "generate from texts": lambda m, of: m.generate(of(PROMPTS), 2),
     "prepare": lambda m, of: m.prepare(of(pictures()), of(PROMPTS), of(["red", "no"])),

@@ -74,7 +74,6 @@ def localize_heads(
 
     Every head in turn is replaced by the mean of its layer's other heads, at every position of prompt and
     answer; the model answers greedily (24 new tokens) or ranks anew: exactly, by default, as the naive loop.
-
     With `intervention="patch"` a head's output on the clean input of a pair is replaced by its output on the
     corrupted one, and the metric is the difference of the two answers' logits.
 
