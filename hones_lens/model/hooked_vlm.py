@@ -86,6 +86,10 @@ class HookedVLM(HookedRoot, Family):
     ) -> HookedVLM:
         """Load a shipped checkpoint, an alias of `model_configs/`, a local folder or a Hub id.
 
+        The weights need no gradients, so that a pass keeps no graph; those of activations are had all the same
+        (backward hooks, `run_with_cache(incl_bwd=True)`, `activation_gradients`). To train:
+        `model.requires_grad_()`.
+
         Args:
             name: E.g. `tiny-llava`, `llava`, `path/to/folder`, `llava-hf/llava-1.5-7b-hf`.
             device: Default: the GPU if there is one.
@@ -108,6 +112,8 @@ class HookedVLM(HookedRoot, Family):
     @staticmethod
     def from_hf(hf_model: Any, processor: Any = None) -> HookedVLM:
         """Hook an in-memory Hugging Face model; weights are shared, the model is not changed.
+
+        The shared weights need no gradients here, whether or not they do there (see `from_pretrained`).
 
         Raises:
             TypeError: Not a Hugging Face model for images and text, or one inside a wrapper (PEFT,

@@ -187,6 +187,7 @@ def _share_weights(hooked: HookedVLM, hf_model: Any) -> tuple[WeightMap, dict[st
                 f"weight {name} has shape {list(state_dict[name].shape)}, not {list(parameter.shape)}"
             )
     hooked.load_state_dict(state_dict, strict=True, assign=True)
+    hooked.requires_grad_(False)  # or every pass outside `no_grad` would keep its graph
     if hooked.unembed.W_U.data_ptr() == hooked.embed.weight.data_ptr():
         hooked.unembed.tie(hooked.embed)  # so that they stay tied when the model is moved
     return targets, {name: hf_weights[name] for name, target in targets.items() if not target}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
+import torch
 import transformer_lens.hook_points as tl
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -127,7 +128,8 @@ class HookPoint(tl.HookPoint):
         if not active:
             return out
         out = out.clone()  # a node of its own in autograd's graph
-        if out.requires_grad:
+        if torch.is_grad_enabled():
+            out.requires_grad_()  # where nothing below needs a gradient, the graph begins here
             for hook in active:
                 hook.recorded.add(str(self.name))
             out.register_hook(partial(self._edited_gradient, active))
