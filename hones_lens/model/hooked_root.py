@@ -20,6 +20,7 @@ from hones_lens.model.hook_names import (
     HookFunction,
     HookNames,
     NamesFilter,
+    cached_hooks,
     check_hook_name,
     matching_hooks,
 )
@@ -55,8 +56,8 @@ class HookedRoot(HookedRootModule):
     def as_inputs(self, model_input: Any) -> VLMInputs:
         """What the model is given, as VLMInputs with the images of each row."""
 
-    def _matching(self, names: NamesFilter) -> list[str]:
-        return matching_hooks(names, self.hook_dict, self.cfg.use_split_qkv_input)
+    def _matching(self, names: HookNames) -> list[str]:
+        return matching_hooks(names, self.hook_dict)
 
     # -- what has run ----------------------------------------------------------------------------
 
@@ -172,8 +173,10 @@ class HookedRoot(HookedRootModule):
 
         Args:
             model_args: The model input, as for `forward`.
-            names_filter: A hook name, several, or a predicate. Default: every hook that runs, but
-                `attn.hook_result` and the split inputs, which cost n_heads residual streams each.
+            names_filter: A hook name, several, or a predicate. Default: every hook that runs, but the costly
+                ones: `attn.hook_result` and the split inputs, n_heads residual streams each, and scores and
+                pattern of the vision tower. A predicate leaves them out too and warns, unless it selects
+                nothing else.
             device: Where to keep the activations; default: where they are.
             remove_batch_dim: Drop the batch axis (of 1), and the vision tower's image axis where it is 1.
             incl_bwd: Also run backward (under `return_type="loss"` or `"both"`) and keep gradients, `*_grad`.
@@ -230,7 +233,7 @@ class HookedRoot(HookedRootModule):
             ValueError: An unknown name, or a filter that matches nothing.
         """
         store: dict[str, Tensor] = {} if cache is None else cache
-        names = self._matching(names_filter)
+        names = cached_hooks(names_filter, self.hook_dict, self.cfg.use_split_qkv_input)
         forward_hook, backward_hook = caching_hooks(store, device, pos_slice, remove_batch_dim)
         # Hooks by a predicate may each fail to run, so long as one does.
         by_predicate = names_filter is None or callable(names_filter)

@@ -86,8 +86,8 @@ class HookedVLM(HookedRoot, Family):
     ) -> HookedVLM:
         """Load a shipped checkpoint, an alias of `model_configs/`, a local folder or a Hub id.
 
-        The weights need no gradients, so that a pass keeps no graph; those of activations are had all the same
-        (backward hooks, `run_with_cache(incl_bwd=True)`, `activation_gradients`). To train:
+        The weights need no gradients, so that a pass keeps no graph. Those of activations are had all the
+        same (backward hooks, `run_with_cache(incl_bwd=True)`, `activation_gradients`). To train:
         `model.requires_grad_()`.
 
         Args:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers import random_llava, random_qwen
+from hones_lens import HookedVLM, VLMInputs
 
 SHAPES = {
     "gqa": {"text": {"num_key_value_heads": 2}, "vision_feature_layer": [1, -2]},
@@ -40,6 +41,28 @@ class Pair:
 
     def difference(self, a: Tensor, b: Tensor) -> float:
         return random_llava.largest_difference(a, b, self.inputs)
+
+
+def hooks_that_run(model: HookedVLM, inputs: VLMInputs) -> list[str]:
+    """Names of all hooks that a pass of these inputs runs, for filters; a predicate would leave some out."""
+    names = list(model.hook_dict)
+    if inputs.pixel_values is None or inputs.image_embeds is not None:
+        names = [name for name in names if not name.startswith("vision")]
+    return [name for name in names if inputs.pixel_values is not None or name != "hook_image_embed"]
+
+
+@contextmanager
+def trainable(*weights: Tensor) -> Iterator[None]:
+    """These weights need gradients within the block; those of a loaded model need none."""
+    for weight in weights:
+        assert not weight.requires_grad
+        weight.requires_grad_()
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+            weight.grad = None
 
 
 def noise_hook(size: float = 0.3) -> Callable:

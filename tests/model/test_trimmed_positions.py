@@ -92,7 +92,8 @@ def test_an_edit_of_the_final_norm_means_the_same_position(run: Run) -> None:
 
 def test_a_scale_by_head_is_refused(run: Run) -> None:
     """Where the split inputs run, the norm before attention has a scale for every head."""
-    _, cache = run.model.run_with_cache(run.inputs, names_filter=lambda name: name.startswith("blocks"))
+    names = [name for name in run.model.hook_dict if name.startswith("blocks")]
+    _, cache = run.model.run_with_cache(run.inputs, names_filter=names)
     for row in (cache, cache.apply_slice_to_batch_dim(0)):
         stack = row.decompose_resid(layer=1, incl_embeds=False)
         with pytest.raises(ValueError, match=r"blocks\.1\.ln1\.hook_scale is by head"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_llava, random_qwen
-from helpers.hooked_pairs import BY_HEAD_PAIR, Pair
+from helpers.hooked_pairs import BY_HEAD_PAIR, COSTLY, Pair
 from torch import Tensor
 from transformer_lens import ActivationCache
 
@@ -20,7 +20,9 @@ from hones_lens import HookedVLM, VLMInputs
 LAYOUTS = {"mixed": (1, 2, 0), "as many as rows": (0, 2), "one each": (1, 1), "first has two": (2, 0, 1, 0)}
 FILTERS: dict[str, Any] = {
     "all": None,
-    "vision alone": lambda name: name.startswith("vision_encoder"),
+    "vision alone": lambda name: (
+        name.startswith("vision_encoder") and not name.endswith((*COSTLY, *BY_HEAD_PAIR))
+    ),
     "packed alone": ["hook_image_embed", "vision_projector.hook_out"],
     "one of each": ["vision_encoder.blocks.0.hook_resid_post", "blocks.0.hook_resid_post"],
 }
@@ -198,13 +200,13 @@ CUTS: list[Any] = [-1, (2, 9), [0, 3, -2], slice(None, None, 5), torch.tensor([4
 def test_caching_hooks_cut_the_decoders_positions(pair: Pair, cut: Any) -> None:
     """`get_caching_hooks` and `add_caching_hooks` against slices of every entry, costly ones too."""
     model = pair.model
-    _, whole = model.run_with_cache(pair.inputs, names_filter=lambda name: True)
+    _, whole = model.run_with_cache(pair.inputs, names_filter=list(model.hook_dict))
     index = [cut] if isinstance(cut, int) else slice(*cut) if isinstance(cut, tuple) else cut
-    store, fwd, bwd = model.get_caching_hooks(names_filter=lambda name: True, pos_slice=cut)
+    store, fwd, bwd = model.get_caching_hooks(names_filter=list(model.hook_dict), pos_slice=cut)
     assert not bwd
     with model.hooks(fwd):
         model(pair.inputs)
-    added = model.add_caching_hooks(names_filter=lambda name: True, pos_slice=cut)
+    added = model.add_caching_hooks(names_filter=list(model.hook_dict), pos_slice=cut)
     try:
         model(pair.inputs)
     finally:
@@ -280,13 +282,17 @@ def test_positions_that_do_not_exist(pair: Pair) -> None:
     assert not pair.model.list_hooks()
 
 
+def _of_blocks(name: str) -> bool:
+    return name.startswith("blocks") and not name.endswith(COSTLY)
+
+
 @pytest.mark.wrong_types
 def test_a_decomposition_without_its_embedding_is_refused(pair: Pair) -> None:
     """Of a filtered cache, and of a run that starts above the embedding."""
     model, inputs = pair.model, pair.inputs
     embeds = model.embed_inputs(model.as_inputs(inputs))
     caches = [
-        model.run_with_cache(inputs, names_filter=lambda name: name.startswith("blocks"))[1],
+        model.run_with_cache(inputs, names_filter=_of_blocks)[1],
         model.run_with_cache(embeds, start_at_layer=0, inputs=inputs)[1],
     ]
     for cache in caches:

@@ -13,7 +13,10 @@ from hones_lens import HookedVLM, VLMInputs
 
 def test_the_unfiltered_cache_holds_all_but_the_costly(pair: Pair) -> None:
     logits, cache = pair.model.run_with_cache(pair.inputs)
-    expected = {name for name in pair.model.hook_dict if not name.endswith(COSTLY)}
+    pairs_of_patches = {
+        f"vision_encoder.blocks.{layer}.attn.{name}" for layer in range(9) for name in BY_HEAD_PAIR
+    }
+    expected = {name for name in pair.model.hook_dict if not name.endswith(COSTLY)} - pairs_of_patches
     assert set(cache) == expected
     assert not any(value.requires_grad for value in cache.values())
     assert pair.difference(logits, pair.model(pair.inputs)) <= 5e-5
@@ -23,6 +26,9 @@ def test_shapes(gqa: Pair) -> None:
     _, cache = gqa.model.run_with_cache(gqa.inputs)
     _, costly = gqa.model.run_with_cache(gqa.inputs, names_filter=lambda name: name.endswith(COSTLY))
     n, images = gqa.inputs.input_ids.shape[1], 3
+    by_pair = "vision_encoder.blocks.1.attn.hook_pattern"
+    _, patterns = gqa.model.run_with_cache(gqa.inputs, names_filter=by_pair)
+    assert patterns[by_pair].shape == (images, 3, 17, 17)
     decoder = {
         "attn.hook_q": (3, n, 4, 8),
         "attn.hook_k": (3, n, 2, 8),
@@ -42,7 +48,6 @@ def test_shapes(gqa: Pair) -> None:
     }
     vision = {
         "attn.hook_q": (images, 17, 3, 8),
-        "attn.hook_pattern": (images, 3, 17, 17),
         "mlp.hook_post": (images, 17, 36),
         "hook_resid_post": (images, 17, 24),
     }

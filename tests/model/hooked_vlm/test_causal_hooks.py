@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.hooked_pairs import BY_HEAD_PAIR, COSTLY, Pair, identity, noise_hook
+from helpers.hooked_pairs import BY_HEAD_PAIR, COSTLY, Pair, identity, noise_hook, trainable
 from torch import Tensor
 
 from hones_lens import HookedVLM
@@ -112,8 +112,9 @@ def test_gradients_after_an_edit_in_place(gqa: Pair, name: str) -> None:
     weights = [gqa.model.blocks[0].attn.o.weight, gqa.model.blocks[2].mlp.up.weight]
     grads = []
     for hook in (halved, halved_in_place):
-        logits = gqa.model.run_with_hooks(gqa.inputs, fwd_hooks=[(name, hook)])
-        grads.append(torch.autograd.grad(logits[:, -1].pow(2).sum(), weights))
+        with trainable(*weights):
+            logits = gqa.model.run_with_hooks(gqa.inputs, fwd_hooks=[(name, hook)])
+            grads.append(torch.autograd.grad(logits[:, -1].pow(2).sum(), weights))
     for returned, in_place in zip(*grads, strict=True):
         torch.testing.assert_close(returned, in_place, atol=1e-4, rtol=1e-4)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.hooked_pairs import Pair, hf_edited
+from helpers.hooked_pairs import Pair, hf_edited, trainable
 from torch import Tensor
 
 POST = "blocks.1.mlp.hook_post"
@@ -94,12 +94,12 @@ def test_backward_hooks_of_two_threads(gqa: Pair) -> None:
     """A backward hook sees the gradients of its own thread's runs, whichever thread goes backward."""
     model, answered = gqa.model, gqa.answered
     seen: list[Tensor] = []
-    with model.hooks(bwd_hooks=[(POST, lambda grad, hook: seen.append(grad))]):
+    needed = trainable(model.embed.weight)
+    with needed, model.hooks(bwd_hooks=[(POST, lambda grad, hook: seen.append(grad))]):
         in_a_thread(lambda: model(answered, return_type="loss").backward())
         assert not seen
         loss = model(answered, return_type="loss")
         in_a_thread(loss.backward)  # as autograd does it on a GPU: in a thread of its own
-    model.zero_grad(set_to_none=True)
     assert len(seen) == 1
 
 
