@@ -32,6 +32,7 @@ from .patching.runner import measure_patches as measure_patches
 from .patching.sites import (
     SITES as SITES,
     as_patch_site as as_patch_site,
+    heads_as_units as heads_as_units,
     positions_of as positions_of,
     targets_of as targets_of,
 )

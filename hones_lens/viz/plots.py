@@ -137,7 +137,10 @@ def neurons_per_layer(neurons: Sequence[NeuronScores]) -> Plot:
     examples = sorted({ranking.n_examples for ranking in neurons})
     n = f"{examples[0]:,}" if len(examples) == 1 else f"{examples[0]:,}–{examples[-1]:,}"
     note = f"{_sizes(neurons)}; n = {n} examples."
-    ranges = {chance_range(n_layers, ranking.scores.shape[1], ranking.count()) for ranking in neurons}
+    ranges = {
+        chance_range(ranking.n_asked // ranking.scores.shape[1], ranking.scores.shape[1], ranking.count())
+        for ranking in neurons
+    }
     shared = len(ranges) == 1 and n_layers > 1
     if shared:
         note += " Grey: 95 % range of a layer's count if as many neurons were drawn at random."
@@ -157,7 +160,7 @@ def neurons_per_layer(neurons: Sequence[NeuronScores]) -> Plot:
 
 
 def _sizes(neurons: Sequence[NeuronScores]) -> str:
-    total, counts = neurons[0].scores.numel(), sorted({ranking.count() for ranking in neurons})
+    total, counts = neurons[0].n_asked, sorted({ranking.count() for ranking in neurons})
     return f"{' / '.join(f'{c:,}' for c in counts)} of {total:,} neurons"
 
 

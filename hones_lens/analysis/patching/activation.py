@@ -10,11 +10,17 @@ from hones_lens.analysis.patching.outcome import PatchingKeywords, Summary, Summ
 from hones_lens.analysis.patching.pair_answers import pair_answers
 from hones_lens.analysis.patching.pairs import PatchPairs, measured_note, measured_tokens
 from hones_lens.analysis.patching.runner import PatchMeasurements, measure_patches
-from hones_lens.analysis.patching.sites import Units, as_patch_site, positions_of, targets_of
+from hones_lens.analysis.patching.sites import Units, as_patch_site, heads_as_units, positions_of, targets_of
 from hones_lens.engine import SweepOptions, as_task, split_keywords
-from hones_lens.interventions import Group
+from hones_lens.interventions import Group, Heads, Layers
 from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import Labelled
+
+
+class ActivationKeywords(PatchingKeywords, total=False):
+    """Keywords of `patch_activations`: which heads, and those of every patching."""
+
+    heads: Heads | None
 
 
 @takes_iterables
@@ -25,12 +31,12 @@ def patch_activations(
     by: str = "group",
     *,
     groups: Mapping[str, Group] | Sequence[Group] | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     units: Units | None = None,
     direction: str = "denoise",
     metric: str | Metric = "logit_diff",
     options: SweepOptions | None = None,
-    **keywords: Unpack[PatchingKeywords],
+    **keywords: Unpack[ActivationKeywords],
 ) -> Labelled:
     """Patch each layer, head or neuron with its activation in the other run, and measure the effect.
 
@@ -45,30 +51,30 @@ def patch_activations(
             prompt), or `all`. Of a pattern, positions are queries.
         groups: For `by="group"`, as in `named_groups`: names, `Box`es, masks. Default: `image`, `question`
             and `last`; of the vision tower, whose patches boxes choose among, `image`.
-        layers: Which layers; default: all.
-        units: Heads or neurons: `each` alone, `together` in a layer, numbers, (layer, number)s, or sets of
-            these by name; see `targets_of`. Default: heads each alone, neurons together.
-        direction: `denoise` puts clean activations into the corrupted run, `noise` corrupted ones into the
-            clean run.
+        layers: Which layers, as `layer_numbers`: numbers, ranges, words (`"10-20"`); default: all.
+        units: As `targets_of`: `each`, `together`, numbers, pairs, sets; default: heads `each`, else `together`.
+        direction: `denoise` puts clean activations into the corrupted run, `noise` the other way round.
         metric: `logit_diff`, of the two tokens that tell the answers apart; `log_prob`, of the whole answer
             where the pairs know it, whose tokens are in the groups of the prompt's last one; `kl`; a function
             like them; or `task`: the task's own score of the generated answer for the clean example, with
             the prompt patched (counterfactual pairs alone).
         options: How it runs, as `SweepOptions`.
-        keywords: How the result is told: `raw`, `by_pair`, `draws`, `seed` of `Summary`; and `batch_size`,
-            `progress`, `journal`, ... of `SweepOptions`.
+        keywords: `heads` (`"L18H29,L3H1"`, names or pairs): these alone, one at a time; `raw`, `by_pair`,
+            `draws`, `seed` of `Summary`; and `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Returns:
         On the axes `layer`, then `head`, `kv_head` or `neuron`, then `group` or `position`, with 95 %
         intervals; the baselines and what was run are in `notes`.
 
     Raises:
-        ValueError: An unknown name, a layer or unit that is not there, an empty group, a box outside of an
-            image, pairs that don't serve the metric, or whose two runs don't differ by it.
+        ValueError: An unknown name, layer or unit, an empty group, a box outside of an image, pairs that
+            don't serve the metric, or whose two runs don't differ by it.
         FloatingPointError: A metric that is not finite; names the pair.
     """
     own, sweep = split_keywords(keywords, SummaryKeywords.__annotations__)
-    summary, options, site = Summary(**own), SweepOptions.of(options, sweep), as_patch_site(what)
+    site = as_patch_site(what)
+    layers, units = heads_as_units(site, sweep.pop("heads", None), layers, units)
+    summary, options = Summary(**own), SweepOptions.of(options, sweep)
     given, pairs = pairs, _pairs_for_metric(pairs, metric)
     targets, masks = targets_of(site, model.cfg, layers, units), positions_of(model, pairs, site, by, groups)
     settings: dict[str, Any] = {"direction": direction, "metric": metric}

@@ -22,7 +22,7 @@ from hones_lens.analysis.patching.pair_answers import answers_of_batch, joined_a
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, as_patch_site, positions_of, targets_of, vision_mask
 from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
-from hones_lens.interventions import Group
+from hones_lens.interventions import Group, Layers
 from hones_lens.model import HookedVLM, VLMInputs, attention_mask, takes_iterables
 from hones_lens.results import Labelled
 
@@ -127,7 +127,7 @@ def attribute_patching(
     by: str = "all",
     *,
     groups: Mapping[str, Group] | Sequence[Group] | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     direction: str = "denoise",
     metric: str | Metric = "logit_diff",
     method: str = "atp*",

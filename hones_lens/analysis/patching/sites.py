@@ -11,7 +11,17 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hones_lens.analysis.patching.pairs import PatchPairs
-from hones_lens.interventions import Group, Layers, check_indices, layer_numbers, named_groups
+from hones_lens.interventions import (
+    Group,
+    Heads,
+    Layers,
+    as_component,
+    as_words,
+    check_indices,
+    join_numbers,
+    layer_numbers,
+    named_groups,
+)
 from hones_lens.model import HookedVLM, VLMConfig, VLMInputs, did_you_mean, takes_iterables
 
 BY = ("group", "position", "all")
@@ -169,6 +179,28 @@ def targets_of(
     labels |= {} if isinstance(units, str) else {site.unit: tuple(chosen_units)}
     cells = tuple(((layer, (unit,)),) for layer in chosen for unit in chosen_units)
     return Targets(cells, ("layer", site.unit), (len(chosen), len(chosen_units)), labels)
+
+
+def heads_as_units(
+    site: PatchSite, heads: Heads | None, layers: Layers | None, units: Units | None
+) -> tuple[Layers | None, Units | None]:
+    """Layers and units for `targets_of`; heads that are asked for become the units.
+
+    Raises:
+        ValueError: Heads of what has none, beside units, or outside of the layers.
+    """
+    if heads is None:
+        return layers, units
+    if site.unit not in ("head", "kv_head"):
+        raise ValueError(f"{site.what} has no heads to choose from")
+    if units is not None:
+        raise ValueError("heads and units are two ways to say the same: give one")
+    chosen = [as_component(head, "H") for head in as_words(heads)]
+    within = None if layers is None else layer_numbers(layers)
+    for layer, head in chosen:
+        if within is not None and layer not in within:
+            raise ValueError(f"head L{layer}H{head} is not in the layers {join_numbers(within)}")
+    return None, chosen
 
 
 def _targets_of_units(site: PatchSite, cfg: VLMConfig, units: Any) -> Targets:

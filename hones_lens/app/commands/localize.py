@@ -44,7 +44,7 @@ def execute(args: argparse.Namespace) -> int:
         results["held_out"] = held_out.to_dataframe().to_dict("records")
         print(held_out, end="\n\n")
     if args.stage != "heads":
-        neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
+        neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio, args.layers)
         results["neurons"] = [list(c) for c in neurons.top()]
         print(neurons, end="\n\n")
         save_report_views(model, run, args.task, data, heads, neurons)

@@ -33,7 +33,7 @@ def execute(args: argparse.Namespace) -> int:
     run = start_run(args, model, data)
     heads = find_heads(args, model, run, data)
     held_out = pipeline.remeasure_on_held_out(model, run, args.task, data, heads)
-    neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio)
+    neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio, args.layers)
     results = pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
     save_report_views(model, run, args.task, data, heads, neurons)
     print(*([] if held_out is None else [held_out]), *results, f"Run: {run.folder}", sep="\n\n")

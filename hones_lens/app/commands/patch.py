@@ -13,7 +13,7 @@ from hones_lens.app.commands.options import (
     box,
     data_options,
     finite,
-    integers,
+    limit_options,
     model_options,
     names,
     output_folder,
@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
     add("--by", choices=["group", "position", "all"], default="group", help="default: group")
     add("--groups", type=names, default=(), metavar="A,B", help="default: image,question,last")
     add("--box", type=box, action="append", metavar="L,T,R,B", help="a box on the picture as a group")
-    add("--layers", type=integers, metavar="A,B", help="default: all")
+    limit_options(command, "patch")
     add("--units", type=units, help="each, together, numbers, or LAYER.NUMBERs (default: heads each)")
     add("--direction", choices=["denoise", "noise"], default="denoise", help="clean into corrupted, or back")
     add("--metric", choices=["logit_diff", "log_prob", "kl", "task"], help="default: logit_diff with a foil")
@@ -74,6 +74,7 @@ def execute(args: argparse.Namespace) -> int:
     boxes = [Box(*sides) for sides in args.box or ()]
     groups = [*args.groups, *boxes] if args.groups or boxes else None
     options = {"what": args.what, "by": args.by, "groups": groups, "layers": args.layers, "units": args.units}
+    options |= {} if args.heads is None else {"heads": args.heads}
     options |= {"direction": args.direction, "raw": args.raw, "batch_size": args.batch_size}
     options["metric"] = args.metric or ("log_prob" if pairs.foil is None else "logit_diff")
     if args.plan:

@@ -161,7 +161,10 @@ class RunView:
     @property
     def share(self) -> float:
         """The share of all neurons to which the headline numbers refer."""
-        return self.neurons.ratio if self.neurons else 0.01
+        if self.neurons is None:
+            return 0.01
+        limited = self.neurons.layers is not None
+        return self.neurons.count() / self.neurons.scores.numel() if limited else self.neurons.ratio
 
     @property
     def main(self) -> MaskingResult | None:

@@ -121,8 +121,9 @@ def _neurons(run: RunView, name: str) -> Section | None:
         return None
     text = (
         f"The {run.neurons.count():,} neurons with the highest score, {percent(run.neurons.ratio)} of "
-        f"{run.neurons.scores.numel():,}, are the task neurons."
+        f"{run.neurons.n_asked:,}, are the task neurons."
     )
+    text += f" {run.neurons.limits}." if run.neurons.limits else ""
     figure = page_figure(viz.neurons_per_layer([run.neurons]), f"{name}-neurons")
     return Section(
         f"{name}-neurons", "Neurons", text, [figure], [tables.top_neurons(run.neurons, run.promoted)]

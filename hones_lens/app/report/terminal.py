@@ -94,8 +94,9 @@ def _print_neurons(console: Console, run: RunView) -> None:
         names = [f"N{c.index}" for c in group]
         more = " …" if len(names) > _MOST_NEURONS else ""
         table.add_row(f"L{layer}", f"{len(names):,}", " ".join(names[:_MOST_NEURONS]) + more)
-    count, total = run.neurons.count(), run.neurons.scores.numel()
+    count, total = run.neurons.count(), run.neurons.n_asked
     note = f"{count:,} of {total:,} neurons by {run.neurons.method}, n = {run.neurons.n_examples:,}"
+    note += f"; {run.neurons.limits}" if run.neurons.limits else ""
     _print(console, "Task neurons by layer", table, note)
 
 

@@ -18,6 +18,7 @@ from hones_lens.analysis import (
     as_patch_site,
     corrupted_by,
     counterfactual,
+    heads_as_units,
     patch_activations,
     positions_of,
     targets_of,
@@ -280,7 +281,11 @@ def run_patching(model: HookedVLM, run: Run, pairs: PatchPairs, options: dict[st
 def plan_patching(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) -> list[str]:
     """Lines that give the number of patches and an estimate of the time, from a few patches timed here."""
     site = as_patch_site(options["what"])
-    targets = targets_of(site, model.cfg, options.get("layers"), options.get("units"))
+    targets = targets_of(
+        site,
+        model.cfg,
+        *heads_as_units(site, options.get("heads"), options.get("layers"), options.get("units")),
+    )
     n_groups = len(positions_of(model, pairs, site, options["by"], options.get("groups")))
     middle = len(targets.cells) // 2
     timed_cells = targets.cells[middle : middle + _N_TIMED]
@@ -292,7 +297,7 @@ def plan_patching(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) 
     else:  # whole layers
         chosen = {"layers": sorted({layer for cell in timed_cells for layer, _ in cell})}
     batch = pairs[: options.get("batch_size", 32)]
-    timed: dict[str, Any] = {**options, **chosen, "progress": False, "draws": 0, "raw": True}
+    timed: dict[str, Any] = {**options, **chosen, "heads": None, "progress": False, "draws": 0, "raw": True}
     started = time.perf_counter()
     patch_activations(model, batch, **timed)
     seconds_per_row = (time.perf_counter() - started) / (len(timed_cells) * n_groups * len(batch))

@@ -28,7 +28,7 @@ from hones_lens.hones import (
     side_effects,
     transfer_steering,
 )
-from hones_lens.interventions import choose_heads
+from hones_lens.interventions import Layers, choose_heads
 from hones_lens.model import HookedVLM
 from hones_lens.tasks import load_task
 
@@ -88,7 +88,7 @@ def reproduce(
         held_out = stages.remeasure_on_held_out(model, run, task, data, heads)
         if held_out is None:
             raise ValueError(f"no head of {model.cfg.model_name} lowers {heads.metric_name} of {task}")
-        neurons[task] = stages.find_neurons(model, run, task, data, heads, ratios[-1])
+        neurons[task] = stages.find_neurons(model, run, task, data, heads, ratios[-1], limits.get("layers"))
         masking = _mask(model, run, task, data, neurons[task], tasks, ratios, n_controls)
         lenses[task] = find_lens_delta(model, run, task, data.test(task), neurons[task], "lens")
         views.save_report_views(model, run, task, data, heads, neurons[task])
@@ -135,7 +135,7 @@ def _mask(
         return MaskingResults(masking_curve(model, task, data.test(task), neurons, ratios=ratios, **options))
 
     def mask_others() -> MaskingResults:
-        others = [_ranking(model, task, data, name, tasks) for name in RANKINGS]
+        others = [_ranking(model, task, data, name, tasks, neurons.layers) for name in RANKINGS]
         sizes = [neurons.count(ratio) for ratio in ratios]
         sets = [ranking.top(k) for ranking in others for k in sizes]
         return stages.mask_rankings(model, run, task, data, names, sets)
@@ -146,8 +146,10 @@ def _mask(
     return dict(zip(keys, results, strict=True))
 
 
-def _ranking(model: HookedVLM, task: str, data: DataChoice, name: str, tasks: Sequence[str]) -> NeuronScores:
-    options: dict[str, Any] = {}
+def _ranking(
+    model: HookedVLM, task: str, data: DataChoice, name: str, tasks: Sequence[str], layers: Layers | None
+) -> NeuronScores:
+    options: dict[str, Any] = {"layers": layers}
     if name == "activation_entropy":
         others: dict[str, Sequence[Example]] = {t: data.discovery(t) for t in tasks if t != task}
         options["other_tasks"] = others

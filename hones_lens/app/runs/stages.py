@@ -24,6 +24,7 @@ from hones_lens.hones import (
     save_masking,
     save_neurons,
 )
+from hones_lens.interventions import Layers
 from hones_lens.model import HookedVLM
 from hones_lens.results import Component
 from hones_lens.tasks import Task
@@ -126,13 +127,14 @@ def find_neurons(
     data: DataChoice,
     heads: HeadScores,
     ratio: float | None = None,
+    layers: Layers | None = None,
 ) -> NeuronScores:
     """Load or compute the neuron scores (HONES eqs. H2 and H3)."""
 
     def attribute() -> NeuronScores:
-        neurons = attribute_neurons(model, task, data.discovery(task), heads, ratio)
+        neurons = attribute_neurons(model, task, data.discovery(task), heads, ratio, layers=layers)
         save_neurons(neurons, run.path("hones/neurons_top1pct.json"))
-        run.log(f"neurons: {neurons.count()} of {neurons.scores.numel()}")
+        run.log(f"neurons: {neurons.count()} of {neurons.n_asked}")
         return neurons
 
     return run.stage("neurons", NeuronScores, attribute)
@@ -162,6 +164,7 @@ def mask_others(
     data: DataChoice,
     ratio: float,
     names: Sequence[str] = OTHER_RANKINGS,
+    layers: Layers | None = None,
 ) -> dict[str, MaskingResult]:
     """Load or compute masking of other rankings under the same budget, on the held-out split.
 
@@ -170,7 +173,8 @@ def mask_others(
 
     def mask() -> MaskingResults:
         discovery = data.discovery(task)
-        rankings = [attribute_neurons(model, task, discovery, ratio=ratio, method=name) for name in names]
+        options: dict[str, Any] = {"ratio": ratio, "layers": layers}
+        rankings = [attribute_neurons(model, task, discovery, method=name, **options) for name in names]
         return mask_rankings(model, run, task, data, names, [scores.top() for scores in rankings])
 
     return {result.method: result for result in run.stage("others", MaskingResults, mask)}

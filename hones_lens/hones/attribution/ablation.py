@@ -13,7 +13,14 @@ from hones_lens import engine
 from hones_lens.data import Example
 from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.attribution.head_scores import all_heads
-from hones_lens.interventions import Hook, replace_with_other_heads_mean, zero_head, zero_neurons
+from hones_lens.interventions import (
+    Hook,
+    Layers,
+    choose_layers,
+    replace_with_other_heads_mean,
+    zero_head,
+    zero_neurons,
+)
 from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.tasks import Task
 
@@ -30,6 +37,7 @@ def exact_ablation(
     examples: Sequence[Example],
     *,
     measure: str = "log_prob",
+    layers: Layers | None = None,
     options: SweepOptions | None = None,
     **sweep: Unpack[SweepKeywords],
 ) -> Float[Tensor, "layer d_mlp"]:
@@ -43,6 +51,7 @@ def exact_ablation(
         measure: `log_prob`, the drop of the right answer's log-probability in nats, mean over
             examples; or `metric`, the drop of the task's metric. The metric costs more: a neuron
             that changes a greedy choice has its answer generated, and retrieval runs each candidate.
+        layers: Ablate the neurons of these layers alone, as `choose_layers`; the others are NaN.
         options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Returns:
@@ -54,7 +63,8 @@ def exact_ablation(
     """
     options, task, cfg = SweepOptions.of(options, sweep), engine.as_task(task), model.cfg
     engine.check_examples(task, examples)
-    neurons = [(layer, i) for layer in range(cfg.n_layers) for i in range(cfg.d_mlp)]
+    chosen = choose_layers(layers, cfg.n_layers)
+    neurons = [(layer, i) for layer in chosen for i in range(cfg.d_mlp)]
     arms = [[], *(zero_neurons([neuron]) for neuron in neurons)]
     label = "neuron ablation"
     if measure == "log_prob":
@@ -65,7 +75,9 @@ def exact_ablation(
         drops = torch.tensor([clean - outcome.metric(task) for outcome in ablated], dtype=torch.float64)
     else:
         raise ValueError(f"unknown measure {measure!r}; valid: log_prob, metric")
-    return drops.view(cfg.n_layers, cfg.d_mlp)
+    by_layer = torch.full((cfg.n_layers, cfg.d_mlp), torch.nan, dtype=torch.float64)
+    by_layer[chosen] = drops.view(len(chosen), cfg.d_mlp)
+    return by_layer
 
 
 @takes_iterables

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hones_lens import engine
 from hones_lens.data import Example
 from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
+from hones_lens.hones.attribution.ablation import exact_ablation
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.attribution.neurons import default_ratio, head_conditioned_importance
+from hones_lens.interventions import Layers, choose_layers
 from hones_lens.model import HookedVLM, did_you_mean, takes_iterables
 from hones_lens.tasks import Task
 
@@ -56,6 +59,7 @@ def attribute_neurons(
     ratio: float | None = None,
     *,
     method: str | Ranking = "hones",
+    layers: Layers | None = None,
     options: SweepOptions | None = None,
     **keywords: Any,
 ) -> NeuronScores:
@@ -71,6 +75,7 @@ def attribute_neurons(
             distribution; or a function of your own. It is called as `method(model, task, examples,
             batch_size=..., progress=..., **keywords)` with a Task and a list of Examples, and returns a score
             for every decoder neuron, [layer d_mlp]: higher is more important.
+        layers: Score these alone, e.g. `"10-20"`: others are NaN, and `ratio` is a share of these.
         options: How it runs, as `SweepOptions`.
         keywords: `batch_size` (default 16) and `progress` of `SweepOptions`; and the method's own, for
             `hones` `normalize`, `apply_ln`, `foils` of `target_directions`, for others see their functions.
@@ -86,32 +91,55 @@ def attribute_neurons(
     engine.check_examples(task, examples)
     batch_keywords, method_keywords = split_keywords(keywords, BatchKeywords.__annotations__)
     options = SweepOptions.of_batches(options, batch_keywords, batch_size=16)
-    batch_options, errors = options.of_a_batch, None
-    if method == "hones":
-        if heads is None:
-            raise ValueError("method 'hones' needs heads: pass what localize_heads returned")
-        scores, errors = head_conditioned_importance(
-            model, task, examples, heads.top(), **batch_options, **method_keywords
-        )
-    else:
-        ranking = load_ranking(method) if isinstance(method, str) else method
-        scores = ranking(model, task, examples, **batch_options, **method_keywords)
+    chosen = choose_layers(layers, model.cfg.n_layers)
+    method_keywords |= options.of_a_batch
+    scores, errors = _scores_by(method, model, task, examples, heads, chosen, method_keywords)
     name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
-    _check_scores(model, name, scores)
+    _check_scores(model, name, scores, chosen)
     return NeuronScores(
         task=task.name,
         method=name,
         model_name=model.cfg.model_name,
-        scores=scores.detach().double().cpu(),
+        scores=_limited(scores.detach().double().cpu(), chosen),
         ratio=default_ratio(model) if ratio is None else ratio,
         n_examples=len(examples),
-        errors=errors,
+        errors=None if errors is None else _limited(errors, chosen),
+        layers=None if layers is None else tuple(chosen),
     )
 
 
-def _check_scores(model: HookedVLM, ranking: str, scores: Tensor) -> None:
+def _scores_by(
+    method: str | Ranking,
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    heads: HeadScores | None,
+    layers: Sequence[int],
+    keywords: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Scores by a method, and their standard errors where it has them; other layers' may be anything."""
+    if method == "hones":
+        if heads is None:
+            raise ValueError("method 'hones' needs heads: pass what localize_heads returned")
+        return head_conditioned_importance(model, task, examples, heads.top(), layers=layers, **keywords)
+    ranking = load_ranking(method) if isinstance(method, str) else method
+    if ranking is exact_ablation:  # its cost is by the neuron
+        keywords = {**keywords, "layers": layers}
+    return ranking(model, task, examples, **keywords), None
+
+
+def _limited(values: Tensor, layers: Sequence[int]) -> Tensor:
+    """Values by layer, NaN in layers that were not asked for."""
+    if len(layers) == len(values):
+        return values
+    out = torch.full_like(values, torch.nan)
+    out[list(layers)] = values[list(layers)]
+    return out
+
+
+def _check_scores(model: HookedVLM, ranking: str, scores: Tensor, layers: Sequence[int]) -> None:
     shape = (model.cfg.n_layers, model.cfg.d_mlp)
-    if scores.shape != shape or bool(scores.isnan().any()):
+    if scores.shape != shape or bool(scores[list(layers)].isnan().any()):
         raise ValueError(
             f"ranking {ranking!r} must give a number for each of {list(shape)} neurons; it gave "
             f"{list(scores.shape)}, of which {int(scores.isnan().sum())} NaN"

@@ -23,7 +23,7 @@ from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.attribution.neurons import default_ratio, write_in_drops_by_head
 from hones_lens.hones.attribution.rankings import mean_activation
 from hones_lens.model import HookedVLM, takes_iterables, token_names
-from hones_lens.results import Component, Result, ranked
+from hones_lens.results import Component, Result
 from hones_lens.tasks import Task
 
 
@@ -150,7 +150,7 @@ def head_neuron_flow(
     if neurons is None:
         share = default_ratio(model) if ratio is None else ratio
         neurons = NeuronScores(task.name, "hones", model.cfg.model_name, scores, share, len(examples))
-    chosen = ranked(neurons.scores, neurons.count(ratio))
+    chosen = neurons.top(neurons.count(ratio))
     where = tuple(torch.tensor([[c.layer, c.index] for c in chosen]).T)
     activations = mean_activation(model, task, examples, signed=True, **options.of_a_batch)[where]
     return HeadNeuronFlow(

@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hones_lens.results import Component, Interval, Result, ranked, to_json
+from hones_lens.interventions import join_numbers
+from hones_lens.results import Component, Interval, Result, html_table, ranked, to_json
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,6 +30,8 @@ class NeuronScores(Result):
         n_examples: How many examples it rests on.
         errors: Standard error of each score over examples, [layer d_mlp] (jackknife); None where it is not
             known: other rankings than `hones`, a file of HONES's, one example.
+        layers: The layers that were asked for; None for all. Scores of the others are NaN, their neurons are
+            never selected, and `ratio` is a share of the neurons of these layers.
     """
 
     kind: ClassVar[str] = "neurons"
@@ -40,17 +43,48 @@ class NeuronScores(Result):
     ratio: float
     n_examples: int
     errors: Tensor | None = None
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def n_asked(self) -> int:
+        """How many neurons were asked for: those of `layers`, or all."""
+        n_layers, d_mlp = self.scores.shape
+        return d_mlp * (n_layers if self.layers is None else len(self.layers))
 
     def count(self, ratio: float | None = None) -> int:
-        """How many neurons a share of all is, to the nearest and at least one (LLaVA-1.5-7B, 1 %: 3,523)."""
+        """How many neurons a share of all is, to the nearest and at least one (LLaVA-1.5-7B, 1 %: 3,523).
+
+        Where layers were asked for, all are the neurons of these.
+        """
         share = self.ratio if ratio is None else ratio
         if not 0 < share <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, not {share}")
-        return max(1, round(share * self.scores.numel()))
+        return max(1, round(share * self.n_asked))
 
     def top(self, k: int | None = None) -> list[Component]:
-        """The k best neurons as (layer, index, score); default: the share `ratio`."""
-        return ranked(self.scores, self.count() if k is None else k)
+        """The k best neurons as (layer, index, score); default: the share `ratio`.
+
+        Raises:
+            ValueError: More than were asked for.
+        """
+        k = self.count() if k is None else k
+        if self.layers is None:
+            return ranked(self.scores, k)
+        if k > self.n_asked:
+            raise ValueError(f"{k} neurons asked for, but {self.n_asked} were scored: {self.limits}")
+        return ranked(self._where_asked(), k)
+
+    def _where_asked(self) -> Tensor:
+        """The scores, minus infinity in layers that were not asked for."""
+        return self.scores if self.layers is None else self.scores.nan_to_num(nan=-torch.inf)
+
+    @property
+    def limits(self) -> str:
+        """Which layers were asked for, in words; empty where all were."""
+        if self.layers is None:
+            return ""
+        chosen, total = join_numbers(self.layers), len(self.scores)
+        return f"{len(self.layers)} of {total} layers ({chosen}) were asked for; the others are not measured"
 
     def per_layer(self, k: int | None = None) -> list[int]:
         """How many of the top k lie in each layer."""
@@ -58,8 +92,9 @@ class NeuronScores(Result):
         return [counts[layer] for layer in range(len(self.scores))]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a neuron: layer, neuron, score and its standard error, best first."""
-        frame = pd.DataFrame(ranked(self.scores, self.scores.numel()), columns=["layer", "neuron", "score"])
+        """One row a neuron that was asked for: layer, neuron, score and its standard error, best first."""
+        best = ranked(self._where_asked(), self.n_asked)
+        frame = pd.DataFrame(best, columns=["layer", "neuron", "score"])
         if self.errors is not None:
             frame["standard_error"] = self.errors[frame["layer"].tolist(), frame["neuron"].tolist()].tolist()
         return frame
@@ -84,7 +119,12 @@ class NeuronScores(Result):
             ValueError: A field is missing.
         """
         result = super().from_dict(data)
-        return replace(result, scores=result.scores.nan_to_num(nan=-torch.inf))
+        scores = result.scores.nan_to_num(nan=-torch.inf)
+        if result.layers is not None:
+            asked = torch.zeros(len(scores), 1, dtype=torch.bool)
+            asked[list(result.layers)] = True
+            scores = scores.where(asked, torch.nan)
+        return replace(result, scores=scores)
 
     def __str__(self) -> str:
         best = self.top()
@@ -92,6 +132,7 @@ class NeuronScores(Result):
             f"{self.model_name}, {self.task}: {len(best)} task neurons by {self.method}, "
             f"by layer {self.per_layer()}; scores over n = {self.n_examples} examples"
         ]
+        lines += [self.limits] if self.limits else []
         lines += [f"  L{c.layer}N{c.index:<5} {self._told(c)}" for c in best[:20]]
         return "\n".join([*lines, "  …"] if len(best) > 20 else lines)
 
@@ -100,4 +141,4 @@ class NeuronScores(Result):
         return f"{interval:+.4g} (95 %)" if interval else f"{c.score:+.4g}"
 
     def _repr_html_(self) -> str:
-        return self.to_dataframe().head(self.count()).to_html(index=False)
+        return html_table(self.to_dataframe(), self.count())

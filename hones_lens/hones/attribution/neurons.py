@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from hones_lens import engine
 from hones_lens.data import Example
-from hones_lens.interventions import Hook, neuron_hook, replace_with_other_heads_mean
+from hones_lens.interventions import Hook, choose_layers, neuron_hook, replace_with_other_heads_mean
 from hones_lens.model import HookedVLM, find_settings
 from hones_lens.results import Component
 from hones_lens.tasks import Task
@@ -90,24 +90,26 @@ def write_in(
     directions: Float[Tensor, "example d_model"],
     hooks: Sequence[Hook] = (),
     apply_ln: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> Float[Tensor, "example layer d_mlp"]:
     """Each neuron's write-in towards the target at the last prompt position (HONES eq. H2).
 
     `c(l, i) = m_i · ⟨W_out[i], u_y⟩`, in float32; with `apply_ln` divided by the final norm's scale.
+    Of some layers, by default of all.
     """
-    n_layers = model.cfg.n_layers
-    names = [neuron_hook(layer) for layer in range(n_layers)]
+    layers = range(model.cfg.n_layers) if layers is None else layers
+    names = [neuron_hook(layer) for layer in layers]
     kept: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: Any) -> None:
         kept[hook.name] = x[:, -1].to(torch.float32, copy=True)  # a view would keep all positions
 
     watch = [*names, "ln_final.hook_scale"] if apply_ln else names
-    stop = None if apply_ln else n_layers
+    stop = None if apply_ln else max(layers) + 1
     with torch.no_grad(), model.hooks(fwd_hooks=[*hooks, *((name, keep) for name in watch)]):
         model(batch.inputs, stop_at_layer=stop, logits_to_keep=1)
     parts = []
-    for layer, name in enumerate(names):
+    for layer, name in zip(layers, names, strict=True):
         towards = directions.float() @ model.blocks[layer].mlp.W_out.detach().float().T
         parts.append(kept[name] * towards)
     out = torch.stack(parts, dim=1)
@@ -197,6 +199,7 @@ def _summed_drops(
     normalize: bool = True,
     apply_ln: bool = False,
     foils: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> tuple[Float[Tensor, " head"], Float[Tensor, "part head layer d_mlp"], Float[Tensor, " part"]]:
     """w_h, `Σ c(l,i) − c(l,i under I_h)` over each part of the examples (every 20th), and their numbers."""
     critical = [head for head in heads if head.score > 0]
@@ -204,6 +207,7 @@ def _summed_drops(
         raise ValueError("no critical head has w > 0, so there is nothing to condition neurons on")
     options = {"normalize": normalize, "apply_ln": apply_ln, "foils": foils}
     directions = target_directions(model, task, examples, **options)
+    chosen = choose_layers(layers, model.cfg.n_layers)
     parts = min(_PARTS, len(examples))
     shape = (parts, len(critical), model.cfg.n_layers, model.cfg.d_mlp)
     sums, counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(parts, dtype=torch.float64)
@@ -215,11 +219,15 @@ def _summed_drops(
             part = torch.arange(start, start + len(batch.examples)) % parts
             start += len(batch.examples)
             counts.index_add_(0, part, torch.ones(len(part), dtype=torch.float64))
-            clean = write_in(model, batch, batch_directions, apply_ln=apply_ln).double().cpu()
+            clean = write_in(model, batch, batch_directions, (), apply_ln, chosen).double().cpu()
             for i, head in enumerate(critical):
+                if not apply_ln and head.layer > chosen[-1]:
+                    continue  # it changes nothing there
                 hook = replace_with_other_heads_mean(head.layer, head.index)
-                drop = clean - write_in(model, batch, batch_directions, [hook], apply_ln).double().cpu()
-                sums[:, i].index_add_(0, part, drop)
+                drop = (
+                    clean - write_in(model, batch, batch_directions, [hook], apply_ln, chosen).double().cpu()
+                )
+                sums[:, i, chosen] = sums[:, i, chosen].index_add(0, part, drop)
             bar.update(len(batch.examples) * (len(critical) + 1))
     weights = torch.tensor([head.score for head in critical], dtype=torch.float64)
     return weights, sums, counts
