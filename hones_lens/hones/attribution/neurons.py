@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from hones_lens.tasks import Task
 
 DEFAULT_RATIO = 0.01
 _PARTS = 20  # of the examples, for standard errors
+_TABLE_BYTES = 2e9  # for the sums of heads, by part; of a 72B a head has 0.4 GB
 
 
 def target_directions(
@@ -147,21 +149,26 @@ def head_conditioned_importance(
     Raises:
         ValueError: No head with w > 0: there is nothing to condition on.
     """
-    weights, sums, counts = _summed_drops(model, task, examples, heads, **options)
-
-    def importance(total: Tensor, n: Tensor) -> Tensor:
-        return torch.einsum("h,hln->ln", weights, (total / n).clamp(min=0)) / weights.sum()
-
-    total_sums, n, parts = sums.sum(0), counts.sum(), len(counts)
-    scores = importance(total_sums, n)
+    drops = _Drops.of(model, task, examples, heads, **options)
+    parts = min(_PARTS, len(examples))
+    scores = torch.zeros(len(drops.layers), model.cfg.d_mlp, dtype=torch.float64)
+    without = torch.zeros(parts, *scores.shape, dtype=torch.float64)  # the importance without each part
+    for weight, sums, counts in drops.by_head(parts):
+        total, n = sums.sum(0), counts.sum()
+        scores += weight * (total / n).clamp(min=0)
+        for part in range(parts if parts > 1 else 0):
+            without[part] += weight * ((total - sums[part]) / (n - counts[part])).clamp(min=0)
+        del sums  # or the table would stay while the next one is made
+    weights = drops.weights.sum()
+    scores /= weights
     if parts < 2:
-        return scores, None
+        return drops.of_all_layers(scores), None
     mean, squares = torch.zeros_like(scores), torch.zeros_like(scores)
-    for part, count in zip(sums, counts, strict=True):
-        deviation = importance(total_sums - part, n - count) - scores
+    for part in range(parts):
+        deviation = without[part] / weights - scores
         mean, squares = mean + deviation / parts, squares + deviation.square()
     variance = (parts - 1) / parts * (squares - parts * mean.square())
-    return scores, variance.clamp(min=0).sqrt()
+    return drops.of_all_layers(scores), drops.of_all_layers(variance.clamp(min=0).sqrt())
 
 
 def write_in_drops_by_head(
@@ -184,50 +191,107 @@ def write_in_drops_by_head(
     Raises:
         ValueError: No head with w > 0: there is nothing to condition on.
     """
-    weights, sums, counts = _summed_drops(model, task, examples, heads, **options)
-    return weights, (sums.sum(0) / counts.sum()).clamp(min=0)
+    drops = _Drops.of(model, task, examples, heads, **options)
+    means = [(sums.sum(0) / counts.sum()).clamp(min=0) for _, sums, counts in drops.by_head(parts=1)]
+    return drops.weights, drops.of_all_layers(torch.stack(means))
 
 
-def _summed_drops(
-    model: HookedVLM,
-    task: Task,
-    examples: Sequence[Example],
-    heads: Sequence[Component],
-    *,
-    batch_size: int = 16,
-    progress: bool = True,
-    normalize: bool = True,
-    apply_ln: bool = False,
-    foils: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
-) -> tuple[Float[Tensor, " head"], Float[Tensor, "part head layer d_mlp"], Float[Tensor, " part"]]:
-    """w_h, `Σ c(l,i) − c(l,i under I_h)` over each part of the examples (every 20th), and their numbers."""
-    critical = [head for head in heads if head.score > 0]
-    if not critical:
-        raise ValueError("no critical head has w > 0, so there is nothing to condition neurons on")
-    options = {"normalize": normalize, "apply_ln": apply_ln, "foils": foils}
-    directions = target_directions(model, task, examples, **options)
-    chosen = choose_layers(layers, model.cfg.n_layers)
-    parts = min(_PARTS, len(examples))
-    shape = (parts, len(critical), model.cfg.n_layers, model.cfg.d_mlp)
-    sums, counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(parts, dtype=torch.float64)
-    total = len(examples) * (len(critical) + 1)
-    start = 0
-    with tqdm(total=total, desc=f"neurons · {task.name}", disable=not progress) as bar:
-        for batch in engine.answer_batches(model, task, examples, batch_size, answers=False):
-            batch_directions = directions[start : start + len(batch.examples)]
-            part = torch.arange(start, start + len(batch.examples)) % parts
-            start += len(batch.examples)
+@dataclass(frozen=True, eq=False)
+class _Drops:
+    """What heads that are replaced take from the write-ins of the examples.
+
+    Attributes:
+        model, task, examples: What to attribute.
+        critical: The heads with w_h > 0.
+        directions: Of the examples' targets.
+        layers: Of the neurons.
+        batch_size, progress, apply_ln: As for `attribute_neurons`.
+    """
+
+    model: HookedVLM
+    task: Task
+    examples: Sequence[Example]
+    critical: Sequence[Component]
+    directions: Float[Tensor, "example d_model"]
+    layers: Sequence[int]
+    batch_size: int
+    progress: bool
+    apply_ln: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: HookedVLM,
+        task: Task,
+        examples: Sequence[Example],
+        heads: Sequence[Component],
+        *,
+        batch_size: int = 16,
+        progress: bool = True,
+        normalize: bool = True,
+        apply_ln: bool = False,
+        foils: Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> _Drops:
+        """Of these heads; ValueError where none has w_h > 0."""
+        critical = [head for head in heads if head.score > 0]
+        if not critical:
+            raise ValueError("no critical head has w > 0, so there is nothing to condition neurons on")
+        options = {"normalize": normalize, "apply_ln": apply_ln, "foils": foils}
+        directions = target_directions(model, task, examples, **options)
+        chosen = choose_layers(layers, model.cfg.n_layers)
+        return cls(model, task, examples, critical, directions, chosen, batch_size, progress, apply_ln)
+
+    def of_all_layers(
+        self, values: Float[Tensor, "*lead chosen d_mlp"]
+    ) -> Float[Tensor, "*lead layer d_mlp"]:
+        """Values of the chosen layers, and zeros for the others."""
+        whole = values.new_zeros(*values.shape[:-2], self.model.cfg.n_layers, values.shape[-1])
+        whole[..., list(self.layers), :] = values
+        return whole
+
+    @property
+    def weights(self) -> Float[Tensor, " head"]:
+        """w_h, float64."""
+        return torch.tensor([head.score for head in self.critical], dtype=torch.float64)
+
+    def by_head(
+        self, parts: int
+    ) -> Iterator[tuple[float, Float[Tensor, "part layer d_mlp"], Float[Tensor, " part"]]]:
+        """Each head's w_h, `Σ c(l,i) − c(l,i under I_h)` over each part of the examples, and their numbers.
+
+        An example is in the part of its number modulo `parts`. As many heads share a pass over the examples
+        as have tables of 2 GB together; each further pass costs a clean one more.
+        """
+        head_bytes = parts * len(self.layers) * self.model.cfg.d_mlp * 8
+        at_once = max(1, int(_TABLE_BYTES // head_bytes))
+        portions = [self.critical[i : i + at_once] for i in range(0, len(self.critical), at_once)]
+        total = len(self.examples) * (len(self.critical) + len(portions))
+        with tqdm(total=total, desc=f"neurons · {self.task.name}", disable=not self.progress) as bar:
+            for portion in portions:
+                sums, counts = self._summed(portion, parts, bar)
+                yield from ((head.score, sums[i], counts) for i, head in enumerate(portion))
+                del sums
+
+    def _summed(
+        self, heads: Sequence[Component], parts: int, bar: tqdm[Any]
+    ) -> tuple[Float[Tensor, "head part layer d_mlp"], Float[Tensor, " part"]]:
+        model, start = self.model, 0
+        shape = (len(heads), parts, len(self.layers), model.cfg.d_mlp)
+        sums, counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(parts, dtype=torch.float64)
+        batches = engine.answer_batches(model, self.task, self.examples, self.batch_size, answers=False)
+        for batch in batches:
+            stop = start + len(batch.examples)
+            directions, part = self.directions[start:stop], torch.arange(start, stop) % parts
+            start = stop
             counts.index_add_(0, part, torch.ones(len(part), dtype=torch.float64))
-            clean = write_in(model, batch, batch_directions, (), apply_ln, chosen).double().cpu()
-            for i, head in enumerate(critical):
-                if not apply_ln and head.layer > chosen[-1]:
+            given = (model, batch, directions)
+            clean = write_in(*given, (), self.apply_ln, self.layers).double().cpu()
+            for i, head in enumerate(heads):
+                if not self.apply_ln and head.layer > self.layers[-1]:
                     continue  # it changes nothing there
                 hook = replace_with_other_heads_mean(head.layer, head.index)
-                drop = (
-                    clean - write_in(model, batch, batch_directions, [hook], apply_ln, chosen).double().cpu()
-                )
-                sums[:, i, chosen] = sums[:, i, chosen].index_add(0, part, drop)
-            bar.update(len(batch.examples) * (len(critical) + 1))
-    weights = torch.tensor([head.score for head in critical], dtype=torch.float64)
-    return weights, sums, counts
+                changed = write_in(*given, [hook], self.apply_ln, self.layers)
+                sums[i].index_add_(0, part, clean - changed.double().cpu())
+            bar.update(len(batch.examples) * (len(heads) + 1))
+        return sums, counts

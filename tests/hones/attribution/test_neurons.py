@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import random_llava
+from helpers.allocations import Allocations
 from helpers.hf_task_loops import (
     ALL_TASKS,
     D_MLP,
@@ -31,6 +33,8 @@ from hones_lens.hones.attribution import neurons
 from hones_lens.hones.attribution.attribute import attribute_neurons
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.attribution.neurons import target_directions, write_in
+from hones_lens.interventions import replace_with_other_heads_mean
+from hones_lens.results import Component
 from hones_lens.tasks.registry import load_task
 
 
@@ -141,6 +145,56 @@ def test_standard_errors_leave_one_part_out_at_a_time(parts: int, monkeypatch: p
     assert interval.high - interval.low == pytest.approx(2 * half, abs=2e-5)
     assert f"{best.score:+.4g} [{interval.low:+.4g}, {interval.high:+.4g}]" in str(found)
     assert found.to_dataframe()["standard_error"][0] == found.errors[best.layer, best.index]
+
+
+@pytest.mark.parametrize("table_bytes", [1, 2.5 * 5 * N_LAYERS * D_MLP * 8, neurons._TABLE_BYTES])
+def test_scores_and_errors_are_those_of_the_whole_table(
+    table_bytes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The jackknife written out over [part head layer neuron], however many heads are summed at a time."""
+    monkeypatch.setattr(neurons, "_TABLE_BYTES", table_bytes)
+    _, model = pair()
+    task, examples = load_task("vqa"), list(examples_of("vqa", 5))
+    cells = [(layer, head) for layer in range(N_LAYERS) for head in range(2)]
+    heads = [Component(*cell, 0.1 + i) for i, cell in enumerate(cells)]
+    directions = target_directions(model, task, examples)
+    (batch,) = engine.answer_batches(model, task, examples, 5, answers=False)
+    clean = neurons.write_in(model, batch, directions).double()
+    table = []
+    for head in heads:
+        hook = replace_with_other_heads_mean(head.layer, head.index)
+        table.append(clean - neurons.write_in(model, batch, directions, [hook]).double())
+    drops = torch.stack(table, dim=1)  # every example is a part
+    weights = torch.tensor([head.score for head in heads], dtype=torch.float64)
+
+    def importance(rows: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("h,hln->ln", weights, rows.mean(0).clamp(min=0)) / weights.sum()
+
+    without = torch.stack([importance(drops[[j for j in range(5) if j != i]]) for i in range(5)])
+    expected = (4 / 5 * (without - without.mean(0)).square().sum(0)).sqrt()
+    options = {"batch_size": 5, "progress": False}
+    scores, errors = neurons.head_conditioned_importance(model, task, examples, heads, **options)
+    assert errors is not None and errors.max() > 1e-4 and len(heads) > 3
+    torch.testing.assert_close(scores, importance(drops), atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(errors, expected, atol=1e-9, rtol=1e-7)
+    found_weights, by_head = neurons.write_in_drops_by_head(model, task, examples, heads, **options)
+    assert torch.equal(found_weights, weights)
+    torch.testing.assert_close(by_head, drops.mean(0).clamp(min=0), atol=1e-12, rtol=1e-10)
+
+
+def test_more_heads_take_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = random_llava.make_config(text={"intermediate_size": 4096})
+    _, model = random_llava.make_pair(config, seed=3)
+    task, examples = load_task("vqa"), list(examples_of("vqa", 6))
+    every = [Component(layer, head, 1.0) for layer in range(3) for head in range(4)]
+    table = 6 * 3 * 4096 * 8
+    monkeypatch.setattr(neurons, "_TABLE_BYTES", 2 * table)
+    peaks = []
+    for heads in (every[:2], every):
+        with Allocations() as allocated:
+            neurons.head_conditioned_importance(model, task, examples, heads, batch_size=1, progress=False)
+        peaks.append(allocated.peak)
+    assert table < peaks[0] and peaks[1] < peaks[0] + 0.5 * table
 
 
 def test_errors_are_kept_in_files_and_not_claimed_where_they_are_not_known(tmp_path) -> None:
