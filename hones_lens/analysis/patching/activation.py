@@ -52,7 +52,7 @@ def patch_activations(
         groups: For `by="group"`, as in `named_groups`: names, `Box`es, masks. Default: `image`, `question`
             and `last`; of the vision tower, whose patches boxes choose among, `image`.
         layers: Which layers, as `layer_numbers`: numbers, ranges, words (`"10-20"`); default: all.
-        units: As `targets_of`: `each`, `together`, numbers, pairs, sets; default: heads `each`, else `together`.
+        units: As `targets_of`: `each`, `together`, numbers, pairs, sets; default: heads each alone.
         direction: `denoise` puts clean activations into the corrupted run, `noise` the other way round.
         metric: `logit_diff`, of the two tokens that tell the answers apart; `log_prob`, of the whole answer
             where the pairs know it, whose tokens are in the groups of the prompt's last one; `kl`; a function
