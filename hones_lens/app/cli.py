@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from hones_lens.app.commands import (
     check,
@@ -27,7 +25,8 @@ from hones_lens.app.commands import (
     steer,
     train_tiny,
 )
-from hones_lens.app.hones_config import is_hones_config, read_options
+from hones_lens.app.config_file import apply_config
+from hones_lens.app.guard import guarded
 from hones_lens.model import did_you_mean
 
 # In the order of `hones --help`.
@@ -54,22 +53,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `hones`. Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage."""
+    """Run `hones`.
+
+    Exit codes: 0 done; 1 failed (one line says why); 2 wrong usage; 128 plus its number after a signal.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> int | None:
+        chosen = args
         if getattr(args, "config", None):
-            _apply_config(args)
-            args = parser.parse_args(argv)
-        return args.run(args) or 0
-    except KeyboardInterrupt:
-        print("hones: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError, FloatingPointError, ImportError) as error:
-        if args.debug:
-            raise
-        print(f"hones: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 1
+            apply_config(args)
+            chosen = parser.parse_args(argv)
+        return chosen.run(chosen)
+
+    return guarded(run, argv, args.debug)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,37 +84,6 @@ def build_parser() -> argparse.ArgumentParser:
     for command in _COMMANDS:
         command.add(commands)
     return parser
-
-
-def _apply_config(args: argparse.Namespace) -> None:
-    """Make the file's values the defaults of the command, so that options given here win."""
-    import yaml
-
-    data = yaml.safe_load(Path(args.config).read_text(encoding="utf-8")) or {}
-    options = {a.dest: a for a in args.parser._actions if a.dest not in ("help", "config", "debug")}
-    if is_hones_config(data):
-        hones_options = _hones_options(args, data)
-        args.parser.set_defaults(**{k: v for k, v in hones_options.items() if k in options or k == "outputs"})
-        return
-    for key, value in data.items():
-        name = key.replace("-", "_")
-        if name not in options:
-            closest = difflib.get_close_matches(name, options, n=1)
-            hint = f"; did you mean {closest[0]!r}?" if closest else f"; valid: {', '.join(options)}"
-            raise ValueError(f"{args.config}: unknown key {key!r}{hint}")
-        choices = options[name].choices
-        if choices is not None and value not in choices:
-            raise ValueError(f"{args.config}: {key} is {value!r}; valid: {', '.join(map(str, choices))}")
-        args.parser.set_defaults(**{name: value})
-
-
-def _hones_options(args: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
-    """Options from a configuration of the HONES release; for steering from the data set asked for."""
-    steers = args.parser.prog.endswith(" steer")
-    dataset = args.dataset if args.dataset != args.parser.get_default("dataset") else None
-    if steers and dataset is None:
-        dataset = data.get("steering", {}).get("dataset")
-    return read_options(data, args.config, dataset, steers=steers)
 
 
 if __name__ == "__main__":

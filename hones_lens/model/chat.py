@@ -10,7 +10,13 @@ from jinja2 import TemplateError
 
 from hones_lens.model.tokens import HasProcessor, find_image_token, image_token_of, tokenizer_of
 
+_RAISES = "the chat template raises"
 _PROMPT, _ANSWER = "words of the user", "words of the assistant"
+# What Jinja raises, and what the Python that a template calls does.
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError),
+    RecursionError,
+)
 _PRINTED_LIST = re.compile(rf"""['"]text['"]\s*:\s*['"](?:{_PROMPT}|{_ANSWER})""")
 
 
@@ -79,7 +85,7 @@ class ChatFormat:
             ]
             try:
                 text = self._render(messages, opened_for_answer=False)
-            except (TypeError, TemplateError):
+            except ValueError:
                 continue
             separator, found, _ = text.removeprefix(opened).partition(_ANSWER)
             if text.startswith(opened) and found and not separator.strip():
@@ -105,9 +111,15 @@ class ChatFormat:
         return {"role": role, "content": content}
 
     def _render(self, messages: list[dict[str, Any]], opened_for_answer: bool = True) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages, chat_template=self._template, add_generation_prompt=opened_for_answer, tokenize=False
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._template,
+                add_generation_prompt=opened_for_answer,
+                tokenize=False,
+            )
+        except _TEMPLATE_ERRORS as error:
+            raise ValueError(f"{_RAISES} {type(error).__name__} ({error})") from error
 
     def _chosen_form(self, with_image: bool) -> bool:
         """Whether content is given as a list of parts, the first of the two forms that the template reads."""
@@ -126,8 +138,8 @@ class ChatFormat:
         """What the template does wrong with a turn in this form; None if it writes words and image."""
         try:
             text = self._render([self._message("user", _PROMPT, int(with_image), as_parts)])
-        except (TypeError, TemplateError) as error:
-            return f"raises {type(error).__name__} ({error})"
+        except ValueError as error:
+            return str(error).removeprefix("the chat template ")
         if _PRINTED_LIST.search(text):
             return "prints the list"
         if _PROMPT not in text:

@@ -21,7 +21,7 @@ class Family(ABC):
 
     Attributes:
         family: Its key in the registry, `families.FAMILIES`.
-        processor_class: Has `from_pretrained(folder, revision=…, **options)`.
+        processor_class: Has `from_pretrained(folder, revision=…, trust_remote_code=…, **options)`.
         processor_options: Names of these options.
         answer_separator: Text between the rendered prompt and an answer, where the chat template shows none.
         default_chat_template: Used if the checkpoint has no chat template.

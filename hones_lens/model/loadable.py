@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 _SHOWN = 3  # names in a message
 # Files that old quantisation tools write beside the config.
 _QUANTISED = ("quantize_config.json", "quant_config.json")
+# Files of settings that hold a JSON object.
+_JSON_OBJECTS = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+    ),
+    "chat_template.json",
+)
 # Hooks that these libraries set for themselves compute nothing else.
 _OWN_HOOKS = ("transformers.", "accelerate.")
 
@@ -45,14 +59,40 @@ def check_folder(folder: Path) -> None:
             raise ValueError(_quantised(f"folder {str(folder)!r} (it has {name})", None))
 
 
+def check_json_files(folder: Path) -> None:
+    """Check that the settings beside a checkpoint's weights are JSON objects.
+
+    Raises:
+        ValueError: A file that is damaged or of another shape; names it.
+    """
+    for file in sorted(folder.glob("*.json")):
+        if file.name in _JSON_OBJECTS or file.name.endswith(".index.json"):
+            _json_object(file)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object."""
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: it is not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} is damaged: it holds a {type(data).__name__}, not an object")
+    return cast("dict[str, Any]", data)
+
+
 def check_shards(folder: Path) -> None:
     """Check that all files of weights are there.
 
     Raises:
-        ValueError: An index whose files are not all there (counts and names them), or no weights.
+        ValueError: An index whose files are not all there (counts and names them), no weights, or a damaged
+            file.
     """
     for index in sorted(folder.glob("*.index.json")):
-        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        places: Any = _json_object(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(n, str) for n in cast("Any", places).values()):
+            raise ValueError(f"{index} is damaged: it has no weight_map of names of files")
+        shards = set(cast("dict[str, str]", places).values())
         absent = sorted(name for name in shards if not (folder / name).is_file())
         if absent:
             raise ValueError(
@@ -60,6 +100,12 @@ def check_shards(folder: Path) -> None:
             )
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ValueError(f"folder {str(folder)!r} has no weights (*.safetensors or *.bin)")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):  # reads the header, and compares it with the size of the file
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def check_config(name: str, config: Any) -> None:
@@ -178,3 +224,39 @@ def check_dtype(dtype: Any) -> None:
     if dtype is None or dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return
     raise ValueError(f"dtype must be a floating-point dtype of torch, its name, or 'auto', not {dtype!r}")
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device of that name; None for the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: An unknown device, or one that is not there.
+    """
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name or there)
+        if device.type == "meta":
+            raise ValueError("it has no memory")
+        torch.empty(1, device=device)
+    except (RuntimeError, ValueError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"device {name!r} can't be used ({reason}); {there!r} can") from error
+    return device
+
+
+@contextmanager
+def naming(name: str, part: str) -> Generator[None]:
+    """Errors of the library that reads a checkpoint as ones that name the checkpoint and what was read.
+
+    Raises:
+        ValueError: Whatever was raised, except by the file system and by imports.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(
+            f"the {part} of checkpoint {name!r} can't be read: {type(error).__name__}: {reason}"
+        ) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from transformers.utils import logging as hf_logging
@@ -17,7 +18,16 @@ from hones_lens.model.config import all_settings, checkpoint_path, find_settings
 from hones_lens.model.decoding import Decoding
 from hones_lens.model.families import load_family
 from hones_lens.model.hooked_vlm import HookedVLM
-from hones_lens.model.loadable import check_config, check_dtype, check_folder, check_hf_model, check_shards
+from hones_lens.model.loadable import (
+    check_config,
+    check_device,
+    check_dtype,
+    check_folder,
+    check_hf_model,
+    check_json_files,
+    check_shards,
+    naming,
+)
 from hones_lens.model.names import did_you_mean
 from hones_lens.model.saving import HFSource
 from hones_lens.model.weights import WeightMap
@@ -76,12 +86,16 @@ def load_hf_model(
     """
     check_dtype(dtype)
     folder, revision = resolve(name, revision)
-    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch_device = check_device(device)
     if dtype is None:
         dtype = torch.float32 if torch_device.type == "cpu" else "auto"
     auto_config: Any = AutoConfig
     auto_model: Any = AutoModelForImageTextToText
-    config = auto_config.from_pretrained(folder, revision=revision)
+    if Path(folder).is_dir():
+        check_json_files(Path(folder))
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    with naming(name, "config"):
+        config = auto_config.from_pretrained(folder, **source)
     check_config(name, config)
     family = load_family(config.model_type)
     for option in processor_options:
@@ -90,9 +104,9 @@ def load_hf_model(
             raise ValueError(f"unknown processor option {option!r} for {name!r}; valid: {valid}")
     if Path(folder).is_dir():
         check_shards(Path(folder))
-    with _without_progress_bars():
+    with _quietly(), naming(name, "model"):
         model, report = auto_model.from_pretrained(
-            folder, revision=revision, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            folder, **source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
@@ -101,7 +115,9 @@ def load_hf_model(
     if plain_greedy:
         model.generation_config = _special_tokens_alone(model.generation_config)
     load_processor = family.processor_class.from_pretrained
-    return model.to(torch_device).eval(), load_processor(folder, revision=revision, **processor_options)
+    with naming(name, "tokenizer or picture processor"):
+        processor = load_processor(folder, **source, **processor_options)
+    return model.to(torch_device).eval(), processor
 
 
 def _special_tokens_alone(config: Any) -> GenerationConfig:
@@ -111,12 +127,15 @@ def _special_tokens_alone(config: Any) -> GenerationConfig:
 
 
 @contextmanager
-def _without_progress_bars() -> Generator[None]:
-    shown = hf_logging.is_progress_bar_enabled()
+def _quietly() -> Generator[None]:
+    """No progress bars, and no report of missing weights, which are an error here."""
+    shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     try:
         yield
     finally:
+        hf_logging.set_verbosity(verbosity)
         if shown:
             hf_logging.enable_progress_bar()
 
@@ -134,6 +153,8 @@ def load_model(
     options: dict[str, Any] = {"plain_greedy": plain_greedy, "revision": revision, **processor_options}
     model, processor = load_hf_model(name, device, dtype, **options)
     hooked = hook_hf_model(model, processor)
+    with naming(name, "picture processor"):  # its settings are wrong for every picture or for none
+        hooked.process_images([Image.new("RGB", (64, 64))])
     settings = find_settings(name)
     hooked.cfg = replace(hooked.cfg, model_name=settings.name if settings else name)
     return hooked

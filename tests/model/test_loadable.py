@@ -200,16 +200,16 @@ def test_folders_and_shipped_models_have_no_revision(folder: Path) -> None:
 
 
 def test_the_revision_reaches_every_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing can be downloaded: each reader is asked once, and told the revision."""
+    """Nothing can be downloaded: each reader is asked once, told the revision, and to run no code."""
     from transformers import AutoConfig
 
     asked = []
 
-    def from_pretrained(name: str, revision: str | None = None) -> None:
-        asked.append((name, revision))
+    def from_pretrained(name: str, **options: object) -> None:
+        asked.append((name, options))
         raise OSError("no network")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
     with pytest.raises(OSError, match="no network"):
         HookedVLM.from_pretrained("someone/something", revision="abc123")
-    assert asked == [("someone/something", "abc123")]
+    assert asked == [("someone/something", {"revision": "abc123", "trust_remote_code": False})]

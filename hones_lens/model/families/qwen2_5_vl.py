@@ -63,13 +63,15 @@ class QwenProcessor:
         self.image_processor, self.tokenizer, self.chat_template = image_processor, tokenizer, chat_template
 
     @classmethod
-    def from_pretrained(cls, folder: str, revision: str | None = None, **sizes: Any) -> QwenProcessor:
+    def from_pretrained(
+        cls, folder: str, revision: str | None = None, trust_remote_code: bool = False, **sizes: Any
+    ) -> QwenProcessor:
         """Read both parts; `min_pixels` and `max_pixels` overrule the checkpoint's bounds on image size."""
         text: Any = AutoTokenizer
         pictures: Any = Qwen2VLImageProcessorPil
         processor: Any = ProcessorMixin
         revision = revision or "main"
-        tokenizer = text.from_pretrained(folder, revision=revision)
+        tokenizer = text.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
         images = pictures.from_pretrained(folder, revision=revision, **sizes)
         settings, _ = processor.get_processor_dict(folder, revision=revision)
         return cls(images, tokenizer, settings.get("chat_template") or tokenizer.chat_template)

@@ -1,0 +1,88 @@
+"""The file of `--config`: options in YAML, or a configuration of the HONES release."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Any
+
+from hones_lens.app.hones_config import is_hones_config, read_options
+
+
+def apply_config(args: argparse.Namespace) -> None:
+    """Make the file's values the defaults of the command, so that options given there win.
+
+    Raises:
+        OSError: No such file, or one that can't be read.
+        ValueError: Not YAML, an unknown option, or a value that the option does not take; names the file.
+    """
+    data = _read(args.config)
+    options = {a.dest: a for a in args.parser._actions if a.dest not in ("help", "config", "debug")}
+    if is_hones_config(data):
+        found = {k: v for k, v in _hones_options(args, data).items() if k in options or k == "outputs"}
+        for name in found.keys() & options:
+            found[name] = _value(options[name], found[name], args.config, name)
+        args.parser.set_defaults(**found)
+        return
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name not in options:
+            closest = difflib.get_close_matches(name, options, n=1)
+            hint = f"; did you mean {closest[0]!r}?" if closest else f"; valid: {', '.join(options)}"
+            raise ValueError(f"{args.config}: unknown key {key!r}{hint}")
+        args.parser.set_defaults(**{name: _value(options[name], value, args.config, str(key))})
+
+
+def _read(file: str) -> dict[Any, Any]:
+    """The content of the file, which holds options by name."""
+    import yaml
+
+    try:
+        data: Any = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not in UTF-8: {error}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} holds a {type(data).__name__}, not options by name (`task: ocr`)")
+    return data
+
+
+def _value(option: argparse.Action, value: Any, file: str, key: str) -> Any:
+    """A value of the file as the command line would read it."""
+    if value is None:
+        return option.default
+    if option.nargs == 0:  # a switch
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"{file}: {key} is {value!r}; valid: true, false")
+    if option.choices is not None and value not in option.choices:
+        raise ValueError(f"{file}: {key} is {value!r}; valid: {', '.join(map(str, option.choices))}")
+    parts = list(value) if isinstance(value, list | tuple) else [value]
+    if isinstance(value, bool) or not all(isinstance(part, str | int | float) for part in parts):
+        raise ValueError(f"{file}: {key} is {value!r}, which is no value of --{key.replace('_', '-')}")
+    if parts != [value] and option.type in (None, int, float):
+        raise ValueError(f"{file}: {key} takes one value, not the list {value!r}")
+    read: Any = option.type or str
+    try:
+        return read(",".join(map(str, parts)))
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        reason = f": {error}" if isinstance(error, argparse.ArgumentTypeError) else ""
+        raise ValueError(
+            f"{file}: {key} is {value!r}, which --{key.replace('_', '-')} does not take{reason}"
+        ) from error
+
+
+def _hones_options(args: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
+    """Options from a configuration of the HONES release; for steering from the data set asked for."""
+    steers = args.parser.prog.endswith(" steer")
+    dataset = args.dataset if args.dataset != args.parser.get_default("dataset") else None
+    if steers and dataset is None:
+        dataset = data.get("steering", {}).get("dataset")
+    try:
+        return read_options(data, args.config, dataset, steers=steers)
+    except (AttributeError, TypeError, KeyError) as error:  # a value where a section or a list belongs
+        raise ValueError(f"{args.config} is not of the form of HONES's configurations: {error}") from error
