@@ -24,8 +24,9 @@ def start(code: str, **options: Any) -> subprocess.Popen[bytes]:
     """A program under the guard, in a process of its own."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **options.pop("env", {})}
     command = [sys.executable, "-c", PROGRAM + code]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=env, bufsize=0, **pipes, **options)  # type: ignore[return-value]
+    pipe = subprocess.PIPE
+    process: Any = subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, bufsize=0, **options)
+    return process
 
 
 def outcome(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:
