@@ -15,13 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import parse_list
-from hones_lens.data.recognize import read_file_of, require_answers
+from hones_lens.data.recognize import read_questions
 from hones_lens.data.records import (
     Format,
     Record,
     Row,
-    label,
     parse_answers,
     parse_id,
     parse_object,
@@ -31,12 +29,8 @@ from hones_lens.data.records import (
 
 def rows(file: Path, task: str) -> list[Row]:
     """One row per question."""
-    top = read_file_of(file, "DocVQA's", "docvqa")
-    records = parse_list(top, "data", file)
-    if not records:
-        raise ValueError(f"{file} has no records")
-    require_answers(records, file, "answers")
-    return [Row(label(raw, i, "questionId"), partial(_parse, raw)) for i, raw in enumerate(records)]
+    questions = read_questions(file, "DocVQA's", "docvqa", "questionId")
+    return [Row(name, partial(_parse, raw)) for name, raw in questions]
 
 
 def _parse(raw: Any) -> Record:

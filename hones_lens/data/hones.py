@@ -71,6 +71,11 @@ def unified_rows(top: Any, file: Path, task: str) -> list[Row]:
     records = top["data"] if isinstance(top, dict) else top
     if not records:
         raise ValueError(f"{file} has no records")
+    if not any(isinstance(record, dict) and "image_id" in record for record in records):
+        raise ValueError(
+            f"{file} is not HONES's unified JSON: no record has 'image_id'; the first is "
+            f"{describe_top_level(records[0])}"
+        )
     if task == "vqa":
         sections = (section for record in records for section in _record_sections(record, task))
         require_answers(sections, file, "all_answers", "answer")

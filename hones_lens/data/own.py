@@ -23,6 +23,7 @@ from typing import Any
 
 from hones_lens.data.files import load_records
 from hones_lens.data.reading import read_csv, read_jsonl
+from hones_lens.data.recognize import read_file_of, refuse_others
 from hones_lens.data.records import (
     BadRecord,
     Format,
@@ -64,14 +65,23 @@ def rows(file: Path, task: str) -> list[Row]:
     """One row per line; raises ValueError if the file lacks the columns of the task."""
     file = find_data_file(file) if file.is_dir() else file
     if file.suffix.lower() not in SUFFIXES:
+        if file.suffix.lower() == ".json":
+            read_file_of(file, f"one of your own ({' or '.join(SUFFIXES)})")
         raise ValueError(f"{file} is neither {' nor '.join(SUFFIXES)}")
     is_csv = file.suffix.lower() == ".csv"
     lines = read_csv(file) if is_csv else read_jsonl(file)
     columns = {key for _, raw in lines if isinstance(raw, dict) for key in raw}
     if {"raw", "filename", "sentids"} <= columns:
         raise ValueError(f"{file} is Flickr30k's file of captions: use the data set 'flickr30k' for it")
+    if not is_csv and not has_columns(columns, task):
+        refuse_others([raw for _, raw in lines], file, "one of your own")
     require_columns(columns, task, str(file))
     return [Row(_label(raw, n), partial(_parse, raw, f"line {n}", task, is_csv)) for n, raw in lines]
+
+
+def has_columns(columns: set[str], task: str) -> bool:
+    """Whether every column that the task needs is there."""
+    return not any(columns.isdisjoint(group) for group in COLUMNS[task])
 
 
 def require_columns(columns: set[str], task: str, source: str) -> None:

@@ -16,20 +16,18 @@ from typing import Any
 
 from hones_lens.data.coco_paths import coco_image_id, coco_image_paths
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import describe_top_level
-from hones_lens.data.recognize import read_file_of, require_answers
-from hones_lens.data.records import BadRecord, Format, Record, Row, label, parse_id, parse_object, parse_text
+from hones_lens.data.recognize import read_questions
+from hones_lens.data.records import BadRecord, Format, Record, Row, parse_id, parse_object, parse_text
 
 LABELS = ("yes", "no")
 
 
 def rows(file: Path, task: str) -> list[Row]:
     """One row per question."""
-    top = read_file_of(file, "POPE's", "pope")
-    if not isinstance(top, list) or not any(isinstance(raw, dict) and "text" in raw for raw in top):
-        raise ValueError(f"{file} is not POPE's: no objects with 'text', but {describe_top_level(top)}")
-    require_answers(top, file, "label")
-    return [Row(label(raw, i, "question_id"), partial(_parse, raw)) for i, raw in enumerate(top)]
+    questions = read_questions(
+        file, "POPE's", "pope", "question_id", under="", question="text", answer="label"
+    )
+    return [Row(name, partial(_parse, raw)) for name, raw in questions]
 
 
 def _parse(raw: Any) -> Record:

@@ -90,7 +90,8 @@ def read_jsonl(file: Path) -> list[tuple[int, Any]]:
 def read_json_or_jsonl(file: Path) -> Any:
     """The JSON value of a file; of a file with one object per line, whatever its name, the list of them."""
     lines = read_text(file).strip().split("\n")
-    if len(lines) > 1 and lines[0].startswith("{") and lines[0].rstrip().endswith("}"):
+    several = len(lines) > 1 or file.suffix.lower() == ".jsonl"
+    if several and lines[0].startswith("{") and lines[0].rstrip().endswith("}"):
         return [value for _, value in read_jsonl(file)]
     return read_json(file)
 

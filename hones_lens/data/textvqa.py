@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import parse_list
-from hones_lens.data.recognize import read_file_of, require_answers
+from hones_lens.data.recognize import read_questions
 from hones_lens.data.records import (
     Format,
     Record,
     Row,
-    label,
     parse_answers,
     parse_id,
     parse_object,
@@ -28,12 +26,8 @@ from hones_lens.data.records import (
 
 def rows(file: Path, task: str) -> list[Row]:
     """One row per question."""
-    top = read_file_of(file, "TextVQA's", "textvqa")
-    records = parse_list(top, "data", file)
-    if not records:
-        raise ValueError(f"{file} has no records")
-    require_answers(records, file, "answers")
-    return [Row(label(raw, i, "question_id"), partial(_parse, raw)) for i, raw in enumerate(records)]
+    questions = read_questions(file, "TextVQA's", "textvqa", "question_id")
+    return [Row(name, partial(_parse, raw)) for name, raw in questions]
 
 
 def _parse(raw: Any) -> Record:

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.data.files import load_records
-from hones_lens.data.reading import describe_top_level
-from hones_lens.data.recognize import read_file_of, require_answers
+from hones_lens.data.recognize import read_questions
 from hones_lens.data.records import (
     BadRecord,
     Format,
     Record,
     Row,
-    label,
     parse_answers,
     parse_object,
     parse_text,
@@ -31,11 +29,8 @@ from hones_lens.data.records import (
 
 def rows(file: Path, task: str) -> list[Row]:
     """One row per question."""
-    top = read_file_of(file, "VizWiz's", "vizwiz")
-    if not isinstance(top, list) or not top:
-        raise ValueError(f"{file} is not VizWiz's: no list of questions, but {describe_top_level(top)}")
-    require_answers(top, file, "answers")
-    return [Row(label(raw, i, "image"), partial(_parse, raw)) for i, raw in enumerate(top)]
+    questions = read_questions(file, "VizWiz's", "vizwiz", "image", under="")
+    return [Row(name, partial(_parse, raw)) for name, raw in questions]
 
 
 def _parse(raw: Any) -> Record:

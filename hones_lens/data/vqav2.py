@@ -95,8 +95,7 @@ def _first_existing(file: Path, *names: str) -> Path:
 
 def _read(file: Path) -> Any:
     """The top level of a file; raises ValueError if it is another data set's."""
-    top = read_file_of(file, "VQA v2's questions or annotations", "vqav2")
-    return top
+    return read_file_of(file, "VQA v2's questions or annotations", "vqav2")
 
 
 def _refuse_test_questions(file: Path) -> None:

@@ -29,6 +29,68 @@ FILE_OF = {
 # What reads the file beside the data set that it is of.
 ALSO_READ_BY = {"hones": {"coco"}}
 
+# The questions of test sets, without answers, with the fields that their publishers give.
+QUESTIONS_ONLY: dict[str, tuple[str, Any]] = {
+    "test.json": (
+        "VizWiz's file of questions",
+        [{"image": "VizWiz_test_00000000.jpg", "question": "What is this?"}],
+    ),
+    "TextVQA_0.5.1_test.json": (
+        "TextVQA's file of questions",
+        {
+            "dataset_type": "test",
+            "data": [
+                {
+                    "question_id": 39602,
+                    "image_id": "0009acae53edcdf1",
+                    "question": "what is on the sign?",
+                    "image_classes": ["Sign"],
+                    "set_name": "test",
+                }
+            ],
+        },
+    ),
+    "test_v1.0.json": (
+        "DocVQA's file of questions",
+        {
+            "dataset_name": "docvqa",
+            "dataset_split": "test",
+            "data": [
+                {
+                    "questionId": 57344,
+                    "question": "What is the date?",
+                    "image": "documents/lflm0081_3.png",
+                    "docId": 5555,
+                    "data_split": "test",
+                }
+            ],
+        },
+    ),
+    "challenge_balanced_questions.json": (
+        "GQA's file of questions",
+        {"201971873": {"isBalanced": True, "question": "Is it red?", "imageId": "n15740"}},
+    ),
+    "v2_OpenEnded_mscoco_test2015_questions.json": (
+        "VQA v2's questions of a test set",
+        {
+            "data_type": "mscoco",
+            "data_subtype": "test2015",
+            "questions": [{"image_id": 262144, "question": "Is it flying?", "question_id": 262144000}],
+        },
+    ),
+    "llava_pope_test.jsonl": (
+        "LLaVA's form of questions",
+        [
+            {
+                "question_id": 1,
+                "image": "COCO_val2014_000000310196.jpg",
+                "text": "Is there a snowboard in the image?",
+                "category": "adversarial",
+            }
+        ],
+    ),
+}
+
 
 def json_readers() -> list[str]:
     return [name for name in DATASETS if not name.startswith("shapes") and name not in ("own", "vqav2")]
@@ -69,6 +131,27 @@ def test_the_files_of_vqav2_are_refused_and_refuse(tmp_path):
         dataset = FORMATS[kind](tmp_path / kind)
         with pytest.raises(ValueError, match=rf"use the data set '{kind}' for it"):
             load_examples("vqav2", "vqa", "all", data_file=dataset.data_file)
+
+
+@pytest.mark.parametrize("reader", [*DATASETS, ""])
+@pytest.mark.parametrize("name", QUESTIONS_ONLY)
+def test_every_reader_says_of_a_file_of_questions_that_it_has_no_answers(tmp_path, name, reader):
+    """By a bare path too (`reader` is empty)."""
+    if reader.startswith("shapes"):
+        return
+    description, content = QUESTIONS_ONLY[name]
+    file = tmp_path / name
+    lines = content if name.endswith(".jsonl") else [content]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    task = tasks_of(reader)[0] if reader else "vqa"
+    dataset, files = (reader, {"data_file": file}) if reader else (file, {})
+    with pytest.raises(ValueError, match="no answers") as error:
+        load_examples(dataset, task, "all", **files, on_error="skip")
+    text = str(error.value)
+    assert str(file) in text
+    own = {"test.json": "vizwiz", "llava_pope_test.jsonl": "pope"}.get(name, "")
+    if reader not in (own, "textvqa", "docvqa", "gqa", "vqav2"):
+        assert f"{file} is {description}, not " in text
 
 
 # Official files that no data set here reads, with the fields that their publishers give.
@@ -113,6 +196,48 @@ UNREAD: dict[str, tuple[Any, str]] = {
             }
         ],
         "A-OKVQA's file of questions",
+    ),
+    "infographicsVQA_val_v1.0.json": (
+        {
+            "dataset_name": "infographicVQA",
+            "data": [
+                {
+                    "questionId": 98313,
+                    "question": "Which?",
+                    "image_local_name": "38511.jpeg",
+                    "image_url": "",
+                    "answers": ["a"],
+                }
+            ],
+        },
+        "InfographicVQA's file of questions",
+    ),
+    "train_task_3.json": (
+        {
+            "dataset_name": "st-vqa",
+            "data": [
+                {
+                    "file_path": "coco-text/COCO_train2014_000000509003.jpg",
+                    "file_name": "COCO_train2014_000000509003.jpg",
+                    "question": "Where?",
+                    "answers": ["a"],
+                    "question_id": 17100,
+                }
+            ],
+        },
+        "ST-VQA's file of questions",
+    ),
+    "test_human.json": (
+        [{"imgname": "41699051005347.png", "query": "How many?", "label": "14"}],
+        "ChartQA's file of questions",
+    ),
+    "problems.json": (
+        {"1": {"question": "?", "choices": ["a", "b"], "answer": 0, "lecture": "", "image": "image.png"}},
+        "ScienceQA's file of questions",
+    ),
+    "dataset.json": (
+        {"761183272": {"imageURL": "http://a/b.jpg", "questions": ["?"], "answers": ["a"], "title": "t"}},
+        "OCR-VQA's file of questions",
     ),
     "llava_instruct_150k.json": (
         [{"id": "33471", "image": "000000033471.jpg", "conversations": [{"from": "human", "value": "?"}]}],

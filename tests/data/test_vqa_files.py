@@ -121,6 +121,12 @@ BAD: dict[str, tuple[str, Any, str]] = {
         [POPE[0], {"question_id": 3, "image": "a.jpg", "label": "no"}],
         "record 3: has no text",
     ),
+    "no records of HONES": (
+        "hones",
+        [{"some": "thing"}],
+        "not HONES's unified JSON: no record has 'image_id'",
+    ),
+    "other records": ("docvqa", {"data": [{"some": "thing"}]}, "is not DocVQA's: no objects with 'question'"),
     "another list": ("pope", [{"some": "thing"}], "is not POPE's: no objects with 'text', but a list of 1"),
 }
 
