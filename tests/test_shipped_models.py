@@ -17,11 +17,12 @@ import hones_lens as hl
 from hones_lens import engine
 from hones_lens.app.runs.folder import weights_hash
 from hones_lens.app.tiny import tiny_llava, tiny_qwen
+from hones_lens.data.shapes import TASKS
 from hones_lens.engine import SweepOptions, full_passes
 from hones_lens.hones.masking import masking_curve
 from hones_lens.interventions.hooks import replace_with_other_heads_mean, zero_neurons
 from hones_lens.results.files import ranked
-from hones_lens.tasks.registry import TASKS, load_task
+from hones_lens.tasks.registry import load_task
 
 BARS = {"vqa": (0.90, 350), "ocr": (0.95, 150), "caption": (0.75, 150), "retrieval": (0.80, 40)}
 DATASETS = {"tiny-llava": tiny_llava.DATASETS, "tiny-qwen2.5-vl": tiny_qwen.DATASETS}

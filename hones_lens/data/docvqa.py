@@ -5,7 +5,7 @@
       "ucsf_document_page_no": "81", "answers": ["0.28"], "question_types": ["figure/diagram"]}]}
 
 Pictures (one page each) lie in the folder `documents` of the image folder, or in the image folder itself.
-`test_v1.0.json` has no answers.
+`test_v1.0.json` has no answers. Answers are scored by ANLS, the data set's official metric.
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ def _parse(raw: Any) -> Record:
     )
 
 
-FORMAT = Format("docvqa", ("vqa",), rows)
+FORMAT = Format("docvqa", ("vqa-anls",), rows)
 load = partial(load_records, FORMAT)

@@ -80,7 +80,8 @@ def load_examples(
         dataset: Name of a data set (of `DATASETS`, or of an installed distribution); or a path: HONES's
             unified JSON, your own CSV or JSONL file, or a folder with one such file; or `hf:REPO@SPLIT`
             for one of the Hugging Face Hub.
-        task: Name of a task: `vqa`, `ocr`, `caption`, `retrieval`, or another that the data set has.
+        task: Name of a task that the data set has (see `tasks_of`): `vqa`, `ocr`, `caption`, `retrieval`;
+            `vqa-anls` of DocVQA, `yes-no` of POPE.
         split: `discovery`, `dev` or `test`; no two of them share an image. Of files also `all`, or a
             split file, `FILE.json` or `FILE.json:NAME`, that lists images.
         limit: Maximum number of examples. A smaller limit gives a prefix of a larger one.

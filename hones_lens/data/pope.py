@@ -3,9 +3,9 @@
     {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in the image?",
      "label": "yes"}
 
-The answer is `yes` or `no`, and results can be broken down by it: the accuracy on `yes` is POPE's recall
-(its five measures: `hones_lens.tasks.yes_no_metrics`). A JSON list of such objects is read too. Splits are
-drawn over COCO's image ids, so they agree with `coco` and `vqav2`.
+The answer is `yes` or `no`, and results can be broken down by it. The task `yes-no` scores answers as POPE's
+own evaluation does, and gives its five measures; `vqa` takes `yes` and `no` alone. A JSON list of such
+objects is read too. Splits are drawn over COCO's image ids, so they agree with `coco` and `vqav2`.
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ def _parse(raw: Any) -> Record:
     )
 
 
-FORMAT = Format("pope", ("vqa",), rows)
+FORMAT = Format("pope", ("yes-no", "vqa"), rows)
 load = partial(load_records, FORMAT)

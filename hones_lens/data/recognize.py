@@ -63,7 +63,7 @@ def _of_vizwiz(top: Any) -> bool:
 KNOWN_FILES = (
     _known("cocotext", "COCO-Text's file", "anns", "image_id utf8_string"),
     _known("cocotext", "COCO-Text's file", "anns", "image_id legibility"),
-    _known("vqav2", "VQA v2's questions of a test set", "questions", "question", answers=_ANSWERS, where=_is_test),
+    _known("vqav2", "VQA v2's test questions", "questions", "question", answers=_ANSWERS, where=_is_test),
     _known("vqav2", "VQA v2's file of questions", "questions", "question_id image_id question"),
     _known("vqav2", "VQA v2's file of annotations", "annotations", "question_id answers"),
     _known("coco", "a file of COCO captions", "annotations", "image_id caption"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any, ClassVar, Unpack
 
@@ -41,6 +41,7 @@ class Evaluation(Result):
         scores: Each example's own score.
         kinds: The metric by kind.
         example_ids: Which examples, in the order of `scores`.
+        measures: The task's further measures by name, over all examples (POPE's five for `yes-no`).
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -52,6 +53,7 @@ class Evaluation(Result):
     scores: tuple[float, ...]
     kinds: dict[str, KindMetric]
     example_ids: tuple[str, ...]
+    measures: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def metric(self) -> float:
@@ -71,6 +73,8 @@ class Evaluation(Result):
 
     def __str__(self) -> str:
         lines = [f"{self.model_name}, {self.task}: {self.metric_name} {self.interval}"]
+        if self.measures:
+            lines.append("  " + ", ".join(f"{name} {value:.3f}" for name, value in self.measures.items()))
         if len(self.kinds) > 1:
             width = max(map(len, self.kinds))
             lines += [f"  {kind:<{width}} {metric}" for kind, metric in self.kinds.items()]
@@ -123,4 +127,5 @@ def evaluate(
         scores=tuple(arm.scores),
         kinds=by_kind,
         example_ids=tuple(example.id for example in examples),
+        measures=task.measures(statistics.sum(axis=0)),
     )

@@ -14,4 +14,8 @@ from .metrics import (
     yes_no_metrics as yes_no_metrics,
 )
 from .own_text import own_prompt as own_prompt, takes_text as takes_text
-from .registry import load_task as load_task, task_names as task_names
+from .registry import (
+    load_task as load_task,
+    task_names as task_names,
+    task_of_examples as task_of_examples,
+)

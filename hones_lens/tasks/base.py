@@ -67,6 +67,10 @@ class Task(Protocol):
         """The metric in 0-1, [...], of statistics summed over examples, [..., n_statistics]."""
         return mean_metric(statistics)
 
+    def measures(self, statistics: np.ndarray) -> dict[str, float]:
+        """Further measures by name, of statistics summed over examples, [n_statistics]; none by default."""
+        return {}
+
     def aggregate(self, predictions: Iterable[Any], examples: Iterable[Example]) -> float:
         """The metric over a data set, in 0-1 (P_t of HONES eq. H1)."""
         return summed_metric(self, predictions, examples)

@@ -108,19 +108,39 @@ def yes_no_metrics(predictions: Iterable[str], labels: Iterable[str]) -> dict[st
     for label in labels:
         if label not in ("yes", "no"):
             raise ValueError(f"label {label!r} is neither 'yes' nor 'no'")
-    said = np.array([_says_yes(prediction) for prediction in predictions])
-    true = np.array([label == "yes" for label in labels])
-    hits = int((said & true).sum())
+    counts = [yes_no_statistics(*given) for given in zip(predictions, labels, strict=True)]
+    return yes_no_shares(np.sum(counts, axis=0))
 
-    def share(count: int, total: int) -> float:
+
+def yes_no_statistics(prediction: str, label: str) -> np.ndarray:
+    """Which of the four outcomes one answer is; they are summed over questions.
+
+    Returns:
+        float64 [4], one 1 and three 0: hit (yes, rightly), false alarm, miss, correct rejection.
+    """
+    says_yes, is_yes = _says_yes(prediction), label == "yes"
+    outcomes = (says_yes and is_yes, says_yes and not is_yes, is_yes and not says_yes)
+    return np.array([*outcomes, not (says_yes or is_yes)], dtype=np.float64)
+
+
+def yes_no_accuracy(statistics: np.ndarray) -> np.ndarray:
+    """The share of right answers, [...], of summed `yes_no_statistics`, [..., 4]."""
+    return np.asarray((statistics[..., 0] + statistics[..., 3]) / statistics.sum(axis=-1))
+
+
+def yes_no_shares(statistics: np.ndarray) -> dict[str, float]:
+    """POPE's five measures of summed `yes_no_statistics`, [4] (see `yes_no_metrics`)."""
+    hits, false_alarms, misses, _ = statistics.tolist()
+
+    def share(count: float, total: float) -> float:
         return count / total if total else math.nan
 
     return {
-        "accuracy": float((said == true).mean()),
-        "precision": share(hits, int(said.sum())),
-        "recall": share(hits, int(true.sum())),
-        "f1": share(2 * hits, int(said.sum() + true.sum())),
-        "yes_ratio": float(said.mean()),
+        "accuracy": float(yes_no_accuracy(statistics)),
+        "precision": share(hits, hits + false_alarms),
+        "recall": share(hits, hits + misses),
+        "f1": share(2 * hits, 2 * hits + false_alarms + misses),
+        "yes_ratio": (hits + false_alarms) / float(statistics.sum()),
     }
 
 

@@ -6,7 +6,10 @@ import difflib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hones_lens.data import tasks_of
 
 if TYPE_CHECKING:
     from hones_lens.tasks.base import Task
@@ -17,7 +20,20 @@ TASKS = {
     "ocr": "hones_lens.tasks.ocr:TASK",
     "caption": "hones_lens.tasks.caption:TASK",
     "retrieval": "hones_lens.tasks.retrieval:TASK",
+    "vqa-anls": "hones_lens.tasks.vqa_anls:TASK",
+    "yes-no": "hones_lens.tasks.yes_no:TASK",
 }
+
+
+def task_of_examples(task: Task, dataset: str | Path, data_file: str | Path | None = None) -> str:
+    """The task under whose name a data set has a task's examples: its own, else that of `examples_of`.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load_examples`.
+    """
+    if task.examples_of and task.name not in tasks_of(dataset, data_file):
+        return task.examples_of
+    return task.name
 
 
 @cache

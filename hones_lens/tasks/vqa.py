@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from hones_lens.data import Example
-from hones_lens.tasks.base import Task, example_error
+from hones_lens.tasks.base import Task
 from hones_lens.tasks.metrics import vqa_accuracy
+from hones_lens.tasks.questions import accepted_answers, most_frequent_answer, question_prompt
 
 
 class VQA(Task):
@@ -16,25 +15,16 @@ class VQA(Task):
     metric_name = "accuracy"
 
     def prompt(self, example: Example) -> str:
-        if not example.question.strip():
-            raise example_error(example, "an empty question")
-        return f"Question: {example.question}\nAnswer the question with a short phrase."
+        return question_prompt(example)
 
     def target(self, example: Example) -> str:
         """The most frequent answer; of equally frequent ones the first."""
-        return Counter(_answers(example)).most_common(1)[0][0]
+        return most_frequent_answer(example)
 
     def score(self, prediction: str, example: Example) -> float:
         """VQA accuracy of one answer, in 0-1."""
-        _answers(example)
+        accepted_answers(example)
         return vqa_accuracy(prediction, example.answers)
-
-
-def _answers(example: Example) -> list[str]:
-    answers = [answer.strip() for answer in example.answers if answer.strip()]
-    if not answers:
-        raise example_error(example, "no answers")
-    return answers
 
 
 TASK = VQA()

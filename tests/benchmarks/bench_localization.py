@@ -15,11 +15,12 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 import hones_lens as hl
 from hones_lens import HookedVLM, localize_heads
+from hones_lens.data.shapes import TASKS
 from hones_lens.engine import full_passes
 from hones_lens.engine.speculation import Tally
 from hones_lens.hones.attribution.head_scores import all_heads
 from hones_lens.interventions.hooks import replace_with_other_heads_mean
-from hones_lens.tasks.registry import TASKS, load_task
+from hones_lens.tasks.registry import load_task
 
 BARS = {"vqa": 20, "ocr": 28, "caption": 25, "retrieval": 50}
 NAIVE_CELLS = {"vqa": 24, "ocr": 24, "caption": 16, "retrieval": 2}  # sampled anew in each round

@@ -71,7 +71,7 @@ QUESTIONS_ONLY: dict[str, tuple[str, Any]] = {
         {"201971873": {"isBalanced": True, "question": "Is it red?", "imageId": "n15740"}},
     ),
     "v2_OpenEnded_mscoco_test2015_questions.json": (
-        "VQA v2's questions of a test set",
+        "VQA v2's test questions",
         {
             "data_type": "mscoco",
             "data_subtype": "test2015",
@@ -282,11 +282,12 @@ def _without(keys: tuple[str, ...], file: Path) -> Path:
 def test_a_file_of_questions_only_says_that_it_has_no_answers(tmp_path, kind):
     dataset = FORMATS[kind](tmp_path)
     _without(("answer", "answers", "all_answers", "fullAnswer"), dataset.data_file)
-    n = dataset.n_records["vqa"]
+    task = dataset.tasks[0]
+    n = dataset.n_records[task]
     with pytest.raises(ValueError, match=rf"json holds {n} questions and no answers .*test sets"):
-        load_examples(dataset.dataset, "vqa", "all", **dataset.files, on_error="skip")
+        load_examples(dataset.dataset, task, "all", **dataset.files, on_error="skip")
     with pytest.raises(ValueError, match="no answers"):
-        check_data(dataset.dataset, "vqa", **dataset.files)
+        check_data(dataset.dataset, task, **dataset.files)
 
 
 def test_the_test_questions_of_vqav2_have_no_answers(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from helpers.dataset_files import FORMATS, write
 
 from hones_lens.data.check import check_data
-from hones_lens.data.loading import load_examples
+from hones_lens.data.loading import load_examples, tasks_of
 from hones_lens.tasks.registry import load_task
 
 # VizWiz_val_00000001, https://vizwiz.org/tasks-and-datasets/vqa/
@@ -71,15 +71,19 @@ def test_a_question_of_vizwiz(tmp_path):
 
 def test_a_question_of_docvqa(tmp_path):
     file = write(tmp_path / "val_v1.0.json", {"dataset_name": "docvqa", "data": [DOCVQA]})
-    (example,) = load_examples("docvqa", "vqa", "all", data_file=file)
+    (example,) = load_examples("docvqa", "vqa-anls", "all", data_file=file)
     assert example.id == "docvqa/49153" and example.answers == ("0.28",)
     assert example.question == DOCVQA["question"]
     assert example.facts["file"] == str(tmp_path / "documents/pybv0228_81.png")
+    with pytest.raises(ValueError, match="'docvqa' has no task 'vqa'; valid: vqa-anls"):
+        load_examples("docvqa", "vqa", "all", data_file=file)
 
 
 @pytest.mark.parametrize("as_list", [False, True])
 def test_questions_of_pope(tmp_path, as_list):
     file = write(tmp_path / "pope.json", POPE) if as_list else pope_file(tmp_path, POPE)
+    table, tv = load_examples("pope", "yes-no", "all", data_file=file)
+    assert load_task("yes-no").score("Yes, there is a dining table.", table) == 1
     table, tv = load_examples("pope", "vqa", "all", data_file=file)
     assert (table.id, table.question, table.answers) == ("pope/0", POPE[0]["text"], ("yes",))
     assert (tv.id, tv.answers, tv.kind) == ("pope/3", ("no",), "no")
@@ -136,7 +140,7 @@ def test_what_is_wrong_is_named(tmp_path, name):
     dataset, content, reason = BAD[name]
     file = write(tmp_path / "file.json", content)
     with pytest.raises(ValueError, match=rf"file\.json.*{reason}"):
-        load_examples(dataset, "vqa", "all", data_file=file)
+        load_examples(dataset, tasks_of(dataset)[0], "all", data_file=file)
 
 
 def test_a_line_of_pope_that_is_not_json_is_named(tmp_path):

@@ -20,6 +20,7 @@ from torch import Tensor
 import hones_lens as hl
 from hones_lens import HookedVLM, engine
 from hones_lens.data.examples import Example
+from hones_lens.data.shapes import TASKS
 from hones_lens.engine import Sweep, SweepOptions, forks, full_passes, measurement
 from hones_lens.engine.memory import Budget
 from hones_lens.engine.speculation import Tally
@@ -32,7 +33,7 @@ from hones_lens.interventions.hooks import (
     zero_neurons,
 )
 from hones_lens.tasks.base import Task
-from hones_lens.tasks.registry import TASKS, load_task
+from hones_lens.tasks.registry import load_task
 
 QUIET = SweepOptions(progress=False)
 SHIPPED = ("tiny-llava", "tiny-qwen2.5-vl")

@@ -315,7 +315,7 @@ def docvqa(folder: Path) -> WrittenDataset:
     header = {"dataset_name": "docvqa", "dataset_split": "val", "dataset_version": "1.0"}
     file = write(folder / "val_v1.0_withQT.json", {**header, "data": data})
     images = save(scenes, folder / "val", lambda n: f"documents/pybv0228_{n}.png")
-    return WrittenDataset("docvqa", file, images, ("vqa",), {"vqa": N_SCENES})
+    return WrittenDataset("docvqa", file, images, ("vqa-anls",), {"vqa-anls": N_SCENES})
 
 
 def pope(folder: Path) -> WrittenDataset:
@@ -330,7 +330,8 @@ def pope(folder: Path) -> WrittenDataset:
     images = save(scenes, folder / "val2014", coco_name)
     file = folder / "coco_pope_random.json"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return WrittenDataset("pope", file, images, ("vqa",), {"vqa": 2 * N_SCENES})
+    tasks = ("yes-no", "vqa")
+    return WrittenDataset("pope", file, images, tasks, dict.fromkeys(tasks, 2 * N_SCENES))
 
 
 def _caption_lines(scenes: Sequence[shapes.Scene], line: str) -> list[str]:
@@ -447,8 +448,8 @@ TASKS_BY_FORMAT = {
     "flickr30k_token": ("caption", "retrieval"),
     "flickr30k_kaggle": ("caption", "retrieval"),
     "vizwiz": ("vqa",),
-    "docvqa": ("vqa",),
-    "pope": ("vqa",),
+    "docvqa": ("vqa-anls",),
+    "pope": ("yes-no", "vqa"),
     "own_csv": ("vqa", "ocr", "caption", "retrieval"),
     "own_jsonl": ("vqa", "ocr", "caption", "retrieval"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,15 @@ from hones_lens.data.examples import Example
 from hones_lens.data.loading import load_examples
 from hones_lens.tasks.base import Task, mean_metric, mean_statistics
 from hones_lens.tasks.registry import TASKS, load_task
+
+
+def examples_for(name: str, n: int) -> list[Example]:
+    """Examples of the shapes world; those of questions to be answered with yes or no have such answers."""
+    kind = {"vqa-anls": "vqa", "yes-no": "vqa"}.get(name, name)
+    examples = load_examples("shapes", kind, "dev", limit=n)
+    if name == "yes-no":
+        return [replace(e, answers=("yes" if i % 3 else "no",)) for i, e in enumerate(examples)]
+    return examples
 
 
 def perfect(task, example: Example):
@@ -19,11 +30,15 @@ def perfect(task, example: Example):
 
 
 def wrong(task, example: Example):
+    if task.name == "yes-no":
+        return {"Yes": "No", "No": "Yes"}[task.target(example)]
     return [0.0] * len(example.candidates) if task.ranks else "zzz"
 
 
 def test_an_unknown_task_raises_and_lists_the_valid_ones():
-    with pytest.raises(ValueError, match=r"unknown task 'vqaa'; valid: vqa, ocr, caption, retrieval"):
+    with pytest.raises(
+        ValueError, match=r"unknown task 'vqaa'; valid: vqa, ocr, caption, retrieval, vqa-anls, yes-no"
+    ):
         load_task("vqaa")
 
 
@@ -34,6 +49,8 @@ def test_an_unknown_task_raises_and_lists_the_valid_ones():
         ("ocr", "ANLS", False, False),
         ("caption", "BLEU-4", False, True),
         ("retrieval", "NDCG@5", True, False),
+        ("vqa-anls", "ANLS", False, False),
+        ("yes-no", "accuracy", False, False),
     ],
 )
 def test_attributes(name, metric_name, ranks, idf):
@@ -70,7 +87,7 @@ def test_a_task_is_prompt_target_and_score():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_perfect_model_scores_one_and_a_useless_one_zero(name):
-    task, examples = load_task(name), load_examples("shapes", name, "dev", limit=14)
+    task, examples = load_task(name), examples_for(name, 14)
     right = [perfect(task, e) for e in examples]
     assert [task.score(p, e) for p, e in zip(right, examples, strict=True)] == [1.0] * 14
     assert task.aggregate(right, examples) == 1.0
@@ -79,7 +96,7 @@ def test_a_perfect_model_scores_one_and_a_useless_one_zero(name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_statistics_add_up_to_the_aggregate_and_metric_keeps_leading_axes(name):
-    task, examples = load_task(name), load_examples("shapes", name, "dev", limit=6)
+    task, examples = load_task(name), examples_for(name, 6)
     said = [wrong(task, e) if i % 3 == 0 else perfect(task, e) for i, e in enumerate(examples)]
     each = np.stack([task.statistics(p, e) for p, e in zip(said, examples, strict=True)])
     assert each.dtype == np.float64
@@ -88,9 +105,9 @@ def test_statistics_add_up_to_the_aggregate_and_metric_keeps_leading_axes(name):
     np.testing.assert_array_equal(task.metric(each.reshape(2, 3, -1)), np.reshape(one_by_one, (2, 3)))
 
 
-@pytest.mark.parametrize("name", ["vqa", "ocr", "retrieval"])
+@pytest.mark.parametrize("name", ["vqa", "ocr", "retrieval", "vqa-anls", "yes-no"])
 def test_aggregate_is_the_mean_score_where_the_metric_is_a_mean(name):
-    task, examples = load_task(name), load_examples("shapes", name, "dev", limit=5)
+    task, examples = load_task(name), examples_for(name, 5)
     said = [wrong(task, e) if i < 2 else perfect(task, e) for i, e in enumerate(examples)]
     assert task.aggregate(said, examples) == pytest.approx(3 / 5)
     assert mean_metric(mean_statistics(0.25) + mean_statistics(0.75)) == 0.5
@@ -98,7 +115,7 @@ def test_aggregate_is_the_mean_score_where_the_metric_is_a_mean(name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_aggregate_refuses_unequal_numbers_and_none(name):
-    task, examples = load_task(name), load_examples("shapes", name, "dev", limit=2)
+    task, examples = load_task(name), examples_for(name, 2)
     with pytest.raises(ValueError, match="1 predictions for 2 examples"):
         task.aggregate([perfect(task, examples[0])], examples)
     with pytest.raises(ValueError, match=f"no examples to compute {task.metric_name} over"):
@@ -108,7 +125,7 @@ def test_aggregate_refuses_unequal_numbers_and_none(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_the_target_follows_one_of_the_prompts(name):
     task = load_task(name)
-    for example in load_examples("shapes", name, "dev", limit=3):
+    for example in examples_for(name, 3):
         assert task.target_prompt(example) in task.prompts(example)
         assert len(task.prompts(example)) == (50 if task.ranks else 1)
         assert task.target(example).strip()

@@ -6,9 +6,11 @@ import math
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
-from hones_lens.tasks import yes_no_metrics
+from hones_lens.data.examples import Example
+from hones_lens.data.shapes import Scene
+from hones_lens.tasks import load_task, yes_no_metrics
 
 SAYS_YES = ("Yes", "yes, there is.", "There is a dog. It is not big", "Nothing like it", "")
 SAYS_NO = ("No", "no", "No, there is no dog.", "There is not a dog", "I see no, dog", "No\n")
@@ -53,3 +55,42 @@ def test_other_labels_and_counts_are_refused():
         yes_no_metrics(["Yes", "No"], ["yes"])
     with pytest.raises(ValueError, match="0 predictions for 0 labels"):
         yes_no_metrics([], [])
+
+
+BLANK = Scene((), "ACE", 0, 2, 0, 110)
+
+
+def asked(*answers: str) -> Example:
+    return Example("pope/7", BLANK, question="Is there a dog in the image?", answers=answers)
+
+
+@pytest.mark.parametrize("text", SAYS_YES + SAYS_NO)
+def test_the_task_reads_answers_as_pope_does(text):
+    task = load_task("yes-no")
+    assert task.score(text, asked("yes")) == (text in SAYS_YES)
+    assert task.score(text, asked("no")) == (text in SAYS_NO)
+
+
+def test_the_task_asks_as_vqa_does_and_its_target_is_a_word():
+    task = load_task("yes-no")
+    expected = "Question: Is there a dog in the image?\nAnswer the question with a short phrase."
+    assert task.prompts(asked("yes")) == [expected]
+    assert [task.target(asked(answer)) for answer in ("yes", "No", "NO.")] == ["Yes", "No", "No"]
+    assert task.target(asked("no", "yes", "yes")) == task.answer(asked("yes")) == "Yes"
+    for answers, problem in ((("red",), "the answer 'red', neither yes nor no"), (("",), "no answers")):
+        with pytest.raises(ValueError, match=f"'pope/7' has {problem}"):
+            task.target(asked(*answers))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(SAYS_YES + SAYS_NO), answers), min_size=1, max_size=30))
+def test_the_task_counts_what_scikit_learn_counts(pairs):
+    task = load_task("yes-no")
+    texts, labels = map(list, zip(*pairs, strict=True))
+    examples = [asked(label) for label in labels]
+    said = ["yes" if text in SAYS_YES else "no" for text in texts]
+    assert task.aggregate(texts, examples) == pytest.approx(accuracy_score(labels, said))
+    summed = sum(task.statistics(text, e) for text, e in zip(texts, examples, strict=True))
+    table = confusion_matrix(labels, said, labels=["yes", "no"])
+    assert summed.tolist() == [table[0, 0], table[1, 0], table[0, 1], table[1, 1]]
+    assert task.measures(summed) == pytest.approx(yes_no_metrics(texts, labels), nan_ok=True)

@@ -22,7 +22,7 @@ def execute(args: argparse.Namespace) -> int:
     """A model's metrics, task by task."""
     from hones_lens.data import load_examples, tasks_of
     from hones_lens.engine import evaluate
-    from hones_lens.tasks import load_task
+    from hones_lens.tasks import load_task, task_of_examples
 
     model, results = model_from(args), []
     tasks = tasks_of(args.dataset, args.data_file) if args.task == "all" else (args.task,)
@@ -30,7 +30,7 @@ def execute(args: argparse.Namespace) -> int:
         default = 100 if task.ranks else 1000
         limit = default if args.limit is None else args.limit
         files = {"data_file": args.data_file, "image_dir": args.image_dir, "on_error": args.on_error}
-        kind = task.examples_of or task.name
+        kind = task_of_examples(task, args.dataset, args.data_file)
         results.append(
             evaluate(model, task, load_examples(args.dataset, kind, args.split, limit, args.seed, **files))
         )

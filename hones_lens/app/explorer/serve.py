@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hones_lens.app.explorer.views import ExplorerViews
 from hones_lens.data import load_examples
 from hones_lens.model import PictureLike
-from hones_lens.tasks import load_task, own_prompt
+from hones_lens.tasks import load_task, own_prompt, task_of_examples
 
 if TYPE_CHECKING:
     import uvicorn
@@ -48,7 +48,7 @@ def picture_and_prompt(
     known_task = load_task(task or ("vqa" if image is None or prompt is not None else "caption"))
     example = None
     if image is None:
-        example = load_examples("shapes", known_task.examples_of or known_task.name, "test", limit=2)[1]
+        example = load_examples("shapes", task_of_examples(known_task, "shapes"), "test", limit=2)[1]
         if prompt is None:
             return example.image, known_task.target_prompt(example)
     asked = prompt if raw_prompt and prompt is not None else own_prompt(known_task, prompt)

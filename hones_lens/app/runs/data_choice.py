@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hones_lens.data import Example, load_examples
 from hones_lens.engine import as_task
-from hones_lens.tasks import Task
+from hones_lens.tasks import Task, task_of_examples
 
 # Examples for discovery and for the held-out test; ranking fifty candidates is fifty prompts.
 DEFAULT_SIZES = {False: (420, 84), True: (16, 12)}
@@ -60,10 +60,9 @@ class DataChoice:
         return self._load(task, self.held_out, self.n_held_out or DEFAULT_SIZES[as_task(task).ranks][1])
 
     def _load(self, task: str | Task, split: str, limit: int) -> list[Example]:
-        known = as_task(task)
         return load_examples(
             self.dataset,
-            known.examples_of or known.name,
+            task_of_examples(as_task(task), self.dataset, self.data_file),
             split,
             limit,
             self.seed,

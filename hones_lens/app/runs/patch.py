@@ -28,7 +28,7 @@ from hones_lens.data import Example, counterfactual_pairs, load_examples
 from hones_lens.interventions import Box, Corruption
 from hones_lens.model import HookedVLM, VLMInputs, open_image
 from hones_lens.results import Labelled, write_json
-from hones_lens.tasks import load_task, own_prompt, takes_text
+from hones_lens.tasks import load_task, own_prompt, takes_text, task_of_examples
 
 CORRUPTIONS = ("noise", "blank", "blur", "shuffle", "mean")
 DEFAULT_LIMIT = 64
@@ -89,7 +89,7 @@ class PairsChoice:
         if self.corrupt is None:
             limit = DEFAULT_LIMIT if self.limit is None else self.limit
             task = load_task(self.task)
-            kind_of = task.examples_of or task.name
+            kind_of = task_of_examples(task, "shapes")
             fact_pairs = counterfactual_pairs(kind_of, self.kind, self.split, limit, self.seed)
             return counterfactual(model, fact_pairs, task)
         task, examples = load_task(self.task), self._examples()
@@ -105,10 +105,9 @@ class PairsChoice:
 
     def _examples(self) -> list[Example]:
         files = {"data_file": self.data_file, "image_dir": self.image_dir, "on_error": self.on_error}
-        task, limit = load_task(self.task), DEFAULT_LIMIT if self.limit is None else self.limit
-        return load_examples(
-            self.dataset, task.examples_of or task.name, self.split, limit, self.seed, **files
-        )
+        limit = DEFAULT_LIMIT if self.limit is None else self.limit
+        kind = task_of_examples(load_task(self.task), self.dataset, self.data_file)
+        return load_examples(self.dataset, kind, self.split, limit, self.seed, **files)
 
     def first_pictures(self, pairs: PatchPairs) -> tuple[Image.Image, Image.Image | None, str]:
         """Clean picture, corrupted picture (None if there is none) and prompt of the first pair."""
