@@ -111,6 +111,8 @@ def load_examples(
                 f"data set {str(dataset)!r} is drawn, not read from files: encoding={encoding!r} has no use"
             )
         return module.load(task, split, limit, seed, **files)
+    if encoding != "utf-8" and str(dataset).startswith("hf:"):
+        raise ValueError(f"{str(dataset)!r} has no text files of its own: encoding={encoding!r} has no use")
     from hones_lens.data.files import load_records
 
     fmt, files["data_file"] = resolve(dataset, data_file)

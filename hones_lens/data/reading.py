@@ -73,7 +73,9 @@ def _decoded(file: Path, content: bytes) -> str:
 
 def _convert(file: Path, encoding: str) -> str:
     convert = f"iconv -f {encoding} -t UTF-8 {file.name} > utf8_{file.name}"
-    return f"load it with encoding='{encoding.lower()}', or save it as UTF-8, for instance with: {convert}"
+    name = encoding.lower()
+    given = f"encoding='{name}' (--encoding {name})"
+    return f"load it with {given}, or save it as UTF-8, for instance with: {convert}"
 
 
 def read_json(file: Path) -> Any:

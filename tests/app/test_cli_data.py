@@ -6,6 +6,7 @@ import json
 
 import pytest
 from helpers.dataset_files import docvqa, pope
+from PIL import Image
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 import hones_lens as hl
@@ -65,3 +66,51 @@ def test_yes_no_goes_through_every_stage(tmp_path, capsys):
         == 0
     )
     assert main(["report", run]) == 0 and "yes-no" in capsys.readouterr().out
+
+
+def in_latin_1(folder, separator: str = ",") -> list[str]:
+    """A CSV file of one's own whose answer, rosé, is no UTF-8."""
+    folder.mkdir()
+    rows = ["image,question,answer", *(f"{i}.png,what color is it?,rosé" for i in range(24))]
+    for i in range(24):
+        Image.new("RGB", (112, 112), (200, 10 * i, 150)).save(folder / f"{i}.png")
+    text = "\n".join(rows).replace(",", separator) + "\n"
+    (folder / "mine.csv").write_bytes(text.encode("latin-1"))
+    return ["--dataset", str(folder)]
+
+
+RUNS = {
+    "evaluate": ["--task", "vqa", "--split", "all", "--limit", "2"],
+    "localize": ["--limit", "2", "--stage", "heads", "--plan"],
+    "mask": ["--limit", "2", "--plan"],
+    "patch": ["--corrupt", "blank", "--split", "all", "--limit", "2", "--plan"],
+}
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_the_encoding_can_be_named_wherever_data_are_read(command, tmp_path, capsys):
+    argv = [command, *in_latin_1(tmp_path / "mine"), *RUNS[command]]
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert "line 2 holds the byte 0xe9" in said and "(--encoding cp1252)" in said
+    assert main([*argv, "--encoding", "cp1252"]) == 0
+
+
+def test_data_check_takes_an_encoding_and_names_separators(tmp_path, capsys):
+    (folder,) = in_latin_1(tmp_path / "mine")[1:]
+    check = ["data", "check", folder, "--task", "vqa"]
+    assert main(check) == 1 and main([*check, "--encoding", "latin-1"]) == 0
+    assert "24 usable" in capsys.readouterr().out
+    (folder,) = in_latin_1(tmp_path / "other", ";")[1:]
+    assert main(["data", "check", folder, "--task", "vqa", "--encoding", "latin-1"]) == 1
+    assert "its columns are separated by semicolons, not commas" in capsys.readouterr().err
+
+
+def test_an_unknown_encoding_and_one_without_use_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--encoding", "latin-99"])
+    assert stop.value.code == 2 and "unknown encoding 'latin-99'" in capsys.readouterr().err
+    assert main(["evaluate", "--task", "vqa", "--encoding", "cp1252"]) == 1
+    assert "is drawn, not read from files: encoding='cp1252' has no use" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="encoding='cp1252' has no use"):
+        hl.load_examples("hf:lmms-lab/textvqa@validation", "vqa", "all", encoding="cp1252")

@@ -45,6 +45,7 @@ def data_from(args: argparse.Namespace) -> DataChoice:
         n_dev=args.limit if args.dev_limit is None else args.dev_limit,
         n_held_out=args.limit,
         on_error=args.on_error,
+        encoding=args.encoding,
     )
 
 

@@ -29,7 +29,8 @@ def execute(args: argparse.Namespace) -> int:
     for task in map(load_task, tasks):
         default = 100 if task.ranks else 1000
         limit = default if args.limit is None else args.limit
-        files = {"data_file": args.data_file, "image_dir": args.image_dir, "on_error": args.on_error}
+        names = ("data_file", "image_dir", "on_error", "encoding")
+        files = {name: getattr(args, name) for name in names}
         kind = task_of_examples(task, args.dataset, args.data_file)
         results.append(
             evaluate(model, task, load_examples(args.dataset, kind, args.split, limit, args.seed, **files))

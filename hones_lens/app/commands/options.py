@@ -110,10 +110,30 @@ def file_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dataset", default="shapes", help="name, file or folder (default: shapes)")
     command.add_argument("--data-file", help="annotations, for data sets read from files")
     command.add_argument("--image-dir", help="images, for data sets read from files")
+    encoding_option(command)
     command.add_argument("--seed", type=int, default=3407)
     command.add_argument(
         "--on-error", choices=["raise", "skip"], default="raise", help="at a record that can't be used"
     )
+
+
+def encoding_option(command: argparse.ArgumentParser) -> None:
+    """Add the option of the encoding of annotation files."""
+    command.add_argument(
+        "--encoding",
+        type=encoding,
+        default="utf-8",
+        help="of the annotations' text, e.g. cp1252 (default: utf-8)",
+    )
+
+
+def encoding(text: str) -> str:
+    """An encoding of text that Python knows."""
+    try:
+        "".encode(text)
+    except LookupError as error:
+        raise argparse.ArgumentTypeError(f"unknown encoding {text!r}, e.g. utf-8, cp1252, utf-16") from error
+    return text
 
 
 def finite(text: str) -> float:

@@ -32,6 +32,7 @@ class DataChoice:
     n_dev: int | None = None
     n_held_out: int | None = None
     on_error: str = "raise"
+    encoding: str = "utf-8"
 
     @property
     def label(self) -> str:
@@ -69,4 +70,5 @@ class DataChoice:
             data_file=self.data_file,
             image_dir=self.image_dir,
             on_error=self.on_error,
+            encoding=self.encoding,
         )

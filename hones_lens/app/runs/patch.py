@@ -52,8 +52,8 @@ class PairsChoice:
         strength: Standard deviations of the noise, or radius of the blur; None for the default.
         color: Colour of `blank`.
         corrupt_box: Restricts the corruption to a box: left, top, right, bottom.
-        dataset, data_file, image_dir, split, limit, seed, on_error: Options of `load_examples`; the seed is
-            also that of noise and shuffling.
+        dataset, data_file, image_dir, split, limit, seed, on_error, encoding: Options of `load_examples`; the
+            seed is also that of noise and shuffling.
     """
 
     task: str = "vqa"
@@ -76,6 +76,7 @@ class PairsChoice:
     limit: int | None = None
     seed: int = 3407
     on_error: str = "raise"
+    encoding: str = "utf-8"
 
     def load(self, model: HookedVLM) -> PatchPairs:
         """Load and prepare the pairs.
@@ -104,7 +105,8 @@ class PairsChoice:
         return replace(pairs, task=self.task)
 
     def _examples(self) -> list[Example]:
-        files = {"data_file": self.data_file, "image_dir": self.image_dir, "on_error": self.on_error}
+        names = ("data_file", "image_dir", "on_error", "encoding")
+        files: dict[str, Any] = {name: getattr(self, name) for name in names}
         limit = DEFAULT_LIMIT if self.limit is None else self.limit
         kind = task_of_examples(load_task(self.task), self.dataset, self.data_file)
         return load_examples(self.dataset, kind, self.split, limit, self.seed, **files)

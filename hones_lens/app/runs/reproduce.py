@@ -113,7 +113,7 @@ def _datasets(data: DataChoice, shifted: str | None) -> dict[str, DataChoice]:
     """The data sets by name; the first is the one on which heads and neurons are selected."""
     datasets = {data.label: data}
     if shifted is not None:
-        datasets[shifted] = replace(data, dataset=shifted, data_file=None, image_dir=None)
+        datasets[shifted] = replace(data, dataset=shifted, data_file=None, image_dir=None, encoding="utf-8")
     return datasets
 
 
