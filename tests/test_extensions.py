@@ -116,7 +116,9 @@ for load in (load_task, load_ranking, load_family, lambda name: load_examples(na
 
 def test_the_program_offers_what_is_installed_and_does_not_load_it(environment, tmp_path) -> None:
     said = hones(environment, tmp_path, "evaluate", "--help")
-    assert "{vqa,ocr,caption,retrieval,count-discs,misnamed,all}" in said.stdout.replace("\n", "")
+    assert "{vqa,ocr,caption,retrieval,vqa-anls,yes-no,count-discs,misnamed,all}" in said.stdout.replace(
+        "\n", ""
+    )
     wrong = hones(environment, tmp_path, "evaluate", "--task", "count-disks")
     assert wrong.returncode == 2 and "count-discs" in wrong.stderr
     code = (

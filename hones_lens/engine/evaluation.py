@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Any, ClassVar, Unpack
 
@@ -41,7 +41,8 @@ class Evaluation(Result):
         scores: Each example's own score.
         kinds: The metric by kind.
         example_ids: Which examples, in the order of `scores`.
-        measures: The task's further measures by name, over all examples (POPE's five for `yes-no`).
+        measures: The task's further measures by name, over all examples (POPE's five for `yes-no`), None where
+            one is a share of nothing; None for a task without any.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -53,7 +54,7 @@ class Evaluation(Result):
     scores: tuple[float, ...]
     kinds: dict[str, KindMetric]
     example_ids: tuple[str, ...]
-    measures: dict[str, float] = field(default_factory=dict[str, float])
+    measures: dict[str, float | None] | None = None
 
     @property
     def metric(self) -> float:
@@ -74,7 +75,7 @@ class Evaluation(Result):
     def __str__(self) -> str:
         lines = [f"{self.model_name}, {self.task}: {self.metric_name} {self.interval}"]
         if self.measures:
-            lines.append("  " + ", ".join(f"{name} {value:.3f}" for name, value in self.measures.items()))
+            lines.append("  " + ", ".join(f"{name} {_shown(value)}" for name, value in self.measures.items()))
         if len(self.kinds) > 1:
             width = max(map(len, self.kinds))
             lines += [f"  {kind:<{width}} {metric}" for kind, metric in self.kinds.items()]
@@ -82,6 +83,10 @@ class Evaluation(Result):
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
+
+
+def _shown(value: float | None) -> str:
+    return "of nothing" if value is None else f"{value:.3f}"
 
 
 @takes_iterables
@@ -119,6 +124,7 @@ def evaluate(
         )
         for kind, indices in rows.items()
     }
+    measures = task.measures(statistics.sum(axis=0))
     return Evaluation(
         task=task.name,
         metric_name=task.metric_name,
@@ -127,5 +133,5 @@ def evaluate(
         scores=tuple(arm.scores),
         kinds=by_kind,
         example_ids=tuple(example.id for example in examples),
-        measures=task.measures(statistics.sum(axis=0)),
+        measures={name: None if np.isnan(value) else value for name, value in measures.items()} or None,
     )

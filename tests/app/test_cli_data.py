@@ -114,3 +114,14 @@ def test_an_unknown_encoding_and_one_without_use_are_refused(capsys):
     assert "is drawn, not read from files: encoding='cp1252' has no use" in capsys.readouterr().err
     with pytest.raises(ValueError, match="encoding='cp1252' has no use"):
         hl.load_examples("hf:lmms-lab/textvqa@validation", "vqa", "all", encoding="cp1252")
+
+
+def test_a_measure_of_nothing_is_saved_and_said(tmp_path, capsys):
+    """The recall where the right answer is never yes."""
+    dataset = pope(tmp_path)
+    lines = [line for line in dataset.data_file.read_text().splitlines() if json.loads(line)["label"] == "no"]
+    dataset.data_file.write_text("\n".join(lines[:4]))
+    argv = ["evaluate", *files_of(dataset), "--task", "yes-no", "--split", "all"]
+    assert main([*argv, "--json", str(tmp_path / "r.json")]) == 0
+    (written,) = json.loads((tmp_path / "r.json").read_text())
+    assert written["measures"]["recall"] is None and "recall of nothing" in capsys.readouterr().out
