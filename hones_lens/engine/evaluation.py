@@ -41,8 +41,8 @@ class Evaluation(Result):
         scores: Each example's own score.
         kinds: The metric by kind.
         example_ids: Which examples, in the order of `scores`.
-        measures: The task's further measures by name, over all examples (POPE's five for `yes-no`), None where
-            one is a share of nothing; None for a task without any.
+        measures: The task's further measures by name, over all examples (POPE's five for `yes-no`); None
+            for one that is a share of nothing, and for a task without any.
     """
 
     kind: ClassVar[str] = "evaluation"

@@ -9,8 +9,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hones_lens.data import tasks_of
-
 if TYPE_CHECKING:
     from hones_lens.tasks.base import Task
 
@@ -31,6 +29,8 @@ def task_of_examples(task: Task, dataset: str | Path, data_file: str | Path | No
     Raises:
         FileNotFoundError, ValueError: As `load_examples`.
     """
+    from hones_lens.data import tasks_of
+
     if task.examples_of and task.name not in tasks_of(dataset, data_file):
         return task.examples_of
     return task.name
