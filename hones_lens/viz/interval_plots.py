@@ -39,11 +39,7 @@ def _draw_marks(axes: Axes, marks: Sequence[_Mark]) -> None:
             axes.hlines(place, mark.low, mark.high, color=INK, linewidth=1.2, gid=f"interval-{place}")
     colours = [mark.colour for mark in marks]
     axes.scatter([mark.value for mark in marks], places, s=26, c=colours, zorder=3, gid="values")
-    axes.set_yticks(places, labels=[mark.name for mark in marks])
-    axes.set_ylim(len(marks) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.grid(axis="x")
+    theme.name_rows(axes, [mark.name for mark in marks])
 
 
 @styled

@@ -308,11 +308,8 @@ def _largest_bars(result: Labelled, k: int, title: str) -> Plot:
         style = {"color": INK, "elinewidth": 1.1, "capsize": 2, "linestyle": "none"}
         axes.errorbar(values, places, xerr=ends.flatten(1)[:, order].numpy(), **style)
     axes.axvline(0, color=MUTED, linewidth=0.9)
-    axes.set_yticks(places, labels=names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
+    theme.name_rows(axes, names, spine=True)
     axes.set(xlabel=_value_label(result), ylabel=kind)
-    axes.grid(axis="x")
     return figure
 
 

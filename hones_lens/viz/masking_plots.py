@@ -143,11 +143,7 @@ def draw_rows(axes: Axes, rows: Sequence[DropRow]) -> None:
             axes.hlines(y, min(random), max(random), color=RANDOM, linewidth=1.6, gid=f"range-{place}")
             axes.scatter(random, [y] * len(random), color=RANDOM, **DOTS, gid=f"controls-{place}")
     axes.axvline(0, color=MUTED, linewidth=0.9)
-    axes.set_yticks(places, labels=[row.name for row in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.grid(axis="x")
+    theme.name_rows(axes, [row.name for row in rows])
 
 
 @styled

@@ -88,13 +88,10 @@ def _count_bars(
         place = (max(count, mean), bar.get_y() + bar.get_height() / 2)
         where = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "size": 9.2}
         axes.annotate(label, place, **where)
-    axes.set_yticks(places, labels=list(names))
-    axes.set_ylim(len(names) - 0.4, -0.6)
+    theme.name_rows(axes, names, spine=True)
     axes.set_xlim(0, 1.42 * top or 1)
     axes.set_xlabel("neurons")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x")
 
 
 @styled

@@ -97,12 +97,8 @@ def _draw_gains(axes: Axes, rows: Sequence[GainRow]) -> None:
         if row.draws:
             axes.scatter(row.draws, [place] * len(row.draws), color=INK, **DOTS, gid=f"draws-{place}")
     axes.axvline(0, color=MUTED, linewidth=0.9)
-    axes.set_yticks(places, labels=[row.name for row in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
+    theme.name_rows(axes, [row.name for row in rows])
     axes.locator_params(axis="x", nbins=5)
-    axes.grid(axis="x")
 
 
 @styled

@@ -251,6 +251,15 @@ def drawable(text: str) -> str:
     )
 
 
+def name_rows(axes: Axes, names: Sequence[str], spine: bool = False) -> None:
+    """An axis of named rows at 0, 1, …, the first on top; `spine` keeps the line at the left."""
+    axes.set_yticks(range(len(names)), labels=list(names))
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(spine)
+    axes.grid(axis="x")
+
+
 def add_legend(figure: Plot, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """Add one line of legend between heading and panels (`new_plot(..., legend=True)`)."""
     assert figure.heading is not None

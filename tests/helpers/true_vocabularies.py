@@ -1,9 +1,10 @@
-"""Tiny random models whose tokenizers are the true ones of LLaMA and Qwen."""
+"""Tiny random models whose tokenizers are the true ones of LLaMA, Mistral, Llama 3 and Qwen."""
 
 from __future__ import annotations
 
 from functools import cache
 
+from tokenizers import processors
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedModel
 
 from helpers import random_llava, random_qwen, real_tokenizers
@@ -13,8 +14,24 @@ from hones_lens.model.families.qwen2_5_vl import QwenProcessor
 
 @cache
 def llava() -> tuple[PreTrainedModel, HookedVLM]:
-    """Hugging Face's and our LLaVA with LLaMA's vocabulary."""
-    tokenizer = real_tokenizers.fresh("llama")
+    """Hugging Face's and our LLaVA with LLaMA's vocabulary; `fresh_llava` makes others, to be changed."""
+    return fresh_llava("llama")
+
+
+@cache
+def qwen() -> tuple[PreTrainedModel, HookedVLM]:
+    """Hugging Face's and our Qwen2.5-VL with Qwen's vocabulary; `fresh_qwen` makes others, to be changed."""
+    return fresh_qwen()
+
+
+def fresh_llava(vocabulary: str) -> tuple[PreTrainedModel, HookedVLM]:
+    """Hugging Face's and our LLaVA with the vocabulary of LLaMA, Mistral or Llama 3."""
+    tokenizer = real_tokenizers.fresh(vocabulary)
+    if vocabulary == "llama3":  # the package leaves out that Meta's tokenizer begins each text with BOS
+        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos[0]} $A", special_tokens=[bos]
+        )
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
     tokenizer.image_token = "<image>"
     tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -35,8 +52,7 @@ def llava() -> tuple[PreTrainedModel, HookedVLM]:
     return hf, HookedVLM.from_hf(hf, processor)
 
 
-@cache
-def qwen() -> tuple[PreTrainedModel, HookedVLM]:
+def fresh_qwen() -> tuple[PreTrainedModel, HookedVLM]:
     """Hugging Face's and our Qwen2.5-VL with Qwen's vocabulary."""
     tokenizer = real_tokenizers.fresh("qwen")
     config = random_qwen.make_config({"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})

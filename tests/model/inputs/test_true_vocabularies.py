@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import chat_templates, random_llava as llava, random_qwen as qwen, real_tokenizers
+from helpers import chat_templates, random_llava as llava, random_qwen as qwen, true_vocabularies
 from PIL import Image
-from tokenizers import processors
-from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from hones_lens import HookedVLM
 from hones_lens.model.families.qwen2_5_vl import QwenProcessor
@@ -49,50 +47,16 @@ ANSWERS = ("2", "7", "東京", "½", "Yes", "No", "it's red", "red circle", "1,2
 @pytest.fixture(scope="module", autouse=True)
 def free_the_models() -> Any:
     yield
-    llava_model.cache_clear()
-    qwen_model.cache_clear()
+    own_model.cache_clear()
 
 
 @cache
-def llava_model(vocabulary: str) -> HookedVLM:
-    tokenizer = real_tokenizers.fresh(vocabulary)
-    if vocabulary == "llama3":  # the package leaves out that Meta's tokenizer begins each text with BOS
-        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos[0]} $A", special_tokens=[bos]
-        )
-    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": llava.SIZE}, crop_size={"height": llava.SIZE, "width": llava.SIZE}
-        ),
-        tokenizer=tokenizer,
-        patch_size=llava.PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+def own_model(vocabulary: str) -> HookedVLM:
+    """A model whose chat template these tests may change."""
+    made = (
+        true_vocabularies.fresh_qwen() if vocabulary == "qwen" else true_vocabularies.fresh_llava(vocabulary)
     )
-    config = llava.make_config({"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
-    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
-    return HookedVLM.from_hf(llava.make_hf(config), processor)
-
-
-@cache
-def qwen_model() -> HookedVLM:
-    tokenizer = real_tokenizers.fresh("qwen")
-    ids = {
-        name: tokenizer.convert_tokens_to_ids(token)
-        for name, token in (
-            ("image_token_id", "<|image_pad|>"),
-            ("video_token_id", "<|video_pad|>"),
-            ("vision_start_token_id", "<|vision_start|>"),
-            ("vision_end_token_id", "<|vision_end|>"),
-        )
-    }
-    config = qwen.make_config({"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id})
-    for name, value in ids.items():
-        setattr(config, name, value)
-    images = qwen.make_processor(config).image_processor
-    return HookedVLM.from_hf(qwen.make_hf(config), QwenProcessor(images, tokenizer))
+    return made[1]
 
 
 class Case:
@@ -103,7 +67,7 @@ class Case:
     """
 
     def __init__(self, vocabulary: str, template: Any, text: str | None = None):
-        self.model = qwen_model() if vocabulary == "qwen" else llava_model(vocabulary)
+        self.model = own_model(vocabulary)
         self.model.processor.chat_template = template
         self.text = text
 
