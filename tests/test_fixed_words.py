@@ -16,6 +16,7 @@ from helpers import example_comparisons, example_results, hostile_figures
 import hones_lens as hl
 from hones_lens import analysis, hones, interventions, results, viz
 from hones_lens.interventions import steering_vector
+from hones_lens.model import known_config
 
 ROOMS = ("analysis", "engine", "hones", "interventions", "data", "tasks", "results", "viz", "model")
 WORD = "nonsense"
@@ -78,6 +79,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "lens_difference": lambda **word: hl.lens_difference(
         model(), inputs(), interventions.zero_neurons([(0, 0)]), **word
     ),
+    "known_config": lambda **word: known_config("tiny-llava", **word),
     "load_examples": lambda **word: hl.load_examples("shapes", "vqa", "discovery", limit=1, **word),
     "localize_heads": lambda **word: hl.localize_heads(model(), "vqa", examples(), progress=False, **word),
     "logit_lens": lambda **word: hl.logit_lens(model(), inputs(), **word),

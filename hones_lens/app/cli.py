@@ -20,6 +20,7 @@ from hones_lens.app.commands import (
     models,
     overlap,
     patch,
+    random_checkpoint,
     report,
     reproduce,
     steer,
@@ -31,7 +32,7 @@ from hones_lens.model import did_you_mean
 
 # In the order of `hones --help`.
 _COMMANDS = (demo, localize, mask, steer, overlap, patch, reproduce)
-_COMMANDS += (evaluate, check, data, explore, models, report, train_tiny)
+_COMMANDS += (evaluate, check, data, explore, models, report, train_tiny, random_checkpoint)
 _EXAMPLES = """examples:
   hones demo                                   heads, neurons and masking on the shipped model
   hones demo --task ocr --out runs/ocr

@@ -6,17 +6,24 @@ from .answers import (
 from .caching import VLMCache as VLMCache
 from .choices import require_choice as require_choice
 from .config import (
+    ModelSettings as ModelSettings,
     VLMConfig as VLMConfig,
     all_settings as all_settings,
     checkpoint_path as checkpoint_path,
     find_settings as find_settings,
 )
 from .decoding import Decoding as Decoding
+from .families import load_family as load_family
 from .families.qwen2_5_vl import QwenProcessor as QwenProcessor
 from .generation import decode as decode
 from .hooked_vlm import HookedVLM as HookedVLM
 from .inputs import ModelInput as ModelInput, Region as Region, VLMInputs as VLMInputs
 from .iterables import takes_iterables as takes_iterables
+from .known import (
+    known_config as known_config,
+    known_settings as known_settings,
+    weightless_model as weightless_model,
+)
 from .loading import hook_hf_model as hook_hf_model, load_hf_model as load_hf_model, load_model as load_model
 from .names import did_you_mean as did_you_mean
 from .nn.attention import (

@@ -160,6 +160,8 @@ class ModelSettings:
         top_k: Critical heads to keep (METHOD H1).
         ratio: Share of all decoder neurons that are task neurons (METHOD H3).
         paper: Source of these numbers.
+        config: The values of its public `config.json` that decide its sizes (see `known_config`).
+        images: Bounds of its image processor: `side`, or `min_pixels` and `max_pixels`.
     """
 
     name: str
@@ -171,6 +173,8 @@ class ModelSettings:
     revision: str | None = None
     checkpoint: str | None = None
     paper: str = ""
+    config: Mapping[str, Any] | None = None
+    images: Mapping[str, int] | None = None
 
 
 def settings_folder() -> Path:
@@ -205,6 +209,8 @@ def read_settings(file: Path) -> ModelSettings:
             raise ValueError(f"{file}: key {key!r} is missing")
     if (data.get("hub_id") is None) == (data.get("checkpoint") is None):
         raise ValueError(f"{file}: exactly one of 'hub_id' and 'checkpoint' must be given")
+    if data.get("hub_id") is not None and not (data.get("config") and data.get("images")):
+        raise ValueError(f"{file}: a checkpoint of the Hub needs its sizes, in 'config' and 'images'")
     data["aliases"] = tuple(data.get("aliases", ()))
     return ModelSettings(**data)
 

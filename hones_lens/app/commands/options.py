@@ -17,7 +17,7 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> argparse.Argum
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.set_defaults(run=run, parser=command)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if name not in ("report", "train-tiny", "explore"):
+    if name not in ("report", "train-tiny", "explore", "random-checkpoint"):
         command.add_argument("--json", metavar="FILE", type=output_file, help="also write the result here")
     return command
 

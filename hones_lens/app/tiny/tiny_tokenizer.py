@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import LlamaTokenizer, Qwen2Tokenizer
@@ -80,17 +80,33 @@ def _merges() -> list[tuple[str, str]]:
     return list(dict.fromkeys(merges))
 
 
-def _vocabulary(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
+def _numbered(pieces: Iterable[str], special_ids: Mapping[str, int] | None) -> dict[str, int]:
+    """Number pieces as they come; with ids of special tokens around these, and with fillers up to the last.
+
+    Fillers are words that no merge makes: they give a vocabulary its true size.
+    """
+    if special_ids is None:
+        return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    special = {i: piece for piece, i in special_ids.items()}
+    others = (piece for piece in dict.fromkeys(pieces) if piece not in special_ids)
+    ids = range(max(special) + 1)
+    return {special[i] if i in special else next(others, f"filler{i}"): i for i in ids}
+
+
+def build_llava_tokenizer(
+    model_max_length: int, special_ids: Mapping[str, int] | None = None
+) -> LlamaTokenizer:
+    """Make tiny-llava's tokenizer (about 420 entries), with the chat template of LLaVA-1.5.
+
+    Args:
+        model_max_length: Longest text, in tokens.
+        special_ids: Ids of all special tokens, if the vocabulary is to reach up to these.
+    """
+    merges = _merges()
     printable = string.ascii_letters + string.digits + string.punctuation + "\n" + SPACE
     pieces = [*SPECIAL, *printable, *(left + right for left, right in merges)]
-    return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-
-
-def build_llava_tokenizer(model_max_length: int) -> LlamaTokenizer:
-    """Make tiny-llava's tokenizer (about 420 entries), with the chat template of LLaVA-1.5."""
-    merges = _merges()
     tokenizer = LlamaTokenizer(
-        vocab=_vocabulary(merges),
+        vocab=_numbered(pieces, special_ids),
         merges=merges,
         pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>"},
@@ -117,14 +133,21 @@ def _byte_merges(words: Iterable[str]) -> list[tuple[str, str]]:
     return list(ranks)
 
 
-def build_qwen_tokenizer(model_max_length: int) -> Qwen2Tokenizer:
-    """Make tiny-qwen2.5-vl's byte-level tokenizer, with the chat template of Qwen2.5-VL."""
+def build_qwen_tokenizer(
+    model_max_length: int, special_ids: Mapping[str, int] | None = None
+) -> Qwen2Tokenizer:
+    """Make tiny-qwen2.5-vl's byte-level tokenizer, with the chat template of Qwen2.5-VL.
+
+    Args:
+        model_max_length: Longest text, in tokens.
+        special_ids: Ids of all special tokens, if the vocabulary is to reach up to these.
+    """
     words = [*_LINE_STARTS, *_WORDS.split(), *"system user assistant You are helpful".split()]
     words += [*COLORS, *SHAPES, *NUMBER_WORDS, *THING_NAMES.values()]
     merges: Any = _byte_merges(words)
     pieces = [*bytes_to_unicode().values(), *(left + right for left, right in merges), *QWEN_SPECIAL]
     tokenizer = Qwen2Tokenizer(
-        vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))},
+        vocab=_numbered(pieces, special_ids),
         merges=merges,
         unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",

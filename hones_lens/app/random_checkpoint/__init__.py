@@ -1,0 +1,1 @@
+"""Random checkpoints of known models: true sizes without the true weights."""

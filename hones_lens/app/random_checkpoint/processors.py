@@ -1,0 +1,74 @@
+"""Processors of known models, made without a download; special tokens have their true ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, Qwen2VLImageProcessorPil
+
+from hones_lens.app.tiny.tiny_tokenizer import build_llava_tokenizer, build_qwen_tokenizer
+from hones_lens.model import ModelSettings, QwenProcessor, checkpoint_path, load_family
+
+LLAVA_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}
+_QWEN_TOKENS = (
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
+    "vision_start vision_end vision_pad image_pad video_pad"
+)
+QWEN_IDS = {f"<|{name}|>": 151643 + i for i, name in enumerate(_QWEN_TOKENS.split())}
+
+
+def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path | None = None) -> Any:
+    """The processor of a known model.
+
+    Args:
+        settings: The model's settings.
+        config: Hugging Face's config.
+        tokenizer: Folder of a tokenizer with the true vocabulary; default: one whose vocabulary has the true
+            size and special tokens, the words of the shapes world, letters for all others, and fillers.
+
+    Raises:
+        ValueError: A tokenizer whose special tokens have other ids than the config says.
+    """
+    if settings.images is None:
+        return load_family(settings.family).processor_class.from_pretrained(
+            checkpoint_path(str(settings.checkpoint))
+        )
+    auto: Any = AutoTokenizer
+    build, ids = {
+        "llava": (build_llava_tokenizer, LLAVA_IDS),
+        "qwen2_5_vl": (build_qwen_tokenizer, QWEN_IDS),
+    }[settings.family]
+    made = build(config.text_config.max_position_embeddings, ids)
+    template = made.chat_template
+    if tokenizer is not None:
+        made = auto.from_pretrained(tokenizer)
+        _check_ids(made, ids, tokenizer)
+        made.chat_template = made.chat_template or template
+    if settings.family == "llava":
+        return _llava(settings.images["side"], made, config)
+    bounds: dict[str, Any] = dict(settings.images)
+    return QwenProcessor(Qwen2VLImageProcessorPil(**bounds), made, made.chat_template)
+
+
+def _llava(side: int, tokenizer: Any, config: Any) -> LlavaProcessor:
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", LLAVA_IDS["<image>"]
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _check_ids(tokenizer: Any, ids: dict[str, int], folder: str | Path) -> None:
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    wrong = [
+        f"{token} {vocabulary.get(token)}, not {i}" for token, i in ids.items() if vocabulary.get(token) != i
+    ]
+    if wrong:
+        raise ValueError(f"{folder}: special tokens have other ids than the model's: {'; '.join(wrong[:5])}")

@@ -1,0 +1,78 @@
+"""Known models without their weights: their sizes are in `model_configs/`, so nothing is asked of the Hub."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from hones_lens.model.config import ModelSettings, all_settings, checkpoint_path, find_settings
+from hones_lens.model.families import load_family
+from hones_lens.model.hooked_vlm import HookedVLM
+from hones_lens.model.names import did_you_mean
+
+SCALES = ("true", "counts")
+_D_HEAD = 4  # of the scale "counts"; rotary positions of rows and columns in a picture need four
+
+
+def known_settings(name: str) -> ModelSettings:
+    """Settings of a known model, by name, alias or Hub id.
+
+    Raises:
+        ValueError: An unknown name; lists the known ones.
+    """
+    settings = find_settings(name)
+    if settings is None:
+        known = list(all_settings())
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}")
+    return settings
+
+
+def known_config(name: str, scale: str = "true") -> Any:
+    """Hugging Face's config of a known model, from `model_configs/` or from the shipped checkpoint.
+
+    Args:
+        name: Name, alias or Hub id of a known model.
+        scale: "true", or "counts": layers, heads, neurons, image tokens and words as they are, but heads that
+            are 4 wide, and streams as wide as their heads together.
+
+    Raises:
+        ValueError: An unknown name or scale.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, not {scale!r}")
+    settings = known_settings(name)
+    auto: Any = AutoConfig
+    if settings.config is None:
+        config = auto.from_pretrained(checkpoint_path(str(settings.checkpoint)))
+    else:
+        values = deepcopy(dict(settings.config))
+        config = auto.for_model(values.pop("model_type"), **values)
+    if scale == "counts":
+        _narrow(config)
+    return config
+
+
+def _narrow(config: Any) -> None:
+    text, vision = config.text_config, config.vision_config
+    text.hidden_size = _D_HEAD * text.num_attention_heads
+    if getattr(text, "head_dim", None) is not None:
+        text.head_dim = _D_HEAD
+    vision.hidden_size = _D_HEAD * getattr(vision, "num_attention_heads", getattr(vision, "num_heads", 0))
+    if getattr(vision, "out_hidden_size", None) is not None:
+        vision.out_hidden_size = text.hidden_size
+    if "mrope_section" in text.rope_parameters:
+        text.rope_parameters["mrope_section"] = [0, _D_HEAD // 4, _D_HEAD // 4]
+
+
+def weightless_model(name: str, dtype: torch.dtype = torch.bfloat16) -> HookedVLM:
+    """A known model of true size whose parameters are on the meta device: shapes and counts, no numbers.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    config = known_config(name)
+    family = load_family(config.model_type)
+    return family.from_config(config, known_settings(name).name, torch.device("cpu"), dtype)
