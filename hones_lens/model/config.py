@@ -209,8 +209,8 @@ def read_settings(file: Path) -> ModelSettings:
             raise ValueError(f"{file}: key {key!r} is missing")
     if (data.get("hub_id") is None) == (data.get("checkpoint") is None):
         raise ValueError(f"{file}: exactly one of 'hub_id' and 'checkpoint' must be given")
-    if data.get("hub_id") is not None and not (data.get("config") and data.get("images")):
-        raise ValueError(f"{file}: a checkpoint of the Hub needs its sizes, in 'config' and 'images'")
+    if (data.get("config") is None) != (data.get("images") is None):
+        raise ValueError(f"{file}: 'config' and 'images' are given together or not at all")
     data["aliases"] = tuple(data.get("aliases", ()))
     return ModelSettings(**data)
 

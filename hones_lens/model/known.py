@@ -39,12 +39,14 @@ def known_config(name: str, scale: str = "true") -> Any:
             are 4 wide, and streams as wide as their heads together.
 
     Raises:
-        ValueError: An unknown name or scale.
+        ValueError: An unknown name or scale, or a model whose sizes `model_configs/` does not hold.
     """
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, not {scale!r}")
     settings = known_settings(name)
     auto: Any = AutoConfig
+    if settings.config is None and settings.checkpoint is None:
+        raise ValueError(f"the sizes of {name!r} are not known: its file in model_configs/ has no 'config'")
     if settings.config is None:
         config = auto.from_pretrained(checkpoint_path(str(settings.checkpoint)))
     else:

@@ -136,3 +136,12 @@ def test_families() -> None:
     assert load_family("llava").family == "llava"
     with pytest.raises(ValueError, match=r"unknown model family 'mistral3'; valid: .*llava"):
         load_family("mistral3")
+
+
+def test_sizes_and_bounds_of_pictures_belong_together(tmp_path):
+    file = tmp_path / "m.yaml"
+    file.write_text(
+        "name: m\nfamily: llava\ntop_k: 3\nratio: 0.01\nhub_id: a/b\nimages: {side: 336}\n", encoding="utf-8"
+    )
+    with pytest.raises(ValueError, match=r"m\.yaml: 'config' and 'images' are given together"):
+        read_settings(file)
