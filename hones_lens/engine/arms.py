@@ -57,9 +57,14 @@ class Arm:
             self.hooks = tuple(sorted(hooks, key=lambda hook: fork_point_of(hook[0]) or (0, ForkPoint.BLOCK)))
 
     @property
-    def sees_tokens_alone(self) -> bool:
-        """Whether no hook is on pairs of tokens, so that the tokens may come in portions."""
-        return not any(name.endswith(_TOKEN_PAIR_HOOKS) for name, _ in self.hooks)
+    def is_position_wise(self) -> bool:
+        """Whether every hook edits each token by itself, so that the tokens may come in portions."""
+        return not any(name.endswith(_TOKEN_PAIR_HOOKS) for name, _ in self.hooks) and all(
+            fn.single_head is not None and not fn.last_position_only
+            if isinstance(fn, HeadEdit)
+            else getattr(fn, "position_wise", False)
+            for _, fn in self.hooks
+        )
 
     @property
     def shortcut(self) -> HeadEdit | Scale | None:

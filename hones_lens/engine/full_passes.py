@@ -68,11 +68,12 @@ def log_probs(model: HookedVLM, batch: Batch, hooks: Sequence[Hook] = ()) -> Ten
     """Log-probability of each example's right answer under hooks, [n_examples] on the CPU.
 
     Raises:
-        FloatingPointError: A value that is not finite; names the example.
+        FloatingPointError: A value that is not finite; names the hooks and the example.
     """
     with model.hooks(fwd_hooks=list(hooks)):
         values = model.log_probs(batch.inputs).cpu()
     if not bool(torch.isfinite(values).all()):
         worst = batch.examples[int((~torch.isfinite(values)).int().argmax())]
-        raise FloatingPointError(f"the log-probability of example {worst.id!r} is not finite")
+        with error_context([worst.id], hooks):
+            raise FloatingPointError("the log-probability of the right answer is not finite")
     return values

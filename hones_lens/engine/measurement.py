@@ -49,7 +49,8 @@ def measure(
 
     Args:
         model, task, examples: What to run.
-        arms: Hooks of each arm; an empty list is the clean model.
+        arms: Hooks of each arm; an empty list is the clean model. Functions that are not marked as
+            `interventions.position_wise` see whole passes of the prompts of a batch, which takes longer.
         options: How to run it.
         label: What the progress bar is called, and the batches in the journal.
         leaders: What to show beside the bar, from the outcomes so far.

@@ -90,19 +90,20 @@ class Sweep:
         return [by_arm[i] for i in range(len(self.arms))]
 
     def forkable(self, in_portions: bool = True) -> list[int]:
-        """Numbers of the arms that need no full pass: with no hook below block 0.
+        """Numbers of the arms that need no full pass: with all hooks in decoder blocks.
 
         None at all while the model has lasting hooks, which a fork would pass by.
 
         Args:
-            in_portions: Hooks will see prompt and answer, or prefix and candidates, one after the other.
+            in_portions: Hooks will see prompt and answer, or prefix and candidates, one after the other, so
+                that they must edit each token by itself.
         """
         if self.model.hooked_names():
             return []
         return [
             i
             for i, arm in enumerate(self.arms)
-            if not arm.hooks or (arm.start is not None and (arm.sees_tokens_alone or not in_portions))
+            if not arm.hooks or (arm.start is not None and (not in_portions or _comes_in_portions(arm)))
         ]
 
     def _whole(self, batch: Batch, forkable: Sequence[int]) -> Iterator[int]:
@@ -254,6 +255,10 @@ class Sweep:
             self.tally.forked += len(arm_indices) * rows
             self.tally.row_layers += len(arm_indices) * rows * (self.model.cfg.n_layers - steps[0].layer)
             yield arm_indices, steps, outputs
+
+
+def _comes_in_portions(arm: Arm) -> bool:
+    return arm.is_position_wise or arm.late() is not None
 
 
 @takes_iterables

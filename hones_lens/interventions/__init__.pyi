@@ -32,6 +32,7 @@ from .hooks import (
     mean_ablate as mean_ablate,
     neuron_hook as neuron_hook,
     patch as patch,
+    position_wise as position_wise,
     replace_with_other_heads_mean as replace_with_other_heads_mean,
     resid_hook as resid_hook,
     scale as scale,

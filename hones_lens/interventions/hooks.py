@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,7 +18,18 @@ from hones_lens.interventions.token_groups import Group
 from hones_lens.model import VLMInputs, takes_iterables, to_list
 
 Hook = tuple[str, Callable[..., Any]]
+F = TypeVar("F", bound=Any)
 _STREAMS = ("pre", "mid", "post")
+
+
+def position_wise(fn: F) -> F:
+    """Mark a hook function that edits each token by itself, whichever position or row it has.
+
+    A sweep gives such a function the tokens in portions of its own (`engine.measure`): the prompt, then parts
+    of the answer, in batches of equal lengths. Others see whole passes. `HeadEdit` and `Scale` are such.
+    """
+    fn.position_wise = True
+    return fn
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +151,11 @@ class Scale:
     factor: Tensor
     axis: int
 
+    @property
+    def position_wise(self) -> bool:
+        """Whether it treats all positions and rows alike."""
+        return self.axis not in (0, 1)
+
     def multiplier(self, x: Tensor) -> Tensor:
         """The factor of every entry of the axis, [size of the axis].
 
@@ -210,7 +226,7 @@ def mean_ablate(name: str, mean: Tensor, index: Sequence[int] | Tensor, axis: in
         shape[axis] = -1
         return torch.where(mask.view(shape), mean.to(x.device, x.dtype), x)
 
-    return name, set_mean
+    return name, position_wise(set_mean) if mean.ndim <= 1 else set_mean
 
 
 def patch(name: str, value: Tensor, positions: Bool[Tensor, "batch pos"] | None = None) -> Hook:
@@ -240,7 +256,7 @@ def add(name: str, vector: Tensor, positions: Bool[Tensor, "batch pos"] | None =
     def add_vector(x: Tensor, hook: object) -> Tensor:
         return torch.where(_broadcast_mask(positions, x, name), x + vector.to(x.device, x.dtype), x)
 
-    return name, add_vector
+    return name, position_wise(add_vector) if positions is None and vector.ndim <= 1 else add_vector
 
 
 def _broadcast_mask(positions: Tensor | None, x: Tensor, name: str) -> Tensor:
@@ -355,7 +371,7 @@ def steering_vector(
             mask.over_visible(rows, n)[..., None].to(resid.device), resid + scaled_vector, resid
         )
 
-    return name, add_vector
+    return name, position_wise(add_vector) if mask is None and vector.ndim == 1 else add_vector
 
 
 @takes_iterables

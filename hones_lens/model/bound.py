@@ -161,14 +161,23 @@ class BoundModel:
 
         The bound prompts are `texts`, or the user's prompts that `prepare` was given; several texts must
         match the prompts row by row.
+
+        Raises:
+            ValueError: Texts that differ from the bound ones in white space alone, at their ends: decoding
+                may drop it, so which tokens are meant is not known.
         """
         texts = [text] if isinstance(text, str) else list(text)
         bound_texts = [self.texts]
         if self.inputs.question_mask is not None:
             rows = zip(self.tokens, self.inputs.question_mask, strict=True)
             bound_texts.append([_text(self.model, ids[mask]) for ids, mask in rows])
-        if any([t.strip() for t in texts] == [t.strip() for t in prompts] for prompts in bound_texts):
+        if texts in bound_texts:
             return self.tokens
+        if any([t.strip() for t in texts] == [t.strip() for t in prompts] for prompts in bound_texts):
+            raise ValueError(
+                "this text and the bound prompt differ in white space at their ends alone, which decoding "
+                "may drop; for the bound prompt give `tokens` or one of `texts`, for another one its ids"
+            )
         return self.model.to_tokens(text, prepend_bos)
 
     # -- running ---------------------------------------------------------------------------------

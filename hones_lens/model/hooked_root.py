@@ -26,7 +26,7 @@ from hones_lens.model.hook_names import (
 )
 from hones_lens.model.hook_requests import HookRequest, check_all_ran
 from hones_lens.model.inputs import VLMInputs
-from hones_lens.model.nn.hook_point import HookScope, ScopedHook, is_hooked, remove_hook
+from hones_lens.model.nn.hook_point import HookScope, ScopedHook, acting_functions, is_hooked, remove_hook
 
 
 class HookedRoot(HookedRootModule):
@@ -74,6 +74,18 @@ class HookedRoot(HookedRootModule):
         for scope in tuple(self._scopes):
             if scope.is_active:
                 scope.skipped[part] = why
+
+    def check_last_positions(self, inputs: VLMInputs) -> None:
+        """Check that hooks that edit the last position of a pass (`last_position_only`) find a token there.
+
+        Raises:
+            ValueError: A row that is padded on the right, and such a hook; names both.
+        """
+        if bool(inputs.attention_mask[:, -1].all()):
+            return
+        for name, point in self.hook_dict.items():
+            if any(getattr(function, "last_position_only", False) for function in acting_functions(point)):
+                inputs.require_left_padding(f"edit the last position at {name}")
 
     # -- hooks -----------------------------------------------------------------------------------
 

@@ -243,10 +243,12 @@ class HookedVLM(HookedRoot, Family):
             if inputs is not None:
                 raise ValueError("inputs= goes with start_at_layer and a residual stream [batch pos d_model]")
             located = self.as_inputs(model_input)
+            self.check_last_positions(located)
             return located, self.embed_inputs(located)
         if inputs is None or not isinstance(model_input, Tensor) or not model_input.is_floating_point():
             raise ValueError("start_at_layer takes a residual stream [batch pos d_model] and inputs=")
         located = self.as_inputs(inputs)
+        self.check_last_positions(located)
         if model_input.shape[:2] != located.input_ids.shape:
             raise ValueError(
                 f"residual {tuple(model_input.shape)} does not fit inputs {tuple(located.input_ids.shape)}"

@@ -122,7 +122,7 @@ def test_an_arm_starts_at_its_lowest_hook() -> None:
     assert Arm([head]).shortcut is head[1]
     assert Arm([head, ("blocks.1.mlp.hook_post", nothing)]).shortcut is None  # its own layer is not done then
     assert Arm([replace_with_other_heads_mean(1, [0, 1])]).shortcut is None
-    assert not Arm([("blocks.1.attn.hook_pattern", nothing)]).sees_tokens_alone
+    assert not Arm([("blocks.1.attn.hook_pattern", nothing)]).is_position_wise
 
 
 def test_heads_that_a_layer_does_not_have_are_refused_in_forks_too() -> None:

@@ -273,3 +273,13 @@ def test_chosen_heads_and_a_pattern_of_ones_own(case: Case) -> None:
         error = (patterns[layer][0, head] - to_image).abs().sum() / n
         expected = 1 - error.item() if (layer, head) in ((0, 1), (2, 3)) else -1
         assert actual[layer, head].item() == pytest.approx(expected, abs=6e-4), "rounded to three places"
+
+
+def test_white_space_at_the_ends_makes_another_text(case: Case) -> None:
+    bound = case.model.bind(case.one)
+    (text,) = bound.texts
+    assert torch.equal(bound.to_tokens(PROMPT), bound.tokens)
+    assert torch.equal(bound.to_tokens(text), bound.tokens)
+    for other in (f"{PROMPT} ", f" {PROMPT}", f"{text}\n"):
+        with pytest.raises(ValueError, match="differ in white space at their ends alone"):
+            bound.to_tokens(other)

@@ -312,5 +312,10 @@ def _append_tokens(model: HookedVLM, inputs: VLMInputs, suffixes: Sequence[list[
 
 
 def logits_at_end(model: HookedVLM, inputs: VLMInputs) -> Float[Tensor, "batch d_vocab"]:
-    """Logits of the next token."""
+    """Logits of the next token.
+
+    Raises:
+        ValueError: A row that is padded on the right.
+    """
+    inputs.require_left_padding("read the last position")
     return model(inputs, logits_to_keep=1)[:, -1]

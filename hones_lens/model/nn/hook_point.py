@@ -82,6 +82,7 @@ class ScopedHook:
 
         Raises:
             TypeError: It returns neither a tensor nor None; names the hook point.
+            ValueError: It returns another shape.
         """
         self.ran.add(str(hook.name))
         result: object = self.function(tensor, hook=hook)
@@ -94,6 +95,11 @@ class ScopedHook:
             raise TypeError(
                 f"the hook at {hook.name} returned {type(result).__name__}; valid: a tensor, "
                 "or None to leave the activation as it is"
+            )
+        if result.shape != tensor.shape:
+            raise ValueError(
+                f"the hook at {hook.name} returned shape {tuple(result.shape)} for {tuple(tensor.shape)}; "
+                "it would be broadcast in silence"
             )
         if result.is_floating_point() and tensor.is_floating_point():
             result = result.to(tensor.dtype)
@@ -203,6 +209,12 @@ def is_hooked(*points: nn.Module) -> bool:
         not isinstance(point, tl.HookPoint) or any(map(_acts, (*point.fwd_hooks, *point.bwd_hooks)))
         for point in points
     )
+
+
+def acting_functions(point: nn.Module) -> list[Callable[..., Any]]:
+    """The user's functions of the forward hooks that act at a point in this context."""
+    handles = point.fwd_hooks if isinstance(point, tl.HookPoint) else ()
+    return [handle.user_hook for handle in tuple(handles) if handle.user_hook is not None and _acts(handle)]
 
 
 def remove_hook(point: tl.HookPoint, handle: tl.LensHandle) -> None:

@@ -355,3 +355,14 @@ def test_a_gradient_edit_goes_on_through_the_forward_edit(gqa: Pair) -> None:
             model(answered, return_type="loss").backward()
     model.zero_grad(set_to_none=True)
     torch.testing.assert_close(before[1], before[0] / 2)
+
+
+@pytest.mark.parametrize(
+    "changed", [lambda x: x[:1], lambda x: x[:, -1:], lambda x: x.mean(-1, keepdim=True), lambda x: x.sum()]
+)
+def test_another_shape_is_refused_not_broadcast(gqa: Pair, changed: Callable[[Tensor], Tensor]) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"the hook at {re.escape(POST)} returned shape"):
+        gqa.model.run_with_hooks(gqa.inputs, fwd_hooks=[(POST, lambda x, hook: changed(x))])
+    with pytest.raises(ValueError, match=rf"the hook at {re.escape(POST)} returned shape"):
+        with gqa.model.hooks(bwd_hooks=[(POST, lambda x, hook: changed(x))]):
+            gqa.model(gqa.answered, return_type="loss").backward()

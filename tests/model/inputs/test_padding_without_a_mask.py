@@ -12,8 +12,10 @@ from helpers import random_llava, random_qwen
 from torch import Tensor
 
 from hones_lens import HookedVLM, PatchPairs, VLMInputs, logit_lens, logits_under
+from hones_lens.analysis import logits_at_end
 from hones_lens.analysis.attention import head_attention
 from hones_lens.analysis.token_cells import fold_tokens
+from hones_lens.interventions import replace_with_other_heads_mean
 from hones_lens.model.padding import find_attention_mask
 
 TEXTS = ["is it red?", "what color is the large circle on the left?"]
@@ -258,3 +260,17 @@ def test_the_tokenizers_own_padding_token_counts_too() -> None:
     made = tokenizer(TEXTS, padding=True, padding_side="left", return_tensors="pt")
     assert made.attention_mask[0, 0] == 0
     assert torch.equal(model.as_inputs(made.input_ids).attention_mask, made.attention_mask)
+
+
+def test_edits_of_the_last_position_refuse_padding_on_the_right(case: Case) -> None:
+    hook = replace_with_other_heads_mean(0, 1, positions="last")
+    message = (
+        r"row 0 is padded on the right; pad on the left to edit the last position at blocks\.0\.attn\.hook_z"
+    )
+    with pytest.raises(ValueError, match=message):
+        case.model.run_with_hooks(case.padded("right"), fwd_hooks=[hook])
+    with pytest.raises(ValueError, match="padded on the right; pad on the left to read the last position"):
+        logits_at_end(case.model, case.model.as_inputs(case.padded("right")))
+    padded = case.model.run_with_hooks(case.padded("left"), fwd_hooks=[hook], logits_to_keep=1)
+    alone = case.model.run_with_hooks(case.rows[0][None], fwd_hooks=[hook], logits_to_keep=1)
+    assert (padded[0] - alone[0]).abs().max() < 5e-5
