@@ -12,9 +12,13 @@ import pytest
 import torch
 
 import hones_lens as hl
+from hones_lens.analysis.patching.metrics import as_metric
 from hones_lens.analysis.patching.sites import as_patch_site
 from hones_lens.app.cli import main
+from hones_lens.data.splits import check_split
 from hones_lens.hones.attribution.attribute import load_ranking
+from hones_lens.model.choices import require_choice
+from hones_lens.model.families import load_family
 from hones_lens.model.loading import resolve
 from hones_lens.model.names import did_you_mean
 from hones_lens.results.labelled import Labelled
@@ -33,6 +37,16 @@ def test_wrong_names_in_python() -> None:
         (lambda: hl.load_examples("shape", "vqa", "test"), "shapes"),
         (lambda: load_ranking("mean_activations"), "mean_activation"),
         (lambda: as_patch_site("resid_pres"), "resid_pre"),
+        (lambda: hl.load_examples("shapes", "caption", "tset"), "test"),
+        (lambda: hl.load_examples("shapes-shifted", "vqa", "dve"), "dev"),
+        (lambda: hl.load_examples("shapes", "capton", "test"), "caption"),
+        (lambda: hl.load_examples("gqa", "vqaa", "all", data_file="q.json"), "vqa"),
+        (lambda: check_split("discovry"), "discovery"),
+        (lambda: hl.counterfactual_pairs("vqa", "colr"), "color"),
+        (lambda: hl.counterfactual_pairs("captions"), "caption"),
+        (lambda: load_family("lava"), "llava"),
+        (lambda: as_metric("logit_dif"), "logit_diff"),
+        (lambda: require_choice("positions", "lst", ("all", "last")), "last"),
     ):
         with pytest.raises(ValueError, match=f"did you mean '{meant}'\\?"):
             call()
@@ -44,6 +58,9 @@ def test_wrong_names_in_python() -> None:
         (["localise"], "localize"),
         (["demo", "--task", "vqaa"], "vqa"),
         (["patch", "--what", "neuron"], "neurons"),
+        (["demo", "--taks", "vqa"], "--task"),
+        (["evaluate", "--datset=shapes"], "--dataset"),
+        (["data", "check", "x.json", "--imagedir", "y"], "--image-dir"),
     ],
 )
 def test_wrong_names_in_the_shell(argv: list[str], meant: str, capsys: pytest.CaptureFixture) -> None:

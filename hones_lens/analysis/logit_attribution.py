@@ -16,6 +16,7 @@ from hones_lens.model import (
     ModelInput,
     VLMInputs,
     bare_text_ids,
+    did_you_mean,
     leading_blanks,
     token_names,
 )
@@ -66,7 +67,9 @@ def direct_logit_attribution(
             that is not the batch, an empty group, or a mean over rows whose positions differ.
     """
     if by not in KINDS:
-        raise ValueError(f"unknown kind of component {by!r}; valid: {', '.join(KINDS)}")
+        raise ValueError(
+            f"unknown kind of component {by!r}; valid: {', '.join(KINDS)}{did_you_mean(by, KINDS)}"
+        )
     inputs = model.as_inputs(model_input)
     run = _Attribution.of(model, by, tokens, foils, len(inputs))
     mask = token_mask(inputs, group)

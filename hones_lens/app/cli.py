@@ -46,6 +46,16 @@ _EXAMPLES = """examples:
 class _Parser(argparse.ArgumentParser):
     """A parser, and its commands' parsers, whose errors name the nearest valid choice."""
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As `argparse`'s; options that the command does not have are told by the command itself."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = getattr(parsed, "parser", self)
+            options = [name for action in command._actions for name in action.option_strings]
+            meant = "".join(did_you_mean(word.split("=")[0], options) for word in unknown if word[:2] == "--")
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if found:

@@ -14,6 +14,7 @@ from hones_lens.data.images import Picture, clip_box, find_picture_file
 from hones_lens.data.negatives import N_NEGATIVES, hard_negatives
 from hones_lens.data.records import BadBox, BadRecord, Format, NotForTask, Record
 from hones_lens.data.splits import check_split, select_records, stable_hash
+from hones_lens.model import did_you_mean
 
 
 class SkippedRecord(NamedTuple):
@@ -77,7 +78,10 @@ def check_records(fmt: Format, task: str, file: Path) -> CheckedRecords:
         FileNotFoundError, ValueError: No such file, not of this format, or a format without this task.
     """
     if task not in fmt.tasks:
-        raise ValueError(f"data set {fmt.name!r} has no task {task!r}; valid: {', '.join(fmt.tasks)}")
+        raise ValueError(
+            f"data set {fmt.name!r} has no task {task!r}; valid: {', '.join(fmt.tasks)}"
+            f"{did_you_mean(task, fmt.tasks)}"
+        )
     checked, seen = CheckedRecords(), set()
     for row in fmt.rows(file, task):
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hones_lens.data.examples import Example, check_on_error
 from hones_lens.data.reading import text_encoding
+from hones_lens.model import did_you_mean
 
 if TYPE_CHECKING:
     from hones_lens.data.records import Format
@@ -152,9 +152,7 @@ def _resolve_path(path: Path) -> tuple[Format, Path]:
     if path.suffix.lower() not in _SUFFIXES:
         names, suffixes = ", ".join(_registered()), ", ".join(_SUFFIXES)
         valid = f"{names}, hf:REPO@SPLIT, or a path to a folder or a {suffixes} file"
-        near = difflib.get_close_matches(str(path).lower(), _registered(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown data set {str(path)!r}; valid: {valid}{hint}")
+        raise ValueError(f"unknown data set {str(path)!r}; valid: {valid}{did_you_mean(path, _registered())}")
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     return _module_of(_SUFFIXES[path.suffix.lower()]).FORMAT, path

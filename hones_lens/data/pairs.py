@@ -25,6 +25,7 @@ from hones_lens.data.shapes import (
     questions,
     scenes,
 )
+from hones_lens.model import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,15 @@ def counterfactual_pairs(
         ValueError: An unknown task, kind or split, or a limit below 1.
     """
     if task not in _TASKS:
-        raise ValueError(f"no counterfactual pairs for task {task!r}; valid: {', '.join(_TASKS)}")
+        raise ValueError(
+            f"no counterfactual pairs for task {task!r}; valid: {', '.join(_TASKS)}"
+            f"{did_you_mean(task, _TASKS)}"
+        )
     change_scene, valid = _TASKS[task]
     if kind is not None and kind not in valid:
-        raise ValueError(f"no {task} pairs of kind {kind!r}; valid: {', '.join(valid)}")
+        raise ValueError(
+            f"no {task} pairs of kind {kind!r}; valid: {', '.join(valid)}{did_you_mean(kind, valid)}"
+        )
     if limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     kinds = (kind,) if kind else valid

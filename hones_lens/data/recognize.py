@@ -56,7 +56,7 @@ def _is_test(top: dict[str, Any]) -> bool:
 
 
 def _of_vizwiz(top: Any) -> bool:
-    return any(str(raw.get("image")).startswith("VizWiz_") for raw in _sample(top))
+    return any(str(raw.get("image")).startswith("VizWiz_") for raw in _sample(_records(top, "")))
 
 
 # The first that matches counts.

@@ -23,6 +23,7 @@ from PIL import Image
 
 from hones_lens.data.drawing import COLUMNS, LETTERS, ROWS, Thing, draw_scene
 from hones_lens.data.examples import Example
+from hones_lens.model import did_you_mean
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
@@ -187,7 +188,10 @@ def scenes(split: str, seed: int, sides: Sequence[int] = IMAGE_SIZE[:1]) -> Iter
         sides: Widths and heights to draw from, in pixels.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r} of the shapes world; valid: {', '.join(SPLITS)}")
+        raise ValueError(
+            f"unknown split {split!r} of the shapes world; valid: {', '.join(SPLITS)}"
+            f"{did_you_mean(split, SPLITS)}"
+        )
     for k in itertools.count():
         size = random_image_size(SeededRandom("size", seed, split, k), sides)
         yield random_scene(SeededRandom("shapes", seed, split, k), split, size)
@@ -355,7 +359,9 @@ def draw_examples(
     if any(file is not None for file in files):
         raise ValueError("the shapes world is drawn, not read: leave out data_file and image_dir")
     if task not in _FIELDS:
-        raise ValueError(f"the shapes world has no task {task!r}; valid: {', '.join(_FIELDS)}")
+        raise ValueError(
+            f"the shapes world has no task {task!r}; valid: {', '.join(_FIELDS)}{did_you_mean(task, _FIELDS)}"
+        )
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     kind_counts: dict[str, int] = dict.fromkeys(KINDS, 0)

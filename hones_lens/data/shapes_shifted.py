@@ -28,6 +28,7 @@ from hones_lens.data.shapes import (
     draw_examples,
     random_scene,
 )
+from hones_lens.model import did_you_mean
 
 _PALETTE = {
     "red": (190, 30, 60),
@@ -115,7 +116,10 @@ def scenes(split: str, seed: int) -> Iterator[ShiftedScene]:
         ValueError: An unknown split.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r} of the shapes world; valid: {', '.join(SPLITS)}")
+        raise ValueError(
+            f"unknown split {split!r} of the shapes world; valid: {', '.join(SPLITS)}"
+            f"{did_you_mean(split, SPLITS)}"
+        )
     for k in count():
         rng = SeededRandom("shapes-shifted", seed, split, k)
         yield _shifted(random_scene(rng, split), rng, hazy=k % _HAZE_PERIOD == _HAZE_PERIOD - 1)

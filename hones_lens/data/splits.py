@@ -10,6 +10,7 @@ from typing import Any
 
 from hones_lens.data.reading import describe_top_level, read_json
 from hones_lens.data.records import Record
+from hones_lens.model import did_you_mean
 
 SPLITS = ("discovery", "dev", "test", "all")
 SHARES = {"discovery": 0.7, "dev": 0.1, "test": 0.2}
@@ -39,6 +40,7 @@ def check_split(split: str) -> None:
     if split not in SPLITS and not _SPLIT_FILE.fullmatch(split):
         raise ValueError(
             f"unknown split {split!r}; valid: {', '.join(SPLITS)}, or a .json file that lists images"
+            f"{did_you_mean(split, SPLITS)}"
         )
 
 

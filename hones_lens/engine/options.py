@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 from hones_lens.engine.speculation import Tally
+from hones_lens.model import did_you_mean
 
 
 class BatchKeywords(TypedDict, total=False):
@@ -67,7 +68,10 @@ class SweepOptions:
         """
         valid = [field.name for field in fields(cls) if field.name not in unused]
         if unknown := [name for name in keywords if name not in valid]:
-            raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}; valid: {', '.join(valid)}")
+            raise TypeError(
+                f"unexpected keyword arguments: {', '.join(unknown)}; valid: {', '.join(valid)}"
+                f"{did_you_mean(unknown[0], valid)}"
+            )
         merged = replace(cls(**defaults) if options is None else options, **keywords)
         if unsupported := [name for name in unused if getattr(merged, name) is not None]:
             raise TypeError(f"options that this stage has no use for: {', '.join(unsupported)}")

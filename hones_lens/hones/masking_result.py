@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from hones_lens.model import require_choice, takes_iterables
+from hones_lens.model import did_you_mean, require_choice, takes_iterables
 from hones_lens.results import Interval, Result, read_json, to_json, write_json
 
 MEASURES = ("metric", "log_prob")
@@ -269,4 +269,6 @@ def masking_measure(result: MaskingResult, measure: str = "metric") -> MaskingMe
         name = "log-probability"
         long_name = f"{name} of the right answer"
         return MaskingMeasure(long_name, name, " nats", *arms, controls, beaten, result.log_prob_p)
-    raise ValueError(f"unknown measure {measure!r}; valid: {', '.join(MEASURES)}")
+    raise ValueError(
+        f"unknown measure {measure!r}; valid: {', '.join(MEASURES)}{did_you_mean(measure, MEASURES)}"
+    )

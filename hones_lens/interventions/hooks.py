@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hones_lens.interventions.positions import PromptMask
 from hones_lens.interventions.token_groups import Group
-from hones_lens.model import VLMInputs, takes_iterables, to_list
+from hones_lens.model import VLMInputs, did_you_mean, takes_iterables, to_list
 
 Hook = tuple[str, Callable[..., Any]]
 F = TypeVar("F", bound=Any)
@@ -320,7 +320,10 @@ def resid_hook(layer: int, at: str = "post") -> str:
         ValueError: Another place than `pre`, `mid` or `post`.
     """
     if at not in _STREAMS:
-        raise ValueError(f"unknown place {at!r} in the residual stream; valid: {', '.join(_STREAMS)}")
+        raise ValueError(
+            f"unknown place {at!r} in the residual stream; valid: {', '.join(_STREAMS)}"
+            f"{did_you_mean(at, _STREAMS)}"
+        )
     return f"blocks.{layer}.hook_resid_{at}"
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hones_lens.model import VLMInputs, takes_iterables, to_list
+from hones_lens.model import VLMInputs, did_you_mean, takes_iterables, to_list
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,10 @@ def token_mask(inputs: VLMInputs, group: Group) -> Bool[Tensor, "batch pos"]:
     elif isinstance(group, str):
         groups = {"all": inputs.attention_mask.bool(), **inputs.token_groups}
         if group not in groups:
-            raise ValueError(f"unknown token group {group!r}; valid: {', '.join(groups)}, a Box or a mask")
+            raise ValueError(
+                f"unknown token group {group!r}; valid: {', '.join(groups)}, a Box or a mask"
+                f"{did_you_mean(group, groups)}"
+            )
         mask = groups[group]
     else:
         mask = torch.as_tensor(group)

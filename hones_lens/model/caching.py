@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 
 from hones_lens.model.hook_names import HookFunction
+from hones_lens.model.names import did_you_mean
 from hones_lens.model.typed import to_list
 
 _BY_HEAD_PAIR = ("hook_attn_scores", "hook_pattern")
@@ -177,7 +178,7 @@ class VLMCache(ActivationCache):
             KeyError: A component that the cache lacks, the embedding included where `mode` is `all`.
         """
         if mode not in (modes := ("all", "mlp", "attn")):
-            raise ValueError(f"unknown mode {mode!r}; valid: {', '.join(modes)}")
+            raise ValueError(f"unknown mode {mode!r}; valid: {', '.join(modes)}{did_you_mean(mode, modes)}")
         if mode == "all" and incl_embeds:
             self._require_embed("; incl_embeds=False leaves it out")
         return super().decompose_resid(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from hones_lens.model.names import did_you_mean
+
 
 def require_choice(option: str, value: object, valid: Iterable[str], or_else: str = "") -> None:
     """Check that an option is one of its words.
@@ -20,4 +22,4 @@ def require_choice(option: str, value: object, valid: Iterable[str], or_else: st
     words = tuple(valid)
     if not isinstance(value, str) or value not in words:
         listed = ", ".join((*words, or_else) if or_else else words)
-        raise ValueError(f"unknown {option} {value!r}; valid: {listed}")
+        raise ValueError(f"unknown {option} {value!r}; valid: {listed}{did_you_mean(value, words)}")

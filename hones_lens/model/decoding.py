@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import logits_process as hf
 
+from hones_lens.model.names import did_you_mean
+
 
 @dataclass(frozen=True)
 class _Prompts:
@@ -149,6 +151,7 @@ class Decoding:
             if name not in known:
                 raise TypeError(
                     f"unknown setting of decoding {name!r}; valid: {', '.join((*APPLIED, *SAMPLING))}"
+                    f"{did_you_mean(name, (*APPLIED, *SAMPLING))}"
                 )
 
     @classmethod

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hones_lens.model import did_you_mean
+
 DRAWS = 2000  # resamples of a bootstrap
 _CHUNK_ELEMENTS = 4_000_000
 _ROUNDING = 1e-12
@@ -237,7 +239,10 @@ def sign_flip_p(
     if arms.ndim != 2 or not len(arms):
         raise ValueError(f"expected differences of shape [n_arms, n_examples], got shape {arms.shape}")
     if alternative not in ("greater", "two-sided"):
-        raise ValueError(f"unknown alternative {alternative!r}; valid: greater, two-sided")
+        raise ValueError(
+            f"unknown alternative {alternative!r}; valid: greater, two-sided"
+            f"{did_you_mean(alternative, ('greater', 'two-sided'))}"
+        )
     _check_draws(draws)
     by_example = _check_array(arms.T, 2)
     n_examples, n_arms = by_example.shape

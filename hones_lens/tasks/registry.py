@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hones_lens.model import did_you_mean
 
 if TYPE_CHECKING:
     from hones_lens.tasks.base import Task
@@ -56,9 +57,7 @@ def load_task(name: str) -> Task:
     """
     tasks = TASKS if name in TASKS else _registered()
     if name not in tasks:
-        near = difflib.get_close_matches(name.lower(), tasks, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown task {name!r}; valid: {', '.join(tasks)}{hint}")
+        raise ValueError(f"unknown task {name!r}; valid: {', '.join(tasks)}{did_you_mean(name, tasks)}")
     task = pkgutil.resolve_name(tasks[name])
     if task.name != name:
         raise ValueError(f"the task registered as {name!r}, {tasks[name]}, is named {task.name!r}")

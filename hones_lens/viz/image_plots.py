@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.model import PictureLike, Region, VLMInputs, open_image
+from hones_lens.model import PictureLike, Region, VLMInputs, did_you_mean, open_image
 from hones_lens.results import Labelled
 from hones_lens.viz import theme
 from hones_lens.viz.text import nonbreaking, number
@@ -117,7 +117,7 @@ def on_image(
         IndexError: No such image.
     """
     if scale is not None and scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}; valid: {', '.join(SCALES)}")
+        raise ValueError(f"unknown scale {scale!r}; valid: {', '.join(SCALES)}{did_you_mean(scale, SCALES)}")
     shown = open_image(picture)
     region = region_of(inputs, row, image, shown)
     result = values if isinstance(values, Labelled) else _as_labelled(values, inputs)

@@ -14,6 +14,8 @@ from matplotlib.backend_bases import GraphicsContextBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import to_rgb, to_rgba
 
+from hones_lens.model import did_you_mean
+
 # Name: on a light, and on a dark background. Data colours are Okabe and Ito's, safe for colour-blind readers.
 PALETTE = {
     "ink": ("#1a1d21", "#e8eaed"),
@@ -40,7 +42,9 @@ def check_scheme(scheme: str) -> int:
         ValueError: An unknown scheme.
     """
     if scheme not in SCHEMES:
-        raise ValueError(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
+        raise ValueError(
+            f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}{did_you_mean(scheme, SCHEMES)}"
+        )
     return SCHEMES.index(scheme)
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from hones_lens.hones import MEASURES, SideEffect, SideEffects, SteeringTable
-from hones_lens.model import takes_iterables
+from hones_lens.model import did_you_mean, takes_iterables
 from hones_lens.results import Interval
 from hones_lens.viz import theme
 from hones_lens.viz.masking_plots import DOTS, error_bar_lengths
@@ -36,7 +36,9 @@ def gain_rows(table: SteeringTable, measure: str = "metric") -> list[GainRow]:
         ValueError: An unknown measure.
     """
     if measure not in _GAINS:
-        raise ValueError(f"unknown measure {measure!r}; valid: {', '.join(MEASURES)}")
+        raise ValueError(
+            f"unknown measure {measure!r}; valid: {', '.join(MEASURES)}{did_you_mean(measure, MEASURES)}"
+        )
     rows = []
     for method in dict.fromkeys(row.method for row in table.rows if row.method != "Base"):
         gains: list[Interval] = [getattr(r, _GAINS[measure]) for r in table.rows if r.method == method]

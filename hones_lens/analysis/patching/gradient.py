@@ -23,7 +23,7 @@ from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, as_patch_site, positions_of, targets_of, vision_mask
 from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.interventions import Group, Layers
-from hones_lens.model import HookedVLM, VLMInputs, attention_mask, takes_iterables
+from hones_lens.model import HookedVLM, VLMInputs, attention_mask, did_you_mean, takes_iterables
 from hones_lens.results import Labelled
 
 STEPS = 20
@@ -184,7 +184,10 @@ def attribute_patching(
 
 def _check_method(method: str, steps: int) -> None:
     if method not in METHODS or steps < 1:
-        raise ValueError(f"method {method!r} with {steps} steps; valid: {', '.join(METHODS)}, 1 step or more")
+        raise ValueError(
+            f"method {method!r} with {steps} steps; valid: {', '.join(METHODS)}, 1 step or more"
+            f"{did_you_mean(method, METHODS)}"
+        )
 
 
 def _first_order(job: _AttributionBatch) -> list[Float[Tensor, "batch component sum"]]:

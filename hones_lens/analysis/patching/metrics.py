@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hones_lens.analysis.patching.pairs import PatchPairs
+from hones_lens.model import did_you_mean
 
 Logits = Float[Tensor, "batch d_vocab"]
 # Takes the run's logits, the pairs and the clean run's logits; returns one value per pair, [batch].
@@ -61,5 +62,8 @@ def as_metric(metric: str | Metric) -> Metric:
     if callable(metric):
         return metric
     if metric not in METRICS:
-        raise ValueError(f"unknown patching metric {metric!r}; valid: {', '.join(METRICS)}, or a function")
+        raise ValueError(
+            f"unknown patching metric {metric!r}; valid: {', '.join(METRICS)}, or a function"
+            f"{did_you_mean(metric, METRICS)}"
+        )
     return METRICS[metric]

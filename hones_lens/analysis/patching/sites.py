@@ -242,7 +242,7 @@ def positions_of(
             pair, or pairs whose positions are not the same tokens.
     """
     if by not in BY:
-        raise ValueError(f"unknown by {by!r}; valid: {', '.join(BY)}")
+        raise ValueError(f"unknown by {by!r}; valid: {', '.join(BY)}{did_you_mean(by, BY)}")
     if groups is not None and by != "group":
         raise ValueError(f"groups are for by='group', not {by!r}")
     tokens = pairs.clean.attention_mask.bool()

@@ -14,7 +14,7 @@ from hones_lens.interventions import (
     scale,
     zero,
 )
-from hones_lens.model import VLMConfig
+from hones_lens.model import VLMConfig, did_you_mean
 
 LayerIndex = tuple[int, int]  # layer and index
 OVERLAYS = ("head", "neuron", "picture")
@@ -96,7 +96,9 @@ class State:
             if not 0 <= position < n_tokens:
                 raise ValueError(f"{name}: position {position} is not in 0 … {n_tokens - 1}")
         if self.show not in OVERLAYS:
-            raise ValueError(f"show: {self.show!r}; valid: {', '.join(OVERLAYS)}")
+            raise ValueError(
+                f"show: {self.show!r}; valid: {', '.join(OVERLAYS)}{did_you_mean(self.show, OVERLAYS)}"
+            )
         components = [("head", self.head), ("neuron", self.neuron)]
         components += [(edit.kind, (edit.layer, edit.index)) for edit in self.edits]
         widths = {"head": cfg.n_heads, "neuron": cfg.d_mlp}

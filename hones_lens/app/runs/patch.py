@@ -26,7 +26,7 @@ from hones_lens.analysis import (
 from hones_lens.app.runs.folder import Run, weights_hash
 from hones_lens.data import Example, counterfactual_pairs, load_examples
 from hones_lens.interventions import Box, Corruption
-from hones_lens.model import HookedVLM, VLMInputs, open_image
+from hones_lens.model import HookedVLM, VLMInputs, did_you_mean, open_image
 from hones_lens.results import Labelled, write_json
 from hones_lens.tasks import load_task, own_prompt, takes_text, task_of_examples
 
@@ -175,7 +175,10 @@ class PairsChoice:
                 "how they are corrupted: --corrupt"
             )
         if self.corrupt is not None and self.corrupt not in CORRUPTIONS:
-            raise ValueError(f"unknown corruption {self.corrupt!r}; valid: {', '.join(CORRUPTIONS)}")
+            raise ValueError(
+                f"unknown corruption {self.corrupt!r}; valid: {', '.join(CORRUPTIONS)}"
+                f"{did_you_mean(self.corrupt, CORRUPTIONS)}"
+            )
         if self.kind is not None and (self.image is not None or self.corrupt is not None):
             raise ValueError("--kind is for counterfactual pairs")
         unused = {

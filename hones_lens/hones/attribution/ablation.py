@@ -21,7 +21,7 @@ from hones_lens.interventions import (
     zero_head,
     zero_neurons,
 )
-from hones_lens.model import HookedVLM, takes_iterables
+from hones_lens.model import HookedVLM, did_you_mean, takes_iterables
 from hones_lens.tasks import Task
 
 _HEAD_HOOKS: dict[str, Callable[[int, int], Hook]] = {
@@ -74,7 +74,10 @@ def exact_ablation(
         clean = base.metric(task)
         drops = torch.tensor([clean - outcome.metric(task) for outcome in ablated], dtype=torch.float64)
     else:
-        raise ValueError(f"unknown measure {measure!r}; valid: log_prob, metric")
+        raise ValueError(
+            f"unknown measure {measure!r}; valid: log_prob, metric"
+            f"{did_you_mean(measure, ('log_prob', 'metric'))}"
+        )
     by_layer = torch.full((cfg.n_layers, cfg.d_mlp), torch.nan, dtype=torch.float64)
     by_layer[chosen] = drops.view(len(chosen), cfg.d_mlp)
     return by_layer
@@ -105,7 +108,10 @@ def exact_head_ablation(
         FloatingPointError: Logits that are not finite; names head and example.
     """
     if ablation not in _HEAD_HOOKS:
-        raise ValueError(f"unknown ablation {ablation!r}; valid: {', '.join(_HEAD_HOOKS)}")
+        raise ValueError(
+            f"unknown ablation {ablation!r}; valid: {', '.join(_HEAD_HOOKS)}"
+            f"{did_you_mean(ablation, _HEAD_HOOKS)}"
+        )
     options, task = SweepOptions.of(options, sweep), engine.as_task(task)
     engine.check_examples(task, examples)
     arms = [[], *([_HEAD_HOOKS[ablation](*cell)] for cell in all_heads(model))]

@@ -14,7 +14,7 @@ from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.masking import masking_curve
 from hones_lens.hones.masking_result import MaskingResult
 from hones_lens.hones.overlap.groups import Neuron, Overlap
-from hones_lens.model import HookedVLM, takes_iterables
+from hones_lens.model import HookedVLM, did_you_mean, takes_iterables
 from hones_lens.results import Result
 
 
@@ -138,7 +138,9 @@ def equal_size_groups(
     known = overlap.groups
     names = [name for name, neurons in known.items() if neurons] if groups is None else list(groups)
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown groups {unknown}; valid: {', '.join(known)}")
+        raise ValueError(
+            f"unknown groups {unknown}; valid: {', '.join(known)}{did_you_mean(unknown[0], known)}"
+        )
     if not names:
         raise ValueError("no groups to mask")
     smallest = min(names, key=lambda name: len(known[name]))

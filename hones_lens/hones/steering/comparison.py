@@ -20,7 +20,7 @@ from hones_lens.hones.steering.learning import Learner, dev_measurement
 from hones_lens.hones.steering.questions import Arms, answer_log_probs, check_disjoint_images, split_by_image
 from hones_lens.hones.steering.scales import NeuronScales, neurons_to_steer
 from hones_lens.hones.steering.table import SteeringRow, SteeringTable
-from hones_lens.model import HookedVLM, takes_iterables
+from hones_lens.model import HookedVLM, did_you_mean, takes_iterables
 from hones_lens.results import bootstrap_interval, mean_interval, metric_interval, permutation_p
 from hones_lens.tasks import Task
 
@@ -157,7 +157,9 @@ def compare_steering(
         FloatingPointError: A loss or logits that are not finite; names the examples.
     """
     if unknown := [method for method in methods if method not in METHODS]:
-        raise ValueError(f"unknown method {unknown[0]!r}; valid: {', '.join(METHODS)}")
+        raise ValueError(
+            f"unknown method {unknown[0]!r}; valid: {', '.join(METHODS)}{did_you_mean(unknown[0], METHODS)}"
+        )
     tuning_keywords, sweep = split_keywords(keywords, TuningKeywords.__annotations__)
     tuning, options = Tuning(**tuning_keywords), SweepOptions.of(options, sweep)
     task, config = engine.as_task(task), config or SteeringConfig()
