@@ -16,7 +16,7 @@ from hones_lens.engine import SweepKeywords, SweepOptions, Tally, split_keywords
 from hones_lens.hones.attribution.gradients import first_order_head_drops
 from hones_lens.hones.attribution.head_scores import INTERVENTIONS, LEVEL, HeadScores
 from hones_lens.interventions import Heads, Hook, Layers, choose_heads, replace_with_other_heads_mean
-from hones_lens.model import HookedVLM, did_you_mean, find_settings, takes_iterables
+from hones_lens.model import HookedVLM, find_settings, require_choice, takes_iterables
 from hones_lens.results import (
     Race,
     RaceResult,
@@ -104,11 +104,7 @@ def localize_heads(
     """
     own, sweep = split_keywords(keywords, ("heads", "layers"))
     options, task = SweepOptions.of(options, sweep), engine.as_task(task)
-    if intervention not in INTERVENTIONS:
-        raise ValueError(
-            f"unknown intervention {intervention!r}; valid: {', '.join(INTERVENTIONS)}"
-            f"{did_you_mean(intervention, INTERVENTIONS)}"
-        )
+    require_choice("intervention", intervention, INTERVENTIONS)
     cells = choose_heads(model, **own)
     k = min(default_top_k(model), len(cells)) if top_k is None else top_k
     if intervention == "patch":
