@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hones_lens.app.commands import (
     check,
