@@ -213,8 +213,9 @@ def is_hooked(*points: nn.Module) -> bool:
 
 def acting_functions(point: nn.Module) -> list[Callable[..., Any]]:
     """The user's functions of the forward hooks that act at a point in this context."""
-    handles = point.fwd_hooks if isinstance(point, tl.HookPoint) else ()
-    return [handle.user_hook for handle in tuple(handles) if handle.user_hook is not None and _acts(handle)]
+    handles = tuple(point.fwd_hooks) if isinstance(point, tl.HookPoint) else ()
+    hooks = [handle.scoped for handle in handles if isinstance(handle, HookHandle)]
+    return [hook.function for hook in hooks if hook is not None and hook.is_active]
 
 
 def remove_hook(point: tl.HookPoint, handle: tl.LensHandle) -> None:
