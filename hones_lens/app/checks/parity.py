@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hones_lens.app.checks.live_hooks import hooks_without_effect, sample_of_hooks
 from hones_lens.data import load_examples
 from hones_lens.model import HookedVLM, VLMInputs
 from hones_lens.tasks import load_task
@@ -27,22 +28,25 @@ class Check:
     figure: str
 
 
-def check_model(hooked: HookedVLM, hf_model, max_new_tokens: int = 16) -> list[Check]:
+def check_model(hooked: HookedVLM, hf_model, max_new_tokens: int = 16, quick: bool = False) -> list[Check]:
     """Parity of logits and greedy tokens, live hooks, image geometry and peak memory.
 
     Args:
         hooked: The hooked model, made from `hf_model`.
         hf_model: The model of Hugging Face.
         max_new_tokens: Number of greedy tokens to compare for each prompt.
+        quick: One prompt of three, at most four tokens, and hooks of each kind in the first, middle and last
+            layer; stopping and starting at these layers.
     """
-    examples = load_examples("shapes-varied", "vqa", "test", limit=3)
+    examples = load_examples("shapes-varied", "vqa", "test", limit=1 if quick else 3)
+    max_new_tokens = min(max_new_tokens, 4) if quick else max_new_tokens
     prompts = [load_task("vqa").prompts(example)[0] for example in examples]
     inputs = hooked.prepare([example.image for example in examples], prompts)
     return [
         _logits(hooked, hf_model, inputs),
         _greedy(hooked, hf_model, inputs, max_new_tokens),
-        _layers(hooked, inputs),
-        _hooks(hooked, inputs[0]),
+        _layers(hooked, inputs, quick),
+        _hooks(hooked, inputs[0], quick),
         _geometry(hooked),
         _memory(hooked),
     ]
@@ -104,37 +108,30 @@ def _greedy(hooked: HookedVLM, hf_model, inputs: VLMInputs, max_new_tokens: int)
 
 
 @torch.no_grad()
-def _layers(hooked: HookedVLM, inputs: VLMInputs) -> Check:
+def _layers(hooked: HookedVLM, inputs: VLMInputs, quick: bool) -> Check:
     full_logits = hooked(inputs)
-    largest_difference = 0.0
-    for layer in range(hooked.cfg.n_layers + 1):
+    largest_difference, n_layers = 0.0, hooked.cfg.n_layers
+    layers = sorted({0, n_layers // 2, n_layers}) if quick else range(n_layers + 1)
+    for layer in layers:
         resid = hooked(inputs, stop_at_layer=layer)
         largest_difference = max(
             largest_difference,
             float((hooked(resid, start_at_layer=layer, inputs=inputs) - full_logits).abs().max()),
         )
     return Check(
-        "stopping and starting at every layer",
+        "stopping and starting at every layer"
+        if not quick
+        else f"stopping and starting at {len(layers)} layers",
         largest_difference == 0,
         f"max |difference| {largest_difference:.1e}",
     )
 
 
-@torch.no_grad()
-def _hooks(hooked: HookedVLM, inputs: VLMInputs) -> Check:
-    clean = hooked(inputs)
-    generator = torch.Generator(device=clean.device).manual_seed(0)
-
-    def nudge(x: Tensor, hook: object) -> Tensor:
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-        finite = x[torch.isfinite(x)].float()
-        return x + (0.5 * finite.std() * noise).to(x.dtype)
-
-    without_effect = []
-    for name in hooked.hook_dict:
-        if bool((hooked.run_with_hooks(inputs, fwd_hooks=[(name, nudge)]) == clean).all()):
-            without_effect.append(name)
-    figure = f"{len(hooked.hook_dict)} hooks edited, {len(without_effect)} without effect"
+def _hooks(hooked: HookedVLM, inputs: VLMInputs, quick: bool) -> Check:
+    names = sample_of_hooks(list(hooked.hook_dict)) if quick else list(hooked.hook_dict)
+    without_effect = hooks_without_effect(hooked, inputs, names)
+    of_all = f" of {len(hooked.hook_dict)}" if quick else ""
+    figure = f"{len(names)}{of_all} hooks edited, {len(without_effect)} without effect"
     return Check(
         "every hook is causal",
         not without_effect,

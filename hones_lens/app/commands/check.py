@@ -19,6 +19,9 @@ def add(commands: Any) -> None:
     command.add_argument("model_name", metavar="MODEL", help="name, folder or Hub id")
     model_options(command, named=False)
     command.add_argument(
+        "--quick", action="store_true", help="one prompt, and hooks in the first, middle and last layer"
+    )
+    command.add_argument(
         "--flips",
         type=int,
         metavar="N",
@@ -38,7 +41,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.flips is not None and dtype is torch.float32:
         raise ValueError("--flips compares another type with float32; give --dtype bfloat16 or float16")
     hf_model, processor = load_hf_model(args.model_name, args.device, dtype, plain_greedy=args.plain_greedy)
-    checks = check_model(hook_hf_model(hf_model, processor), hf_model)
+    checks = check_model(hook_hf_model(hf_model, processor), hf_model, quick=args.quick)
     for check in checks:
         print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.figure}")
     flips = [] if args.flips is None else _flips(args, dtype or torch.bfloat16)

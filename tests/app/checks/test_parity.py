@@ -8,6 +8,7 @@ from helpers import random_llava
 from transformers import GenerationConfig
 
 from hones_lens import Decoding, HookedVLM
+from hones_lens.app.checks.live_hooks import hooks_without_effect, sample_of_hooks
 from hones_lens.app.checks.parity import check_model
 
 
@@ -30,6 +31,60 @@ def test_a_wrong_weight_fails_parity(pair):
     ours, theirs = pair
     ours.blocks[1].attn.o.weight = torch.nn.Parameter(ours.blocks[1].attn.o.weight * 1.05)
     assert "logits equal Hugging Face's" in _failed(check_model(ours, theirs, max_new_tokens=2))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_verdicts_are_those_of_a_pass_for_each_hook(pair, quick):
+    checks = check_model(*pair, max_new_tokens=2, quick=quick)
+    assert not _failed(checks)
+    (hooks,) = [check for check in checks if check.name == "every hook is causal"]
+    assert f"of {len(pair[0].hook_dict)} hooks" in hooks.figure if quick else True
+
+
+class _Ignored(torch.nn.Module):
+    """Runs a hook point, and hands on what came in."""
+
+    def __init__(self, point):
+        super().__init__()
+        self.point = point
+
+    def forward(self, x):
+        self.point(x)
+        return x
+
+
+IGNORED = [
+    "vision_encoder.blocks.0.attn.hook_z",
+    "vision_projector.hook_out",
+    "hook_text_embed",
+    "hook_embed",
+]
+IGNORED += ["ln_final.hook_normalized"]
+IGNORED += [
+    f"blocks.0.{kind}"
+    for kind in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+]
+IGNORED += [f"blocks.0.attn.hook_{kind}" for kind in ("q", "k", "v", "rot_q", "attn_scores", "pattern", "z")]
+IGNORED += ["blocks.0.mlp.hook_pre", "blocks.0.mlp.hook_post", "blocks.0.ln1.hook_scale"]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_hooks_whose_edits_are_ignored_are_found(pair, quick):
+    """One of each way to be without effect, all at once: none of them changes what the model computes."""
+    ours, _ = pair
+    for name in IGNORED:
+        parent, _, own = name.rpartition(".")
+        setattr(ours.get_submodule(parent), own, _Ignored(ours.hook_dict[name]))
+    names = list(ours.hook_dict)
+    names = sample_of_hooks(names) if quick else names
+    found = hooks_without_effect(ours, ours.prepare(random_llava.make_images(1), ["what?"]), names)
+    assert sorted(found) == sorted(IGNORED)
+
+
+def test_a_quick_check_has_every_kind_in_three_layers():
+    names = [f"blocks.{layer}.{kind}" for layer in range(9) for kind in ("attn.hook_z", "hook_mlp_out")]
+    assert {name.split(".")[1] for name in sample_of_hooks(names)} == {"0", "4", "8"}
+    assert len(sample_of_hooks([*names, "hook_embed"])) == 7
 
 
 def test_a_dead_hook_is_found(pair):
