@@ -77,7 +77,6 @@ def save_pretrained(model: Any, folder: str | Path) -> Path:
         raise ValueError(
             f"weights that can't be written back: {', '.join([*absent, *report.unexpected_keys][:5])}"
         )
-    hf_model.config.dtype = model.cfg.dtype
     if source.generation_config is not None:
         hf_model.generation_config = deepcopy(source.generation_config)
     hf_model.save_pretrained(folder)

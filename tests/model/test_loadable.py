@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from helpers import random_llava, random_qwen
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from hones_lens import HookedVLM
-from hones_lens.model.loading import resolve
+from hones_lens.model.families import load_family
+from hones_lens.model.loading import load_hf_model, resolve
 
 FAMILIES = {"llava": random_llava, "qwen": random_qwen}
 
@@ -69,10 +71,11 @@ def test_a_model_of_text_alone_lists_the_families() -> None:
         HookedVLM.from_hf(LlamaForCausalLM(config))
 
 
-def test_adapters_in_the_layers_are_refused() -> None:
+@pytest.mark.parametrize("part", ["lora_A", "base_layer"])
+def test_adapters_in_the_layers_are_refused(part: str) -> None:
     hf = small()
-    hf.model.language_model.layers[1].self_attn.q_proj.lora_A = nn.Linear(4, 2)
-    with pytest.raises(ValueError, match=r"adapters in its layers \(.*layers\.1\.self_attn\.q_proj\.lora_A"):
+    setattr(hf.model.language_model.layers[1].self_attn.q_proj, part, nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=rf"adapters in its layers \(.*layers\.1\.self_attn\.q_proj\.{part}"):
         HookedVLM.from_hf(hf)
 
 
@@ -103,12 +106,16 @@ def test_weights_of_two_dtypes_are_named() -> None:
         HookedVLM.from_hf(hf)
 
 
-def test_quantised_models_in_memory_are_refused() -> None:
+@pytest.mark.parametrize("attribute", ["is_quantized", "hf_quantizer"])
+def test_quantised_models_in_memory_are_refused(attribute: str) -> None:
     hf = small()
-    hf.is_quantized = True
+    setattr(hf, attribute, True)
     hf.config.quantization_config = SimpleNamespace(to_dict=lambda: {"quant_method": "bitsandbytes"})
     with pytest.raises(ValueError, match=r"quantised weights \(bitsandbytes\)"):
         HookedVLM.from_hf(hf)
+
+
+def test_weights_of_packed_integers_are_refused() -> None:
     packed = small()
     linear = packed.model.language_model.layers[0].mlp.up_proj
     linear.weight = nn.Parameter(linear.weight.to(torch.uint8), requires_grad=False)
@@ -116,13 +123,22 @@ def test_quantised_models_in_memory_are_refused() -> None:
         HookedVLM.from_hf(packed)
 
 
-def test_a_hook_of_the_user_is_not_dropped_in_silence() -> None:
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_of_the_user_is_not_dropped_in_silence(register: str) -> None:
     hf = small()
-    handle = hf.model.language_model.layers[2].register_forward_hook(lambda module, args, out: None)
+    handle = getattr(hf.model.language_model.layers[2], register)(lambda *args: None)
     with pytest.raises(ValueError, match=r"hook of yours at model\.language_model\.layers\.2"):
         HookedVLM.from_hf(hf)
     handle.remove()
     HookedVLM.from_hf(hf)
+
+
+def test_a_replaced_forward_is_not_dropped_in_silence() -> None:
+    hf = small()
+    mlp = hf.model.language_model.layers[1].mlp
+    mlp.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"forward of model\.language_model\.layers\.1\.mlp is replaced"):
+        HookedVLM.from_hf(hf)
 
 
 # -- folders -------------------------------------------------------------------------------------------------
@@ -139,7 +155,7 @@ def edit(file: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors"])
-@pytest.mark.parametrize("part", ["", "text_config"])
+@pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
 def test_quantised_folders_are_refused_before_their_library_is_asked_for(
     folder: Path, method: str, part: str
 ) -> None:
@@ -151,9 +167,10 @@ def test_quantised_folders_are_refused_before_their_library_is_asked_for(
         HookedVLM.from_pretrained(str(folder))
 
 
-def test_the_file_of_an_old_quantisation_tool_is_enough(folder: Path) -> None:
-    (folder / "quantize_config.json").write_text('{"bits": 4}')
-    with pytest.raises(ValueError, match=r"it has quantize_config\.json\) has quantised weights"):
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_the_file_of_an_old_quantisation_tool_is_enough(folder: Path, name: str) -> None:
+    (folder / name).write_text('{"bits": 4}')
+    with pytest.raises(ValueError, match=rf"it has {name}\) has quantised weights"):
         HookedVLM.from_pretrained(str(folder))
 
 
@@ -200,16 +217,23 @@ def test_folders_and_shipped_models_have_no_revision(folder: Path) -> None:
 
 
 def test_the_revision_reaches_every_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing can be downloaded: each reader is asked once, told the revision, and to run no code."""
-    from transformers import AutoConfig
-
+    """Config, weights and processor; nothing can be downloaded, so the readers only note what is asked."""
+    config = random_llava.make_config()
     asked = []
 
-    def from_pretrained(name: str, **options: object) -> None:
-        asked.append((name, options))
-        raise OSError("no network")
+    def reader(part: str, value: object) -> Callable[..., object]:
+        def from_pretrained(name: str, revision: str | None = None, **options: object) -> object:
+            asked.append((part, name, revision))
+            return value
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
-    with pytest.raises(OSError, match="no network"):
-        HookedVLM.from_pretrained("someone/something", revision="abc123")
-    assert asked == [("someone/something", {"revision": "abc123", "trust_remote_code": False})]
+        return from_pretrained
+
+    for class_, value in (
+        (AutoConfig, config),
+        (AutoModelForImageTextToText, (random_llava.make_hf(config), {})),
+        (load_family("llava").processor_class, None),
+    ):
+        monkeypatch.setattr(class_, "from_pretrained", reader(class_.__name__, value))
+    load_hf_model("someone/something", revision="abc123")
+    parts = ("AutoConfig", "AutoModelForImageTextToText", load_family("llava").processor_class.__name__)
+    assert asked == [(part, "someone/something", "abc123") for part in parts]

@@ -91,14 +91,15 @@ def test_another_dtype_is_saved_as_it_is(tmp_path: Path) -> None:
 def test_a_shipped_model_with_processor_and_generation_config(tmp_path: Path) -> None:
     model = HookedVLM.from_pretrained("tiny-llava")
     fold_neuron_scales(model, [(0, 0)], 0)
+    model.hf_source.generation_config.repetition_penalty = 1.25  # what the config alone does not tell
     model.save_pretrained(tmp_path)
     source = AutoProcessor.from_pretrained(checkpoint_path("tiny-llava"))
     saved = AutoProcessor.from_pretrained(tmp_path)
     assert saved.chat_template == source.chat_template
     assert saved.tokenizer.get_vocab() == source.tokenizer.get_vocab()
     assert saved.image_processor.to_dict() == source.image_processor.to_dict()
-    before = AutoModelForImageTextToText.from_pretrained(checkpoint_path("tiny-llava"))
-    assert reloaded(tmp_path).generation_config.to_dict() == before.generation_config.to_dict()
+    before = AutoModelForImageTextToText.from_pretrained(checkpoint_path("tiny-llava")).generation_config
+    assert reloaded(tmp_path).generation_config.to_dict() == {**before.to_dict(), "repetition_penalty": 1.25}
     assert not HookedVLM.from_pretrained(str(tmp_path)).W_out[0, 0].any()
 
 
@@ -116,6 +117,19 @@ def test_a_model_that_no_checkpoint_made_can_t_be_saved(tmp_path: Path) -> None:
     model.hf_source = None
     with pytest.raises(ValueError, match="was not made from a Hugging Face model"):
         model.save_pretrained(tmp_path)
+
+
+def test_weights_that_have_no_place_or_are_not_there_are_named(tmp_path: Path) -> None:
+    _, model = random_llava.make_pair()
+    source = model.hf_source
+    name = next(name for name, ours in source.weight_map.items() if ours == "embed.weight")
+    source.weight_map["model.nowhere.weight"] = source.weight_map[name]
+    with pytest.raises(ValueError, match=r"can't be written back: model\.nowhere\.weight"):
+        model.save_pretrained(tmp_path)
+    del source.weight_map["model.nowhere.weight"], source.weight_map[name]
+    with pytest.raises(ValueError, match=f"can't be written back: {name}"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 WRONG = {
