@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import hones_lens as hl
 from hones_lens.analysis.knockout import attention_knockout
 from hones_lens.analysis.patching.activation import patch_activations
 from hones_lens.analysis.patching.gradient import attribute_patching
-from hones_lens.analysis.patching.pair_answers import pair_answers
+from hones_lens.analysis.patching.pair_answers import PairAnswers, pair_answers
 from hones_lens.analysis.patching.pairs import PatchPairs, corrupted_by, counterfactual
 from hones_lens.analysis.patching.path import path_patching, path_patching_matrix
 from hones_lens.hones import localize_heads
@@ -71,6 +72,21 @@ def test_margins_and_right_answers_are_those_of_hugging_faces_model(
     prefers = int((found.clean > 0).sum())
     assert f"right in {int(right.sum())} of 6 pairs; " in str(found)
     assert str(found).endswith(f"the clean run prefers the answer to the foil in {prefers}")
+
+
+def test_a_pair_is_right_only_where_the_corrupted_run_answers_the_foil(model: hl.HookedVLM) -> None:
+    pairs = pairs_of(model, wrapped=True)
+    same = replace(pairs, corrupted=pairs.clean)
+    assert not pair_answers(model, same).right.any()
+    assert pair_answers(model, replace(same, facts=())).right.all()
+
+
+def test_half_of_the_pairs_are_not_enough() -> None:
+    def told(*margins: float) -> PairAnswers:
+        clean = torch.tensor(margins, dtype=torch.float64)
+        return PairAnswers(clean, -clean, clean > 0, has_foil=True)
+
+    assert told(1, -1).problem and not told(1, 1, -1).problem
 
 
 @pytest.mark.parametrize("kind", KINDS)
