@@ -14,7 +14,7 @@ import torch
 from helpers import example_comparisons, example_results, hostile_figures
 
 import hones_lens as hl
-from hones_lens import analysis, hones, interventions, results, viz
+from hones_lens import analysis, engine, hones, interventions, results, viz
 from hones_lens.interventions import steering_vector
 from hones_lens.model import known_config
 
@@ -99,6 +99,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     ),
     "masking_measure": lambda **word: hones.masking_measure(example_results.masking(), **word),
     "replace_with_other_heads_mean": lambda **word: interventions.replace_with_other_heads_mean(0, 0, **word),
+    "usable_examples": lambda **word: engine.usable_examples(
+        model(), "vqa", examples(), progress=False, **word
+    ),
     "resid_hook": lambda **word: interventions.resid_hook(0, **word),
     "steering_vector": lambda **word: steering_vector(0, torch.zeros(model().cfg.d_model), **word),
     "sign_flip_p": lambda **word: results.sign_flip_p(np.array([[0.5, -0.2, 0.1]]), **word),

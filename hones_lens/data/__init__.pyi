@@ -1,6 +1,6 @@
 from .check import check_data as check_data
-from .examples import Example as Example
-from .loading import load_examples as load_examples, tasks_of as tasks_of
+from .examples import Example as Example, check_on_error as check_on_error
+from .loading import load_examples as load_examples, reads_files as reads_files, tasks_of as tasks_of
 from .pairs import CounterfactualPair as CounterfactualPair, counterfactual_pairs as counterfactual_pairs
 from .records import (
     BadRecord as BadRecord,

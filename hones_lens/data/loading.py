@@ -49,6 +49,12 @@ def _module_of(name: str) -> Any:
     return pkgutil.resolve_name(modules[name]) if name in modules else None
 
 
+def reads_files(dataset: str | Path) -> bool:
+    """Whether a data set's pictures and texts come from files (or the Hub), and are not drawn here."""
+    module = _module_of(str(dataset))
+    return module is None or hasattr(module, "FORMAT")
+
+
 def tasks_of(dataset: str | Path, data_file: str | Path | None = None) -> tuple[str, ...]:
     """The tasks that a data set has examples for.
 

@@ -25,6 +25,11 @@ from .options import (
     SweepOptions as SweepOptions,
     split_keywords as split_keywords,
 )
+from .preflight import (
+    Fault as Fault,
+    find_faults as find_faults,
+    usable_examples as usable_examples,
+)
 from .segments import Segment as Segment, split_shared_prefix as split_shared_prefix
 from .speculation import Tally as Tally
 from .sweep import Sweep as Sweep, logits_under as logits_under

@@ -14,6 +14,7 @@ from hones_lens.data import Example
 from hones_lens.engine.batches import as_task, check_examples
 from hones_lens.engine.measurement import measure
 from hones_lens.engine.options import SweepKeywords, SweepOptions
+from hones_lens.engine.preflight import Fault, usable_examples
 from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import Interval, Result, metric_interval
 from hones_lens.tasks import Task
@@ -43,6 +44,7 @@ class Evaluation(Result):
         example_ids: Which examples, in the order of `scores`.
         measures: The task's further measures by name, over all examples (POPE's five for `yes-no`); None
             for one that is a share of nothing, and for a task without any.
+        left_out: The examples that `on_error="skip"` left out, with the reason.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -55,6 +57,7 @@ class Evaluation(Result):
     kinds: dict[str, KindMetric]
     example_ids: tuple[str, ...]
     measures: dict[str, float | None] | None = None
+    left_out: tuple[Fault, ...] = ()
 
     @property
     def metric(self) -> float:
@@ -79,6 +82,8 @@ class Evaluation(Result):
         if len(self.kinds) > 1:
             width = max(map(len, self.kinds))
             lines += [f"  {kind:<{width}} {metric}" for kind, metric in self.kinds.items()]
+        if self.left_out:
+            lines.append(f"  left out: {len(self.left_out):,} examples that can't be used")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -95,6 +100,7 @@ def evaluate(
     task: str | Task,
     examples: Sequence[Example],
     *,
+    on_error: str | None = None,
     options: SweepOptions | None = None,
     **sweep: Unpack[SweepKeywords],
 ) -> Evaluation:
@@ -104,13 +110,18 @@ def evaluate(
         model: The model.
         task: A task or its name.
         examples: What to measure it on.
+        on_error: Check every picture and prompt first (see `usable_examples`), and `raise` at one that can't
+            be used or `skip` it; None: check none beforehand.
         options, sweep: How it runs: `batch_size`, `progress`, `journal`, ... of `SweepOptions`.
 
     Raises:
-        ValueError: No examples, or one that lacks what the task reads.
+        ValueError: No examples, or one that lacks what the task reads; with `on_error` a faulty one.
         FloatingPointError: Logits that are not finite; names the examples.
     """
     options, task = SweepOptions.of(options, sweep), as_task(task)
+    left_out: tuple[Fault, ...] = ()
+    if on_error is not None:
+        examples, left_out = usable_examples(model, task, examples, on_error, progress=options.progress)
     check_examples(task, examples)
     (arm,) = measure(model, task, examples, [[]], options, label="evaluate")
     statistics = np.array(arm.statistics)
@@ -134,4 +145,5 @@ def evaluate(
         kinds=by_kind,
         example_ids=tuple(example.id for example in examples),
         measures={name: None if np.isnan(value) else value for name, value in measures.items()} or None,
+        left_out=left_out,
     )

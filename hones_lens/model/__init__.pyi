@@ -40,6 +40,7 @@ from .pictures import (
     opened_image as opened_image,
     read_image as read_image,
 )
+from .prompting import prompt_lengths as prompt_lengths
 from .tokens import (
     bare_text_ids as bare_text_ids,
     leading_blanks as leading_blanks,

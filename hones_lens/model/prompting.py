@@ -156,6 +156,25 @@ def render(model: ReadsPrompts, prompt: str, image_tokens: Sequence[int]) -> str
     return _write_out(model, ChatFormat(model), prompt, image_tokens)
 
 
+@takes_iterables
+def prompt_lengths(model: ReadsPrompts, image: Image.Image, prompts: Sequence[str]) -> list[int]:
+    """How many tokens each of these prompts has with one picture, as `prepare` tokenizes them.
+
+    The picture is processed once. Lengths are not compared with the context.
+
+    Raises:
+        ValueError: An empty prompt, or as `render`.
+    """
+    _, image_tokens = model.process_images([image])
+    chat, lengths = ChatFormat(model), list[int]()
+    for prompt in prompts:
+        if not prompt.strip():
+            raise ValueError("its prompt is empty")
+        text = _write_out(model, chat, prompt, image_tokens)
+        lengths.append(len(text_ids(tokenizer_of(model), text)))
+    return lengths
+
+
 def _write_out(model: ReadsPrompts, chat: ChatFormat, prompt: str, image_tokens: Sequence[int]) -> str:
     text = chat.user_turn(prompt, len(image_tokens))
     return expand_images(text, image_token_of(model), image_tokens) if image_tokens else text

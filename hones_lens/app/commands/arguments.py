@@ -29,8 +29,8 @@ def model_from(args: argparse.Namespace) -> HookedVLM:
     return model
 
 
-def data_from(args: argparse.Namespace) -> DataChoice:
-    """The examples that the options select."""
+def data_from(args: argparse.Namespace, model: HookedVLM) -> DataChoice:
+    """The examples that the options select, checked against the model before anything is computed."""
     from hones_lens.app.runs.data_choice import DataChoice
 
     return DataChoice(
@@ -46,6 +46,7 @@ def data_from(args: argparse.Namespace) -> DataChoice:
         n_held_out=args.limit,
         on_error=args.on_error,
         encoding=args.encoding,
+        model=model,
     )
 
 
@@ -80,7 +81,9 @@ def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> R
     names = ("top_k", "ratio", "controls", "positions", "prefilter", "race", "heads", "layers")
     check_limits(args, model)
     settings = {name: getattr(args, name) for name in names}
-    return pipeline.start_run(model, args.task, data, run_folder(args), **settings)
+    run = pipeline.start_run(model, args.task, data, run_folder(args), **settings)
+    data.save_left_out(args.task, run.path("left-out.json"))
+    return run
 
 
 def find_heads(args: argparse.Namespace, model: HookedVLM, run: Run, data: DataChoice) -> HeadScores:

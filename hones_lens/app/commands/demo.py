@@ -34,7 +34,8 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.app.runs import stages as pipeline
     from hones_lens.app.runs.views import save_report_views
 
-    model, data = model_from(args), data_from(args)
+    model = model_from(args)
+    data = data_from(args, model)
     if planned(args, model, data, ("heads", "held out", "neurons", "masking", "others")):
         return 0
     run = start_run(args, model, data)

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """A model's metrics, task by task."""
-    from hones_lens.data import load_examples, tasks_of
+    from hones_lens.data import load_examples, reads_files, tasks_of
     from hones_lens.engine import evaluate
     from hones_lens.tasks import load_task, task_of_examples
 
@@ -32,9 +32,9 @@ def execute(args: argparse.Namespace) -> int:
         names = ("data_file", "image_dir", "on_error", "encoding")
         files = {name: getattr(args, name) for name in names}
         kind = task_of_examples(task, args.dataset, args.data_file)
-        results.append(
-            evaluate(model, task, load_examples(args.dataset, kind, args.split, limit, args.seed, **files))
-        )
+        examples = load_examples(args.dataset, kind, args.split, limit, args.seed, **files)
+        on_error = args.on_error if reads_files(args.dataset) else None
+        results.append(evaluate(model, task, examples, on_error=on_error))
         print(results[-1])
     write_result(args, [evaluation.to_dict() for evaluation in results])
     return 0

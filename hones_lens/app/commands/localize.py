@@ -28,7 +28,8 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.app.runs import stages as pipeline
     from hones_lens.app.runs.views import save_report_views
 
-    model, data = model_from(args), data_from(args)
+    model = model_from(args)
+    data = data_from(args, model)
     all_stages = ("heads", "held out", "neurons")
     stages = {"heads": all_stages[:2], "neurons": all_stages[2:]}.get(args.stage, all_stages)
     if planned(args, model, data, stages):

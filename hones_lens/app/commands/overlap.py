@@ -41,7 +41,8 @@ def execute(args: argparse.Namespace) -> int:
         print(overlap)
     else:
         args.model = args.model or name
-        model, data = model_from(args), data_from(args)
+        model = model_from(args)
+        data = data_from(args, model)
         if model.cfg.model_name != name:
             raise ValueError(f"the runs are of {name}, not of {model.cfg.model_name}")
         examples = {task: data.test(task) for task in neurons}

@@ -38,7 +38,8 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.app.runs.reproduce import reproduce
     from hones_lens.data import tasks_of
 
-    model, data = model_from(args), data_from(args)
+    model = model_from(args)
+    data = data_from(args, model)
     out = Path(args.out or f"runs/reproduce-{Path(args.model).name}")
     shifted = "shapes-shifted" if args.dataset == "shapes" else None
     tasks = args.tasks or tasks_of(args.dataset, args.data_file)

@@ -51,7 +51,8 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.app.runs import steering
     from hones_lens.hones import SteeringConfig
 
-    model, data = model_from(args), data_from(args)
+    model = model_from(args)
+    data = data_from(args, model)
     neurons = _neurons_to_steer(args, model)
     settings = ("accumulate", "kl_weight", "l2_weight", "clamp", "negatives")
     given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
@@ -68,6 +69,7 @@ def execute(args: argparse.Namespace) -> int:
         options["patience"] = args.patience
     folder = run_folder(args) / "steering" / data.label
     run = steering.start_steering(model, args.task, data, folder, neurons, options)
+    data.save_left_out(args.task, run.path("left-out.json"))
     table = steering.steer_neurons(model, run, args.task, data, neurons, options)
     print(table, f"Run: {run.folder}", sep="\n\n")
     write_result(args, json.loads(run.path("steering.json").read_text(encoding="utf-8")))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from hones_lens.data import Example, load_examples
-from hones_lens.engine import as_task
+from hones_lens.data import Example, load_examples, reads_files
+from hones_lens.engine import Fault, as_task, usable_examples
+from hones_lens.model import HookedVLM
+from hones_lens.results import write_json
 from hones_lens.tasks import Task, task_of_examples
 
 # Examples for discovery and for the held-out test; ranking fifty candidates is fifty prompts.
@@ -18,7 +21,9 @@ DEV_SIZES = {False: 210, True: 24}
 class DataChoice:
     """The examples of a run: data set, files, seed, splits and their sizes.
 
-    Splits are names, or split files of the data set (see `load_examples`).
+    Splits are names, or split files of the data set (see `load_examples`). With a model, examples from files
+    are checked against it when a split is first asked for (see `usable_examples`), before anything is
+    computed; what is left out is left out everywhere.
     """
 
     dataset: str = "shapes"
@@ -33,6 +38,11 @@ class DataChoice:
     n_held_out: int | None = None
     on_error: str = "raise"
     encoding: str = "utf-8"
+    model: HookedVLM | None = field(default=None, compare=False, repr=False)
+    # Splits that were read and checked; shared by choices that were made of another by `replace`.
+    checked: dict[tuple[Any, ...], tuple[list[Example], tuple[Fault, ...]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def label(self) -> str:
@@ -61,9 +71,32 @@ class DataChoice:
         return self._load(task, self.held_out, self.n_held_out or DEFAULT_SIZES[as_task(task).ranks][1])
 
     def _load(self, task: str | Task, split: str, limit: int) -> list[Example]:
+        known = as_task(task)
+        key = (*self._source, known.name, split, limit)
+        if key not in self.checked:
+            examples, faults = self._read(known, split, limit), ()
+            if self.model is not None and reads_files(self.dataset):
+                examples, faults = usable_examples(self.model, known, examples, self.on_error)
+            self.checked[key] = (examples, faults)
+        return self.checked[key][0]
+
+    def save_left_out(self, task: str | Task, file: Path) -> None:
+        """Write which of a task's examples were left out of the splits asked for, and why, if any were."""
+        left_out: dict[str, list[dict[str, str]]] = {}
+        for (*source, name, split, _), (_, faults) in self.checked.items():
+            if faults and (*source, name) == (*self._source, as_task(task).name):
+                left_out.setdefault(split, []).extend(fault._asdict() for fault in faults)
+        if left_out:
+            write_json(file, {"kind": "left out", "splits": left_out})
+
+    @property
+    def _source(self) -> tuple[Any, ...]:
+        return self.dataset, self.data_file, self.image_dir, self.seed, self.on_error, self.encoding
+
+    def _read(self, known: Task, split: str, limit: int) -> list[Example]:
         return load_examples(
             self.dataset,
-            task_of_examples(as_task(task), self.dataset, self.data_file),
+            task_of_examples(known, self.dataset, self.data_file),
             split,
             limit,
             self.seed,

@@ -24,7 +24,8 @@ from hones_lens.analysis import (
     targets_of,
 )
 from hones_lens.app.runs.folder import Run, weights_hash
-from hones_lens.data import Example, counterfactual_pairs, load_examples
+from hones_lens.data import Example, counterfactual_pairs, load_examples, reads_files
+from hones_lens.engine import usable_examples
 from hones_lens.interventions import Box, Corruption
 from hones_lens.model import HookedVLM, VLMInputs, did_you_mean, open_image
 from hones_lens.results import Labelled, write_json
@@ -94,6 +95,8 @@ class PairsChoice:
             fact_pairs = counterfactual_pairs(kind_of, self.kind, self.split, limit, self.seed)
             return counterfactual(model, fact_pairs, task)
         task, examples = load_task(self.task), self._examples()
+        if reads_files(self.dataset):
+            examples, _ = usable_examples(model, task, examples, self.on_error)
         prompts = [task.target_prompt(example) for example in examples]
         inputs = model.prepare([example.image for example in examples], prompts)
         answers = [

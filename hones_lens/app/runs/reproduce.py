@@ -78,12 +78,14 @@ def reproduce(
         raise ValueError(f"what tasks share is part of it: at least two tasks are needed, not {list(tasks)}")
     out, all_data = Path(out), data
     results, neurons, lenses = {}, {}, {}
+    _read_all(all_data, tasks, shifted)
     for task in tasks:
         data = _with_ranking_sizes(all_data, task)
         datasets = _datasets(data, shifted)
         settings = {"controls": n_controls, "ratios": list(ratios), "rankings": list(RANKINGS)}
         settings |= {name: value for name, value in limits.items() if value is not None}
         run = stages.start_run(model, task, data, out / task, tasks=list(tasks), **settings)
+        data.save_left_out(task, run.path("left-out.json"))
         heads = stages.find_heads(model, run, task, data, **limits)
         held_out = stages.remeasure_on_held_out(model, run, task, data, heads)
         if held_out is None:
@@ -100,6 +102,14 @@ def reproduce(
     result = Reproduction(model.cfg.model_name, results, shared, groups, lenses, effects)
     (out / "tables.md").write_text(result.to_markdown(), encoding="utf-8")
     return result
+
+
+def _read_all(data: DataChoice, tasks: Sequence[str], shifted: str | None) -> None:
+    """Read and check every split, so that faults of the last task are found before the first is measured."""
+    for task in tasks:
+        for choice in _datasets(_with_ranking_sizes(data, task), shifted).values():
+            for split in (choice.discovery, choice.dev, choice.test):
+                split(task)
 
 
 def _with_ranking_sizes(data: DataChoice, task: str) -> DataChoice:
