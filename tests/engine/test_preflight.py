@@ -78,6 +78,7 @@ def load(written: WrittenDataset, **options: Any) -> list[hl.Example]:
 @pytest.mark.parametrize("damage", [*PICTURES, *QUESTIONS])
 def test_every_fault_is_named_and_can_be_left_out(damage, tmp_path, model):
     written = damaged(tmp_path, damage, range(4, 7))
+    assert written.data_file is not None
     examples, says = load(written), {**PICTURES, **QUESTIONS}[damage][1]
     with pytest.raises(ValueError, match=rf"3 of 40 vqa examples can't be used: .*{says}") as found:
         usable_examples(model, "vqa", examples, **QUIET)
@@ -116,7 +117,7 @@ def test_the_longest_prompt_that_fits_is_the_longest_that_is_taken(model):
         return model.prepare(example.image, prompt).input_ids.shape[1]
 
     room = model.cfg.n_ctx - MAX_NEW_TOKENS
-    words = bisect.bisect_right(range(600), room, key=length) - 1
+    words = bisect.bisect_right(range(1500), room, key=length) - 1
     assert length(words) <= room < length(words + 1)
     assert find_faults(model, "vqa", [asked(words)], **QUIET) == []
     (fault,) = find_faults(model, "vqa", [asked(words + 1)], **QUIET)

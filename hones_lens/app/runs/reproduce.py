@@ -73,12 +73,9 @@ def reproduce(
         ValueError: Fewer than two tasks, a folder with other settings, or examples that can't be used.
     """
     choose_heads(model, limits.get("heads"), limits.get("layers"))
-    tasks = tasks_of(data.dataset, data.data_file) if tasks is None else tasks
-    if len(set(tasks)) < 2:
-        raise ValueError(f"what tasks share is part of it: at least two tasks are needed, not {list(tasks)}")
+    tasks = _checked_tasks(data, tasks, shifted)
     out, all_data = Path(out), data
     results, neurons, lenses = {}, {}, {}
-    _read_all(all_data, tasks, shifted)
     for task in tasks:
         data = _with_ranking_sizes(all_data, task)
         datasets = _datasets(data, shifted)
@@ -104,12 +101,16 @@ def reproduce(
     return result
 
 
-def _read_all(data: DataChoice, tasks: Sequence[str], shifted: str | None) -> None:
-    """Read and check every split, so that faults of the last task are found before the first is measured."""
+def _checked_tasks(data: DataChoice, tasks: Sequence[str] | None, shifted: str | None) -> Sequence[str]:
+    """The tasks; every split is read, so that the last one's faults are found before the first is measured."""
+    tasks = tasks_of(data.dataset, data.data_file) if tasks is None else tasks
+    if len(set(tasks)) < 2:
+        raise ValueError(f"what tasks share is part of it: at least two tasks are needed, not {list(tasks)}")
     for task in tasks:
         for choice in _datasets(_with_ranking_sizes(data, task), shifted).values():
             for split in (choice.discovery, choice.dev, choice.test):
                 split(task)
+    return tasks
 
 
 def _with_ranking_sizes(data: DataChoice, task: str) -> DataChoice:
