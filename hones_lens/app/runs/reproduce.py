@@ -102,7 +102,7 @@ def reproduce(
 
 
 def _checked_tasks(data: DataChoice, tasks: Sequence[str] | None, shifted: str | None) -> Sequence[str]:
-    """The tasks; every split is read, so that the last one's faults are found before the first is measured."""
+    """The tasks; every split is read, so that the last one's faults come before the first is measured."""
     tasks = tasks_of(data.dataset, data.data_file) if tasks is None else tasks
     if len(set(tasks)) < 2:
         raise ValueError(f"what tasks share is part of it: at least two tasks are needed, not {list(tasks)}")
