@@ -117,7 +117,7 @@ def test_the_longest_prompt_that_fits_is_the_longest_that_is_taken(model):
         return model.prepare(example.image, prompt).input_ids.shape[1]
 
     room = model.cfg.n_ctx - MAX_NEW_TOKENS
-    words = bisect.bisect_right(range(1500), room, key=length) - 1
+    words = bisect.bisect_right(range(930), room, key=length) - 1
     assert length(words) <= room < length(words + 1)
     assert find_faults(model, "vqa", [asked(words)], **QUIET) == []
     (fault,) = find_faults(model, "vqa", [asked(words + 1)], **QUIET)
