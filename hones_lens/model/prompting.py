@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from hones_lens.model.inputs import Region, VLMInputs
 from hones_lens.model.iterables import takes_iterables
 from hones_lens.model.pictures import Pictures, listed, open_images
 from hones_lens.model.tokens import image_token_of, pad_left, text_ids, text_ids_and_spans, tokenizer_of
+from hones_lens.model.typed import to_list
 
 
 class ReadsPrompts(Protocol):
@@ -77,11 +79,31 @@ def pair_images_with_prompts(
     if not prompts:
         raise ValueError("no prompts")
     rows: list[tuple[list[Image.Image], str]] = []
+    opened: dict[int, list[Image.Image]] = {}  # one entry of several prompts is opened once
     for i, (entry, prompt) in enumerate(zip(entries, prompts, strict=True)):
         if not prompt.strip():
             raise ValueError(f"prompt {i} is empty")
-        rows.append((open_images(entry, f" of prompt {i}"), prompt))
+        if id(entry) not in opened:
+            opened[id(entry)] = open_images(entry, f" of prompt {i}")
+        rows.append((opened[id(entry)], prompt))
     return rows
+
+
+def _processed(model: ReadsPrompts, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[int]]:
+    """As `process_images`, but that one picture at several places is processed once."""
+    distinct = {id(image): image for image in images}
+    pixels, counts = model.process_images(list(distinct.values()))
+    if len(distinct) == len(images):
+        return pixels, counts
+    numbers = {key: number for number, key in enumerate(distinct)}
+    index = [numbers[id(image)] for image in images]
+    values, grid_thw = pixels["pixel_values"], pixels.get("image_grid_thw")
+    sizes: list[int] = [1] * len(distinct) if grid_thw is None else to_list(grid_thw.prod(-1))
+    parts = torch.split(values, sizes)
+    repeated = {"pixel_values": torch.cat([parts[i] for i in index])}
+    if grid_thw is not None:
+        repeated["image_grid_thw"] = grid_thw[index]
+    return repeated, [counts[i] for i in index]
 
 
 @takes_iterables
@@ -119,7 +141,7 @@ def prepare(
     answer_texts = [answers] if isinstance(answers, str) else answers
     if answer_texts is not None and len(answer_texts) != len(rows):
         raise ValueError(f"{len(answer_texts)} answers for {len(rows)} prompts")
-    pixels, counts = model.process_images([image for pictures, _ in rows for image in pictures])
+    pixels, counts = _processed(model, [image for pictures, _ in rows for image in pictures])
     chat = ChatFormat(model)
     texts: list[tuple[str, str]] = []
     n_images = 0
