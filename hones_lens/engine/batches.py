@@ -57,9 +57,7 @@ def prompt_batches(
         batch_examples = examples[start : start + size]
         prompts = [task.prompts(example) for example in batch_examples]
         rows = [len(example_prompts) for example_prompts in prompts]
-        pictures = [
-            example.image for example in batch_examples
-        ]  # opened once, however many prompts ask of it
+        pictures = [example.image for example in batch_examples]  # opened once, whatever is asked of them
         images = [picture for picture, n in zip(pictures, rows, strict=True) for _ in range(n)]
         inputs = model.prepare(images, [p for example_prompts in prompts for p in example_prompts])
         yield Batch(batch_examples, _encode(model, inputs, shared=task.ranks), rows)
