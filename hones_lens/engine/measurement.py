@@ -27,11 +27,21 @@ class Outcome:
 
     statistics: list[np.ndarray] = field(default_factory=list[np.ndarray])
     scores: list[float] = field(default_factory=list[float])
+    _running: tuple[int, Any] = field(default=(0, 0.0), repr=False, compare=False)
 
     def metric(self, task: Task, rows: Sequence[int] | None = None) -> float:
         """The metric over all examples, or over some."""
         statistics = np.array(self.statistics)
         return float(task.metric((statistics if rows is None else statistics[list(rows)]).sum(0)))
+
+    def metric_so_far(self, task: Task) -> float:
+        """The metric over all examples, from a sum to which only new examples are added."""
+        added, total = self._running
+        new = self.statistics[added:]
+        if new:
+            total = total + np.array(new).sum(0)
+            self._running = (len(self.statistics), total)
+        return float(task.metric(np.asarray(total)))
 
 
 @takes_iterables

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import AbstractArray
 from torch import Tensor
 
+from hones_lens.results.arrays import put_aside
 from hones_lens.results.files import nan_to_none, none_to_nan
 
 
@@ -22,7 +23,8 @@ def to_json(value: Any) -> Any:
         TypeError: A value of another kind.
     """
     if isinstance(value, Tensor):
-        return nan_to_none(_nested_list(value))
+        reference = put_aside(value)
+        return nan_to_none(_nested_list(value)) if reference is None else reference
     if is_dataclass(value):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

@@ -16,7 +16,7 @@ from hones_lens.app.commands.arguments import (
 )
 from hones_lens.app.commands.options import add_stage_command
 
-_RESULTS = ("heads", "neurons", "masking", "others")
+_MASKING = ("masking", "others")
 
 
 def add(commands: Any) -> None:
@@ -49,6 +49,7 @@ def execute(args: argparse.Namespace) -> int:
     page = write_report(run.path("report.html"), [view])
     print_summary(Console(), view)
     print(f"\nReport: {page.resolve()}")
-    results = {name: json.loads(run.path(f"{name}.json").read_text(encoding="utf-8")) for name in _RESULTS}
-    write_result(args, {"report": str(page), **results})
+    results = {name: json.loads(run.path(f"{name}.json").read_text(encoding="utf-8")) for name in _MASKING}
+    found = {"heads": heads.to_dict(), "neurons": neurons.to_dict()} if args.json else {}
+    write_result(args, {"report": str(page), **found, **results})
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -90,5 +89,5 @@ def execute(args: argparse.Namespace) -> int:
     baseline.save(run.path("answers.json"))
     result = patch_run.run_patching(model, run, pairs, options)
     print(result, f"Run: {run.folder}", sep="\n\n")
-    write_result(args, json.loads(run.path("patch.json").read_text(encoding="utf-8")))
+    write_result(args, result.to_dict())
     return 0

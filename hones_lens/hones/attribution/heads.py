@@ -287,7 +287,8 @@ def _measure_all(
     """The clean outcome, every head's drops [head example], and its score with interval bounds [head 3]."""
 
     def leaders(outcomes: list[engine.Outcome]) -> str:
-        so_far = [outcomes[0].metric(task) - outcome.metric(task) for outcome in outcomes[1:]]
+        base, *values = (outcome.metric_so_far(task) for outcome in outcomes)
+        so_far = [base - value for value in values]
         best = np.argsort(-np.array(so_far), kind="stable")[:3]
         return "leading: " + ", ".join(f"L{cells[i][0]}H{cells[i][1]} {so_far[i]:.3f}" for i in best)
 
