@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
+import tempfile
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hones_lens.app.explorer.views import ExplorerViews
 from hones_lens.data import load_examples
@@ -90,7 +91,10 @@ def build_server(views: ExplorerViews, listener: socket.socket) -> tuple[uvicorn
     # A tab's thread ends with its connection (session_ttl), or the process would outlive Ctrl-C.
     apps = marimo.create_asgi_app(quiet=True, token=token, session_ttl=0, html_head=_HEAD)
     app = apps.with_app(path=path, root=str(_APP)).build()
-    config = uvicorn.Config(app, log_level="error", ws_ping_timeout=60, timeout_graceful_shutdown=1)
+    guarded = _OwnPageOnly(app)
+    config = uvicorn.Config(
+        guarded, log_level="error", access_log=False, ws_ping_timeout=60, timeout_graceful_shutdown=1
+    )
     return uvicorn.Server(config), f"http://{LOOPBACK}:{port}{path}/?access_token={token}"
 
 
@@ -104,11 +108,50 @@ def run(views: ExplorerViews, listener: socket.socket, *, browser: bool = True) 
     """
     server, address = build_server(views, listener)
     print(f"Explorer: {address} (Ctrl-C ends it)", flush=True)
-    if browser:
-        webbrowser.open(address)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run([listener])
+    with tempfile.TemporaryDirectory(prefix="hones-explorer-") as folder:  # for this user's eyes alone
+        if browser:
+            webbrowser.open(_redirection(Path(folder), address))
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run([listener])
     print()
+
+
+def _redirection(folder: Path, address: str) -> str:
+    """A file that leads to the address, which as an argument of the browser every user would see."""
+    file = folder / "explorer.html"
+    file.write_text(f'<meta http-equiv="refresh" content="0; url={address}">', encoding="utf-8")
+    return file.as_uri()
+
+
+class _OwnPageOnly:
+    """An ASGI app that answers requests of its own pages alone.
+
+    A page of another site can lead its own name to the loopback address (DNS rebinding): the header Host has
+    that name then, and not the loopback's. Requests that another page sends have that page's Origin.
+    """
+
+    def __init__(self, app: Any):
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket") and not _is_own(scope["headers"]):
+            if scope["type"] == "websocket":
+                await receive()
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"not a request of the explorer's own page"})
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_own(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether there is one Host, the loopback at any port (tunnels have others), and no other Origin."""
+    hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+    origins = [value.decode("latin-1") for name, value in headers if name == b"origin"]
+    if len(hosts) != 1 or hosts[0].partition(":")[0] not in (LOOPBACK, "localhost"):
+        return False
+    return all(origin == f"http://{hosts[0]}" for origin in origins)
 
 
 def explorer_of_new_tab() -> Explorer:

@@ -9,6 +9,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 from helpers.explorer_views import example, views
@@ -61,6 +63,59 @@ def test_without_the_token_there_is_nothing_to_see(address: str) -> None:
         status, text, headers = ask(wrong)
         assert status == 303 and "/auth/login" in headers["location"] and not text
     assert ask(f"{page}api/status")[0] == ask(f"{page}api/usage")[0] == 401
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},  # whose address was led here
+        {"Host": "127.0.0.1.evil.example:80"},
+        {"Host": "localhost.evil.example"},
+        {"Host": "0.0.0.0"},
+        {"Host": ""},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},  # another program of this computer
+    ],
+    ids=str,
+)
+def test_requests_of_other_pages_get_nothing(address: str, headers: dict[str, str]) -> None:
+    for where in (address, address.partition("?")[0] + "api/status"):
+        status, text, found = ask(where, **headers)
+        assert status == 403 and "explorer's own page" in text and "set-cookie" not in found
+
+
+def test_requests_of_its_own_page_and_through_a_tunnel_are_answered(address: str) -> None:
+    host = address.removeprefix("http://").partition("/")[0]
+    for headers in ({"Origin": f"http://{host}"}, {"Host": "localhost:9"}):
+        assert ask(address, **headers)[0] == 303
+
+
+def test_a_socket_of_another_page_is_refused(address: str) -> None:
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    upgrade["Sec-WebSocket-Key"] = "AAAAAAAAAAAAAAAAAAAAAA=="
+    assert ask(address.partition("?")[0] + "ws", **upgrade, Origin="http://evil.example")[0] == 403
+
+
+def test_the_token_is_in_no_argument_of_the_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, str, int]] = []
+
+    def open_page(address: str) -> None:
+        file = Path(url2pathname(urlsplit(address).path))
+        opened.append((address, file.read_text(), file.parent.stat().st_mode & 0o777))
+
+    class Server:
+        def run(self, sockets: object) -> None:
+            raise KeyboardInterrupt
+
+    url = "http://127.0.0.1:1/explorer-1/?access_token=secret"
+    monkeypatch.setattr(serving, "build_server", lambda *_: (Server(), url))
+    monkeypatch.setattr("webbrowser.open", open_page)
+    with open_listener() as listener:
+        serving.run(views(), listener)
+    ((address, page, mode),) = opened
+    assert "secret" not in address and f'url={url}"' in page and mode == 0o700
+    assert not Path(url2pathname(urlsplit(address).path)).exists()
 
 
 def test_the_token_opens_the_page_and_stays_out_of_its_address(address: str) -> None:
@@ -152,7 +207,11 @@ def test_the_command_writes_a_page_without_the_extra(tmp_path: Path, capsys, mon
 def test_the_command_serves_and_opens_the_page(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     pytest.importorskip("marimo")
     opened: list[str] = []
-    monkeypatch.setattr(serving.webbrowser, "open", opened.append)
+
+    def open_page(file: str) -> None:
+        opened.append(Path(url2pathname(urlsplit(file).path)).read_text().partition("url=")[2][:-2])
+
+    monkeypatch.setattr(serving.webbrowser, "open", open_page)
     monkeypatch.setattr("uvicorn.Server.run", _interrupted)
     assert main(["explore", "--device", "cpu"]) == 0
     (address,) = opened
