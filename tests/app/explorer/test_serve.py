@@ -94,7 +94,21 @@ def test_requests_of_its_own_page_and_through_a_tunnel_are_answered(address: str
 def test_a_socket_of_another_page_is_refused(address: str) -> None:
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     upgrade["Sec-WebSocket-Key"] = "AAAAAAAAAAAAAAAAAAAAAA=="
-    assert ask(address.partition("?")[0] + "ws", **upgrade, Origin="http://evil.example")[0] == 403
+    cookie = ask(address)[2]["set-cookie"].partition(";")[0]  # a browser sends it whoever asks
+    page, host = address.partition("?")[0], address.removeprefix("http://").partition("/")[0]
+    assert _upgraded(page, **upgrade, Cookie=cookie, Origin=f"http://{host}") == 101
+    assert _upgraded(page, **upgrade, Cookie=cookie, Origin="http://evil.example") == 403
+    assert _upgraded(page, **upgrade, Cookie=cookie, Host="evil.example") == 403
+
+
+def _upgraded(page: str, **headers: str) -> int:
+    """The status with which a web socket is answered."""
+    host, _, path = page.removeprefix("http://").partition("/")
+    connection = http.client.HTTPConnection(host, timeout=60)
+    connection.request("GET", f"/{path}ws?session_id=s_123456", headers=headers)
+    status = connection.getresponse().status
+    connection.close()
+    return status
 
 
 def test_the_token_is_in_no_argument_of_the_browser(monkeypatch: pytest.MonkeyPatch) -> None:
