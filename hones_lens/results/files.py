@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import uuid
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -45,9 +47,16 @@ def write_json(file: str | Path, data: Any) -> None:
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".part")
-    partial.write_text(json.dumps(data, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-    partial.replace(file)
+    text = json.dumps(data, allow_nan=False, indent=1) + "\n"
+    partial = file.with_name(f"{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    try:
+        with open(partial, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(file: str | Path, kind: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch
 
 from hones_lens.analysis import LensDifference, LogitLens
 from hones_lens.app.report.run_view import ExampleView, NeuronTokens, PairView, PatchView, RunView
+from hones_lens.app.runs.folder import read_settings
 from hones_lens.hones import (
     GroupMasking,
     HeadNeuronFlow,
@@ -36,12 +36,9 @@ def read_run(folder: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and environment of a run folder.
 
     Raises:
-        ValueError: The folder is not a run folder.
+        ValueError: The folder is not a run folder, or its settings.json is damaged.
     """
-    file = Path(folder) / "settings.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no settings.json")
-    saved = json.loads(file.read_text(encoding="utf-8"))
+    saved = read_settings(folder)
     return saved["settings"], saved["environment"]
 
 

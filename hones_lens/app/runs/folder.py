@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import socket
+import uuid
+import warnings
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
+from weakref import WeakValueDictionary
 
-import numpy as np
-import torch
-from torch import Tensor
+from filelock import FileLock, Timeout
 
-from hones_lens.data import Example
-from hones_lens.model import HookedVLM
+from hones_lens.app.runs.identity import code_hash
 from hones_lens.results import write_json
-from hones_lens.tasks import Task
 
 _PACKAGES = ("hones-lens", "torch", "transformers", "transformer-lens", "numpy", "pillow")
-_SAMPLES = 1024
-_EARLIER = {"decoding": "greedy"}  # what runs did before they recorded it
+_FORMAT = 2  # of a run folder; those without a number are older
+# Locks by folder: several `Run`s of one process share one, and the last one that goes away releases it.
+_LOCKS: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()
 
 
 def environment() -> dict[str, str]:
@@ -35,65 +37,55 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
-def weights_hash(model: HookedVLM) -> str:
-    """A hash of every parameter's name, shape, type and 1,024 evenly spaced values."""
-    digest = hashlib.blake2b(digest_size=12)
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[_evenly_spaced(flat.numel()).to(flat.device)]
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _evenly_spaced(n: int) -> Tensor:
-    """At most 1,024 indices from 0 to n - 1.
-
-    Those of `torch.linspace(0, n - 1, ...).long()` with AVX2 or AVX-512: float32, each value rounded once.
-    Other instruction sets round twice, and a sample one place further would be another hash.
-    """
-    count = min(_SAMPLES, n)
-    last, step = float(np.float32(n - 1)), float(np.float32(n - 1) / np.float32(max(count - 1, 1)))
-    k = np.arange(count, dtype=np.float64)
-    values = np.where(k < count // 2, step * k, last - step * (count - 1 - k))
-    # Above 2**24 a float32 may be the next number: the last index stays inside.
-    return torch.from_numpy(values.astype(np.float32).astype(np.int64).clip(max=n - 1))
-
-
-def examples_hash(task: Task, examples: Sequence[Example]) -> str:
-    """A hash of the examples' ids, prompts, targets and pixels."""
-    digest = hashlib.blake2b(digest_size=12)
-    for example in examples:
-        digest.update(repr((example.id, task.prompts(example), task.target(example))).encode())
-        digest.update(example.image.tobytes())
-    return digest.hexdigest()
-
-
 class Journal(UserDict):
     """Results of finished batches, one JSON line each: setting a key writes it to the disk.
 
+    A line is `[key, value, checksum]`; the checksum is of key and value, of the run and of the stage.
     A killed run loses at most the current batch: an incomplete last line is dropped.
+
+    Args:
+        file: Path of the journal; its name says the stage.
+        run: The identity of the run folder.
+
+    Raises:
+        ValueError: A line is damaged, or of another run or stage; names file and line.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, run: str = ""):
         super().__init__()
-        self.file = file
+        self.file, self._run = file, run
         if file.exists():
             self._read()
 
     def _read(self) -> None:
         content = self.file.read_bytes()
-        complete_lines = content[: content.rfind(b"\n") + 1]
-        if len(complete_lines) < len(content):
-            self.file.write_bytes(complete_lines)
-        for line in complete_lines.decode("utf-8").splitlines():
-            key, value = json.loads(line)
+        complete = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:complete].split(b"\n")[:-1], start=1):
+            try:
+                key, value, checksum = json.loads(line.decode("utf-8"))
+                if checksum != self._checksum(key, value):
+                    raise ValueError("another checksum")
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{self.file}, line {number}, is damaged, or of another run or stage ({error}); "
+                    "delete the file to measure its batches again"
+                ) from error
             self.data[key] = value
+        if complete < len(content):
+            with open(self.file, "r+b") as out:
+                out.truncate(complete)
+
+    def _checksum(self, key: str, value: Any) -> str:
+        text = json.dumps([self._run, self.file.name, key, value], allow_nan=False)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self.data[key] = value
+        line = json.dumps([key, value, self._checksum(key, value)], allow_nan=False)
         with open(self.file, "a", encoding="utf-8") as out:
-            out.write(json.dumps([key, value], allow_nan=False) + "\n")
+            out.write(line + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        self.data[key] = value
 
 
 @runtime_checkable
@@ -110,49 +102,93 @@ R = TypeVar("R", bound=_Saveable)
 
 
 class Run:
-    """A run folder.
+    """A run folder, locked against other processes for as long as this object lives.
+
+    `settings.json` has the identity of the run and its settings, and `stages.json` the checksum of each
+    finished stage's result; it is written last.
 
     Args:
         folder: Path of the folder; it is created if it does not exist.
         settings: All settings on which the results depend, as JSON values.
+        decided: Names of stages in their order, each with the settings that it is the first to read. Such
+            a setting may change as long as neither the stage nor a later one has begun.
 
     Raises:
-        ValueError: The folder holds a run with other settings (names each difference), or is not a
-            run folder and not empty.
+        ValueError: The folder holds a run with other settings (names each difference), or one of an earlier
+            version of this package; it is not a run folder and not empty; or another process works in it.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: Mapping[str, Any],
+        decided: Mapping[str, Sequence[str]] | None = None,
+    ):
         self.folder = Path(folder)
         self.settings = json.loads(json.dumps(dict(settings)))
-        self.environment = environment()
+        self.environment, self._decided = environment(), decided or {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.resumed = self._check()
-        if not self.resumed:
-            write_json(
-                self.folder / "settings.json", {"settings": self.settings, "environment": self.environment}
-            )
+        self._lock = _locked(self.folder)
+        self.id, self.resumed = self._check()
+        self._save_settings()
         self.log("resumed" if self.resumed else "started")
 
-    def _check(self) -> bool:
+    def _save_settings(self) -> None:
+        data = {"format": _FORMAT, "run": self.id, "code": code_hash()}
+        write_json(
+            self.path("settings.json"), {**data, "settings": self.settings, "environment": self.environment}
+        )
+
+    def _check(self) -> tuple[str, bool]:
+        """The run's identity, and whether the folder held it already."""
         file = self.folder / "settings.json"
         if not file.exists():
-            if any(self.folder.iterdir()):
+            if any(not _is_bookkeeping(path) for path in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} is not empty and not a run folder; choose another --out")
-            return False
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        current = {**_EARLIER, **self.settings, **self.environment}
-        stored = {**_EARLIER, **saved["settings"], **saved["environment"]}
-        differences = [
-            f"{k}: {stored.get(k)!r} there, {current.get(k)!r} now"
-            for k in sorted(stored | current)
-            if stored.get(k) != current.get(k)
-        ]
-        if differences:
+            return uuid.uuid4().hex, False
+        saved = read_settings(self.folder)
+        if saved.get("format") != _FORMAT:
             raise ValueError(
-                f"{self.folder} holds a run with other settings ({'; '.join(differences)}); "
-                "choose another --out"
+                f"{self.folder} was made by another version of hones-lens, which recorded less of what "
+                "decides its numbers: `hones report` reads it, but it can't go on; choose another --out"
             )
-        return True
+        current = {**self.settings, **self.environment}
+        stored = {**saved["settings"], **saved["environment"]}
+        changed = [k for k in sorted(stored | current) if stored.get(k) != current.get(k)]
+        refused = [
+            self._difference(k, stored.get(k), current.get(k)) for k in changed if not self._is_open(k)
+        ]
+        if refused:
+            raise ValueError(
+                f"{self.folder} holds a run with other settings ({'; '.join(refused)}); choose another --out"
+            )
+        for name in changed:
+            self.log(f"{name}: {stored.get(name)!r} before, {current.get(name)!r} from here on")
+        if saved["code"] != code_hash():
+            told = (
+                f"the code of hones-lens is not the one that began {self.folder}: results of both are in it"
+            )
+            warnings.warn(told, stacklevel=4)
+            self.log(f"{told} ({saved['code']} before, {code_hash()} from here on)")
+        return saved["run"], True
+
+    def _stage_of(self, setting: str) -> str | None:
+        """The first stage that reads a setting; None: all do."""
+        return next((stage for stage, names in self._decided.items() if setting in names), None)
+
+    def _is_open(self, setting: str) -> bool:
+        """Whether no stage that depends on a setting has begun."""
+        stage = self._stage_of(setting)
+        if stage is None:
+            return False
+        stages = list(self._decided)
+        files = [f"{name}.{kind}" for name in stages[stages.index(stage) :] for kind in _STAGE_FILES]
+        return not any(self.path(file).exists() for file in files)
+
+    def _difference(self, setting: str, stored: Any, current: Any) -> str:
+        stage = self._stage_of(setting)
+        begun = "" if stage is None else f", which decides the stage {stage}, already begun"
+        return f"{setting}: {stored!r} there, {current!r} now{begun}"
 
     def log(self, message: str) -> None:
         """Append a line with the time to log.txt."""
@@ -165,19 +201,110 @@ class Run:
         return self.folder / name
 
     def stage(self, name: str, result: type[R], compute: Callable[[], R]) -> R:
-        """The result of a stage: loaded from `NAME.json` if that exists, else computed and saved there.
+        """The result of a stage: loaded from `NAME.json` if it was finished, else computed and saved there.
 
         Args:
             name: Name of the stage and of its file.
             result: Class of the result, which has `save(file)` and `load(file)`.
             compute: Computes the result.
+
+        Raises:
+            ValueError: The stage was finished, and its file is gone or is no longer the one that was written.
         """
-        file = self.path(f"{name}.json")
-        if not file.exists():
+        file, finished = self.path(f"{name}.json"), self._finished()
+        if name not in finished:
             compute().save(file)
+            write_json(
+                self.path("stages.json"), {"run": self.id, "stages": {**finished, name: _file_hash(file)}}
+            )
             self.log(f"{name}: done")
+        elif not file.is_file() or _file_hash(file) != finished[name]:
+            how = "was changed or damaged since" if file.exists() else "is gone, though"
+            raise ValueError(
+                f"{file} {how} the run wrote it; choose another --out, or delete {self.path('stages.json')} "
+                "to compute the stages again from their journals"
+            )
         return result.load(file)
+
+    def _finished(self) -> dict[str, str]:
+        """Checksums of the finished stages' results."""
+        file = self.path("stages.json")
+        if not file.exists():
+            return {}
+        saved = _read_object(file)
+        if saved.get("run") != self.id or not isinstance(saved.get("stages"), dict):
+            raise ValueError(f"{file} is damaged or of another run; choose another --out")
+        return saved["stages"]
 
     def journal(self, stage: str) -> Journal:
         """The journal of a stage: results of its finished batches."""
-        return Journal(self.folder / f"{stage}.journal.jsonl")
+        return Journal(self.folder / f"{stage}.journal.jsonl", self.id)
+
+
+_STAGE_FILES = ("json", "journal.jsonl")
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """What `settings.json` of a run folder holds: `settings`, `environment`, and more.
+
+    Raises:
+        ValueError: The folder is not a run folder, or the file is damaged; names it.
+    """
+    file = Path(folder) / "settings.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no settings.json")
+    saved = _read_object(file)
+    missing = [name for name in ("settings", "environment") if not isinstance(saved.get(name), dict)]
+    missing += [
+        name for name in ("run", "code") if "format" in saved and not isinstance(saved.get(name), str)
+    ]
+    if missing:
+        raise ValueError(f"{file} is damaged: it has no {' and no '.join(missing)}")
+    return saved
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file} is damaged: it holds a {type(saved).__name__}")
+    return saved
+
+
+def _file_hash(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=12)).hexdigest()
+
+
+def _is_bookkeeping(path: Path) -> bool:
+    """Whether a file is one that a run leaves that was killed before its settings were written."""
+    return path.name in ("lock", "lock.json") or path.name.endswith(".part")
+
+
+def _locked(folder: Path) -> FileLock:
+    """The lock of a folder, held by this process; the system frees it when the process ends."""
+    key = folder.resolve()
+    lock = _LOCKS.get(key)
+    if lock is not None:
+        return lock
+    lock, owner = FileLock(folder / "lock", thread_local=False), folder / "lock.json"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"{folder} is in use by another process{_owner(owner)}; wait for it to end"
+        ) from error
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": now})
+    _LOCKS[key] = lock
+    return lock
+
+
+def _owner(file: Path) -> str:
+    try:
+        owner = _read_object(file)
+    except (OSError, ValueError):  # it is being written at this moment
+        return ""
+    return f" (pid {owner.get('pid')} on {owner.get('host')} since {owner.get('since')})"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hones_lens.analysis import LensDifference
 from hones_lens.app.report.run_folder import read_run
-from hones_lens.app.runs.folder import Run, examples_hash, weights_hash
+from hones_lens.app.runs.folder import Run
+from hones_lens.app.runs.identity import examples_hash, json_hash, model_identity
 from hones_lens.data import Example
 from hones_lens.hones import (
     GroupMasking,
@@ -62,8 +61,7 @@ def start_overlap(
     selected = {task: [[c.layer, c.index] for c in scores.top()] for task, scores in neurons.items()}
     settings: dict[str, Any] = {"model": model_name, "tasks": list(neurons), "neurons": json_hash(selected)}
     if model is not None and examples is not None:
-        settings["weights"] = weights_hash(model)
-        settings["decoding"] = str(model.decoding)
+        settings |= model_identity(model)
         settings["examples"] = {
             task: examples_hash(load_task(task), task_examples) for task, task_examples in examples.items()
         }
@@ -88,8 +86,3 @@ def find_lens_delta(
 ) -> LensDifference:
     """Load or compute the logit lens of the baseline minus that with the neurons masked, as stage `name`."""
     return run.stage(name, LensDifference, lambda: lens_delta(model, task, examples, neurons))
-
-
-def json_hash(data: Any) -> str:
-    """A hash of JSON values."""
-    return hashlib.blake2b(json.dumps(data).encode(), digest_size=12).hexdigest()

@@ -23,7 +23,8 @@ from hones_lens.analysis import (
     positions_of,
     targets_of,
 )
-from hones_lens.app.runs.folder import Run, weights_hash
+from hones_lens.app.runs.folder import Run
+from hones_lens.app.runs.identity import model_identity
 from hones_lens.data import Example, counterfactual_pairs, load_examples, reads_files
 from hones_lens.engine import usable_examples
 from hones_lens.interventions import Box, Corruption
@@ -228,10 +229,9 @@ def start_patching(
         out,
         {
             "model": model.cfg.model_name,
-            "weights": weights_hash(model),
+            **model_identity(model),
             "device": model.cfg.device.type,
             "dtype": str(model.cfg.dtype).removeprefix("torch."),
-            "decoding": str(model.decoding),
             **chosen,
             "pairs": pairs_hash(pairs, whole=options.get("metric") == "log_prob"),
             "patch": {**options, "groups": groups and [str(group) for group in groups]},
@@ -329,5 +329,6 @@ def pairs_hash(pairs: PatchPairs, whole: bool = False) -> str:
     for inputs in (pairs.clean, pairs.corrupted):
         for tensor in (inputs.input_ids, inputs.pixel_values):
             if tensor is not None:
+                digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

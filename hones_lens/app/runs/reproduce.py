@@ -12,7 +12,8 @@ from hones_lens.app.report.reproduction import Reproduction, TaskResults
 from hones_lens.app.runs import stages, steering as steering_run, views
 from hones_lens.app.runs.data_choice import DataChoice
 from hones_lens.app.runs.folder import Run
-from hones_lens.app.runs.overlap import find_lens_delta, find_shared_neurons, json_hash, mask_shared_groups
+from hones_lens.app.runs.identity import json_hash, model_identity
+from hones_lens.app.runs.overlap import find_lens_delta, find_shared_neurons, mask_shared_groups
 from hones_lens.app.runs.stages import MaskingResults
 from hones_lens.data import Example, tasks_of
 from hones_lens.hones import (
@@ -213,6 +214,7 @@ def _compare_tasks(
         folder,
         {
             "model": model.cfg.model_name,
+            **model_identity(model),
             "tasks": list(results),
             "neurons": json_hash({task: [list(c) for c in scores.top()] for task, scores in neurons.items()}),
             "examples": json_hash([[t.example_ids for t in by_task.values()] for by_task in tables.values()]),

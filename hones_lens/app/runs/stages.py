@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.app.runs.data_choice import DataChoice
-from hones_lens.app.runs.folder import Run, examples_hash, weights_hash
+from hones_lens.app.runs.folder import Run
+from hones_lens.app.runs.identity import examples_hash, model_identity
 from hones_lens.engine import Tally, as_task
 from hones_lens.hones import (
     HeadScores,
@@ -36,6 +37,14 @@ OTHER_RANKINGS = (
     "gradient_times_activation",
     "random",
 )
+# Stages in their order, each with the settings that it is the first to read.
+DECIDED = {
+    "heads": ("top_k", "positions", "prefilter", "race", "heads", "layers"),
+    "heads-held-out": (),
+    "neurons": ("ratio", "ratios"),
+    "masking": ("controls",),
+    "others": ("rankings",),
+}
 # Number of matched random sets for each of the other rankings.
 OTHERS_CONTROLS = 5
 
@@ -74,6 +83,7 @@ def start_run(model: HookedVLM, task: str | Task, data: DataChoice, out: str | P
             "test": examples_hash(chosen, test),
             **settings,
         },
+        DECIDED,
     )
 
 
@@ -81,10 +91,9 @@ def common_settings(model: HookedVLM, task: Task, data: DataChoice) -> dict[str,
     """The settings that all runs have."""
     return {
         "model": model.cfg.model_name,
-        "weights": weights_hash(model),
+        **model_identity(model),
         "device": model.cfg.device.type,
         "dtype": str(model.cfg.dtype).removeprefix("torch."),
-        "decoding": str(model.decoding),
         "task": task.name,
         "dataset": data.dataset,
         "seed": data.seed,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.app.runs.data_choice import DataChoice
-from hones_lens.app.runs.folder import Run, examples_hash
+from hones_lens.app.runs.folder import Run
+from hones_lens.app.runs.identity import examples_hash
 from hones_lens.app.runs.stages import common_settings
 from hones_lens.engine import as_task
 from hones_lens.hones import METHODS, NeuronScores, SteeringTable, compare_steering

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hones_lens.app.runs.folder import weights_hash
+from hones_lens.app.runs.identity import weights_hash
 from hones_lens.app.tiny.train_tiny import Recipe
 from hones_lens.data import load_examples, tasks_of
 from hones_lens.engine import Evaluation, evaluate

@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers.hf_task_loops import fresh_pair
 
 from hones_lens.app.report.run_folder import read_run
-from hones_lens.app.runs.folder import Journal, Run, _evenly_spaced, examples_hash, weights_hash
+from hones_lens.app.runs.folder import Journal, Run
+from hones_lens.app.runs.identity import examples_hash, weights_hash
 from hones_lens.app.tiny import tiny_llava
 from hones_lens.data.loading import load_examples
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.heads import localize_heads
 from hones_lens.model.hooked_vlm import HookedVLM
+from hones_lens.results import write_json
 from hones_lens.tasks.registry import load_task
 
 
@@ -43,14 +50,6 @@ def test_same_settings_resume_and_others_are_refused_by_name(tmp_path):
         Run(tmp_path / "a", {"model": "m", "seed": 2})
 
 
-def test_a_run_decodes_in_one_way(tmp_path):
-    """A folder from before decoding was recorded holds plain greedy answers."""
-    Run(tmp_path / "a", {"model": "m"})
-    assert Run(tmp_path / "a", {"model": "m", "decoding": "greedy"}).resumed
-    with pytest.raises(ValueError, match=r"decoding: 'greedy' there, 'greedy, repetition_penalty=1\.1' now"):
-        Run(tmp_path / "a", {"model": "m", "decoding": "greedy, repetition_penalty=1.1"})
-
-
 def test_other_versions_are_refused(tmp_path):
     run = Run(tmp_path / "a", {"model": "m"})
     saved = json.loads(run.path("settings.json").read_text())
@@ -68,13 +67,13 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
         read_run(tmp_path)
 
 
-def test_a_stage_is_computed_once_and_then_read(tmp_path):
-    scores = HeadScores(
+def some_scores(score: float = 0.25) -> HeadScores:
+    return HeadScores(
         task="vqa",
         metric_name="accuracy",
         intervention="other heads' mean",
         model_name="m",
-        scores=torch.tensor([[0.25, 0.5]], dtype=torch.float64),
+        scores=torch.tensor([[score, 0.5]], dtype=torch.float64),
         drops=torch.zeros(1, 2, 0, dtype=torch.float64),
         baseline=1.0,
         base_scores=torch.zeros(0, dtype=torch.float64),
@@ -82,6 +81,10 @@ def test_a_stage_is_computed_once_and_then_read(tmp_path):
         kinds=(),
         top_k=1,
     )
+
+
+def test_a_stage_is_computed_once_and_then_read(tmp_path):
+    scores = some_scores()
     run, calls = Run(tmp_path / "a", {"model": "m"}), []
 
     def compute():
@@ -127,15 +130,6 @@ def test_a_broken_sweep_goes_on_with_the_same_numbers(tmp_path):
     assert 2 * cells <= len(calls) and "heads/0" in Journal(file) and len(Journal(file)) == 3
 
 
-@pytest.mark.parametrize("n", [1, 2, 700, 1024, 1025, 12_288, 32_064 * 4096])
-def test_samples_of_a_hash_are_evenly_spaced(n):
-    picked = _evenly_spaced(n).tolist()
-    count = min(1024, n)
-    exact = [k * (n - 1) / max(1, count - 1) for k in range(count)]
-    assert len(picked) == count and picked[0] == 0 and picked[-1] == n - 1
-    assert all(abs(i - at) <= 1 + n * 2**-23 for i, at in zip(picked, exact, strict=True))
-
-
 def test_hashes_tell_models_and_examples_apart():
     first, second = untrained(0), untrained(1)
     assert weights_hash(first) == weights_hash(untrained(0)) != weights_hash(second)
@@ -143,3 +137,181 @@ def test_hashes_tell_models_and_examples_apart():
     a = load_examples("shapes", "vqa", "dev", 3)
     assert examples_hash(task, a) == examples_hash(task, load_examples("shapes", "vqa", "dev", 3))
     assert examples_hash(task, a) != examples_hash(task, load_examples("shapes", "vqa", "dev", 3, seed=1))
+
+
+def change_config(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_settings_that_no_begun_stage_reads_may_change(tmp_path):
+    decided = {"heads": ("top_k",), "masking": ("controls",)}
+
+    def opened(top_k, controls):
+        return Run(tmp_path / "a", {"model": "m", "top_k": top_k, "controls": controls}, decided)
+
+    opened(0, 20)
+    run = opened(3, 20)  # nothing was computed with 0
+    run.stage("heads", HeadScores, some_scores)
+    assert read_run(opened(3, 4).folder)[0]["controls"] == 4
+    with pytest.raises(
+        ValueError, match=r"top_k: 3 there, 5 now, which decides the stage heads, already begun"
+    ):
+        opened(5, 4)
+    run.journal("masking")["a"] = 1.0
+    with pytest.raises(ValueError, match=r"controls: 4 there, 5 now, which decides the stage masking"):
+        opened(3, 5)
+
+
+def test_a_folder_of_an_earlier_version_is_read_but_not_continued(tmp_path):
+    folder = Run(tmp_path / "a", {"model": "m"}).folder
+    saved = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({k: saved[k] for k in ("settings", "environment")}))
+    assert read_run(folder)[0] == {"model": "m"}
+    with pytest.raises(ValueError, match=r"made by another version of hones-lens.*choose another --out"):
+        Run(folder, {"model": "m"})
+
+
+def test_other_code_warns_and_is_recorded(tmp_path):
+    folder = Run(tmp_path / "a", {"model": "m"}).folder
+    change_config(folder / "settings.json", code="0" * 24)
+    with pytest.warns(UserWarning, match="code of hones-lens is not the one that began"):
+        run = Run(folder, {"model": "m"})
+    assert f"{'0' * 24} before" in run.path("log.txt").read_text()
+    assert Run(folder, {"model": "m"}).resumed, "said once"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"nonsense", b"\xff\x00", b'{"settings": {}, "environment": 1}']
+)
+def test_damaged_settings_are_named(tmp_path, content):
+    folder = Run(tmp_path / "a", {"model": "m"}).folder
+    (folder / "settings.json").write_bytes(content)
+    for opened in (lambda: Run(folder, {"model": "m"}), lambda: read_run(folder)):
+        with pytest.raises(ValueError, match=r"settings\.json is damaged"):
+            opened()
+
+
+def test_a_first_write_that_was_killed_does_not_spoil_the_folder(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for name in ("lock", "lock.json", "settings.json.17-0a1b2c3d.part"):
+        (folder / name).write_text("{")
+    assert not Run(folder, {"model": "m"}).resumed
+
+
+def damage(file, how):
+    content = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    elif how == "a folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        changed = {
+            "cut": content[:-20],
+            "empty": b"",
+            "binary": b"\x00\xff" * 50,
+            "edited": content.replace(b"0.25", b"0.75"),
+            "NaN": content.replace(b"0.25", b"NaN"),
+        }[how]
+        assert changed != content
+        file.write_bytes(changed)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "binary", "edited", "NaN", "gone", "a folder", "swapped"])
+def test_a_result_that_is_not_what_was_written_is_refused_by_name(tmp_path, how):
+    runs = [Run(tmp_path / name, {"model": name}) for name in "ab"]
+    for run, score in zip(runs, (0.25, 0.125), strict=True):
+        run.stage("heads", HeadScores, lambda score=score: some_scores(score))
+    file = runs[0].path("heads.json")
+    if how == "swapped":
+        file.write_bytes(runs[1].path("heads.json").read_bytes())
+    else:
+        damage(file, how)
+    with pytest.raises(ValueError, match=r"a/heads\.json (was changed or damaged|is gone)"):
+        runs[0].stage("heads", HeadScores, some_scores)
+
+
+def test_marks_of_another_run_are_refused(tmp_path):
+    first, second = (Run(tmp_path / name, {"model": "m"}) for name in "ab")
+    first.stage("heads", HeadScores, some_scores)
+    for name in ("heads.json", "stages.json"):
+        second.path(name).write_bytes(first.path(name).read_bytes())
+    with pytest.raises(ValueError, match=r"b/stages\.json is damaged or of another run"):
+        second.stage("heads", HeadScores, some_scores)
+
+
+def test_a_result_without_the_mark_that_is_written_last_is_computed_again(tmp_path):
+    run = Run(tmp_path / "a", {"model": "m"})
+    run.stage("heads", HeadScores, some_scores)
+    run.path("stages.json").unlink()
+    run.path("heads.json").write_text("{")  # killed here
+    assert run.stage("heads", HeadScores, some_scores).scores[0, 0] == 0.25
+
+
+@pytest.mark.parametrize("how", ["edited", "NaN", "binary", "old", "another run", "another stage"])
+def test_a_damaged_line_of_a_journal_is_named(tmp_path, how):
+    file = tmp_path / "heads.journal.jsonl"
+    journal = Journal(file, "run")
+    journal["heads/0"], journal["heads/1"] = [0.5], [0.25]
+    lines, run = file.read_bytes().splitlines(keepends=True), "run"
+    if how == "another stage":
+        (tmp_path / "masking.journal.jsonl").write_bytes(file.read_bytes())
+        file = tmp_path / "masking.journal.jsonl"
+    elif how == "another run":
+        run = "other"
+    else:
+        second = {
+            "edited": lines[1].replace(b"0.25", b"0.75"),
+            "NaN": lines[1].replace(b"0.25", b"NaN"),
+            "binary": b"\x00\xff\n",
+            "old": b'["heads/1", [0.25]]\n',
+        }[how]
+        file.write_bytes(lines[0] + second)
+    line = 1 if how.startswith("another") else 2
+    with pytest.raises(
+        ValueError, match=rf"{file.name}, line {line}, is damaged, or of another run or stage"
+    ):
+        Journal(file, run)
+
+
+HOLDER = """
+import json, os, pathlib, sys
+from filelock import FileLock
+lock = FileLock("lock")
+lock.acquire()
+pathlib.Path("lock.json").write_text(json.dumps({"pid": os.getpid(), "host": "here", "since": "noon"}))
+print(1, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    command, pipes = [sys.executable, "-c", HOLDER], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=folder, **pipes) as holder:
+        assert holder.stdout.read(1) == b"1"
+        with pytest.raises(
+            ValueError, match=rf"in use by another process \(pid {holder.pid} on here since noon"
+        ):
+            Run(folder, {"model": "m"})
+        holder.kill()
+    run = Run(folder, {"model": "m"})  # the lock of a dead process is free
+    assert json.loads(run.path("lock.json").read_text())["pid"] == os.getpid()
+    again = Run(folder, {"model": "m"})  # and one process may open its folder twice
+    del run, again
+    FileLock(folder / "lock").acquire(timeout=0).lock.release()
+
+
+def test_a_disk_that_is_full_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    write_json(file, {"kind": "x"})
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(file, {"kind": "y"})
+    assert json.loads(file.read_text()) == {"kind": "x"} and list(tmp_path.iterdir()) == [file]
