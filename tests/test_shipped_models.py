@@ -15,7 +15,7 @@ from transformers import (
 
 import hones_lens as hl
 from hones_lens import engine
-from hones_lens.app.runs.folder import weights_hash
+from hones_lens.app.runs.identity import weights_hash
 from hones_lens.app.tiny import tiny_llava, tiny_qwen
 from hones_lens.data.shapes import TASKS
 from hones_lens.engine import SweepOptions, full_passes

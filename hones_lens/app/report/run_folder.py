@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 
 from hones_lens.analysis import LensDifference, LogitLens
+from hones_lens.app.report.run_settings import read_settings
 from hones_lens.app.report.run_view import ExampleView, NeuronTokens, PairView, PatchView, RunView
-from hones_lens.app.runs.folder import read_settings
 from hones_lens.hones import (
     GroupMasking,
     HeadNeuronFlow,

@@ -23,6 +23,7 @@ from weakref import WeakValueDictionary
 
 from filelock import FileLock, Timeout
 
+from hones_lens.app.report.run_settings import read_object, read_settings
 from hones_lens.app.runs.identity import code_hash
 from hones_lens.results import write_json
 
@@ -231,7 +232,7 @@ class Run:
         file = self.path("stages.json")
         if not file.exists():
             return {}
-        saved = _read_object(file)
+        saved = read_object(file)
         if saved.get("run") != self.id or not isinstance(saved.get("stages"), dict):
             raise ValueError(f"{file} is damaged or of another run; choose another --out")
         return saved["stages"]
@@ -242,35 +243,6 @@ class Run:
 
 
 _STAGE_FILES = ("json", "journal.jsonl")
-
-
-def read_settings(folder: str | Path) -> dict[str, Any]:
-    """What `settings.json` of a run folder holds: `settings`, `environment`, and more.
-
-    Raises:
-        ValueError: The folder is not a run folder, or the file is damaged; names it.
-    """
-    file = Path(folder) / "settings.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no settings.json")
-    saved = _read_object(file)
-    missing = [name for name in ("settings", "environment") if not isinstance(saved.get(name), dict)]
-    missing += [
-        name for name in ("run", "code") if "format" in saved and not isinstance(saved.get(name), str)
-    ]
-    if missing:
-        raise ValueError(f"{file} is damaged: it has no {' and no '.join(missing)}")
-    return saved
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(saved, dict):
-        raise ValueError(f"{file} is damaged: it holds a {type(saved).__name__}")
-    return saved
 
 
 def _file_hash(file: Path) -> str:
@@ -304,7 +276,7 @@ def _locked(folder: Path) -> FileLock:
 
 def _owner(file: Path) -> str:
     try:
-        owner = _read_object(file)
+        owner = read_object(file)
     except (OSError, ValueError):  # it is being written at this moment
         return ""
     return f" (pid {owner.get('pid')} on {owner.get('host')} since {owner.get('since')})"

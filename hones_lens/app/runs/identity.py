@@ -43,7 +43,7 @@ def _tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in sorted(tensors, key=lambda named: named[0]):
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
         for chunk in _chunks(tensor.detach()):
-            digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:24]
 
 
