@@ -210,20 +210,18 @@ class Run:
             compute: Computes the result.
 
         Raises:
-            ValueError: The stage was finished, and its file is gone or is no longer the one that was written.
+            ValueError: The stage was finished, and its file is no longer the one that was written.
         """
         file, finished = self.path(f"{name}.json"), self._finished()
-        if name not in finished:
+        if name not in finished or not file.exists():
             compute().save(file)
-            write_json(
-                self.path("stages.json"), {"run": self.id, "stages": {**finished, name: _file_hash(file)}}
-            )
+            stages = {**self._finished(), name: _file_hash(file)}
+            write_json(self.path("stages.json"), {"run": self.id, "stages": stages})
             self.log(f"{name}: done")
         elif not file.is_file() or _file_hash(file) != finished[name]:
-            how = "was changed or damaged since" if file.exists() else "is gone, though"
             raise ValueError(
-                f"{file} {how} the run wrote it; choose another --out, or delete {self.path('stages.json')} "
-                "to compute the stages again from their journals"
+                f"{file} was changed or damaged since the run wrote it: delete it to compute it again, "
+                "or choose another --out"
             )
         return result.load(file)
 
