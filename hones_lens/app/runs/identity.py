@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hones_lens.data import Example
 from hones_lens.model import HookedVLM
@@ -28,12 +28,12 @@ _SAID_ELSEWHERE = ("device", "model_name")  # settings of their own
 _STATE_OF_TOKENIZER = ("truncation", "padding")  # set anew by every call
 
 
-def weights_hash(model: HookedVLM) -> str:
+def weights_hash(model: nn.Module) -> str:
     """A hash of every parameter's name, shape, type and all its elements, by their bits."""
     return _tensors_hash(model.named_parameters())
 
 
-def buffers_hash(model: HookedVLM) -> str:
+def buffers_hash(model: nn.Module) -> str:
     """The same of the buffers, such as rotary frequencies."""
     return _tensors_hash(model.named_buffers())
 
