@@ -15,8 +15,8 @@ class Task(Protocol):
 
     A subclass needs `name`, `metric_name`, `prompt`, `target` and `score`; the defaults of the other members
     are those of a task that generates text and whose metric is the mean of the examples' scores. Objects of
-    other classes with the same attributes are tasks too. Every method raises ValueError with the
-    id of an example that lacks a field it reads.
+    other classes with the same attributes are tasks too; only `measures` may be missing. Every method raises
+    ValueError with the id of an example that lacks a field it reads.
 
     Attributes:
         name: The name that `load_task` takes.

@@ -25,8 +25,15 @@ def start(code: str, **options: Any) -> subprocess.Popen[bytes]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **options.pop("env", {})}
     command = [sys.executable, "-c", PROGRAM + code]
     pipe = subprocess.PIPE
-    process: Any = subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, bufsize=0, **options)
+    # Under `nohup`, or in the background of a script, signals are ignored, and children inherit that.
+    options = {"stdout": pipe, "stderr": pipe, "bufsize": 0, "preexec_fn": _heed_signals, **options}
+    process: Any = subprocess.Popen(command, env=env, **options)
     return process
+
+
+def _heed_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def outcome(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:

@@ -23,10 +23,12 @@ def test_every_component_of_a_model_passes_and_no_other() -> None:
 
 def test_the_error_names_kind_and_source() -> None:
     with pytest.raises(
-        ValueError, match=r"^key-value head L1H2 does not exist: 3 layers of 2 key-value heads$"
+        ValueError, match=r"^key-value head L1H2 does not exist: 3 layers of 2 key-value heads, L0H0 to L2H1$"
     ):
         check_component("key-value head", 1, 2, 3, 2)
-    with pytest.raises(ValueError, match=r"^heads of vqa: head L3H0 does not exist: 3 layers of 2 heads$"):
+    with pytest.raises(
+        ValueError, match=r"^heads of vqa: head L3H0 does not exist: 3 layers of 2 heads, L0H0 to L2H1$"
+    ):
         check_component("head", 3, 0, 3, 2, "heads of vqa")
 
 

@@ -40,10 +40,12 @@ def same(a: Any, b: Any) -> bool:
 
 
 def without_additions(new: Any, old: Any) -> Any:
-    """JSON values without the fields that have been added since, which are null."""
+    """JSON values without the fields that have been added since, which are null or empty."""
     if isinstance(new, dict):
         kept = {key: value for key, value in new.items() if value is not None or key in old}
-        return {key: without_additions(value, old.get(key)) for key, value in kept.items()}
+        return {
+            key: without_additions(value, old.get(key)) for key, value in kept.items() if key in old or value
+        }
     return list(map(without_additions, new, old)) if isinstance(new, list) else new
 
 

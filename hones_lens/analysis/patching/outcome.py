@@ -20,6 +20,7 @@ from hones_lens.model import HookedVLM
 from hones_lens.results import DRAWS, Labelled, bootstrap_ends, mean_over_pairs
 
 _VERBS = {"denoise": "restored", "noise": "lost"}
+_ROUNDING = 1e-6  # two passes over the same inputs differ by as much in our own metrics, in nats or logits
 
 
 class SummaryKeywords(TypedDict, total=False):
@@ -99,8 +100,9 @@ class Summary:
         if self.raw:
             values = mean_over_pairs(change, self.draws, seed=self.seed)
         else:
+            least = _ROUNDING if isinstance(metric, str) else 0.0
             description = f"share of {name} {_VERBS[direction]}, {of}, {DIRECTIONS[direction]}"
-            values = share_of_gap(change.movedim(0, -1), gap, self.draws, self.seed)
+            values = share_of_gap(change.movedim(0, -1), gap, self.draws, self.seed, least)
         return Labelled(description, axes=axes, labels=labels, notes=notes, **values)
 
 
@@ -134,17 +136,21 @@ def gap_notes(gap: Float[Tensor, " pair"], direction: str) -> tuple[str, ...]:
 
 
 def share_of_gap(
-    change: Float[Tensor, "*cells pair"], gap: Float[Tensor, " pair"], draws: int = DRAWS, seed: int = 0
+    change: Float[Tensor, "*cells pair"],
+    gap: Float[Tensor, " pair"],
+    draws: int = DRAWS,
+    seed: int = 0,
+    least: float = 0.0,
 ) -> dict[str, Any]:
     """Mean change over mean gap, with 95 % bootstrap intervals, as arguments of `Labelled`.
 
     A draw takes a pair's change and its gap together.
 
     Raises:
-        ValueError: A mean gap of 0.
+        ValueError: A mean gap of 0, or up to `least`.
     """
     n = len(gap)
-    if float(gap.mean()) == 0:
+    if abs(float(gap.mean())) <= least:
         raise ValueError("clean and corrupted runs don't differ by this metric: there is no share to restore")
     out: dict[str, Any] = {"values": change.mean(-1) / gap.mean(), "n": n}
     if n < 2 or not draws:

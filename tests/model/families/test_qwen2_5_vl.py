@@ -137,9 +137,11 @@ def test_a_patch_reaches_its_window_and_no_other(pair: Pair) -> None:
 
 
 def test_windows_give_what_the_masked_pattern_gives(pair: Pair) -> None:
-    _, cache = pair.model.run_with_cache(pair.inputs)
+    names = [f"vision_encoder.blocks.{layer}.attn.hook_pattern" for layer in (0, 1)]
+    with_values = [*names, "vision_encoder.blocks.0.attn.hook_v"]
+    _, cache = pair.model.run_with_cache(pair.inputs, names_filter=with_values)
     grids = [grid for row in pair.inputs.patch_grids for grid in row]
-    windowed, whole = (cache[f"vision_encoder.blocks.{layer}.attn.hook_pattern"] for layer in (0, 1))
+    windowed, whole = (cache[name] for name in names)
     for i, (rows, columns) in enumerate(grids):
         n = rows * columns
         at = torch.tensor([(row // 6, column // 6) for row in range(rows) for column in range(columns)])
