@@ -104,7 +104,7 @@ for load in (load_task, load_ranking, load_family, lambda name: load_examples(na
         "OutsideFamily VQA",  # a name of the package's own can't be taken
         "['one', 'two', 'one']",
     ]
-    known = "vqa, ocr, caption, retrieval, count-discs, misnamed"
+    known = "vqa, ocr, caption, retrieval, vqa-anls, yes-no, count-discs, misnamed"
     assert lines[3] == f"unknown task 'none'; valid: {known}"
     assert lines[4] == "the task registered as 'misnamed', outside_lens:TASK, is named 'count-discs'"
     assert lines[5].startswith("unknown method 'none'; valid: hones, activation_probability")
