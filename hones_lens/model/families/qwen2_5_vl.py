@@ -64,7 +64,7 @@ class QwenProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str, revision: str | None = None, trust_remote_code: bool = False, **sizes: Any
+        cls, folder: str | Path, revision: str | None = None, trust_remote_code: bool = False, **sizes: Any
     ) -> QwenProcessor:
         """Read both parts; `min_pixels` and `max_pixels` overrule the checkpoint's bounds on image size."""
         text: Any = AutoTokenizer
