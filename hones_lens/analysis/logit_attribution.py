@@ -16,8 +16,8 @@ from hones_lens.model import (
     ModelInput,
     VLMInputs,
     bare_text_ids,
-    did_you_mean,
     leading_blanks,
+    require_choice,
     token_names,
 )
 from hones_lens.results import Labelled, mean_over_pairs
@@ -66,10 +66,7 @@ def direct_logit_attribution(
         ValueError: An unknown `by`, empty text, a text and a foil that no token tells apart, a count of ids
             that is not the batch, an empty group, or a mean over rows whose positions differ.
     """
-    if by not in KINDS:
-        raise ValueError(
-            f"unknown kind of component {by!r}; valid: {', '.join(KINDS)}{did_you_mean(by, KINDS)}"
-        )
+    require_choice("kind of component", by, KINDS)
     inputs = model.as_inputs(model_input)
     run = _Attribution.of(model, by, tokens, foils, len(inputs))
     mask = token_mask(inputs, group)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hones_lens.interventions import Group, Hook, check_heads, token_mask
-from hones_lens.model import HookedVLM, ModelInput, VLMInputs, did_you_mean, takes_iterables, token_names
+from hones_lens.model import HookedVLM, ModelInput, VLMInputs, require_choice, takes_iterables, token_names
 from hones_lens.results import Plottable
 
 MOST_CELLS = 200
@@ -47,8 +47,7 @@ class Cells:
         Raises:
             ValueError: An unknown `how`, or another number of values than of positions.
         """
-        if how not in FOLDS:
-            raise ValueError(f"unknown fold {how!r}; valid: {', '.join(FOLDS)}{did_you_mean(how, FOLDS)}")
+        require_choice("fold", how, FOLDS)
         n_positions = self.inputs.input_ids.shape[1]
         if values.shape[-1] != n_positions:
             raise ValueError(f"{values.shape[-1]} values for {n_positions} positions")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from pathlib import Path
 from typing import Any
 
 from hones_lens.app.hones_config import is_hones_config, read_options
+from hones_lens.model import did_you_mean
 
 
 def apply_config(args: argparse.Namespace) -> None:
@@ -28,8 +28,7 @@ def apply_config(args: argparse.Namespace) -> None:
     for key, value in data.items():
         name = str(key).replace("-", "_")
         if name not in options:
-            closest = difflib.get_close_matches(name, options, n=1)
-            hint = f"; did you mean {closest[0]!r}?" if closest else f"; valid: {', '.join(options)}"
+            hint = did_you_mean(name, options) or f"; valid: {', '.join(options)}"
             raise ValueError(f"{args.config}: unknown key {key!r}{hint}")
         args.parser.set_defaults(**{name: _value(options[name], value, args.config, str(key))})
 

@@ -5,10 +5,11 @@ They have four sections: model, data, run and steering. Relative paths start at 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from hones_lens.model import did_you_mean
 
 SECTIONS = ("model", "data", "run", "steering")
 _DATASET_KEYS = ("name", "data_file", "image_dir", "dev_split", "test_split", "dev_limit", "test_limit")
@@ -97,10 +98,9 @@ def _check_keys(data: Mapping[str, Any], file: str | Path) -> None:
 
 def _check_known(key: str, valid: tuple[str, ...], what: str, file: str | Path) -> None:
     if key not in valid:
-        closest = difflib.get_close_matches(str(key), valid, n=1)
-        hint = f"did you mean {closest[0]!r}?" if closest else f"valid: {', '.join(valid)}"
+        hint = did_you_mean(key, valid) or f"; valid: {', '.join(valid)}"
         unknown = f"{what}{key}" if what.endswith(".") else f"{what} {key!r}"
-        raise ValueError(f"{file}: unknown {unknown}; {hint}")
+        raise ValueError(f"{file}: unknown {unknown}{hint}")
 
 
 def _root(file: Path) -> Path:

@@ -59,11 +59,9 @@ class Arm:
     @property
     def is_position_wise(self) -> bool:
         """Whether every hook edits each token by itself, so that the tokens may come in portions."""
-        return not any(name.endswith(_TOKEN_PAIR_HOOKS) for name, _ in self.hooks) and all(
-            fn.single_head is not None and not fn.last_position_only
-            if isinstance(fn, HeadEdit)
-            else getattr(fn, "position_wise", False)
-            for _, fn in self.hooks
+        return all(
+            getattr(fn, "position_wise", False) and not name.endswith(_TOKEN_PAIR_HOOKS)
+            for name, fn in self.hooks
         )
 
     @property

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hones_lens.data import Example, check_on_error
 from hones_lens.engine.batches import as_task

@@ -67,6 +67,11 @@ class HeadEdit:
         return torch.where(chosen, self.replacement(z), z)
 
     @property
+    def position_wise(self) -> bool:
+        """Whether it treats all positions and rows alike."""
+        return self.single_head is not None and not self.last_position_only
+
+    @property
     def single_head(self) -> int | None:
         """The head, if all rows have the same; else None."""
         heads = torch.as_tensor(self.head)

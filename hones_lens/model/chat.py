@@ -10,11 +10,16 @@ from jinja2 import TemplateError
 
 from hones_lens.model.tokens import HasProcessor, find_image_token, image_token_of, tokenizer_of
 
-_RAISES = "the chat template raises"
+_TEMPLATE = "the chat template "
 _PROMPT, _ANSWER = "words of the user", "words of the assistant"
 # What Jinja raises, and what the Python that a template calls does.
 _TEMPLATE_ERRORS = (
-    *(TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError),
+    TemplateError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
     RecursionError,
 )
 _PRINTED_LIST = re.compile(rf"""['"]text['"]\s*:\s*['"](?:{_PROMPT}|{_ANSWER})""")
@@ -119,7 +124,7 @@ class ChatFormat:
                 tokenize=False,
             )
         except _TEMPLATE_ERRORS as error:
-            raise ValueError(f"{_RAISES} {type(error).__name__} ({error})") from error
+            raise ValueError(f"{_TEMPLATE}raises {type(error).__name__} ({error})") from error
 
     def _chosen_form(self, with_image: bool) -> bool:
         """Whether content is given as a list of parts, the first of the two forms that the template reads."""
@@ -139,7 +144,7 @@ class ChatFormat:
         try:
             text = self._render([self._message("user", _PROMPT, int(with_image), as_parts)])
         except ValueError as error:
-            return str(error).removeprefix("the chat template ")
+            return str(error).removeprefix(_TEMPLATE)
         if _PRINTED_LIST.search(text):
             return "prints the list"
         if _PROMPT not in text:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -11,6 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 import yaml
+
+from hones_lens.model.names import did_you_mean
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -201,8 +202,7 @@ def read_settings(file: Path) -> ModelSettings:
     known = [f.name for f in fields(ModelSettings)]
     for key in data:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(known)}"
+            hint = did_you_mean(key, known) or f"; valid: {', '.join(known)}"
             raise ValueError(f"{file}: unknown key {key!r}{hint}")
     for key in ("name", "family", "top_k", "ratio"):
         if key not in data:

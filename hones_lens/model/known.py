@@ -5,12 +5,9 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from hones_lens.model.config import ModelSettings, all_settings, checkpoint_path, find_settings
-from hones_lens.model.families import load_family
-from hones_lens.model.hooked_vlm import HookedVLM
 from hones_lens.model.names import did_you_mean
 
 SCALES = ("true", "counts")
@@ -67,14 +64,3 @@ def _narrow(config: Any) -> None:
         vision.out_hidden_size = text.hidden_size
     if "mrope_section" in text.rope_parameters:
         text.rope_parameters["mrope_section"] = [0, _D_HEAD // 4, _D_HEAD // 4]
-
-
-def weightless_model(name: str, dtype: torch.dtype = torch.bfloat16) -> HookedVLM:
-    """A known model of true size whose parameters are on the meta device: shapes and counts, no numbers.
-
-    Raises:
-        ValueError: An unknown name.
-    """
-    config = known_config(name)
-    family = load_family(config.model_type)
-    return family.from_config(config, known_settings(name).name, torch.device("cpu"), dtype)

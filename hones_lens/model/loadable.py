@@ -17,16 +17,12 @@ _SHOWN = 3  # names in a message
 # Files that old quantisation tools write beside the config.
 _QUANTISED = ("quantize_config.json", "quant_config.json")
 # Files of settings that hold a JSON object.
-_JSON_OBJECTS = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-    ),
-    "chat_template.json",
+_JSON_OBJECTS = tuple(
+    f"{name}.json"
+    for name in (
+        "config generation_config preprocessor_config processor_config chat_template tokenizer "
+        "tokenizer_config special_tokens_map added_tokens vocab"
+    ).split()
 )
 # Hooks that these libraries set for themselves compute nothing else.
 _OWN_HOOKS = ("transformers.", "accelerate.")

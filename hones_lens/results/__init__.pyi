@@ -5,6 +5,7 @@ from .files import (
     Component as Component,
     ranked as ranked,
     read_json as read_json,
+    replaced_atomically as replaced_atomically,
     round_floats as round_floats,
     write_json as write_json,
 )

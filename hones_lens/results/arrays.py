@@ -17,6 +17,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hones_lens.results.files import replaced_atomically
+
 MOST_IN_JSON = 65_536
 _KEY = "array"
 _files: Any = safetensors.torch  # its types are partly unknown
@@ -51,11 +53,9 @@ def write_arrays(file: Path, data: dict[str, Any], arrays: Mapping[str, Tensor])
     if not used:
         target.unlink(missing_ok=True)  # of an earlier, larger result
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".part")
-    _files.save_file({key: arrays[key].clone() for key in used}, partial)
-    data["arrays"] = {"file": target.name, "sha256": _sha256(partial)}
-    partial.replace(target)
+    with replaced_atomically(target) as partial:
+        _files.save_file({key: arrays[key].clone() for key in used}, partial)
+        data["arrays"] = {"file": target.name, "sha256": _sha256(partial)}
 
 
 def read_arrays(file: Path, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -39,24 +41,34 @@ def ranked(scores: Tensor, k: int, positive_only: bool = False) -> list[Componen
     return [c for c in components if c.score > 0] if positive_only else components
 
 
+@contextmanager
+def replaced_atomically(file: str | Path) -> Generator[Path]:
+    """The path of a new file to write, which then takes the place of another: complete or not at all.
+
+    Its name is unique, so that several processes may write the same file; its content is on the disk before
+    it takes the place.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(file: str | Path, data: Any) -> None:
     """Write JSON atomically: the file is complete or not written at all.
 
     Raises:
         ValueError: A number that JSON can't represent (NaN, infinity).
     """
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(data, allow_nan=False, indent=1) + "\n"
-    partial = file.with_name(f"{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-    try:
-        with open(partial, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced_atomically(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_json(file: str | Path, kind: str) -> dict[str, Any]:

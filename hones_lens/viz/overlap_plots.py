@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from hones_lens.hones import GroupMasking, MaskingResult, Overlap, chance_sizes, masking_measure
-from hones_lens.model import did_you_mean, takes_iterables
+from hones_lens.model import require_choice, takes_iterables
 from hones_lens.viz import theme
 from hones_lens.viz.masking_plots import DropRow, draw_rows
 from hones_lens.viz.text import level, number
@@ -62,8 +62,7 @@ def overlap_figure(overlap: Overlap, what: str = "sizes") -> Plot:
         ValueError: None of these.
     """
     known = {"sizes": overlap_sizes, "shared": overlap_shared, "layers": overlap_layers}
-    if what not in known:
-        raise ValueError(f"unknown figure {what!r}; valid: {', '.join(known)}{did_you_mean(what, known)}")
+    require_choice("figure", what, known)
     return known[what](overlap)
 
 

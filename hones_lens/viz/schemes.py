@@ -14,7 +14,7 @@ from matplotlib.backend_bases import GraphicsContextBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import to_rgb, to_rgba
 
-from hones_lens.model import did_you_mean
+from hones_lens.model import require_choice
 
 # Name: on a light, and on a dark background. Data colours are Okabe and Ito's, safe for colour-blind readers.
 PALETTE = {
@@ -41,10 +41,7 @@ def check_scheme(scheme: str) -> int:
     Raises:
         ValueError: An unknown scheme.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(
-            f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}{did_you_mean(scheme, SCHEMES)}"
-        )
+    require_choice("scheme", scheme, SCHEMES)
     return SCHEMES.index(scheme)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers.hf_task_loops import (
@@ -147,6 +148,14 @@ def test_log_probs_equal_the_naive_loop(family: str, name: str) -> None:
             for value in full_passes.log_probs(model, batch, hooks)
         ]
         assert values == pytest.approx(expected, abs=5e-5, rel=1e-5)
+
+
+def test_the_metric_so_far_is_that_of_all_examples_however_they_came() -> None:
+    task, rng, outcome = load_task("caption"), np.random.default_rng(0), measurement.Outcome()
+    for added in (1, 0, 3, 2):
+        outcome.statistics += list(rng.integers(1, 9, (added, 10)).astype(float))
+        assert outcome.metric_so_far(task) == outcome.metric(task)
+        assert outcome.metric_so_far(task) == outcome.metric(task)  # and asked twice
 
 
 def test_heads_and_neurons_need_no_full_pass() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hones_lens.analysis.lens.streams import layer_names, lens_logits, residual_streams
 from hones_lens.interventions import Hook
-from hones_lens.model import HookedVLM, ModelInput, did_you_mean, takes_iterables, token_names
+from hones_lens.model import HookedVLM, ModelInput, require_choice, takes_iterables, token_names
 from hones_lens.results import Labelled
 
 VALUES = ("log_prob", "probability", "logit", "rank")
@@ -46,8 +46,7 @@ def image_token_lens(
         ValueError: Text of several tokens, no such id or value.
         IndexError: No such image.
     """
-    if value not in VALUES:
-        raise ValueError(f"unknown value {value!r}; valid: {', '.join(VALUES)}{did_you_mean(value, VALUES)}")
+    require_choice("value", value, VALUES)
     chosen = model.to_single_token(token) if isinstance(token, str) else token
     if not 0 <= chosen < model.cfg.d_vocab:
         raise ValueError(f"token id {chosen} is not in 0 … {model.cfg.d_vocab - 1}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hones_lens.analysis.patching.metrics import Metric, reads_whole_answer
 from hones_lens.analysis.patching.pairs import PatchPairs, continued_mask, logits_at_end, with_answers
-from hones_lens.model import Answer, HookedVLM, VLMInputs, did_you_mean
+from hones_lens.model import Answer, HookedVLM, VLMInputs, require_choice
 
 DIRECTIONS = {"noise": "corrupted into clean", "denoise": "clean into corrupted"}
 
@@ -96,11 +96,7 @@ class PairBatch:
 
 def check_direction(direction: str) -> None:
     """Raise ValueError for an unknown direction."""
-    if direction not in DIRECTIONS:
-        raise ValueError(
-            f"unknown direction {direction!r}; valid: {', '.join(DIRECTIONS)}"
-            f"{did_you_mean(direction, DIRECTIONS)}"
-        )
+    require_choice("direction", direction, DIRECTIONS)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from hones_lens.interventions import (
     layer_numbers,
     named_groups,
 )
-from hones_lens.model import HookedVLM, VLMConfig, VLMInputs, did_you_mean, takes_iterables
+from hones_lens.model import HookedVLM, VLMConfig, VLMInputs, require_choice, takes_iterables
 
 BY = ("group", "position", "all")
 # Heads or neurons: `each`, `together`, the same of every layer, (layer, index)s, or sets of these by name.
@@ -103,8 +103,7 @@ def as_patch_site(what: str) -> PatchSite:
     Raises:
         ValueError: An unknown name.
     """
-    if what not in SITES:
-        raise ValueError(f"unknown activation {what!r}; valid: {', '.join(SITES)}{did_you_mean(what, SITES)}")
+    require_choice("activation", what, SITES)
     return SITES[what]
 
 
@@ -241,8 +240,7 @@ def positions_of(
         ValueError: An unknown `by`, groups where there is nothing to choose, a group that is empty in a
             pair, or pairs whose positions are not the same tokens.
     """
-    if by not in BY:
-        raise ValueError(f"unknown by {by!r}; valid: {', '.join(BY)}{did_you_mean(by, BY)}")
+    require_choice("by", by, BY)
     if groups is not None and by != "group":
         raise ValueError(f"groups are for by='group', not {by!r}")
     tokens = pairs.clean.attention_mask.bool()

@@ -77,9 +77,10 @@ def planned(args: argparse.Namespace, model: HookedVLM, data: DataChoice, stages
 def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> Run:
     """Open the run folder of localization and masking."""
     from hones_lens.app.runs import stages as pipeline
+    from hones_lens.interventions import choose_heads
 
     names = ("top_k", "ratio", "controls", "positions", "prefilter", "race", "heads", "layers")
-    check_limits(args, model)
+    choose_heads(model, args.heads, args.layers)  # refuses what the model does not have
     settings = {name: getattr(args, name) for name in names}
     run = pipeline.start_run(model, args.task, data, run_folder(args), **settings)
     data.save_left_out(args.task, run.path("left-out.json"))
@@ -95,13 +96,6 @@ def find_heads(args: argparse.Namespace, model: HookedVLM, run: Run, data: DataC
     options = {"positions": args.positions, "prefilter": args.prefilter, "racing": racing}
     options |= {"memory_budget": args.memory_budget, "heads": args.heads, "layers": args.layers}
     return pipeline.find_heads(model, run, args.task, data, args.top_k, **options)
-
-
-def check_limits(args: argparse.Namespace, model: HookedVLM) -> None:
-    """Raise ValueError if `--heads` or `--layers` names what the model does not have."""
-    from hones_lens.interventions import choose_heads
-
-    choose_heads(model, args.heads, args.layers)
 
 
 def write_result(args: argparse.Namespace, data: Any) -> None:

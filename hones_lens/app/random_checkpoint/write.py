@@ -29,7 +29,9 @@ def write_random_checkpoint(
     tokenizer: str | Path | None = None,
     shard_gb: float = SHARD_GB,
 ) -> Path:
-    """Write a checkpoint of a known model with random weights: never more than one shard is in memory.
+    """Write a checkpoint of a known model with random weights, one shard after the other.
+
+    Memory holds one shard twice: safetensors copies what it writes.
 
     It has config, generation config, tokenizer, chat template and image processor, and weights by the names
     they have on the Hub; Hugging Face's `from_pretrained` reads it. The config is written last: a folder that

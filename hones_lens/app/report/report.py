@@ -17,6 +17,7 @@ from hones_lens.app.report.tables import Bold, Cell, Table
 from hones_lens.app.report.verdict import verdict
 from hones_lens.hones import MEASURES, NeuronScores, masking_measure
 from hones_lens.model import takes_iterables
+from hones_lens.results import replaced_atomically
 from hones_lens.viz import join_words, level, nonbreaking, number, percent, span
 
 _TINT = ("#eaf3f9", "#17262f")  # behind the verdict
@@ -63,10 +64,8 @@ def write_report(path: str | Path, runs: Sequence[RunView], title: str = "") -> 
         together=_comparison(runs),
         runs=[_run(run, f"run{i}") for i, run in enumerate(runs, start=1)],
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(path.name + ".part")
-    partial_file.write_text(page, encoding="utf-8")
-    partial_file.replace(path)
+    with replaced_atomically(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

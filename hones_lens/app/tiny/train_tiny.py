@@ -22,6 +22,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hones_lens.app.tiny import tiny_data
 from hones_lens.model import HookedVLM
+from hones_lens.results import replaced_atomically
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,8 @@ def _save(
         "model": model.state_dict(),
         "optimizers": [o.state_dict() for o in optimizers],
     }
-    torch.save(state, file.with_suffix(".tmp"))
-    file.with_suffix(".tmp").replace(file)
+    with replaced_atomically(file) as partial:
+        torch.save(state, partial)
 
 
 def _resume(file: Path, model: HookedVLM, recipe: Recipe) -> tuple[int, list[torch.optim.Optimizer]]:

@@ -21,7 +21,7 @@ from hones_lens.interventions import (
     zero_head,
     zero_neurons,
 )
-from hones_lens.model import HookedVLM, did_you_mean, takes_iterables
+from hones_lens.model import HookedVLM, did_you_mean, require_choice, takes_iterables
 from hones_lens.tasks import Task
 
 _HEAD_HOOKS: dict[str, Callable[[int, int], Hook]] = {
@@ -107,11 +107,7 @@ def exact_head_ablation(
         ValueError: An unknown ablation, no examples, or a model with a single head a layer.
         FloatingPointError: Logits that are not finite; names head and example.
     """
-    if ablation not in _HEAD_HOOKS:
-        raise ValueError(
-            f"unknown ablation {ablation!r}; valid: {', '.join(_HEAD_HOOKS)}"
-            f"{did_you_mean(ablation, _HEAD_HOOKS)}"
-        )
+    require_choice("ablation", ablation, _HEAD_HOOKS)
     options, task = SweepOptions.of(options, sweep), engine.as_task(task)
     engine.check_examples(task, examples)
     arms = [[], *([_HEAD_HOOKS[ablation](*cell)] for cell in all_heads(model))]

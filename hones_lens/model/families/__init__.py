@@ -5,7 +5,7 @@ from __future__ import annotations
 import pkgutil
 from importlib.metadata import entry_points
 
-from hones_lens.model.names import did_you_mean
+from hones_lens.model.choices import require_choice
 
 # Hugging Face's `model_type`: module and class.
 FAMILIES = {
@@ -24,9 +24,5 @@ def load_family(model_type: str):
     """
     outside = {entry.name: entry.value for entry in entry_points(group="hones_lens.families")}
     families = FAMILIES | outside | FAMILIES
-    if model_type not in families:
-        raise ValueError(
-            f"unknown model family {model_type!r}; valid: {', '.join(families)}"
-            f"{did_you_mean(model_type, families)}"
-        )
+    require_choice("model family", model_type, families)
     return pkgutil.resolve_name(families[model_type])
