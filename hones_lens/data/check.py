@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from hones_lens.data.files import (
     CheckedRecords,
@@ -16,7 +16,7 @@ from hones_lens.data.files import (
     find_record_picture,
     image_folder,
 )
-from hones_lens.data.images import Picture, clip_box, format_size
+from hones_lens.data.images import ImageFolder, Picture, PictureKeywords, clip_box, format_size
 from hones_lens.data.loading import resolve
 from hones_lens.data.negatives import N_NEGATIVES, group_captions_by_image, normalize_caption
 from hones_lens.data.reading import text_encoding
@@ -133,6 +133,7 @@ def check_data(
     open_images: bool = True,
     progress: Callable[[list[Record]], Any] = iter,
     encoding: str = "utf-8",
+    **allowed: Unpack[PictureKeywords],
 ) -> DataCheck:
     """Check the annotations of a data set, and every picture that they name.
 
@@ -143,6 +144,7 @@ def check_data(
         open_images: Decode every picture completely. If False, pictures need not exist.
         progress: Wraps the iteration over records while pictures are opened, such as `tqdm`.
         encoding: The encoding of the files' text, as Python names it.
+        allowed: `allow_outside`, `allow_large_pictures`, as for `load_examples`.
 
     Raises:
         FileNotFoundError, ValueError: A file is missing, or is not of this format at all.
@@ -150,8 +152,8 @@ def check_data(
     fmt, file = resolve(dataset, data_file)
     if file is None:
         raise ValueError(f"data set {fmt.name!r} is read from a file: give data_file")
-    folder, _ = image_folder(fmt, file, image_dir)
-    pictures = _PictureInspector(folder) if open_images else None
+    folder = image_folder(fmt, file, image_dir, **allowed)
+    pictures = _PictureInspector(replace(folder, must_exist=True)) if open_images else None
     checks: dict[str, TaskCheck] = {}
     errors: list[ValueError] = []
     for name in fmt.tasks if task is None else [task]:
@@ -172,7 +174,7 @@ def check_data(
 class _PictureInspector:
     """Opens each picture once and caches its size, or the error."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: ImageFolder):
         self.folder = folder
         self.seen: dict[tuple[str, Any], tuple[tuple[int, int], bool] | str] = {}
         self.images: dict[bytes, str] = {}  # image key by digest of the bytes
@@ -180,19 +182,19 @@ class _PictureInspector:
 
     def inspect(self, record: Record) -> tuple[tuple[int, int], bool]:
         """Size in pixels, and whether EXIF turned the picture; raises BadRecord if it can't be read."""
-        picture = find_record_picture(record, self.folder, must_exist=True)
+        picture = find_record_picture(record, self.folder)
         key = (str(picture.file), record.content and record.image_key)
         if key not in self.seen:
-            self.seen[key] = self._inspect_file(record, picture.file)
+            self.seen[key] = self._inspect_file(record, replace(picture, size=None, box=None))
         outcome = self.seen[key]
         if isinstance(outcome, str):
             raise BadRecord(outcome)
         return outcome
 
-    def _inspect_file(self, record: Record, file: Path) -> tuple[tuple[int, int], bool] | str:
+    def _inspect_file(self, record: Record, picture: Picture) -> tuple[tuple[int, int], bool] | str:
         try:
-            size_and_turned = Picture(record.id, file, content=record.content).verify()
-            content = file.read_bytes() if record.content is None else record.content()
+            size_and_turned = picture.verify()
+            content = picture.file.read_bytes() if record.content is None else record.content()
         except (OSError, ValueError) as error:
             return str(error).removeprefix(f"record {record.id}: ")
         first_key = self.images.setdefault(hashlib.blake2b(content).digest(), record.image_key)
@@ -204,7 +206,7 @@ class _PictureInspector:
         """Warnings that concern all tasks."""
         out = []
         if not self.seen:
-            out.append(f"no picture lies in {self.folder}: name its folder, or check without pictures")
+            out.append(f"no picture lies in {self.folder.path}: name its folder, or check without pictures")
         if self.duplicates:
             names = _abbreviate(self.duplicates)
             out.append(f"the same picture under two names, so that splits may share it: {names}")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from threading import Lock
 from typing import Any, Protocol
 
 from PIL import Image
 
 from hones_lens.model import open_image
 
-_CACHED_IMAGES = 256  # most recently used; thousands of photographs would not fit in memory
+CACHED_BYTES = 512 * 2**20  # of pictures in memory: a dozen photographs of a phone
+_BYTES_PER_PIXEL = 4  # as Pillow holds RGB
 
 
 class ImageSource(Protocol):
@@ -53,12 +55,52 @@ class Example:
     @property
     def image(self) -> Image.Image:
         """The picture (PIL, RGB), with the blue box drawn where the task needs one."""
-        return _image_of(self)
+        return PICTURES.picture(self)
 
 
-@lru_cache(maxsize=_CACHED_IMAGES)
-def _image_of(example: Example) -> Image.Image:
-    return open_image(example.image_source.load(), f"the image of example {example.id}")
+class PictureCache:
+    """The pictures used last, so many bytes of them; one that is larger than that is not kept.
+
+    Args:
+        size: Most bytes.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.held = size, 0
+        self._pictures: OrderedDict[Example, Image.Image] = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        """How many pictures are held."""
+        return len(self._pictures)
+
+    def picture(self, example: Example) -> Image.Image:
+        """The picture of an example, read if it is not held."""
+        with self._lock:
+            if (held := self._pictures.get(example)) is not None:
+                self._pictures.move_to_end(example)
+                return held
+        picture = open_image(example.image_source.load(), f"the image of example {example.id}")
+        with self._lock:
+            if example not in self._pictures and _bytes_of(picture) <= self.size:
+                self._pictures[example] = picture
+                self.held += _bytes_of(picture)
+                while self.held > self.size:
+                    self.held -= _bytes_of(self._pictures.popitem(last=False)[1])
+        return picture
+
+    def clear(self) -> None:
+        """Hold none."""
+        with self._lock:
+            self._pictures.clear()
+            self.held = 0
+
+
+def _bytes_of(picture: Image.Image) -> int:
+    return picture.width * picture.height * _BYTES_PER_PIXEL
+
+
+PICTURES = PictureCache(CACHED_BYTES)
 
 
 def check_on_error(on_error: str) -> None:

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from hones_lens.data.examples import Example, check_on_error
-from hones_lens.data.images import Picture, clip_box, find_picture_file
+from hones_lens.data.images import ImageFolder, Picture, PictureKeywords, clip_box, find_picture_file
 from hones_lens.data.negatives import N_NEGATIVES, hard_negatives
 from hones_lens.data.records import BadBox, BadRecord, Format, NotForTask, Record
 from hones_lens.data.splits import check_split, select_records, stable_hash
@@ -113,6 +113,7 @@ def load_records(
     image_dir: str | Path | None = None,
     on_error: str = "raise",
     cache_dir: str | Path | None = None,
+    **pictures: Unpack[PictureKeywords],
 ) -> LoadedExamples:
     """Load the examples of one task from one split of a file (`load` of every file format).
 
@@ -130,6 +131,7 @@ def load_records(
         on_error: `raise`, or `skip`: leave out records that can't be used, warn, and list them in the
             result's `skipped`.
         cache_dir: Folder in which hard negatives are cached (default: `negatives.default_cache_dir`).
+        pictures: `allow_outside`, `allow_large_pictures`: see `ImageFolder`.
 
     Raises:
         FileNotFoundError, ValueError: A missing or invalid file or record; the message names it.
@@ -148,48 +150,50 @@ def load_records(
     bad = checked.bad + [SkippedRecord(name, f"is in {split}, but not in the data file") for name in unknown]
     if on_error == "raise" and bad:
         raise ValueError(_summarize_skipped(file, bad))
-    folder, must_exist = image_folder(fmt, file, image_dir)
-    pictures, missing = _find_pictures(chosen, folder, must_exist, limit, on_error == "raise")
+    folder = image_folder(fmt, file, image_dir, **pictures)
+    found, missing = _find_pictures(chosen, folder, limit, on_error == "raise")
     if missing and on_error == "raise":
         raise ValueError(_summarize_skipped(file, missing))
     bad += checked.left_out + missing
     if bad:
         warnings.warn(_summarize_skipped(file, bad, "left out"), stacklevel=3)
-    if not pictures:
+    if not found:
         raise ValueError(f"{file} has no usable {task} records in split {split!r}")
-    out = _examples(fmt, task, pictures, checked.records, seed, cache_dir, file)
+    out = _examples(fmt, task, found, checked.records, seed, cache_dir, file)
     return LoadedExamples(out, bad, dict(checked.not_for_task))
 
 
-def image_folder(fmt: Format, file: Path, image_dir: str | Path | None) -> tuple[Path, bool]:
-    """The folder of the pictures, and whether the pictures must exist.
+def image_folder(
+    fmt: Format, file: Path, image_dir: str | Path | None, **allowed: Unpack[PictureKeywords]
+) -> ImageFolder:
+    """The folder of the pictures.
 
     Raises:
         FileNotFoundError: `image_dir` is given and is not a folder.
     """
     if image_dir is None:
-        return (file if file.is_dir() else file.parent), fmt.images_beside
+        return ImageFolder(file if file.is_dir() else file.parent, fmt.images_beside, **allowed)
     if not Path(image_dir).is_dir():
         raise FileNotFoundError(f"no such folder of images: {image_dir}")
-    return Path(image_dir), True
+    return ImageFolder(Path(image_dir), **allowed)
 
 
-def find_record_picture(record: Record, folder: Path, must_exist: bool) -> Picture:
+def find_record_picture(record: Record, folder: ImageFolder) -> Picture:
     """The picture of a record, with its box.
 
     Raises:
-        BadRecord: The picture must exist and does not; or its size is not annotated, and the box lies
-            outside the picture.
+        BadRecord: The picture must exist and does not, or lies outside the folder; or its size is not
+            annotated, and the box lies outside the picture.
     """
-    position = find_picture_file(record, folder, must_exist)
-    picture = Picture(record.id, position, record.size, record.box, record.content)
-    if record.box is not None and record.size is None and must_exist:
+    file = find_picture_file(record, folder)
+    picture = Picture(record.id, file, record.size, record.box, record.content, folder.most_megapixels)
+    if record.box is not None and record.size is None and folder.must_exist:
         clip_box(record.box, picture.header_size())
     return picture
 
 
 def _find_pictures(
-    records: Sequence[Record], folder: Path, must_exist: bool, limit: int | None, stop_at_first: bool
+    records: Sequence[Record], folder: ImageFolder, limit: int | None, stop_at_first: bool
 ) -> tuple[list[tuple[Record, Picture]], list[SkippedRecord]]:
     """The first `limit` records that have a picture, and those skipped before them for lack of one."""
     out: list[tuple[Record, Picture]] = []
@@ -198,7 +202,7 @@ def _find_pictures(
         if len(out) == limit or (missing and stop_at_first):
             break
         try:
-            out.append((record, find_record_picture(record, folder, must_exist)))
+            out.append((record, find_record_picture(record, folder)))
         except BadRecord as error:
             missing.append(SkippedRecord(record.id, str(error)))
     return out, missing

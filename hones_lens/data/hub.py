@@ -42,8 +42,8 @@ def _rows(match: re.Match[str], task: str) -> list[Row]:
     if "image" not in data.column_names:
         raise ValueError(f"{match[0]} has no column image, but {', '.join(data.column_names)}")
     require_columns(set(data.column_names), task, match[0])
-    texts = data.remove_columns("image")
-    return [Row(f"number {i + 1}", partial(_parse, raw, i, data, task)) for i, raw in enumerate(texts)]
+    parse, texts = partial(_parse, data=data, task=task, repo=match["repo"]), data.remove_columns("image")
+    return [Row(f"number {i + 1}", partial(parse, raw, i)) for i, raw in enumerate(texts)]
 
 
 def _dataset(match: re.Match[str]) -> Any:
@@ -58,10 +58,10 @@ def _dataset(match: re.Match[str]) -> Any:
     return data.cast_column("image", datasets.Image(decode=False))
 
 
-def _parse(raw: Mapping[str, Any], index: int, data: Any, task: str) -> Record:
+def _parse(raw: Mapping[str, Any], index: int, data: Any, task: str, repo: str) -> Record:
     row = {key: value for key, value in raw.items() if value not in (None, "")}
     require_task_fields(row, task)
-    content = partial(_bytes, data, index)
+    content = partial(_bytes, data, index, Path(repo))
     if any(key in row for key in _IMAGE_IDS):
         image = parse_id(row, *_IMAGE_IDS)
     else:
@@ -79,8 +79,21 @@ def _parse(raw: Mapping[str, Any], index: int, data: Any, task: str) -> Record:
     )
 
 
-def _bytes(data: Any, index: int) -> bytes:
+def _bytes(data: Any, index: int, repo: Path) -> bytes:
+    """The picture of a row.
+
+    Raises:
+        BadRecord: None, or one in a file outside the folder of the data set and the Hub's caches.
+    """
     image = data[index]["image"]
     if image is None:
         raise BadRecord("has no image")
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    if image["bytes"] is not None:
+        return image["bytes"]
+    from datasets import config
+
+    file, roots = Path(image["path"]), [Path(config.HF_CACHE_HOME), Path(config.HF_DATASETS_CACHE)]
+    roots += [repo] if repo.is_dir() else []
+    if not any(file.resolve().is_relative_to(root.resolve()) for root in roots):
+        raise BadRecord(f"its image {file} lies outside the data set: {', '.join(map(str, roots))}")
+    return file.read_bytes()

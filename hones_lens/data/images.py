@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypedDict
 
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 
@@ -13,8 +15,47 @@ from hones_lens.data.drawing import BOX_BLUE
 from hones_lens.data.records import BadBox, BadRecord, Box, Record
 from hones_lens.model import opened_image, read_image
 
+MOST_MEGAPIXELS = 64  # of a picture of a data set, unless larger ones are allowed
 _TURNS = range(2, 9)  # EXIF orientations that turn or mirror a picture
 _SWAPS_SIDES = range(5, 9)  # those that swap width and height
+
+
+class PictureKeywords(TypedDict, total=False):
+    """Keywords that lift a bound on the pictures of a data set; see `ImageFolder`."""
+
+    allow_outside: bool
+    allow_large_pictures: bool
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Where the pictures of a data set are, and which of them are read.
+
+    Attributes:
+        path: The folder.
+        must_exist: Whether the pictures must exist.
+        allow_outside: Also those that lie outside the folder: named by `..`, by an absolute path, or by a
+            link that leads out of it.
+        allow_large_pictures: Also those of more than `MOST_MEGAPIXELS`.
+    """
+
+    path: Path
+    must_exist: bool = True
+    allow_outside: bool = False
+    allow_large_pictures: bool = False
+
+    @cached_property
+    def _root(self) -> Path:
+        return self.path.resolve()
+
+    def holds(self, path: Path) -> bool:
+        """Whether a picture may be read from there."""
+        return self.allow_outside or path.resolve().is_relative_to(self._root)
+
+    @property
+    def most_megapixels(self) -> float | None:
+        """A larger picture is refused; None: any size."""
+        return None if self.allow_large_pictures else MOST_MEGAPIXELS
 
 
 def clip_box(box: Box, size: tuple[int, int]) -> tuple[tuple[int, int, int, int], bool]:
@@ -76,6 +117,7 @@ class Picture:
         size: Width and height as annotated, in pixels; None if unknown.
         box: The blue box to draw (x, y, width, height in pixels); None for none.
         content: Returns the bytes of the picture if it is not a file on disk.
+        most_megapixels: A larger picture is refused; None: any size.
     """
 
     record: str
@@ -83,17 +125,18 @@ class Picture:
     size: tuple[int, int] | None = None
     box: Box | None = None
     content: Callable[[], bytes] | None = None
+    most_megapixels: float | None = MOST_MEGAPIXELS
 
     def load(self) -> Image.Image:
         """Open the picture (RGB) and draw its box.
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: Not an image, truncated, of more than 8 bits a channel, or of another size than
-                annotated, so that the box would be in the wrong position. Messages name the record and the
-                file.
+            ValueError: Not an image, truncated, too large, of more than 8 bits a channel, or of another size
+                than annotated, so that the box would be in the wrong position. Messages name the record and
+                the file.
         """
-        image = read_image(self._source, self._describe())
+        image = read_image(self._source, self._describe(), self.most_megapixels)
         if self.box is not None:
             if self.size not in (None, image.size):
                 raise ValueError(
@@ -145,19 +188,27 @@ def format_size(size: tuple[int, int] | None) -> str:
     return "of unknown size" if size is None else f"{size[0]} × {size[1]} pixels"
 
 
-def find_picture_file(record: Record, folder: Path, must_exist: bool) -> Path:
+def find_picture_file(record: Record, folder: ImageFolder) -> Path:
     """The path of a record's picture: the first candidate in `record.files` that exists.
 
     Raises:
-        BadRecord: The picture must exist and does not; the message lists the paths tried.
+        BadRecord: The picture must exist and does not (the message lists the paths tried); or it lies outside
+            the folder, and that is not allowed.
     """
     if record.content is not None:
         return Path(record.files[0])
-    paths = [folder / file for file in record.files]
-    for path in paths:
+    paths = [folder.path / file for file in record.files]
+    inside = [path for path in paths if folder.holds(path)]
+    for path in inside:
         if path.is_file():
             return path
-    if must_exist:
+    if len(inside) < len(paths):
+        outside = next(path for path in paths if path not in inside)
+        raise BadRecord(
+            f"its image {outside} lies outside the folder of images {folder.path} "
+            "(allow_outside=True or --allow-outside reads it all the same)"
+        )
+    if folder.must_exist:
         others = f" (nor {', '.join(record.files[1:])})" if record.files[1:] else ""
         raise BadRecord(f"its image {paths[0]} does not exist{others}")
     return paths[0]

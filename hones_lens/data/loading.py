@@ -6,9 +6,10 @@ import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from hones_lens.data.examples import Example, check_on_error
+from hones_lens.data.images import PictureKeywords
 from hones_lens.data.reading import text_encoding
 from hones_lens.model import did_you_mean
 
@@ -79,6 +80,7 @@ def load_examples(
     on_error: str = "raise",
     cache_dir: str | Path | None = None,
     encoding: str = "utf-8",
+    **pictures: Unpack[PictureKeywords],
 ) -> list[Example]:
     """Load the examples of one task from one split of a data set.
 
@@ -99,6 +101,8 @@ def load_examples(
         cache_dir: For files: folder in which retrieval's hard negatives are cached (default: the user's
             cache).
         encoding: For files: the encoding of their text, as Python names it, e.g. `cp1252`.
+        pictures: For files: `allow_outside=True` also reads pictures that lie outside `image_dir` (named by
+            `..`, an absolute path or a link), `allow_large_pictures=True` those above 64 megapixels.
 
     Returns:
         A list; for files a `files.LoadedExamples`, a list with `skipped`, `not_for_task` and `clipped`.
@@ -112,10 +116,7 @@ def load_examples(
     files: dict[str, Any] = {"data_file": data_file, "image_dir": image_dir}
     module = _module_of(str(dataset))
     if module is not None and not hasattr(module, "FORMAT"):
-        if encoding != "utf-8":
-            raise ValueError(
-                f"data set {str(dataset)!r} is drawn, not read from files: encoding={encoding!r} has no use"
-            )
+        _refuse_for_drawn(dataset, encoding=encoding if encoding != "utf-8" else None, **pictures)
         return module.load(task, split, limit, seed, **files)
     if encoding != "utf-8" and str(dataset).startswith("hf:"):
         raise ValueError(f"{str(dataset)!r} has no text files of its own: encoding={encoding!r} has no use")
@@ -123,7 +124,16 @@ def load_examples(
 
     fmt, files["data_file"] = resolve(dataset, data_file)
     with text_encoding(encoding):
-        return load_records(fmt, task, split, limit, seed, **files, on_error=on_error, cache_dir=cache_dir)
+        files |= {"on_error": on_error, "cache_dir": cache_dir, **pictures}
+        return load_records(fmt, task, split, limit, seed, **files)
+
+
+def _refuse_for_drawn(dataset: str | Path, **given: Any) -> None:
+    for name, value in given.items():
+        if value:
+            raise ValueError(
+                f"data set {str(dataset)!r} is drawn, not read from files: {name}={value!r} has no use"
+            )
 
 
 def resolve(dataset: str | Path, data_file: str | Path | None = None) -> tuple[Format, Path | None]:

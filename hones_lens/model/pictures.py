@@ -107,18 +107,28 @@ def open_image(picture: PictureLike, name: str = "the image") -> Image.Image:
     return _in_rgb(upright, name)
 
 
-def read_image(source: Path | Callable[[], bytes], name: str) -> Image.Image:
+def read_image(
+    source: Path | Callable[[], bytes], name: str, most_megapixels: float | None = None
+) -> Image.Image:
     """A picture from a file, or from what returns the content of one: upright, in RGB.
 
     Args:
         source: The file, or the function.
         name: What messages call it.
+        most_megapixels: A larger picture is refused, and not decoded; None: only one that Pillow refuses.
 
     Raises:
-        FileNotFoundError, ValueError: As `open_image`.
+        FileNotFoundError, ValueError: As `open_image`; or a picture that is too large.
     """
     with opened_image(source, name) as image:
-        upright = ImageOps.exif_transpose(image)
+        width, height = image.size
+        too_large = most_megapixels is not None and width * height > most_megapixels * 1e6
+        upright = None if too_large else ImageOps.exif_transpose(image)
+    if upright is None:
+        raise ValueError(
+            f"{name} is of {width} × {height} pixels, more than {most_megapixels:g} megapixels "
+            "(allow_large_pictures=True or --allow-large-pictures reads it all the same)"
+        )
     return _in_rgb(upright, name)
 
 

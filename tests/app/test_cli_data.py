@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 import hones_lens as hl
-from hones_lens.app.cli import main
+from hones_lens.app.cli import build_parser, main
+from hones_lens.app.commands.arguments import data_from
 
 
 def files_of(dataset) -> list[str]:
@@ -125,3 +127,55 @@ def test_a_measure_of_nothing_is_saved_and_said(tmp_path, capsys):
     assert main([*argv, "--json", str(tmp_path / "r.json")]) == 0
     (written,) = json.loads((tmp_path / "r.json").read_text())
     assert written["measures"]["recall"] is None and "recall of nothing" in capsys.readouterr().out
+
+
+def commands_with_pictures(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+    """Options by command, of all commands that take `--image-dir`, actions such as `data check` too."""
+    found, options = {}, {option for action in parser._actions for option in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                found |= commands_with_pictures(each)
+    return found | ({parser.prog: options} if "--image-dir" in options else {})
+
+
+def test_every_command_that_reads_pictures_bounds_them_alike():
+    commands = commands_with_pictures(build_parser())
+    assert {"hones localize", "hones evaluate", "hones patch", "hones data check"} <= commands.keys()
+    bounds = {"--allow-outside", "--allow-large-pictures", "--encoding"}
+    assert {name: bounds - options for name, options in commands.items() if bounds - options} == {}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["data", "check"],
+        ["evaluate", "--limit", "2", "--split", "all", "--dataset"],
+        ["patch", "--force", "--corrupt", "blank", "--limit", "2", "--split", "all", "--dataset"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_bounds_on_pictures_are_lifted_from_the_command_line(argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hones_lens.data.images.MOST_MEGAPIXELS", 0.001)
+    (tmp_path / "set").mkdir()
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "x.png")
+    file = tmp_path / "set" / "data.csv"
+    rows = "../x.png,what?,red\n" * 2
+    file.write_text("image,question,answer\n" + rows, encoding="utf-8")
+    argv = [*argv, str(file), "--task", "vqa"]
+    argv += ["--out", str(tmp_path / "run")] if argv[0] == "patch" else []
+    said = []
+    for lifted in ([], ["--allow-outside"], ["--allow-outside", "--allow-large-pictures"]):
+        code = main([*argv, *lifted])
+        said.append((code, "".join(capsys.readouterr())))
+    assert [code for code, _ in said] == [1, 1, 0], said
+    assert "line 2" in said[0][1] and "x.png lies outside the folder of images" in said[0][1]
+    assert "x.png is of 60 × 40 pixels, more than 0.001 megapixels" in said[1][1]
+
+
+def test_bounds_on_pictures_reach_the_data_of_every_stage():
+    given = ["--allow-outside", "--allow-large-pictures"]
+    for lifted in ([], given[:1], given):
+        data = data_from(build_parser().parse_args(["localize", *lifted]), None)
+        assert [data.allow_outside, data.allow_large_pictures] == [flag in lifted for flag in given]
+        assert data._files.items() >= {("allow_outside", given[0] in lifted)}

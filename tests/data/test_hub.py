@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers.dataset_files import box, sample_scenes, ten_answers
+from PIL import Image
 
 from hones_lens.data import shapes
 from hones_lens.data.check import check_data
@@ -79,3 +80,22 @@ def test_what_can_not_be_loaded_is_told(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="needs the package datasets: pip install datasets"):
         load_examples(f"hf:{folder}@validation", "vqa", "all")
+
+
+def test_a_picture_outside_the_data_set_is_refused_by_record_and_file(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    files = [folder / "in.png", tmp_path / "out.png"]
+    for file in files:
+        Image.new("RGB", (8, 8)).save(file)
+    table = {"image": [{"bytes": None, "path": str(file)} for file in files]}
+    table |= {"image_id": ["a", "b"], "question": ["what?"] * 2, "answer": ["red"] * 2}
+    data = datasets.Dataset.from_dict(table)
+    data.to_parquet(folder / "test-00000.parquet")
+    name = f"hf:{folder}@test"
+    inside, outside = sorted(load_examples(name, "vqa", "all"), key=lambda e: e.facts["image_id"])
+    assert inside.image.size == (8, 8)
+    with pytest.raises(ValueError, match=r"record number 2: .*image .*out\.png lies outside the data"):
+        _ = outside.image
+    (refused,) = check_data(name).tasks["vqa"].unusable
+    assert refused.record == "number 2" and "out.png lies outside the data set" in refused.reason

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from helpers import picture_files
 from hypothesis import given, strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers.image_utils import load_image
 
+from hones_lens.data import images
 from hones_lens.data.check import check_data
 from hones_lens.data.drawing import BOX_BLUE
-from hones_lens.data.examples import Example
+from hones_lens.data.examples import CACHED_BYTES, PICTURES, Example, PictureCache
 from hones_lens.data.images import Picture, clip_box
 from hones_lens.data.loading import load_examples
 from hones_lens.data.records import BadRecord
@@ -185,3 +186,114 @@ def test_pictures_of_a_source_of_ones_own_are_read_like_all_others():
     assert image.size == upright.size and image.tobytes() == upright.tobytes()
     with pytest.raises(ValueError, match="the image of example mine/2 has pixels of mode I;16"):
         _ = Example("mine/2", Source(Image.new("I;16", (4, 4)))).image
+
+
+def table(folder, *names):
+    """A data set of one's own with a question on each of these pictures."""
+    rows = "".join(f'"{name}",what?,red\n' for name in names)
+    file = folder / "data.csv"
+    file.write_text("image,question,answer\n" + rows, encoding="utf-8")
+    return file
+
+
+def outsiders(tmp_path):
+    """A folder with a good picture, and the names of pictures that lie outside it."""
+    folder = tmp_path / "set"
+    (folder / "deep").mkdir(parents=True)
+    saved(folder / "in.png")
+    outside = saved(tmp_path / "x.png", color="red")
+    (folder / "link.png").symlink_to(outside)
+    (folder / "linked").symlink_to(tmp_path)
+    return folder, ["../x.png", "deep/../../x.png", str(outside), "link.png", "linked/x.png"]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_picture_outside_the_folder_is_refused_by_record_and_file(tmp_path, number):
+    folder, names = outsiders(tmp_path)
+    file = table(folder, "in.png", names[number])
+    where = {"data_file": file, "image_dir": folder}
+    reason = rf"line 3: its image .*{names[number].replace('.', '[.]')} lies outside the folder of images"
+    for files in ({"data_file": file}, where):  # the folder of the file, or one that is given
+        with pytest.raises(ValueError, match=reason):
+            load_examples("own", "vqa", "all", **files)
+        with pytest.warns(UserWarning, match=reason):
+            (kept,) = load_examples("own", "vqa", "all", **files, on_error="skip")
+        assert kept.facts["file"].endswith("in.png")
+        check = check_data("own", **files)
+        assert not check.ok and "lies outside the folder" in str(check.tasks["vqa"].unusable[0])
+        read = load_examples("own", "vqa", "all", **files, allow_outside=True)
+        assert [e.image.getpixel((0, 0)) for e in sorted(read, key=lambda e: e.id)][1] == (255, 0, 0)
+        assert check_data("own", **files, allow_outside=True).ok
+
+
+def test_a_picture_inside_the_folder_may_be_named_in_any_way(tmp_path):
+    folder = tmp_path / "set"
+    (folder / "deep").mkdir(parents=True)
+    saved(folder / "in.png")
+    (folder / "link.png").symlink_to("in.png")
+    (tmp_path / "other").symlink_to(folder)
+    names = ["in.png", "deep/../in.png", str(folder / "in.png"), "link.png", str(tmp_path / "other/in.png")]
+    file = table(folder, *names)
+    for image_dir in (folder, tmp_path / "other"):
+        assert len(load_examples("own", "vqa", "all", data_file=file, image_dir=image_dir)) == 5
+
+
+def test_a_large_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    assert Picture("7", tmp_path).most_megapixels == images.MOST_MEGAPIXELS == 64
+    monkeypatch.setattr(images, "MOST_MEGAPIXELS", 0.01)
+    saved(tmp_path / "large.png", (101, 100))
+    saved(tmp_path / "most.png", (100, 100))
+    file = table(tmp_path, "large.png", "most.png")
+    (refused,) = check_data("own", data_file=file).tasks["vqa"].unusable
+    assert "large.png is of 101 × 100 pixels, more than 0.01 megapixels" in str(refused)
+    large, most = sorted(load_examples("own", "vqa", "all", data_file=file), key=lambda e: e.id)
+    assert most.image.size == (100, 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+        with pytest.raises(ValueError, match=r"record line 2: image .*large.png is of 101 × 100 pixels"):
+            _ = large.image
+    examples = load_examples("own", "vqa", "all", data_file=file, allow_large_pictures=True)
+    assert {e.image.width for e in examples} == {100, 101}
+    assert check_data("own", data_file=file, allow_large_pictures=True).ok
+
+
+def test_bounds_on_pictures_have_no_use_for_drawn_ones():
+    with pytest.raises(ValueError, match="'shapes' is drawn, not read from files: allow_outside=True has no"):
+        load_examples("shapes", "vqa", "test", 1, allow_outside=True)
+
+
+class Sized:
+    """A picture source that counts how often it is asked."""
+
+    def __init__(self, size):
+        self.size, self.asked = size, 0
+
+    def load(self):
+        self.asked += 1
+        return Image.new("RGB", self.size)
+
+
+def test_pictures_are_held_by_bytes():
+    cache = PictureCache(4 * 100 * 100 * 3)
+    small = [Example(str(i), Sized((100, 100))) for i in range(4)]
+    for example in (*small[:3], small[0], small[3]):  # the last one pushes out number 1, not 0
+        assert cache.picture(example).size == (100, 100)
+    assert (len(cache), cache.held) == (3, 4 * 100 * 100 * 3)
+    for example in (small[0], small[2], small[3]):
+        cache.picture(example)
+    assert [e.image_source.asked for e in small] == [1, 1, 1, 1]
+    cache.picture(small[1])
+    assert small[1].image_source.asked == 2
+    large = Example("large", Sized((200, 151)))
+    assert cache.picture(large).size == (200, 151) and len(cache) == 3 and cache.held == 4 * 100 * 100 * 3
+    cache.clear()
+    assert (len(cache), cache.held) == (0, 0)
+
+
+def test_pictures_of_examples_are_held_so(monkeypatch):
+    assert PICTURES.size == CACHED_BYTES == 2**29
+    PICTURES.clear()
+    monkeypatch.setattr(PICTURES, "size", 4 * 300 * 300 * 5)
+    pictures = [Example(str(i), Sized((300, 300))).image for i in range(9)]
+    assert len(pictures) == 9 and PICTURES.held == 4 * 300 * 300 * 5
+    PICTURES.clear()

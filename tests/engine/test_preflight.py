@@ -133,12 +133,12 @@ def test_nothing_is_wrong_with_what_is_whole(task, model, tmp_path):
 
 def test_no_picture_stays_in_memory(model):
     """Nothing is read through the cache of `Example.image`, whose pictures would stay."""
-    from hones_lens.data.examples import _image_of
+    from hones_lens.data.examples import PICTURES
 
     examples = shapes_varied.load("vqa", "test", 5, 0)
-    _image_of.cache_clear()
+    PICTURES.clear()
     assert find_faults(model, "vqa", examples, **QUIET) == []
-    assert _image_of.cache_info().currsize == 0
+    assert len(PICTURES) == 0
 
 
 def test_evaluate_leaves_faulty_examples_out(tmp_path, model):

@@ -31,12 +31,10 @@ def model_from(args: argparse.Namespace) -> HookedVLM:
 
 def data_from(args: argparse.Namespace, model: HookedVLM) -> DataChoice:
     """The examples that the options select, checked against the model before anything is computed."""
-    from hones_lens.app.runs.data_choice import DataChoice
+    from hones_lens.app.runs.data_choice import FILE_OPTIONS, DataChoice
 
     return DataChoice(
         dataset=args.dataset,
-        data_file=args.data_file,
-        image_dir=args.image_dir,
         seed=args.seed,
         discovery_split=args.discovery_split,
         dev_split=args.dev_split,
@@ -44,9 +42,8 @@ def data_from(args: argparse.Namespace, model: HookedVLM) -> DataChoice:
         n_discovery=args.limit if args.discovery_limit is None else args.discovery_limit,
         n_dev=args.limit if args.dev_limit is None else args.dev_limit,
         n_held_out=args.limit,
-        on_error=args.on_error,
-        encoding=args.encoding,
         model=model,
+        **{name: getattr(args, name) for name in FILE_OPTIONS},
     )
 
 

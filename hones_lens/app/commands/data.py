@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from hones_lens.app.commands.arguments import write_result
-from hones_lens.app.commands.options import add_command, encoding_option
+from hones_lens.app.commands.options import add_command, reading_options
 from hones_lens.tasks import task_names
 
 
@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     check.add_argument("--task", choices=task_names(), help="default: all that the data set serves")
     check.add_argument("--data-file", help="annotations, where DATA is a name")
     check.add_argument("--image-dir", help="images (default: where the annotations lie)")
-    encoding_option(check)
+    reading_options(check)
     check.add_argument("--seed", type=int, default=3407, help="of the splits that are counted")
     check.add_argument("--no-images", action="store_true", help="do not open the pictures")
 
@@ -39,6 +39,8 @@ def execute(args: argparse.Namespace) -> int:
         open_images=not args.no_images,
         progress=tqdm,
         encoding=args.encoding,
+        allow_outside=args.allow_outside,
+        allow_large_pictures=args.allow_large_pictures,
     )
     print(check)
     write_result(args, check.to_json())

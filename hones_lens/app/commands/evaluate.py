@@ -20,6 +20,7 @@ def add(commands: Any) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """A model's metrics, task by task."""
+    from hones_lens.app.runs.data_choice import FILE_OPTIONS
     from hones_lens.data import load_examples, reads_files, tasks_of
     from hones_lens.engine import evaluate
     from hones_lens.tasks import load_task, task_of_examples
@@ -29,8 +30,7 @@ def execute(args: argparse.Namespace) -> int:
     for task in map(load_task, tasks):
         default = 100 if task.ranks else 1000
         limit = default if args.limit is None else args.limit
-        names = ("data_file", "image_dir", "on_error", "encoding")
-        files = {name: getattr(args, name) for name in names}
+        files = {name: getattr(args, name) for name in FILE_OPTIONS}
         kind = task_of_examples(task, args.dataset, args.data_file)
         examples = load_examples(args.dataset, kind, args.split, limit, args.seed, **files)
         on_error = args.on_error if reads_files(args.dataset) else None

@@ -110,20 +110,26 @@ def file_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dataset", default="shapes", help="name, file or folder (default: shapes)")
     command.add_argument("--data-file", help="annotations, for data sets read from files")
     command.add_argument("--image-dir", help="images, for data sets read from files")
-    encoding_option(command)
+    reading_options(command)
     command.add_argument("--seed", type=int, default=3407)
     command.add_argument(
         "--on-error", choices=["raise", "skip"], default="raise", help="at a record that can't be used"
     )
 
 
-def encoding_option(command: argparse.ArgumentParser) -> None:
-    """Add the option of the encoding of annotation files."""
+def reading_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of how annotation files and their pictures are read."""
     command.add_argument(
         "--encoding",
         type=encoding,
         default="utf-8",
         help="of the annotations' text, e.g. cp1252 (default: utf-8)",
+    )
+    command.add_argument(
+        "--allow-outside", action="store_true", help="also read pictures that lie outside the image folder"
+    )
+    command.add_argument(
+        "--allow-large-pictures", action="store_true", help="also read pictures of more than 64 megapixels"
     )
 
 

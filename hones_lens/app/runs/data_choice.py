@@ -15,6 +15,8 @@ from hones_lens.tasks import Task, task_of_examples
 # Examples for discovery and for the held-out test; ranking fifty candidates is fifty prompts.
 DEFAULT_SIZES = {False: (420, 84), True: (16, 12)}
 DEV_SIZES = {False: 210, True: 24}
+# Options of `load_examples` that say how files are read.
+FILE_OPTIONS = ("data_file", "image_dir", "on_error", "encoding", "allow_outside", "allow_large_pictures")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class DataChoice:
     n_held_out: int | None = None
     on_error: str = "raise"
     encoding: str = "utf-8"
+    allow_outside: bool = False
+    allow_large_pictures: bool = False
     model: HookedVLM | None = field(default=None, compare=False, repr=False)
     # Splits that were read and checked; shared by choices that were made of another by `replace`.
     checked: dict[tuple[Any, ...], tuple[list[Example], tuple[Fault, ...]]] = field(
@@ -91,17 +95,12 @@ class DataChoice:
 
     @property
     def _source(self) -> tuple[Any, ...]:
-        return self.dataset, self.data_file, self.image_dir, self.seed, self.on_error, self.encoding
+        return self.dataset, self.seed, *self._files.values()
+
+    @property
+    def _files(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FILE_OPTIONS}
 
     def _read(self, known: Task, split: str, limit: int) -> list[Example]:
-        return load_examples(
-            self.dataset,
-            task_of_examples(known, self.dataset, self.data_file),
-            split,
-            limit,
-            self.seed,
-            data_file=self.data_file,
-            image_dir=self.image_dir,
-            on_error=self.on_error,
-            encoding=self.encoding,
-        )
+        kind = task_of_examples(known, self.dataset, self.data_file)
+        return load_examples(self.dataset, kind, split, limit, self.seed, **self._files)

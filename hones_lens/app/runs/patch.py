@@ -23,6 +23,7 @@ from hones_lens.analysis import (
     positions_of,
     targets_of,
 )
+from hones_lens.app.runs.data_choice import FILE_OPTIONS
 from hones_lens.app.runs.folder import Run
 from hones_lens.app.runs.identity import model_identity
 from hones_lens.data import Example, counterfactual_pairs, load_examples, reads_files
@@ -54,8 +55,8 @@ class PairsChoice:
         strength: Standard deviations of the noise, or radius of the blur; None for the default.
         color: Colour of `blank`.
         corrupt_box: Restricts the corruption to a box: left, top, right, bottom.
-        dataset, data_file, image_dir, split, limit, seed, on_error, encoding: Options of `load_examples`; the
-            seed is also that of noise and shuffling.
+        dataset, data_file, image_dir, split, limit, seed, on_error, encoding, allow_outside,
+            allow_large_pictures: Options of `load_examples`; the seed is also that of noise and shuffling.
     """
 
     task: str = "vqa"
@@ -79,6 +80,8 @@ class PairsChoice:
     seed: int = 3407
     on_error: str = "raise"
     encoding: str = "utf-8"
+    allow_outside: bool = False
+    allow_large_pictures: bool = False
 
     def load(self, model: HookedVLM) -> PatchPairs:
         """Load and prepare the pairs.
@@ -109,8 +112,7 @@ class PairsChoice:
         return replace(pairs, task=self.task)
 
     def _examples(self) -> list[Example]:
-        names = ("data_file", "image_dir", "on_error", "encoding")
-        files: dict[str, Any] = {name: getattr(self, name) for name in names}
+        files: dict[str, Any] = {name: getattr(self, name) for name in FILE_OPTIONS}
         limit = DEFAULT_LIMIT if self.limit is None else self.limit
         kind = task_of_examples(load_task(self.task), self.dataset, self.data_file)
         return load_examples(self.dataset, kind, self.split, limit, self.seed, **files)

@@ -125,7 +125,9 @@ def _datasets(data: DataChoice, shifted: str | None) -> dict[str, DataChoice]:
     """The data sets by name; the first is the one on which heads and neurons are selected."""
     datasets = {data.label: data}
     if shifted is not None:
-        datasets[shifted] = replace(data, dataset=shifted, data_file=None, image_dir=None, encoding="utf-8")
+        files = {"data_file": None, "image_dir": None, "encoding": "utf-8"}
+        bounds = {"allow_outside": False, "allow_large_pictures": False}
+        datasets[shifted] = replace(data, dataset=shifted, **files, **bounds)
     return datasets
 
 
