@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, ProcessorMixin, Qwen2VLImageProcessorPil
 
 from hones_lens.model.config import VisionConfig, VLMConfig, require, special_ids
 from hones_lens.model.hooked_vlm import HookedVLM
-from hones_lens.model.inputs import VLMInputs
+from hones_lens.model.inputs import ModelInput, VLMInputs
 from hones_lens.model.nn.attention import Attention
 from hones_lens.model.nn.block import Block
 from hones_lens.model.nn.decoder import llama_decoder
@@ -138,11 +138,33 @@ class HookedQwen2_5_VL(HookedVLM):
 
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "image_token d_model"]:
         """Embeddings of all images' tokens, image after image."""
+        layout = self._layout(inputs)
+        return self.vision_projector(self.vision_encoder(inputs.pixel_values, layout), layout)
+
+    def vision_windows(self, inputs: ModelInput) -> Int[Tensor, "image window place"]:
+        """The patches of each window, by number in raster order of their image; -1 where there is none.
+
+        In all blocks but those of `cfg.vision.full_attention_layers`, `vision_encoder.blocks.{l}.attn`'s
+        scores and pattern are [image window head query key], queries and keys at these places.
+
+        Raises:
+            ValueError: Inputs without pictures, or a tower without windows.
+        """
+        located = self.as_inputs(inputs)
+        if located.pixel_values is None:
+            raise ValueError("the inputs have no pictures, so no windows")
+        assert isinstance(self.vision_encoder, PatchTower)
+        if (side := self.vision_encoder.window_side) is None:
+            raise ValueError("the vision tower of this checkpoint attends to whole pictures in every block")
+        layout = self._layout(located)
+        windows = layout.windows(side)
+        return torch.where(windows.real, windows.members % layout.is_patch.shape[1], -1)
+
+    def _layout(self, inputs: VLMInputs) -> PatchLayout:
         assert inputs.pixel_values is not None and inputs.image_grid_thw is not None
         thw: list[list[int]] = to_list(inputs.image_grid_thw)
         grids = [(rows, columns) for _, rows, columns in thw]
-        layout = PatchLayout(grids, self.cfg.vision.merge_size, inputs.pixel_values.device)
-        return self.vision_projector(self.vision_encoder(inputs.pixel_values, layout), layout)
+        return PatchLayout(grids, self.cfg.vision.merge_size, inputs.pixel_values.device)
 
     def positions(self, inputs: VLMInputs) -> Int[Tensor, "3 batch pos"]:
         """Positions in time, row and column (`locate_images` fills them in)."""

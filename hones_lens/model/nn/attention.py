@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,32 +33,44 @@ class KVCache:
         return k, v
 
 
+# q, k, v and mask to z
+Mix = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
 @dataclass(frozen=True)
 class Windows:
     """Windows of tokens that attend only to one another, e.g. in a vision tower.
 
     Attributes:
-        window_ids: The window of each token, [batch pos]; every padding token has its own.
         members: The tokens of each window, padding tokens excluded, as indices into the flattened
-            [batch pos], [window size]; smaller windows are filled up with index 0.
-        real: False at such filling, [window size].
+            [batch pos]; filled up with index 0 where a window is smaller, or a row has fewer windows.
+        real: False at such filling.
     """
 
-    window_ids: Int[Tensor, "batch pos"]
-    members: Int[Tensor, "window size"]
-    real: Bool[Tensor, "window size"]
+    members: Int[Tensor, "batch window size"]
+    real: Bool[Tensor, "batch window size"]
 
-    def mask(self) -> Bool[Tensor, "batch 1 query key"]:
-        """True where query and key are in one window."""
-        return (self.window_ids[:, :, None] == self.window_ids[:, None, :])[:, None]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mix: Mix | None = None) -> Tensor:
+        """Attention [batch pos head d_head] within each window; zero at padding.
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention [batch pos head d_head] within each window; zero at padding."""
-        gathered = [x.flatten(0, 1)[self.members].transpose(1, 2) for x in (q, k, v)]
-        mask = None if bool(self.real.all()) else self.real[:, None, None]
-        mixed = F.scaled_dot_product_attention(*gathered, attn_mask=mask).transpose(1, 2)
+        Args:
+            q, k, v: [batch pos head d_head].
+            mix: Attention of [batch window head size d_head] under a mask in which filling attends to itself;
+                default: a fused kernel, over the windows alone that have tokens.
+        """
+        members, real = self.members, self.real
+        if mix is None:
+            has_tokens = real.any(-1)
+            members, real = members[has_tokens], real[has_tokens]
+        parts = [x.flatten(0, 1)[members].transpose(-3, -2) for x in (q, k, v)]
+        if mix is None:
+            mask = None if bool(real.all()) else real[:, None, None]
+            mixed = F.scaled_dot_product_attention(*parts, attn_mask=mask)
+        else:
+            itself = torch.eye(real.shape[-1], dtype=torch.bool, device=real.device)
+            mixed = mix(*parts, real[..., None, None, :] | itself)
         z = torch.zeros_like(q).flatten(0, 1)
-        return z.index_copy(0, self.members[self.real], mixed[self.real]).view_as(q)
+        return z.index_copy(0, members[real], mixed.transpose(-3, -2)[real]).view_as(q)
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class Attention(nn.Module):
         self.hook_rot_q = HookPoint()  # [batch pos head d_head]
         self.hook_rot_k = HookPoint()  # [batch pos kv_head d_head]
         self.hook_attn_scores = HookPoint()  # [batch head query key], scaled and masked
-        self.hook_pattern = HookPoint()  # [batch head query key]
+        self.hook_pattern = HookPoint()  # [batch head query key]; in windows [batch window head query key]
         self.hook_z = HookPoint()  # [batch pos head d_head]
         self.hook_result = HookPoint()  # [batch pos head d_model]
 
@@ -167,23 +180,27 @@ class Attention(nn.Module):
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         has_hooks = is_hooked(self.hook_attn_scores, self.hook_pattern)
-        if context.windows is not None and not has_hooks:
-            return context.windows.attend(q, k, v)
+        if context.windows is not None:
+            return context.windows.attend(q, k, v, self._mix if has_hooks else None)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        mask = context.mask
         if not has_hooks:
             z = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=context.mask, is_causal=context.causal and context.mask is None
+                q, k, v, attn_mask=mask, is_causal=context.causal and mask is None
             )
             return z.transpose(1, 2)
-        scores = (q / math.sqrt(self.d_head)) @ k.transpose(-1, -2)
-        mask = context.mask if context.windows is None else context.windows.mask()
         if mask is None and context.causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+            mask = torch.ones((q.shape[2], k.shape[2]), dtype=torch.bool, device=q.device).tril()
+        return self._mix(q, k, v, mask).transpose(1, 2)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention [... head pos d_head] by scores and pattern, for their hooks."""
+        scores = (q / math.sqrt(self.d_head)) @ k.transpose(-1, -2)
         if mask is not None:
             scores.masked_fill_(~mask, -torch.inf)
         scores = self.hook_attn_scores(scores)
         pattern = self.hook_pattern(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype))
-        return (pattern @ v).transpose(1, 2)
+        return pattern @ v
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:

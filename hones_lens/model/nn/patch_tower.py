@@ -40,6 +40,13 @@ class PatchTower(nn.Module):
         self.hook_embed = HookPoint()  # [image patch d_model]
         self.blocks = nn.ModuleList(blocks)
 
+    @property
+    def window_side(self) -> int | None:
+        """Side of a window in patches, a multiple of an image token's; None without windows."""
+        if self.cfg.window_size is None:
+            return None
+        return self.cfg.window_size // self.cfg.patch_size // self.cfg.merge_size * self.cfg.merge_size
+
     def forward(
         self, pixels: Float[Tensor, "n_patches values"], layout: PatchLayout
     ) -> Float[Tensor, "image patch d_model"]:
@@ -51,8 +58,7 @@ class PatchTower(nn.Module):
         cos, sin = grid_rotation(layout, self.cfg.d_head, self.theta)
         mask = None if bool(layout.is_patch.all()) else layout.is_patch[:, None, None]
         whole = windowed = AttentionContext(cos, sin, mask)
-        if self.cfg.window_size is not None:
-            side = self.cfg.window_size // self.cfg.patch_size // self.cfg.merge_size * self.cfg.merge_size
+        if (side := self.window_side) is not None:
             windowed = AttentionContext(cos, sin, windows=layout.windows(side))
         for layer, block in enumerate(self.blocks):
             resid = block(resid, whole if layer in self.cfg.full_attention_layers else windowed)

@@ -53,22 +53,26 @@ class PatchLayout:
         self.is_patch = is_patch.to(device)
 
     def windows(self, side: int) -> Windows:
-        """Windows of `side` × `side` patches from each image's upper left corner, ragged at the edges."""
+        """Windows of `side` × `side` patches from each image's upper left corner, ragged at the edges.
+
+        Windows, and the patches of each, are in raster order.
+        """
         n_across = int(self.columns.max()) // side + 1
-        n_down = int(self.rows.max()) // side + 1
-        image = torch.arange(len(self.rows), device=self.rows.device)[:, None]
-        window_ids = (image * n_down + self.rows // side) * n_across + self.columns // side
-        flat_ids, is_patch = window_ids.flatten(), self.is_patch.flatten()
-        patches = is_patch.nonzero()[:, 0]
-        patches = patches[flat_ids[patches].sort(stable=True).indices]
-        counts = torch.bincount(flat_ids[patches])
-        sizes: list[int] = to_list(counts[counts > 0])
-        members_by_window = list(torch.split(patches, sizes))
-        members = nn.utils.rnn.pad_sequence(members_by_window, batch_first=True)
-        filled = nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in members_by_window], batch_first=True)
-        own_window = -1 - torch.arange(flat_ids.numel(), device=flat_ids.device)
-        window_ids = torch.where(is_patch, flat_ids, own_window).view_as(window_ids)
-        return Windows(window_ids, members, filled.bool())
+        window_ids = self.rows // side * n_across + self.columns // side
+        members: list[Tensor] = []
+        counts: list[int] = []
+        for i, (ids, is_patch) in enumerate(zip(window_ids, self.is_patch, strict=True)):
+            patches = is_patch.nonzero()[:, 0]
+            patches = patches[ids[patches].sort(stable=True).indices]
+            sizes = torch.bincount(ids[patches])
+            windows = torch.split(patches + i * len(ids), to_list(sizes[sizes > 0]))
+            counts.append(len(windows))
+            members += windows
+        padded = nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
+        by_image = nn.utils.rnn.pad_sequence(
+            list(torch.split(padded, counts)), batch_first=True, padding_value=-1
+        )
+        return Windows(by_image.clamp(min=0), by_image >= 0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import random_llava, random_qwen
+from helpers.allocations import Allocations
 from PIL import Image
 from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
@@ -137,25 +138,62 @@ def test_a_patch_reaches_its_window_and_no_other(pair: Pair) -> None:
 
 
 def test_windows_give_what_the_masked_pattern_gives(pair: Pair) -> None:
-    names = [f"vision_encoder.blocks.{layer}.attn.hook_pattern" for layer in (0, 1)]
-    with_values = [*names, "vision_encoder.blocks.0.attn.hook_v"]
-    _, cache = pair.model.run_with_cache(pair.inputs, names_filter=with_values)
+    """Of the whole image, from rotated queries and keys; a window's part of it at the places of its patches."""
+    block = "vision_encoder.blocks.{}.attn.hook_{}".format
+    kinds = ("rot_q", "rot_k", "v", "z", "pattern", "attn_scores")
+    _, cache = pair.model.run_with_cache(
+        pair.inputs, names_filter=[block(layer, kind) for layer in (0, 1) for kind in kinds]
+    )
+    unheard = pair.model.run_with_cache(pair.inputs, names_filter=block(0, "z"))[1][block(0, "z")]
     grids = [grid for row in pair.inputs.patch_grids for grid in row]
-    windowed, whole = (cache[name] for name in names)
+    windows = pair.model.vision_windows(pair.inputs)
+    assert windows.shape == cache[block(0, "pattern")].shape[:2] + cache[block(0, "pattern")].shape[-1:]
+    assert cache[block(0, "pattern")].sum(-1).sub(1).abs().max() < 1e-5, "filling attends to itself"
     for i, (rows, columns) in enumerate(grids):
         n = rows * columns
         at = torch.tensor([(row // 6, column // 6) for row in range(rows) for column in range(columns)])
         same = (at[:, None] == at[None]).all(-1)
-        for head in range(3):
-            assert torch.equal(windowed[i, head, :n, :n] > 0, same)
-            assert (whole[i, head, :n, :n] > 0).all()
-            assert (whole[i, head, :n, n:] == 0).all() and (windowed[i, head, :n, n:] == 0).all()
-        values = cache["vision_encoder.blocks.0.attn.hook_v"][i, :n]
-        unheard = pair.model.run_with_cache(pair.inputs, names_filter="vision_encoder.blocks.0.attn.hook_z")[
-            1
-        ]
-        mixed = torch.einsum("hqk,khd->qhd", windowed[i, :, :n, :n], values)
-        torch.testing.assert_close(unheard["vision_encoder.blocks.0.attn.hook_z"][i, :n], mixed)
+        assert sorted(windows[i][windows[i] >= 0].tolist()) == list(range(n))
+        for layer, seen in ((0, same), (1, torch.ones_like(same))):
+            q, k, v = (cache[block(layer, kind)][i, :n] for kind in ("rot_q", "rot_k", "v"))
+            scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+            expected = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            mixed = torch.einsum("hqk,khd->qhd", expected, v)
+            torch.testing.assert_close(cache[block(layer, "z")][i, :n], mixed)
+            if layer == 1:
+                torch.testing.assert_close(cache[block(layer, "pattern")][i, :, :n, :n], expected)
+                continue
+            torch.testing.assert_close(unheard[i, :n], mixed)
+            for number, places in enumerate(windows[i]):
+                real = places[places >= 0]
+                size = len(real)
+                for kind, values in (("pattern", expected), ("attn_scores", scores)):
+                    part = cache[block(0, kind)][i, number, :, :size, :size]
+                    torch.testing.assert_close(part, values[:, real][:, :, real])
+                assert bool((cache[block(0, "pattern")][i, number, :, :size, size:] == 0).all())
+
+
+def test_a_pattern_in_windows_takes_no_room_for_pairs_that_are_in_none(pair: Pair) -> None:
+    """For a picture of 40 x 40 patches: 30.7 MB a block would be the whole of it, 0.7 MB the windows'."""
+    assert pair.inputs.pixel_values is not None
+    ids = torch.full((1, 400), pair.model.cfg.image_token_id)
+    pixels = torch.randn(1600, pair.inputs.pixel_values.shape[1])
+    inputs = VLMInputs(ids, torch.ones_like(ids), pixels, torch.tensor([[1, 40, 40]]))
+    name = "vision_encoder.blocks.{}.attn.hook_pattern".format
+    largest: dict[int, int] = {}
+    for layer in (0, 1):
+        with torch.no_grad(), Allocations() as made:
+            pair.model.run_with_hooks(
+                inputs, fwd_hooks=[(name(layer), lambda x, hook: None)], stop_at_layer=0
+            )
+        largest[layer] = made.largest
+    assert largest[1] == 4 * 3 * 1600**2, "a block without windows has all pairs"
+    assert largest[0] < 4 * 3 * 1600**2 / 10
+
+
+def test_windows_are_of_pictures(pair: Pair) -> None:
+    with pytest.raises(ValueError, match="no pictures, so no windows"):
+        pair.model.vision_windows(pair.model.prepare(None, "Look."))
 
 
 def test_an_edited_pattern_counts_in_both_kinds_of_blocks(pair: Pair) -> None:
@@ -170,7 +208,8 @@ def test_an_edited_pattern_counts_in_both_kinds_of_blocks(pair: Pair) -> None:
             (f"vision_encoder.blocks.{layer}.attn.hook_z", lambda x, hook, s=seen: s.update(z=x)),
         ]
         pair.model.run_with_hooks(pair.inputs, fwd_hooks=hooks)
-        torch.testing.assert_close(seen["z"], seen["v"])
+        for i, (rows, columns) in enumerate(grid for row in pair.inputs.patch_grids for grid in row):
+            torch.testing.assert_close(seen["z"][i, : rows * columns], seen["v"][i, : rows * columns])
 
 
 def test_padding_of_the_tower_changes_nothing(pair: Pair) -> None:
@@ -192,7 +231,7 @@ def test_a_layout_is_a_permutation() -> None:
     windows = layout.windows(4)
     actual = sorted(windows.members[windows.real].tolist())
     assert actual == sorted(layout.padded_index.tolist())
-    assert windows.real.sum(-1).tolist() == [16, 8, 4, 16, 8]
+    assert windows.real.sum(-1).tolist() == [[16, 8], [4, 0], [16, 8]]
 
 
 # -- positions -----------------------------------------------------------------------------------
