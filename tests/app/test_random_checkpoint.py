@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections import namedtuple
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from hones_lens.app.cli import main
+from hones_lens.app.random_checkpoint import write
 from hones_lens.app.random_checkpoint.write import write_random_checkpoint
 from hones_lens.model import all_settings, hook_hf_model, known_config, load_hf_model
 
@@ -101,6 +104,20 @@ def test_shards_load_and_give_hugging_faces_logits(tmp_path, name):
         safe_open(other / "model.safetensors", "pt") as b,
     ):
         assert not torch.equal(a.get_tensor(weight), b.get_tensor(weight))
+
+
+def test_memory_holds_one_shard_at_a_time(tmp_path, monkeypatch):
+    made, alive, make = list[weakref.ref[Any]](), list[int](), write._weight
+
+    def weight(*args):
+        made.append(weakref.ref(new := make(*args)))
+        alive.append(sum(ref() is not None for ref in made))
+        return new
+
+    monkeypatch.setattr(write, "_weight", weight)
+    folder = write_random_checkpoint("tiny-llava", tmp_path / "a", scale="true", shard_gb=1e-3)
+    most = max(list(_keys(folder).values()).count(file.name) for file in folder.glob("*.safetensors"))
+    assert len(made) > 2 * most and max(alive) == most
 
 
 def test_what_is_there_is_kept(tmp_path, capsys):

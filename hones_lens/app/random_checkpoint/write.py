@@ -31,7 +31,7 @@ def write_random_checkpoint(
 ) -> Path:
     """Write a checkpoint of a known model with random weights, one shard after the other.
 
-    Memory holds one shard twice: safetensors copies what it writes.
+    Memory holds one shard at a time.
 
     It has config, generation config, tokenizer, chat template and image processor, and weights by the names
     they have on the Hub; Hugging Face's `from_pretrained` reads it. The config is written last: a folder that
@@ -65,9 +65,8 @@ def write_random_checkpoint(
         file = (
             f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         )
-        weights = {key: _weight(key, shape, dtype, generator) for key, shape in shard.items()}
-        save_file(weights, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(weights, file)
+        _write_shard(shard, folder / file, dtype, generator)
+        index |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         written = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
@@ -106,6 +105,14 @@ def _shards(shapes: dict[str, torch.Size], most: float, item_bytes: int) -> list
         shards[-1][key] = shape
         size += n_bytes
     return shards
+
+
+def _write_shard(
+    shapes: dict[str, torch.Size], file: Path, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    # in a function of its own: its weights are gone before those of the next shard are made
+    weights = {key: _weight(key, shape, dtype, generator) for key, shape in shapes.items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _check_room(folder: Path, needed: int) -> None:
