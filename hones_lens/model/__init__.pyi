@@ -22,6 +22,7 @@ from .iterables import takes_iterables as takes_iterables
 from .known import (
     known_config as known_config,
     known_settings as known_settings,
+    model_without_weights as model_without_weights,
 )
 from .loading import hook_hf_model as hook_hf_model, load_hf_model as load_hf_model, load_model as load_model
 from .names import did_you_mean as did_you_mean

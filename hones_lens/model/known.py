@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from hones_lens.model.config import ModelSettings, all_settings, checkpoint_path, find_settings
+from hones_lens.model.families import load_family
+from hones_lens.model.hooked_vlm import HookedVLM
+from hones_lens.model.loadable import check_config, check_folder, naming
 from hones_lens.model.names import did_you_mean
 
 SCALES = ("true", "counts")
@@ -52,6 +58,34 @@ def known_config(name: str, scale: str = "true") -> Any:
     if scale == "counts":
         _narrow(config)
     return config
+
+
+def model_without_weights(name: str, dtype: torch.dtype | None = None) -> HookedVLM:
+    """A model that has sizes and no weights: they lie on PyTorch's meta device, and nothing is read of them.
+
+    Nothing is asked of the Hub. It has no processor, and can't run.
+
+    Args:
+        name: A known model, or the folder of a checkpoint.
+        dtype: Type of the weights; default: bfloat16, or the config's for a folder.
+
+    Raises:
+        ValueError: Neither of the two.
+    """
+    if find_settings(name) is None and Path(name).is_dir():
+        check_folder(Path(name))
+        auto: Any = AutoConfig
+        with naming(name, "config"):
+            config = auto.from_pretrained(name, trust_remote_code=False)
+        check_config(name, config)
+        kind = dtype or getattr(config, "dtype", None) or torch.bfloat16
+        model_name = name
+    else:
+        config, kind, model_name = known_config(name), dtype or torch.bfloat16, known_settings(name).name
+    family: Any = load_family(config.model_type)
+    model: HookedVLM = family.from_config(config, model_name, torch.device("cpu"), kind)
+    model.cfg = replace(model.cfg, dtype=kind)
+    return model
 
 
 def _narrow(config: Any) -> None:

@@ -147,7 +147,7 @@ def test_plan_says_what_would_be_done_and_does_nothing(tmp_path, capsys):
     assert main(["demo", "--out", str(out), "--plan", *SMALL]) == 0
     said = capsys.readouterr().out
     assert "32 arms × 8 examples = 256 rows" in said and "FLOP" in said
-    assert "GB of weights" in said and "s in all" in said
+    assert "GB of weights" in said and "s on one" in said
     assert not out.exists()
 
 

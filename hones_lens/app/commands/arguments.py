@@ -29,8 +29,8 @@ def model_from(args: argparse.Namespace) -> HookedVLM:
     return model
 
 
-def data_from(args: argparse.Namespace, model: HookedVLM) -> DataChoice:
-    """The examples that the options select, checked against the model before anything is computed."""
+def data_from(args: argparse.Namespace, model: HookedVLM | None) -> DataChoice:
+    """The examples that the options select; with a model, checked against it before anything is computed."""
     from hones_lens.app.runs.data_choice import FILE_OPTIONS, DataChoice
 
     return DataChoice(
@@ -59,16 +59,31 @@ def run_folder(args: argparse.Namespace) -> Path:
     return folder.with_name(args.task) if folder.name == task else folder / args.task
 
 
-def planned(args: argparse.Namespace, model: HookedVLM, data: DataChoice, stages: Sequence[str]) -> bool:
-    """Print the plan of these stages if `--plan` is given; returns whether it is."""
-    from hones_lens.app.runs import plan
-    from hones_lens.interventions import choose_heads
+def planned(args: argparse.Namespace, stages: Sequence[str]) -> bool:
+    """Print the plan of these stages if `--plan` is given; returns whether it is.
 
-    if args.plan:
-        heads = choose_heads(model, args.heads, args.layers)
-        for line in plan.plan(model, args.task, data, stages, args.controls, args.memory_budget, heads):
-            print(line)
-    return args.plan
+    No weights are loaded, but those of a shipped model, to time it, where no GPU or throughput is named.
+    """
+    if not args.plan:
+        return False
+    import torch
+
+    from hones_lens.app.runs.plan import GPUS, Machines, plan
+    from hones_lens.model import find_settings, model_without_weights, require_choice
+
+    settings = find_settings(args.model)
+    if args.throughput is not None:
+        name = f"machines of {args.throughput:g} TFLOP/s each"
+        machines = Machines(name, args.throughput * 1e12, args.gpus)
+    elif args.gpu is None and settings is not None and settings.checkpoint is not None:
+        machines = Machines.this_one(model_from(args))
+    else:
+        require_choice("gpu", args.gpu or "h100", tuple(GPUS))
+        machines = Machines.of_gpus(args.gpu or "h100", args.gpus, args.mfu)
+    model = model_without_weights(args.model, getattr(torch, args.dtype) if args.dtype else None)
+    for line in plan(model, args.task, data_from(args, None), stages, machines, args):
+        print(line)
+    return True
 
 
 def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> Run:

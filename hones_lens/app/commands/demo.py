@@ -34,10 +34,10 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.app.runs import stages as pipeline
     from hones_lens.app.runs.views import save_report_views
 
+    if planned(args, ("heads", "held out", "neurons", "masking", "others")):
+        return 0
     model = model_from(args)
     data = data_from(args, model)
-    if planned(args, model, data, ("heads", "held out", "neurons", "masking", "others")):
-        return 0
     run = start_run(args, model, data)
     heads = find_heads(args, model, run, data)
     pipeline.remeasure_on_held_out(model, run, args.task, data, heads)

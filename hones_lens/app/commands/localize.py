@@ -28,12 +28,12 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.app.runs import stages as pipeline
     from hones_lens.app.runs.views import save_report_views
 
-    model = model_from(args)
-    data = data_from(args, model)
     all_stages = ("heads", "held out", "neurons")
     stages = {"heads": all_stages[:2], "neurons": all_stages[2:]}.get(args.stage, all_stages)
-    if planned(args, model, data, stages):
+    if planned(args, stages):
         return 0
+    model = model_from(args)
+    data = data_from(args, model)
     run = start_run(args, model, data)
     if args.stage == "neurons" and not run.path("heads.json").exists():
         raise ValueError(f"{run.folder} has no heads.json yet: --stage heads makes it, --stage all does both")

@@ -45,8 +45,29 @@ def add_stage_command(commands: Any, name: str, run: Any, text: str) -> argparse
     )
     limit_options(command)
     command.add_argument("--memory-budget", type=finite, metavar="GB", help="default: half of what is free")
-    command.add_argument("--plan", action="store_true", help="say what would be done and stop")
+    plan_options(command)
     return command
+
+
+def plan_options(command: argparse.ArgumentParser) -> None:
+    """Add `--plan`, and the machines that it plans for."""
+    command.add_argument(
+        "--plan", action="store_true", help="say what would be done and what it costs, without weights; stop"
+    )
+    add = command.add_argument
+    add(
+        "--gpu",
+        metavar="NAME",
+        help="with --plan: a100, h100, h200, b200, l40s, l4 or rtx4090 (default: h100)",
+    )
+    add("--gpus", type=positive, default=1, metavar="N", help="with --plan: how many of them (default: 1)")
+    add(
+        "--mfu",
+        type=fraction,
+        default=0.4,
+        help="with --plan: share of its peak that is reached (default: 0.4)",
+    )
+    add("--throughput", type=above_zero, metavar="TFLOPS", help="with --plan: what one machine reaches")
 
 
 def limit_options(command: argparse.ArgumentParser, what: str = "measure") -> None:
@@ -155,6 +176,30 @@ def natural(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number above 0, at most 1."""
+    value = above_zero(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is above 1")
     return value
 
 
