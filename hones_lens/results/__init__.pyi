@@ -3,6 +3,7 @@ from .codec import to_json as to_json
 from .correlation import pearson as pearson, spearman as spearman
 from .files import (
     Component as Component,
+    naming as naming,
     ranked as ranked,
     read_json as read_json,
     replaced_atomically as replaced_atomically,

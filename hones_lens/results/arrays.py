@@ -54,7 +54,10 @@ def write_arrays(file: Path, data: dict[str, Any], arrays: Mapping[str, Tensor])
         target.unlink(missing_ok=True)  # of an earlier, larger result
         return
     with replaced_atomically(target) as partial:
-        _files.save_file({key: arrays[key].clone() for key in used}, partial)
+        try:
+            _files.save_file({key: arrays[key].clone() for key in used}, partial)
+        except SafetensorError as error:  # of the system: a full disk, say
+            raise OSError(f"{target} can't be written: {error}") from error
         data["arrays"] = {"file": target.name, "sha256": _sha256(partial)}
 
 

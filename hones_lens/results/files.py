@@ -52,12 +52,24 @@ def replaced_atomically(file: str | Path) -> Generator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
     try:
-        yield partial
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(file)
+        with naming(file):
+            yield partial
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
+            partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(file: str | Path) -> Generator[None]:
+    """Errors of the system inside that name no file (a full disk) are raised with the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, f"can't be written: {error.strerror}", str(file)) from error
 
 
 def write_json(file: str | Path, data: Any) -> None:

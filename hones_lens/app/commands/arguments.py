@@ -89,13 +89,14 @@ def planned(args: argparse.Namespace, stages: Sequence[str]) -> bool:
 def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> Run:
     """Open the run folder of localization and masking."""
     from hones_lens.app.runs import stages as pipeline
+    from hones_lens.app.runs.folder import save_left_out
     from hones_lens.interventions import choose_heads
 
     names = ("top_k", "ratio", "controls", "positions", "prefilter", "race", "heads", "layers")
     choose_heads(model, args.heads, args.layers)  # refuses what the model does not have
     settings = {name: getattr(args, name) for name in names}
     run = pipeline.start_run(model, args.task, data, run_folder(args), **settings)
-    data.save_left_out(args.task, run.path("left-out.json"))
+    save_left_out(run, data, args.task)
     return run
 
 

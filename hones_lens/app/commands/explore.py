@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hones_lens.app.commands.arguments import model_from
@@ -50,11 +49,17 @@ def execute(args: argparse.Namespace) -> int:
 def _views(args: argparse.Namespace) -> ExplorerViews:
     from hones_lens.app.explorer.serve import picture_and_prompt
     from hones_lens.app.explorer.views import ExplorerViews
+    from hones_lens.app.report.run_files import RunFiles
     from hones_lens.hones import HeadScores
 
     given = (args.image, args.prompt, args.task)
     picture, prompt = picture_and_prompt(*given, raw_prompt=args.raw_prompt)
-    heads = HeadScores.load(Path(args.run_folder) / "heads.json") if args.run_folder else None
-    views = ExplorerViews(model_from(args), picture, prompt, heads)
+    heads = None
+    if args.run_folder:
+        heads = HeadScores.load(RunFiles(args.run_folder).require("heads.json"))
+    model = model_from(args)
+    if heads is not None and heads.model_name != model.cfg.model_name:
+        raise ValueError(f"{args.run_folder} has heads of {heads.model_name}, not of {model.cfg.model_name}")
+    views = ExplorerViews(model, picture, prompt, heads)
     print(f"prompt: {prompt!r}\nthe model answers {views.text(()).strip()!r}", flush=True)
     return views

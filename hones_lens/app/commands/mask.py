@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from hones_lens.app.commands.arguments import (
@@ -24,6 +23,7 @@ def add(commands: Any) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Heads and neurons where they are not there yet, then masking (H4)."""
+    from hones_lens.app.report.run_settings import read_any
     from hones_lens.app.runs import stages as pipeline
     from hones_lens.app.runs.views import save_report_views
 
@@ -38,5 +38,5 @@ def execute(args: argparse.Namespace) -> int:
     results = pipeline.mask_neurons(model, run, args.task, data, neurons, args.controls)
     save_report_views(model, run, args.task, data, heads, neurons)
     print(*([] if held_out is None else [held_out]), *results, f"Run: {run.folder}", sep="\n\n")
-    write_result(args, json.loads(run.path("masking.json").read_text(encoding="utf-8")))
+    write_result(args, read_any(run.path("masking.json")))
     return 0

@@ -86,7 +86,7 @@ def execute(args: argparse.Namespace) -> int:
     source = Path(args.image).stem if args.image else args.task
     default = f"runs/{Path(args.model).name}-{source}-patch-{args.what}-{args.by}-{args.direction}"
     run = patch_run.start_patching(model, pairs, args.out or default, choice, options)
-    baseline.save(run.path("answers.json"))
+    baseline.save(run)
     result = patch_run.run_patching(model, run, pairs, options)
     print(result, f"Run: {run.folder}", sep="\n\n")
     write_result(args, result.to_dict())

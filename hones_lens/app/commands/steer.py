@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,9 @@ def add(commands: Any) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Scales for a run's neurons, learned on dev, beside all controls, on the held-out split (H5)."""
+    from hones_lens.app.report.run_settings import read_any
     from hones_lens.app.runs import steering
+    from hones_lens.app.runs.folder import save_left_out
     from hones_lens.hones import SteeringConfig
 
     model = model_from(args)
@@ -69,15 +70,17 @@ def execute(args: argparse.Namespace) -> int:
         options["patience"] = args.patience
     folder = run_folder(args) / "steering" / data.label
     run = steering.start_steering(model, args.task, data, folder, neurons, options)
-    data.save_left_out(args.task, run.path("left-out.json"))
+    save_left_out(run, data, args.task)
     table = steering.steer_neurons(model, run, args.task, data, neurons, options)
     print(table, f"Run: {run.folder}", sep="\n\n")
-    write_result(args, json.loads(run.path("steering.json").read_text(encoding="utf-8")))
+    write_result(args, read_any(run.path("steering.json")))
     return 0
 
 
 def _neurons_to_steer(args: argparse.Namespace, model: HookedVLM) -> NeuronScores:
     """Those of `--neurons` (our file or HONES's), or those of the run folder."""
+    from hones_lens.app.report.run_files import verified
+    from hones_lens.app.report.run_settings import read_any
     from hones_lens.hones import NeuronScores, load_neurons
 
     file = Path(args.neurons) if args.neurons else run_folder(args) / "neurons.json"
@@ -85,6 +88,11 @@ def _neurons_to_steer(args: argparse.Namespace, model: HookedVLM) -> NeuronScore
         raise FileNotFoundError(
             f"{file} is not there: `hones localize` with the same --out makes it, or give --neurons FILE"
         )
-    data = json.loads(file.read_text(encoding="utf-8"))
-    ours = isinstance(data, dict) and data.get("kind") == "neurons"
-    return NeuronScores.load(file) if ours else load_neurons(file, args.task, model)
+    data = read_any(verified(file))
+    if not isinstance(data, dict) or data.get("kind") != "neurons":
+        return load_neurons(file, args.task, model)
+    neurons = NeuronScores.load(file)
+    found, wanted = (neurons.model_name, neurons.task), (model.cfg.model_name, args.task)
+    if found != wanted:
+        raise ValueError(f"{file} has neurons of {' and '.join(found)}, not of {' and '.join(wanted)}")
+    return neurons

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 import torch
 
 from hones_lens.analysis import LensDifference, LogitLens
+from hones_lens.app.report.run_files import RunFiles
 from hones_lens.app.report.run_settings import read_settings
 from hones_lens.app.report.run_view import ExampleView, NeuronTokens, PairView, PatchView, RunView
+from hones_lens.engine import Evaluation
 from hones_lens.hones import (
     GroupMasking,
     HeadNeuronFlow,
@@ -24,7 +26,7 @@ from hones_lens.hones import (
     load_masking,
 )
 from hones_lens.model import VLMInputs, open_image
-from hones_lens.results import Labelled, read_json
+from hones_lens.results import Interval, Labelled, read_json
 from hones_lens.tasks import load_task, task_names
 from hones_lens.viz import join_words
 
@@ -48,13 +50,13 @@ def read_view(folder: str | Path) -> RunView:
     The folder may be one of a single task, of steering, of activation patching, or of several tasks.
 
     Raises:
-        ValueError: The folder is not a run folder.
+        ValueError: The folder is not a run folder, or a file is not the one that the run wrote; names it.
     """
-    folder = Path(folder)
+    files = RunFiles(folder)
     settings, environment = read_run(folder)
     task = settings.get("task")
-    heads = _load_if_exists(folder / "heads.json", HeadScores.load)
-    neurons = _load_if_exists(folder / "neurons.json", NeuronScores.load)
+    heads = _load(files, "heads.json", HeadScores.load)
+    neurons = _load(files, "neurons.json", NeuronScores.load)
     return RunView(
         title=f"{settings['model']} · {_subject(settings)}",
         model_name=settings["model"],
@@ -64,18 +66,19 @@ def read_view(folder: str | Path) -> RunView:
         environment=environment,
         heads=heads,
         neurons=neurons,
-        masking=_load_if_exists(folder / "masking.json", load_masking) or [],
-        others=_other_rankings(_load_if_exists(folder / "others.json", load_masking) or [], neurons),
-        examples=_examples(folder),
-        promoted=_promoted(folder),
-        held_out=_load_if_exists(folder / "heads-held-out.json", HeldOutHeads.load),
-        steering=_steering(folder),
-        overlap=_load_if_exists(folder / "overlap.json", Overlap.load),
-        groups=_load_if_exists(folder / "groups.json", GroupMasking.load),
-        effects=_effects(folder),
-        lenses=_lenses(folder),
-        flow=_load_if_exists(folder / "flow.json", HeadNeuronFlow.load),
-        patching=_patching(folder, settings),
+        masking=_load(files, "masking.json", load_masking) or [],
+        others=_other_rankings(_load(files, "others.json", load_masking) or [], neurons),
+        examples=_examples(files),
+        promoted=_promoted(files),
+        held_out=_load(files, "heads-held-out.json", HeldOutHeads.load),
+        evaluation=_evaluation(files),
+        steering=_steering(files),
+        overlap=_load(files, "overlap.json", Overlap.load),
+        groups=_load(files, "groups.json", GroupMasking.load),
+        effects=_effects(files),
+        lenses=_lenses(files),
+        flow=_load(files, "flow.json", HeadNeuronFlow.load),
+        patching=_patching(files, settings),
     )
 
 
@@ -94,8 +97,10 @@ def _subject(settings: dict[str, Any]) -> str:
     return f"{Path(image).name if image else settings['task']}, {patch['what']} patched by {patch['by']}"
 
 
-def _load_if_exists(file: Path, load: Callable[[Path], T]) -> T | None:
-    return load(file) if file.exists() else None
+def _load(files: RunFiles, name: str, load: Callable[[Path], T]) -> T | None:
+    """What `load` reads of a file; None if the run did not make it."""
+    file = files.find(name)
+    return None if file is None else load(file)
 
 
 def _other_rankings(results: list[MaskingResult], neurons: NeuronScores | None) -> dict[str, MaskingResult]:
@@ -107,35 +112,51 @@ def _other_rankings(results: list[MaskingResult], neurons: NeuronScores | None) 
     return by_method
 
 
-def _steering(folder: Path) -> dict[str, SteeringTable]:
+def _evaluation(files: RunFiles) -> dict[str, Interval | float | int | str]:
+    """Of every task that was evaluated its metric, its further measures, and the number of examples."""
+    rows: dict[str, Interval | float | int | str] = {}
+    for file in files.find_all("evaluate-*.json"):
+        found = Evaluation.load(file)
+        rows[f"{found.task}: {found.metric_name}"] = found.interval
+        measures = {name: value for name, value in (found.measures or {}).items() if value is not None}
+        rows |= {f"{found.task}: {name}": value for name, value in measures.items()}
+    return rows
+
+
+def _steering(files: RunFiles) -> dict[str, SteeringTable]:
     """Steering tables by label, from the folder itself and from the folders in its `steering`."""
     tables: dict[str, SteeringTable] = {}
-    for file in sorted([*folder.glob("steering.json"), *folder.glob("steering/*/steering.json")]):
-        learned_on = read_run(file.parent)[0]["dataset"]
-        tables[f"learned and measured on {learned_on}"] = SteeringTable.load(file)
-        for other in sorted(file.parent.glob("on-*.json")):
+    inner = sorted({file.parent for file in files.folder.glob("steering/*/*.json")})
+    for folder in (files.folder, *inner):
+        here = files if folder == files.folder else RunFiles(folder)
+        table = _load(here, "steering.json", SteeringTable.load)
+        if table is None:
+            continue
+        learned_on = read_run(folder)[0]["dataset"]
+        tables[f"learned and measured on {learned_on}"] = table
+        for other in here.find_all("on-*.json"):
             measured_on = other.stem.removeprefix("on-")
             tables[f"learned on {learned_on}, measured on {measured_on}"] = SteeringTable.load(other)
     return tables
 
 
-def _effects(folder: Path) -> dict[str, SideEffects]:
-    files = sorted(folder.glob(f"{_EFFECTS}*.json"))
-    return {file.stem.removeprefix(_EFFECTS): SideEffects.load(file) for file in files}
+def _effects(files: RunFiles) -> dict[str, SideEffects]:
+    found = files.find_all(f"{_EFFECTS}*.json")
+    return {file.stem.removeprefix(_EFFECTS): SideEffects.load(file) for file in found}
 
 
-def _lenses(folder: Path) -> dict[str, LensDifference]:
+def _lenses(files: RunFiles) -> dict[str, LensDifference]:
     """By task: `lens.json` of a folder of one task, `lens-TASK.json` of one of several tasks."""
-    files = sorted([*folder.glob("lens.json"), *folder.glob("lens-*.json")])
-    return {str(delta.task): delta for delta in map(LensDifference.load, files)}
+    found = files.find_all("lens.json") + files.find_all("lens-*.json")
+    return {str(delta.task): delta for delta in map(LensDifference.load, found)}
 
 
-def _patching(folder: Path, settings: dict[str, Any]) -> PatchView | None:
-    if not (folder / "patch.json").exists():
+def _patching(files: RunFiles, settings: dict[str, Any]) -> PatchView | None:
+    result = _load(files, "patch.json", Labelled.load)
+    if result is None:
         return None
-    result = Labelled.load(folder / "patch.json")
-    answers = _load_if_exists(folder / "answers.json", lambda file: read_json(file, "patch-answers")) or {}
-    pair = _pair(folder, answers)
+    answers = _load(files, "answers.json", lambda file: read_json(file, "patch-answers")) or {}
+    pair = _pair(files, answers)
     told = {name: answers.get(key, "") for name, key in (("answers", "text"), ("problem", "problem"))}
     return PatchView(result, settings["patch"], _pairs(settings, result.n), pair, **told)
 
@@ -156,14 +177,16 @@ def _pairs(settings: dict[str, Any], n: int | None) -> str:
     return f"{n:,} pairs of {task} pictures that differ in one fact{kind}"
 
 
-def _pair(folder: Path, answers: dict[str, Any]) -> PairView | None:
+def _pair(files: RunFiles, answers: dict[str, Any]) -> PairView | None:
     """The first pair; `answers` has what the model generates for its two inputs."""
-    if not (folder / "pair.json").exists():
+    file = files.find("pair.json")
+    if file is None:
         return None
-    data = read_json(folder / "pair.json", "patch-pair")
+    data = read_json(file, "patch-pair")
     mask = torch.tensor([here == "1" for here in data["image_mask"]])[None]
     clean, corrupted = (
-        None if data[side] is None else open_image(folder / data[side]) for side in ("clean", "corrupted")
+        None if data[side] is None else open_image(files.require(data[side]))
+        for side in ("clean", "corrupted")
     )
     assert clean is not None
     inputs = VLMInputs(
@@ -179,29 +202,27 @@ def _pair(folder: Path, answers: dict[str, Any]) -> PairView | None:
     return PairView(clean=clean, corrupted=corrupted, inputs=inputs, **texts)
 
 
-def _promoted(folder: Path) -> dict[tuple[int, int], NeuronTokens]:
-    if not (folder / "promoted.json").exists():
-        return {}
-    rows = read_json(folder / "promoted.json", "promoted")["neurons"]
+def _promoted(files: RunFiles) -> dict[tuple[int, int], NeuronTokens]:
+    data = _load(files, "promoted.json", lambda file: read_json(file, "promoted"))
+    rows = [] if data is None else data["neurons"]
     # Folders of before lack the activation: their tokens are those that the output row raises.
     return {(layer, index): NeuronTokens(tuple(tokens), *rest) for layer, index, tokens, *rest in rows}
 
 
-def _examples(folder: Path) -> list[ExampleView]:
-    if not (folder / "examples.json").exists():
-        return []
-    views = []
-    for row in read_json(folder / "examples.json", "examples")["examples"]:
-        file = folder / row.pop("image")
+def _examples(files: RunFiles) -> list[ExampleView]:
+    data, views = _load(files, "examples.json", lambda file: read_json(file, "examples")), []
+    for row in [] if data is None else data["examples"]:
+        picture = row.pop("image")
         region, looks = row.pop("region", None), row.pop("looks", {})
         attention = row.pop("attention", None)  # folders of before held one head's attention
         if attention is not None:
             looks = {row["head"]: attention, **looks}
+        stem = Path(picture).stem
         parts: dict[str, Any] = {
             "region": None if region is None else tuple(region),
             "looks": {head: torch.tensor(values) for head, values in looks.items()},
-            "lens": _load_if_exists(file.with_name(f"{file.stem}-logit-lens.json"), LogitLens.load),
-            "image_lens": _load_if_exists(file.with_name(f"{file.stem}-image-lens.json"), Labelled.load),
+            "lens": _load(files, f"{stem}-logit-lens.json", LogitLens.load),
+            "image_lens": _load(files, f"{stem}-image-lens.json", Labelled.load),
         }
-        views.append(ExampleView(image=open_image(file), **parts, **row))
+        views.append(ExampleView(image=open_image(files.require(picture)), **parts, **row))
     return views

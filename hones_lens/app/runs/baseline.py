@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hones_lens.analysis import PairAnswers, PatchPairs, pair_answers
+from hones_lens.app.runs.folder import Run
 from hones_lens.app.runs.patch import PairsChoice
 from hones_lens.model import HookedVLM
 from hones_lens.results import write_json
@@ -47,11 +47,13 @@ class Baseline:
                 "(--force patches all the same)"
             )
 
-    def save(self, file: Path) -> None:
-        """Write what the report shows."""
+    def save(self, run: Run) -> None:
+        """Write what the report shows into a run folder."""
         data: dict[str, Any] = {"clean": self.clean, "corrupted": self.corrupted}
         data |= {"text": str(self.answers), "problem": self.answers.problem}
+        file = run.path("answers.json")
         write_json(file, {"kind": "patch-answers", **data})
+        run.record("answers", [file])
 
 
 def unpatched_answers(

@@ -9,7 +9,6 @@ from typing import Any
 from hones_lens.data import Example, load_examples, reads_files
 from hones_lens.engine import Fault, as_task, usable_examples
 from hones_lens.model import HookedVLM
-from hones_lens.results import write_json
 from hones_lens.tasks import Task, task_of_examples
 
 # Examples for discovery and for the held-out test; ranking fifty candidates is fifty prompts.
@@ -84,14 +83,13 @@ class DataChoice:
             self.checked[key] = (examples, faults)
         return self.checked[key][0]
 
-    def save_left_out(self, task: str | Task, file: Path) -> None:
-        """Write which of a task's examples were left out of the splits asked for, and why, if any were."""
+    def left_out(self, task: str | Task) -> dict[str, list[dict[str, str]]]:
+        """By split asked for, which of a task's examples were left out, and why; of splits where any were."""
         left_out: dict[str, list[dict[str, str]]] = {}
         for (*source, name, split, _), (_, faults) in self.checked.items():
             if faults and (*source, name) == (*self._source, as_task(task).name):
                 left_out.setdefault(split, []).extend(fault._asdict() for fault in faults)
-        if left_out:
-            write_json(file, {"kind": "left out", "splits": left_out})
+        return left_out
 
     @property
     def _source(self) -> tuple[Any, ...]:

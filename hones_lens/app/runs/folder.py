@@ -6,15 +6,13 @@ stopped; other settings are refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import socket
 import uuid
 import warnings
-from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +20,17 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakValueDictionary
 
 from filelock import FileLock, Timeout
+from PIL import Image
 
-from hones_lens.app.report.run_settings import read_object, read_settings
+from hones_lens.app.report.run_files import check_file, file_hash, finished_files
+from hones_lens.app.report.run_settings import FORMAT, read_object, read_settings, sealed
+from hones_lens.app.runs.data_choice import DataChoice
 from hones_lens.app.runs.identity import code_hash
-from hones_lens.results import write_json
+from hones_lens.app.runs.journal import Journal
+from hones_lens.results import replaced_atomically, write_json
+from hones_lens.tasks import Task
 
 _PACKAGES = ("hones-lens", "torch", "transformers", "transformer-lens", "numpy", "pillow")
-_FORMAT = 2  # of a run folder; those without a number are older
 # Locks by folder: several `Run`s of one process share one, and the last one that goes away releases it.
 _LOCKS: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()
 
@@ -36,57 +38,6 @@ _LOCKS: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()
 def environment() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-
-
-class Journal(UserDict):
-    """Results of finished batches, one JSON line each: setting a key writes it to the disk.
-
-    A line is `[key, value, checksum]`; the checksum is of key and value, of the run and of the stage.
-    A killed run loses at most the current batch: an incomplete last line is dropped.
-
-    Args:
-        file: Path of the journal; its name says the stage.
-        run: The identity of the run folder.
-
-    Raises:
-        ValueError: A line is damaged, or of another run or stage; names file and line.
-    """
-
-    def __init__(self, file: Path, run: str = ""):
-        super().__init__()
-        self.file, self._run = file, run
-        if file.exists():
-            self._read()
-
-    def _read(self) -> None:
-        content = self.file.read_bytes()
-        complete = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:complete].split(b"\n")[:-1], start=1):
-            try:
-                key, value, checksum = json.loads(line.decode("utf-8"))
-                if checksum != self._checksum(key, value):
-                    raise ValueError("another checksum")
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{self.file}, line {number}, is damaged, or of another run or stage ({error}); "
-                    "delete the file to measure its batches again"
-                ) from error
-            self.data[key] = value
-        if complete < len(content):
-            with open(self.file, "r+b") as out:
-                out.truncate(complete)
-
-    def _checksum(self, key: str, value: Any) -> str:
-        text = json.dumps([self._run, self.file.name, key, value], allow_nan=False)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        line = json.dumps([key, value, self._checksum(key, value)], allow_nan=False)
-        with open(self.file, "a", encoding="utf-8") as out:
-            out.write(line + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        self.data[key] = value
 
 
 @runtime_checkable
@@ -105,8 +56,8 @@ R = TypeVar("R", bound=_Saveable)
 class Run:
     """A run folder, locked against other processes for as long as this object lives.
 
-    `settings.json` has the identity of the run and its settings, and `stages.json` the checksum of each
-    finished stage's result; it is written last.
+    `settings.json` has the identity of the run and its settings, and `stages.json` the checksums of each
+    finished stage's files; it is written last.
 
     Args:
         folder: Path of the folder; it is created if it does not exist.
@@ -135,10 +86,9 @@ class Run:
         self.log("resumed" if self.resumed else "started")
 
     def _save_settings(self) -> None:
-        data = {"format": _FORMAT, "run": self.id, "code": code_hash()}
-        write_json(
-            self.path("settings.json"), {**data, "settings": self.settings, "environment": self.environment}
-        )
+        data: dict[str, Any] = {"format": FORMAT, "run": self.id, "code": code_hash()}
+        data |= {"settings": self.settings, "environment": self.environment}
+        write_json(self.path("settings.json"), sealed(data))
 
     def _check(self) -> tuple[str, bool]:
         """The run's identity, and whether the folder held it already."""
@@ -148,7 +98,7 @@ class Run:
                 raise ValueError(f"{self.folder} is not empty and not a run folder; choose another --out")
             return uuid.uuid4().hex, False
         saved = read_settings(self.folder)
-        if saved.get("format") != _FORMAT:
+        if saved.get("format") != FORMAT:
             raise ValueError(
                 f"{self.folder} was made by another version of hones-lens, which recorded less of what "
                 "decides its numbers: `hones report` reads it, but it can't go on; choose another --out"
@@ -201,39 +151,50 @@ class Run:
         """Path of a file in the run folder."""
         return self.folder / name
 
-    def stage(self, name: str, result: type[R], compute: Callable[[], R]) -> R:
+    def stage(self, name: str, result: type[R], compute: Callable[[], R], beside: Iterable[str] = ()) -> R:
         """The result of a stage: loaded from `NAME.json` if it was finished, else computed and saved there.
 
         Args:
             name: Name of the stage and of its file.
             result: Class of the result, which has `save(file)` and `load(file)`.
-            compute: Computes the result.
+            compute: Computes the result, and writes the files `beside` it.
+            beside: Names of files in the run folder; one that is not written is not looked for again.
 
         Raises:
-            ValueError: The stage was finished, and its file is no longer the one that was written.
+            ValueError: The stage was finished, and a file is no longer the one that was written.
         """
-        file, finished = self.path(f"{name}.json"), self._finished()
-        if name not in finished or not file.exists():
+        file = self.path(f"{name}.json")
+
+        def write() -> list[Path]:
             compute().save(file)
-            stages = {**self._finished(), name: _file_hash(file)}
-            write_json(self.path("stages.json"), {"run": self.id, "stages": stages})
-            self.log(f"{name}: done")
-        elif not file.is_file() or _file_hash(file) != finished[name]:
-            raise ValueError(
-                f"{file} was changed or damaged since the run wrote it: delete it to compute it again, "
-                "or choose another --out"
-            )
+            return [file, *filter(Path.exists, map(self.path, beside))]
+
+        self.files(name, write)
         return result.load(file)
 
-    def _finished(self) -> dict[str, str]:
-        """Checksums of the finished stages' results."""
-        file = self.path("stages.json")
-        if not file.exists():
-            return {}
-        saved = read_object(file)
-        if saved.get("run") != self.id or not isinstance(saved.get("stages"), dict):
-            raise ValueError(f"{file} is damaged or of another run; choose another --out")
-        return saved["stages"]
+    def files(self, name: str, write: Callable[[], Iterable[Path]]) -> None:
+        """Write the files of a stage, unless it was finished and they are all there.
+
+        Args:
+            name: Name of the stage.
+            write: Writes the files, and gives their paths; all are in the run folder.
+
+        Raises:
+            ValueError: The stage was finished, and a file is no longer the one that was written.
+        """
+        finished = finished_files(self.folder, self.id).get(name)
+        if finished is None or not all(self.path(file).exists() for file in finished):
+            self.record(name, write())
+            self.log(f"{name}: done")
+            return
+        for file, checksum in finished.items():
+            check_file(self.path(file), checksum)
+
+    def record(self, name: str, files: Iterable[Path]) -> None:
+        """Mark a stage as finished, with the checksums of its files: the last thing that it writes."""
+        checksums = {file.relative_to(self.folder).as_posix(): file_hash(file) for file in files}
+        stages = {**finished_files(self.folder, self.id), name: checksums}
+        write_json(self.path("stages.json"), {"run": self.id, "stages": stages})
 
     def journal(self, stage: str) -> Journal:
         """The journal of a stage: results of its finished batches."""
@@ -241,11 +202,6 @@ class Run:
 
 
 _STAGE_FILES = ("json", "journal.jsonl")
-
-
-def _file_hash(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=12)).hexdigest()
 
 
 def _is_bookkeeping(path: Path) -> bool:
@@ -278,3 +234,17 @@ def _owner(file: Path) -> str:
     except (OSError, ValueError):  # it is being written at this moment
         return ""
     return f" (pid {owner.get('pid')} on {owner.get('host')} since {owner.get('since')})"
+
+
+def save_left_out(run: Run, data: DataChoice, task: str | Task) -> None:
+    """Write which of a task's examples were left out, and why, if any were."""
+    if left_out := data.left_out(task):
+        write_json(run.path("left-out.json"), {"kind": "left out", "splits": left_out})
+        run.record("left-out", [run.path("left-out.json")])
+
+
+def save_picture(picture: Image.Image, file: Path) -> Path:
+    """Write a picture as PNG, complete or not at all; gives the file's path."""
+    with replaced_atomically(file) as partial:
+        picture.save(partial, format="PNG")
+    return file

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.analysis import LensDifference
+from hones_lens.app.report.run_files import RunFiles
 from hones_lens.app.report.run_folder import read_run
 from hones_lens.app.runs.folder import Run
 from hones_lens.app.runs.identity import examples_hash, json_hash, model_identity
@@ -32,9 +33,9 @@ def neurons_of_runs(folders: Sequence[str | Path]) -> tuple[str, dict[str, Neuro
     tasks: dict[str, NeuronScores] = {}
     models: dict[str, str | Path] = {}
     for folder in folders:
-        settings, file = read_run(folder)[0], Path(folder) / "neurons.json"
+        settings, file = read_run(folder)[0], RunFiles(folder).find("neurons.json")
         task = settings.get("task")
-        if not file.exists() or task is None:
+        if file is None or task is None:
             raise ValueError(f"{folder} has no neurons of one task: `hones localize --out {folder}` first")
         if task in tasks:
             raise ValueError(f"{folder} is a second run of {task}: runs of different tasks are compared")

@@ -23,8 +23,12 @@ from hones_lens.analysis import (
     positions_of,
     targets_of,
 )
+<<<<<<< HEAD
 from hones_lens.app.runs.data_choice import FILE_OPTIONS
 from hones_lens.app.runs.folder import Run
+=======
+from hones_lens.app.runs.folder import Run, save_picture
+>>>>>>> 3a4d75b (Every file of a run folder has a checksum that all its readers compare; evaluate has a run folder and goes on)
 from hones_lens.app.runs.identity import model_identity
 from hones_lens.data import Example, counterfactual_pairs, load_examples, reads_files
 from hones_lens.engine import usable_examples
@@ -239,19 +243,18 @@ def start_patching(
             "patch": {**options, "groups": groups and [str(group) for group in groups]},
         },
     )
-    if not run.path("pair.json").exists():
-        _save_first_pair(model, run, pairs, choice)
+    run.files("pair", lambda: _save_first_pair(model, run, pairs, choice))
     return run
 
 
-def _save_first_pair(model: HookedVLM, run: Run, pairs: PatchPairs, choice: PairsChoice) -> None:
+def _save_first_pair(model: HookedVLM, run: Run, pairs: PatchPairs, choice: PairsChoice) -> list[Path]:
     """Save the first pair for the report: its pictures, its texts, and the positions of its patches."""
     clean, corrupted, prompt = choice.first_pictures(pairs)
     pictures = {"clean": clean, "corrupted": corrupted}
     files = {name: None if picture is None else f"pair-{name}.png" for name, picture in pictures.items()}
-    for name, file in files.items():
-        if file is not None:
-            pictures[name].save(run.path(file))
+    written = [
+        save_picture(pictures[name], run.path(file)) for name, file in files.items() if file is not None
+    ]
     inputs = pairs.clean[0].without_padding()
     fields = {
         "id": pairs.ids[0],
@@ -264,6 +267,7 @@ def _save_first_pair(model: HookedVLM, run: Run, pairs: PatchPairs, choice: Pair
         "leading_tokens": inputs.leading_tokens,
     }
     write_json(run.path("pair.json"), {"kind": "patch-pair", **files, **fields})
+    return [*written, run.path("pair.json")]
 
 
 def _text_of(model: HookedVLM, tokens: Tensor, answers: Sequence[Sequence[int]]) -> str:
@@ -284,7 +288,7 @@ def run_patching(model: HookedVLM, run: Run, pairs: PatchPairs, options: dict[st
         run.log(f"patch: {result.what}; {'; '.join(result.notes)}")
         return result
 
-    return run.stage("patch", Labelled, patch)
+    return run.stage("patch", Labelled, patch, beside=["patch.png", "patch.svg"])
 
 
 def plan_patching(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) -> list[str]:

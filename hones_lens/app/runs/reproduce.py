@@ -11,7 +11,7 @@ from typing import Any
 from hones_lens.app.report.reproduction import Reproduction, TaskResults
 from hones_lens.app.runs import stages, steering as steering_run, views
 from hones_lens.app.runs.data_choice import DataChoice
-from hones_lens.app.runs.folder import Run
+from hones_lens.app.runs.folder import Run, save_left_out
 from hones_lens.app.runs.identity import json_hash, model_identity
 from hones_lens.app.runs.overlap import find_lens_delta, find_shared_neurons, mask_shared_groups
 from hones_lens.app.runs.stages import MaskingResults
@@ -83,7 +83,7 @@ def reproduce(
         settings = {"controls": n_controls, "ratios": list(ratios), "rankings": list(RANKINGS)}
         settings |= {name: value for name, value in limits.items() if value is not None}
         run = stages.start_run(model, task, data, out / task, tasks=list(tasks), **settings)
-        data.save_left_out(task, run.path("left-out.json"))
+        save_left_out(run, data, task)
         heads = stages.find_heads(model, run, task, data, **limits)
         held_out = stages.remeasure_on_held_out(model, run, task, data, heads)
         if held_out is None:
@@ -181,22 +181,19 @@ def _steer(
     """Scales learned and measured on each data set, and those of the first measured on the others."""
     options = {"methods": steering_run.steering_methods(None), "config": SteeringConfig(), **steering}
     tables: dict[tuple[str, str], SteeringTable] = {}
+    folders: dict[str, Run] = {}
     for name, data in datasets.items():
         folder = run.folder / "steering" / name
-        steering_folder = steering_run.start_steering(model, task, data, folder, neurons, options)
-        tables[name, name] = steering_run.steer_neurons(model, steering_folder, task, data, neurons, options)
+        folders[name] = steering_run.start_steering(model, task, data, folder, neurons, options)
+        tables[name, name] = steering_run.steer_neurons(model, folders[name], task, data, neurons, options)
     first, *others = datasets
     for name in others:
-        tables[first, name] = run.stage(
-            f"steering/{first}/on-{name}",
-            SteeringTable,
-            partial(_transfer, model, tables[first, first], datasets[name], task),
+        stage, journal = f"on-{name}", folders[first].journal(f"on-{name}")
+        transfer = partial(
+            transfer_steering, model, tables[first, first], datasets[name].test(task), journal=journal
         )
+        tables[first, name] = folders[first].stage(stage, SteeringTable, transfer)
     return tables
-
-
-def _transfer(model: HookedVLM, table: SteeringTable, data: DataChoice, task: str) -> SteeringTable:
-    return transfer_steering(model, table, data.test(task))
 
 
 def _compare_tasks(

@@ -112,7 +112,7 @@ def find_heads(
         run.log(f"heads: {len(heads.top())} critical of {int(heads.asked.sum())}; {tally}")
         return heads
 
-    return run.stage("heads", HeadScores, localize)
+    return run.stage("heads", HeadScores, localize, beside=["hones/heads.json"])
 
 
 def remeasure_on_held_out(
@@ -146,7 +146,7 @@ def find_neurons(
         run.log(f"neurons: {neurons.count()} of {neurons.n_asked}")
         return neurons
 
-    return run.stage("neurons", NeuronScores, attribute)
+    return run.stage("neurons", NeuronScores, attribute, beside=["hones/neurons_top1pct.json"])
 
 
 def mask_neurons(

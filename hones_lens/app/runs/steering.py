@@ -79,4 +79,4 @@ def steer_neurons(
             table.scales().save_hones(run.path("neuron_scales.json"))
         return table
 
-    return run.stage("steering", SteeringTable, steer)
+    return run.stage("steering", SteeringTable, steer, beside=["neuron_scales.json"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from hones_lens import engine
 from hones_lens.analysis import head_attention, image_token_lens, logit_lens, promoted_tokens
 from hones_lens.app.report.run_view import ExampleView
 from hones_lens.app.runs.data_choice import DataChoice
-from hones_lens.app.runs.folder import Run
+from hones_lens.app.runs.folder import Run, save_picture
 from hones_lens.engine import as_task
 from hones_lens.hones import HeadNeuronFlow, HeadScores, NeuronScores, head_neuron_flow
 from hones_lens.interventions import zero_neurons
@@ -29,10 +30,8 @@ def save_report_views(
     if not heads.top():
         return
     flow = find_flow(model, run, task, data, heads, neurons)
-    if not run.path("promoted.json").exists():
-        save_promoted(model, run, flow)
-    if not run.path("examples.json").exists():
-        save_examples(run, example_views(model, task, data, heads.top(), neurons))
+    run.files("promoted", lambda: save_promoted(model, run, flow))
+    run.files("examples", lambda: save_examples(run, example_views(model, task, data, heads.top(), neurons)))
 
 
 def example_views(
@@ -79,19 +78,24 @@ def example_views(
     return views
 
 
-def save_examples(run: Run, views: Sequence[ExampleView]) -> None:
-    """Save examples in the run folder: pictures as PNG, lenses as JSON, the rest in examples.json."""
-    entries = []
+def save_examples(run: Run, views: Sequence[ExampleView]) -> list[Path]:
+    """Save examples in the run folder: pictures as PNG, lenses as JSON, the rest in examples.json.
+
+    Returns:
+        The files' paths.
+    """
+    entries, files = [], [run.path("examples.json")]
     for i, view in enumerate(views):
-        view.image.save(run.path(f"example-{i}.png"))
+        files.append(save_picture(view.image, run.path(f"example-{i}.png")))
         texts = {name: getattr(view, name) for name in _EXAMPLE_TEXTS}
         attention_maps = {head: values.tolist() for head, values in view.looks.items()}
         entries.append({**texts, "image": f"example-{i}.png", "looks": attention_maps})
-        if view.lens is not None:
-            view.lens.save(run.path(f"example-{i}-logit-lens.json"))
-        if view.image_lens is not None:
-            view.image_lens.save(run.path(f"example-{i}-image-lens.json"))
-    write_json(run.path("examples.json"), {"kind": "examples", "examples": entries})
+        for name, lens in (("logit-lens", view.lens), ("image-lens", view.image_lens)):
+            if lens is not None:
+                files.append(run.path(f"example-{i}-{name}.json"))
+                lens.save(files[-1])
+    write_json(files[0], {"kind": "examples", "examples": entries})
+    return files
 
 
 def find_flow(
@@ -105,12 +109,18 @@ def find_flow(
     )
 
 
-def save_promoted(model: HookedVLM, run: Run, flow: HeadNeuronFlow, count: int = 5) -> None:
-    """Save the tokens that each task neuron promotes, and its mean activation, in the run folder."""
+def save_promoted(model: HookedVLM, run: Run, flow: HeadNeuronFlow, count: int = 5) -> list[Path]:
+    """Save the tokens that each task neuron promotes, and its mean activation, in the run folder.
+
+    Returns:
+        The file's path.
+    """
     neurons = [(c.layer, c.index) for c in flow.neurons]
     ids = promoted_tokens(model, neurons, flow.activations, count).ids.tolist()
     rows = [
         [*neuron, token_names(model, tokens), activation]
         for neuron, tokens, activation in zip(neurons, ids, flow.activations.tolist(), strict=True)
     ]
-    write_json(run.path("promoted.json"), {"kind": "promoted", "neurons": rows})
+    file = run.path("promoted.json")
+    write_json(file, {"kind": "promoted", "neurons": rows})
+    return [file]

@@ -12,6 +12,7 @@ from helpers import example_comparisons, example_results as made
 from helpers.report_page import Page, written
 from PIL import Image
 
+from hones_lens.analysis.lens.difference import LensDifference
 from hones_lens.analysis.lens.table import LensPosition, LogitLens
 from hones_lens.app.report.run_folder import read_view
 from hones_lens.app.report.run_view import ExampleView, RunView
@@ -66,8 +67,8 @@ def example(**changes: object) -> ExampleView:
 def test_examples_are_read_back_as_they_were_saved(tmp_path: Path) -> None:
     run = Run(tmp_path / "vqa", {"model": "tiny-llava", "task": "vqa"})
     saved = [example(), made.example(looks={}, answer_masked=None)]
-    save_examples(run, saved)
-    flow().save(run.path("flow.json"))
+    run.files("examples", lambda: save_examples(run, saved))
+    run.stage("flow", HeadNeuronFlow, flow)
     view = read_view(run.folder)
     for one, again in zip(saved, view.examples, strict=True):
         for name in ("prompt", "target", "answer", "answer_masked", "head", "masked_label", "region"):
@@ -100,6 +101,7 @@ def test_folders_of_before_have_one_head_and_no_lens(tmp_path: Path) -> None:
     row = {"prompt": "p", "target": "t", "answer": "a", "answer_masked": None, "head": "L0H1"}
     row |= {"masked_label": "m", "image": "example-0.png", "attention": [[0.5, 0.25]]}
     write_json(run.path("examples.json"), {"kind": "examples", "examples": [row]})
+    run.record("examples", [run.path("examples.json"), run.path("example-0.png")])
     (view,) = read_view(run.folder).examples
     assert list(view.looks) == ["L0H1"] and view.looks["L0H1"].tolist() == [[0.5, 0.25]]
     assert view.lens is None and view.region is None
@@ -178,7 +180,7 @@ def test_a_folder_of_patching(tmp_path: Path, changes, title: str, pairs: str) -
     saved = Labelled(
         "share restored", values, ("layer", "group"), {"group": ("image", "question", "last")}, n=1200
     )
-    saved.save(run.path("patch.json"))
+    run.stage("patch", Labelled, lambda: saved)
     view = read_view(run.folder)
     assert view.title.startswith(f"tiny-llava · {title}")
     assert view.patching is not None and view.patching.pairs.startswith(pairs)
@@ -195,7 +197,7 @@ def test_lenses_by_task(tmp_path: Path) -> None:
         for task, n in (("vqa", 3), ("ocr", 5))
     }
     for task, delta in deltas.items():
-        delta.save(run.path(f"lens-{task}.json"))
+        run.stage(f"lens-{task}", LensDifference, lambda delta=delta: delta)
     view = read_view(run.folder)
     assert view.lenses == deltas
     _, page = written(tmp_path, view)
@@ -206,13 +208,14 @@ def test_lenses_by_task(tmp_path: Path) -> None:
 
 def test_a_picture_of_patching_is_the_saved_one(tmp_path: Path) -> None:
     run = Run(tmp_path / "patch", patch_settings())
-    Labelled("x", torch.ones(2), ("layer",), n=1).save(run.path("patch.json"))
+    run.stage("patch", Labelled, lambda: Labelled("x", torch.ones(2), ("layer",), n=1))
     made.image((24, 20)).save(run.path("pair-clean.png"))
     run.path("pair.json").write_text(
         '{"kind": "patch-pair", "clean": "pair-clean.png", "corrupted": null, "id": "a", "prompt": "p", '
         '"answer": "red", "foil": null, "image_mask": "0110", "grids": [[1, 2]], '
         '"regions": [[2.0, 0.0, 22.0, 20.0]], "leading_tokens": 0}'
     )
+    run.record("pair", [run.path("pair.json"), run.path("pair-clean.png")])
     pair = read_view(run.folder).patching.pair
     assert isinstance(pair.clean, Image.Image) and pair.clean.size == (24, 20) and pair.corrupted is None
     assert pair.inputs.image_mask.tolist() == [[False, True, True, False]]

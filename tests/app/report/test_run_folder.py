@@ -18,6 +18,15 @@ def start(folder, **settings) -> Run:
     return Run(folder, {"model": "tiny-llava", **settings})
 
 
+def finish(run: Run) -> None:
+    """Record all results of a folder as its own."""
+    own = [file for file in run.folder.glob("*.json") if file.name not in BOOKKEEPING]
+    run.record("made", own)
+
+
+BOOKKEEPING = ("settings.json", "stages.json", "lock.json")
+
+
 def test_a_folder_of_one_task(tmp_path):
     run = start(tmp_path / "vqa", task="vqa")
     example_results.neurons().save(run.path("neurons.json"))
@@ -30,7 +39,10 @@ def test_a_folder_of_one_task(tmp_path):
     for name in ("shapes", "shapes-shifted"):
         inner = start(run.folder / "steering" / name, task="vqa", dataset=name)
         made.steering(n=50).save(inner.path("steering.json"))
-    made.steering(n=60).save(run.folder / "steering" / "shapes" / "on-shapes-shifted.json")
+        if name == "shapes":
+            made.steering(n=60).save(inner.path("on-shapes-shifted.json"))
+        finish(inner)
+    finish(run)
     view = read_view(run.folder)
     assert (view.title, view.task, view.metric_name) == ("tiny-llava · vqa", "vqa", "accuracy")
     assert (
@@ -52,6 +64,7 @@ def test_promoted_tokens_with_and_without_an_activation(tmp_path):
     run = start(tmp_path / "vqa", task="vqa")
     rows = [[3, 7, ["dax", "</s>"]], [1, 2, ["dax"], -0.5]]  # folders of before hold no activation
     write_json(run.path("promoted.json"), {"kind": "promoted", "neurons": rows})
+    finish(run)
     assert read_view(run.folder).promoted == {
         (3, 7): NeuronTokens(("dax", "</s>"), None),
         (1, 2): NeuronTokens(("dax",), -0.5),
@@ -61,6 +74,7 @@ def test_promoted_tokens_with_and_without_an_activation(tmp_path):
 def test_a_folder_of_steering_alone(tmp_path):
     run = start(tmp_path / "steering", task="vqa", dataset="gqa")
     made.steering().save(run.path("steering.json"))
+    finish(run)
     assert read_view(run.folder).steering == {"learned and measured on gqa": made.steering()}
 
 
@@ -71,6 +85,7 @@ def test_a_folder_of_what_concerns_several_tasks(tmp_path):
     shifted = replace(made.effects(), model_name="other")
     made.effects().save(run.path("side-effects-on-shapes.json"))
     shifted.save(run.path("side-effects-on-shapes-shifted.json"))
+    finish(run)
     view = read_view(run.folder)
     assert view.title == "tiny-llava · vqa, ocr, caption and retrieval" and view.metric_name == ""
     assert view.overlap == made.shared() and view.groups == made.groups()
@@ -83,5 +98,6 @@ def test_files_of_another_kind_and_other_folders_are_refused(tmp_path):
         read_view(tmp_path)
     run = start(tmp_path / "vqa", task="vqa")
     write_json(run.path("lens.json"), {"kind": "heads"})
+    finish(run)
     with pytest.raises(ValueError, match="holds 'heads', not 'lens-delta'"):
         read_view(run.folder)

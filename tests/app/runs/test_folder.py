@@ -12,6 +12,7 @@ from filelock import FileLock
 from helpers.hf_task_loops import fresh_pair
 
 from hones_lens.app.report.run_folder import read_run
+from hones_lens.app.report.run_settings import sealed
 from hones_lens.app.runs.folder import Journal, Run
 from hones_lens.app.runs.identity import examples_hash, weights_hash
 from hones_lens.app.tiny import tiny_llava
@@ -54,7 +55,7 @@ def test_other_versions_are_refused(tmp_path):
     run = Run(tmp_path / "a", {"model": "m"})
     saved = json.loads(run.path("settings.json").read_text())
     saved["environment"]["torch"] = "1.0"
-    run.path("settings.json").write_text(json.dumps(saved))
+    run.path("settings.json").write_text(json.dumps(sealed(saved)))
     with pytest.raises(ValueError, match=r"torch: '1\.0' there"):
         Run(tmp_path / "a", {"model": "m"})
 
@@ -140,7 +141,7 @@ def test_hashes_tell_models_and_examples_apart():
 
 
 def change_config(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | changes)))
 
 
 def test_settings_that_no_begun_stage_reads_may_change(tmp_path):

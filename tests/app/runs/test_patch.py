@@ -14,6 +14,7 @@ from hones_lens.app.report.run_folder import read_view
 from hones_lens.app.report.run_view import PairView
 from hones_lens.app.runs.folder import Run
 from hones_lens.app.runs.patch import PairsChoice, start_patching
+from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.results.labelled import Labelled
 
 MODELS = pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2.5-vl"])
@@ -25,7 +26,7 @@ def first_pair(name: str, folder: Path, **options: object) -> tuple[hl.HookedVLM
     choice = PairsChoice(**{"limit": 2, **options})
     pairs = choice.load(model)
     run = start_patching(model, pairs, folder, choice, {"what": "resid_pre", "by": "group"})
-    Labelled("x", torch.ones(2), ("layer",), n=2).save(run.path("patch.json"))
+    run.stage("patch", Labelled, lambda: Labelled("x", torch.ones(2), ("layer",), n=2))
     return model, read_view(folder).patching.pair
 
 
@@ -69,7 +70,7 @@ def test_one_page_of_a_patching_and_a_task(tmp_path: Path, monkeypatch: pytest.M
     assert main(["patch", "--kind", "color", "--by", "position", "--limit", "1", "--out", "patched"]) == 0
     assert main(["patch", "--what", "z", "--out", "heads", *few]) == 0
     run = Run("vqa", {"model": "tiny-llava", "task": "vqa"})
-    made.neurons().save(run.path("neurons.json"))
+    run.stage("neurons", NeuronScores, made.neurons)
     assert main(["report", "patched", "vqa", "heads", "--out", "page.html"]) == 0
     page = (tmp_path / "page.html").read_text()
     for said in (

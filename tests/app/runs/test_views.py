@@ -28,7 +28,8 @@ def test_promoted_tokens_of_a_run_turn_with_the_activation_s_sign(name: str, tmp
     run = Run(tmp_path / "run", {"model": name, "task": "vqa"})
     heads, examples = made.heads(), FEW.discovery("vqa")
     neurons = attribute_neurons(model, "vqa", examples, heads, progress=False)
-    run_views.save_promoted(model, run, run_views.find_flow(model, run, "vqa", FEW, heads, neurons))
+    flow = run_views.find_flow(model, run, "vqa", FEW, heads, neurons)
+    run.files("promoted", lambda: run_views.save_promoted(model, run, flow))
     promoted = read_view(run.folder).promoted
     assert list(promoted) == [c[:2] for c in neurons.top()]
     prompts = [hl.load_task("vqa").prompt(example) for example in examples]
@@ -78,7 +79,7 @@ def test_examples_hold_every_head_s_attention_and_the_lenses_readings(name: str,
         shown = view.image_lens.select(layer=layer).values.flatten()
         np.testing.assert_allclose(shown, read.detach(), atol=1e-4)
     run = Run(tmp_path / "run", {"model": name, "task": "vqa"})
-    run_views.save_examples(run, views)
+    run.files("examples", lambda: run_views.save_examples(run, views))
     again = read_view(run.folder).examples
     assert [v.answer_masked for v in again] == [v.answer_masked for v in views]
     assert all(torch.equal(again[1].looks[head], view.looks[head]) for head in names)
