@@ -51,9 +51,9 @@ def cached_hooks(names: NamesFilter, hooks: Collection[str], split_qkv_input: bo
     """The hooks whose activations a cache keeps, as `matching_hooks`, but for the costly ones.
 
     Costly are those that hold n_heads residual streams each (`attn.hook_result` and the split inputs), and a
-    number for each pair of patches (scores and pattern of the vision tower, also in windows). None leaves them out. So does a
-    predicate that selects others too, with a warning; one that selects nothing but costly hooks has them,
-    as have names.
+    number for each pair of patches (scores and pattern of the vision tower, also in windows). None leaves
+    them out. So does a predicate that selects others too, with a warning; one that selects nothing but costly
+    hooks has them, as have names.
 
     Args:
         names: The filter.

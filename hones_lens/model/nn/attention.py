@@ -62,13 +62,13 @@ class Windows:
         if mix is None:
             has_tokens = real.any(-1)
             members, real = members[has_tokens], real[has_tokens]
-        parts = [x.flatten(0, 1)[members].transpose(-3, -2) for x in (q, k, v)]
+        q_in, k_in, v_in = (x.flatten(0, 1)[members].transpose(-3, -2) for x in (q, k, v))
         if mix is None:
             mask = None if bool(real.all()) else real[:, None, None]
-            mixed = F.scaled_dot_product_attention(*parts, attn_mask=mask)
+            mixed = F.scaled_dot_product_attention(q_in, k_in, v_in, attn_mask=mask)
         else:
             itself = torch.eye(real.shape[-1], dtype=torch.bool, device=real.device)
-            mixed = mix(*parts, real[..., None, None, :] | itself)
+            mixed = mix(q_in, k_in, v_in, real[..., None, None, :] | itself)
         z = torch.zeros_like(q).flatten(0, 1)
         return z.index_copy(0, members[real], mixed.transpose(-3, -2)[real]).view_as(q)
 

@@ -138,7 +138,7 @@ def test_a_patch_reaches_its_window_and_no_other(pair: Pair) -> None:
 
 
 def test_windows_give_what_the_masked_pattern_gives(pair: Pair) -> None:
-    """Of the whole image, from rotated queries and keys; a window's part of it at the places of its patches."""
+    """The pattern of the whole image, from rotated queries and keys; a window has its patches' part of it."""
     block = "vision_encoder.blocks.{}.attn.hook_{}".format
     kinds = ("rot_q", "rot_k", "v", "z", "pattern", "attn_scores")
     _, cache = pair.model.run_with_cache(
