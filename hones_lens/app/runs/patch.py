@@ -23,12 +23,8 @@ from hones_lens.analysis import (
     positions_of,
     targets_of,
 )
-<<<<<<< HEAD
 from hones_lens.app.runs.data_choice import FILE_OPTIONS
-from hones_lens.app.runs.folder import Run
-=======
 from hones_lens.app.runs.folder import Run, save_picture
->>>>>>> 3a4d75b (Every file of a run folder has a checksum that all its readers compare; evaluate has a run folder and goes on)
 from hones_lens.app.runs.identity import model_identity
 from hones_lens.data import Example, counterfactual_pairs, load_examples, reads_files
 from hones_lens.engine import usable_examples
