@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def apply_config(args: argparse.Namespace) -> None:
     options = {a.dest: a for a in args.parser._actions if a.dest not in ("help", "config", "debug")}
     if is_hones_config(data):
         found = {k: v for k, v in _hones_options(args, data).items() if k in options or k == "outputs"}
+        if args.device is not None:
+            found.pop("device_map", None)  # the device that was given wins
         for name in found.keys() & options:
             found[name] = _value(options[name], found[name], args.config, name)
         args.parser.set_defaults(**found)
@@ -60,6 +63,8 @@ def _value(option: argparse.Action, value: Any, file: str, key: str) -> Any:
         raise ValueError(f"{file}: {key} is {value!r}; valid: true, false")
     if option.choices is not None and value not in option.choices:
         raise ValueError(f"{file}: {key} is {value!r}; valid: {', '.join(map(str, option.choices))}")
+    if isinstance(value, dict) and option.dest == "device_map":
+        value = json.dumps(value)
     parts = list(value) if isinstance(value, list | tuple) else [value]
     if isinstance(value, bool) or not all(isinstance(part, str | int | float) for part in parts):
         raise ValueError(f"{file}: {key} is {value!r}, which is no value of --{key.replace('_', '-')}")

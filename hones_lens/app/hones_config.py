@@ -72,6 +72,7 @@ def read_options(
     options = {
         "model": model.get("model_id") or model.get("name"),
         "dtype": _dtype(model.get("dtype", "auto"), file),
+        "device_map": model.get("device_map"),
         "min_pixels": model.get("min_pixels"),
         "max_pixels": model.get("max_pixels"),
         "task": run.get("task"),

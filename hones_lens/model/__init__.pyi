@@ -31,6 +31,7 @@ from .nn.attention import (
     KVCache as KVCache,
     attention_mask as attention_mask,
 )
+from .nn.placed import weights_of as weights_of
 from .nn.rotary import rotate as rotate
 from .pictures import (
     PictureLike as PictureLike,

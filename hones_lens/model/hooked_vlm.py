@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hones_lens.model import answers, bound, generation, prompting, saving, tl_weights, tokens
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.decoding import Decoding
+from hones_lens.model.dispatch import DeviceMap
 from hones_lens.model.family import Family
 from hones_lens.model.hooked_root import HookedRoot
 from hones_lens.model.inputs import ModelInput, VLMInputs
@@ -22,6 +23,7 @@ from hones_lens.model.nn.attention import AttentionContext, KVCache, attention_m
 from hones_lens.model.nn.decoder import Decoder, layer_index
 from hones_lens.model.nn.hook_point import HookPoint
 from hones_lens.model.nn.norm import Norm
+from hones_lens.model.nn.placed import is_placed
 from hones_lens.model.nn.unembed import Unembedding
 from hones_lens.model.padding import find_attention_mask
 from hones_lens.model.saving import HFSource
@@ -82,6 +84,7 @@ class HookedVLM(HookedRoot, Family):
         *,
         plain_greedy: bool = False,
         revision: str | None = None,
+        device_map: DeviceMap | None = None,
         **processor_options: Any,
     ) -> HookedVLM:
         """Load a shipped checkpoint, an alias of `model_configs/`, a local folder or a Hub id.
@@ -92,34 +95,42 @@ class HookedVLM(HookedRoot, Family):
 
         Args:
             name: E.g. `tiny-llava`, `llava`, `path/to/folder`, `llava-hf/llava-1.5-7b-hf`.
-            device: Default: the GPU if there is one.
+            device: Default: the GPU if there is one. `auto` is `device_map="auto"`.
             dtype: Default: float32 on a CPU, the checkpoint's own on a GPU.
             revision: Branch, tag or commit on the Hub; default: the one that is known to work, if any.
             plain_greedy: Leave out the settings of the checkpoint's generation config that change which
                 token follows, such as a `repetition_penalty`.
+            device_map: For models larger than a device (needs accelerate): `auto`, `balanced`,
+                `balanced_low_0`, `sequential`, or a device, `cpu` or `disk` for each of Hugging Face's
+                modules (`{"lm_head": "disk", "": 0}`). Weights rest there; activations, hooks, caches and
+                results are on one device. Weights that rest elsewhere can be read, not edited.
             processor_options: What the family's processor takes: `min_pixels` and `max_pixels` for
                 Qwen2.5-VL, which bound the size that an image is brought to; none for LLaVA.
 
         Raises:
-            ValueError: An unknown name or option, an unsupported family or config value, weights that are
-                missing, left over or quantised, or a folder that holds no whole checkpoint.
+            ImportError: A `device_map` without accelerate.
+            ValueError: An unknown name, device or option, an unsupported family or config value, weights
+                that are missing, left over or quantised, or a folder that holds no whole checkpoint.
         """
         from hones_lens.model import loading
 
         options: dict[str, Any] = {"plain_greedy": plain_greedy, "revision": revision, **processor_options}
-        return loading.load_model(name, device, dtype, **options)
+        return loading.load_model(name, device, dtype, device_map=device_map, **options)
 
     @staticmethod
     def from_hf(hf_model: Any, processor: Any = None) -> HookedVLM:
         """Hook an in-memory Hugging Face model; weights are shared, the model is not changed.
+
+        Of a model that accelerate has laid over devices, CPU and disk (`device_map`), the weights stay where
+        they are.
 
         The shared weights need no gradients here, whether or not they do there (see `from_pretrained`).
 
         Raises:
             TypeError: Not a Hugging Face model for images and text, or one inside a wrapper (PEFT,
                 torch.compile, DataParallel); says how to get it out.
-            ValueError: An unsupported family, config value or weight; weights that are quantised, offloaded,
-                or of several devices or dtypes; adapters or hooks in it.
+            ValueError: An unsupported family, config value or weight; weights that are quantised or were
+                never loaded, of several dtypes, or, without accelerate, devices; adapters or hooks in it.
         """
         from hones_lens.model import loading
 
@@ -332,6 +343,11 @@ class HookedVLM(HookedRoot, Family):
     # -- device ----------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedVLM:
+        if is_placed(self):
+            raise ValueError(
+                "a model whose weights are on several devices or offloaded stays where and as it is: load it "
+                "with another device, device_map or dtype instead"
+            )
         parent: Any = super()  # PyTorch leaves it untyped
         moved = parent._apply(fn, recurse)
         weight = self.embed.weight

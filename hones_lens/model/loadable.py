@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from hones_lens.model.dispatch import is_dispatched, offloaded_weights
+
 _SHOWN = 3  # names in a message
 # Files that old quantisation tools write beside the config.
 _QUANTISED = ("quantize_config.json", "quant_config.json")
@@ -177,16 +179,17 @@ def _check_adapters(model: nn.Module) -> None:
 
 def _check_parameters(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
-    absent = [name for name, p in parameters.items() if p.is_meta]
+    kept = offloaded_weights(model)
+    absent = [name for name, p in parameters.items() if p.is_meta and name not in kept]
     if absent:
         raise ValueError(
-            f"{len(absent)} of {len(parameters)} weights are not in memory (offloaded to the CPU or to disk, "
-            f"or never loaded): {_listed(absent)}; load the model without device_map, or onto one device"
+            f"{len(absent)} of {len(parameters)} weights are not in memory, and accelerate does not keep "
+            f"them elsewhere (they were never loaded): {_listed(absent)}; load the model by from_pretrained"
         )
     integers = [name for name, p in parameters.items() if not p.is_floating_point()]
     if integers:
         raise ValueError(_quantised(f"the model (e.g. {_listed(integers)})", None))
-    for what in ("device", "dtype"):
+    for what in ("dtype",) if is_dispatched(model) else ("device", "dtype"):
         places: dict[Any, list[str]] = {}
         for name, p in parameters.items():
             places.setdefault(getattr(p, what), []).append(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from hones_lens.model.config import all_settings, checkpoint_path, find_settings, token_ids
 from hones_lens.model.decoding import Decoding
+from hones_lens.model.dispatch import DeviceMap, check_device_map, check_parts, home_device, offloaded_weights
 from hones_lens.model.families import load_family
 from hones_lens.model.hooked_vlm import HookedVLM
 from hones_lens.model.loadable import (
@@ -29,7 +30,8 @@ from hones_lens.model.loadable import (
     naming,
 )
 from hones_lens.model.names import did_you_mean
-from hones_lens.model.saving import HFSource
+from hones_lens.model.nn.placed import is_placed, place
+from hones_lens.model.saving import HFSource, empty_hf_model
 from hones_lens.model.weights import WeightMap
 
 
@@ -74,18 +76,22 @@ def load_hf_model(
     *,
     plain_greedy: bool = False,
     revision: str | None = None,
+    device_map: DeviceMap | None = None,
     **processor_options: Any,
 ) -> tuple[Any, Any]:
     """Hugging Face's own model (in eval mode) and processor for a name that `resolve` takes.
 
-    With `plain_greedy`, its generation config keeps the special tokens alone.
+    With `plain_greedy`, its generation config keeps the special tokens alone. The other options are those
+    of `HookedVLM.from_pretrained`.
 
     Raises:
-        ValueError: An unknown name, family or processor option, or weights that are missing or left
+        ImportError: A `device_map` without accelerate.
+        ValueError: An unknown name, family, device or processor option, or weights that are missing or left
             over.
     """
     check_dtype(dtype)
     folder, revision = resolve(name, revision)
+    device, device_map = check_device_map(device, device_map)
     torch_device = check_device(device)
     if dtype is None:
         dtype = torch.float32 if torch_device.type == "cpu" else "auto"
@@ -98,6 +104,7 @@ def load_hf_model(
         config = auto_config.from_pretrained(folder, **source)
     check_config(name, config)
     family = load_family(config.model_type)
+    check_parts(device_map, empty_hf_model(config))
     for option in processor_options:
         if option not in family.processor_options:
             valid = ", ".join(family.processor_options) or "none"
@@ -105,8 +112,9 @@ def load_hf_model(
     if Path(folder).is_dir():
         check_shards(Path(folder))
     with _quietly(), naming(name, "model"):
+        loads: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = auto_model.from_pretrained(
-            folder, **source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            folder, **source, dtype=dtype, device_map=device_map, **loads
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
@@ -117,7 +125,7 @@ def load_hf_model(
     load_processor = family.processor_class.from_pretrained
     with naming(name, "tokenizer or picture processor"):
         processor = load_processor(folder, **source, **processor_options)
-    return model.to(torch_device).eval(), processor
+    return (model if device_map else model.to(torch_device)).eval(), processor
 
 
 def _special_tokens_alone(config: Any) -> GenerationConfig:
@@ -147,11 +155,12 @@ def load_model(
     *,
     plain_greedy: bool = False,
     revision: str | None = None,
+    device_map: DeviceMap | None = None,
     **processor_options: Any,
 ) -> HookedVLM:
     """Load and hook a model; see `HookedVLM.from_pretrained`."""
     options: dict[str, Any] = {"plain_greedy": plain_greedy, "revision": revision, **processor_options}
-    model, processor = load_hf_model(name, device, dtype, **options)
+    model, processor = load_hf_model(name, device, dtype, device_map=device_map, **options)
     hooked = hook_hf_model(model, processor)
     with naming(name, "picture processor"):  # its settings are wrong for every picture or for none
         hooked.process_images([Image.new("RGB", (64, 64))])
@@ -166,8 +175,9 @@ def hook_hf_model(hf_model: Any, processor: Any = None) -> HookedVLM:
     config = hf_model.config
     family = load_family(config.model_type)
     name = config.name_or_path or config.model_type
-    hooked = family.from_config(config, name, hf_model.device, hf_model.dtype)
-    weight_map, unused = _share_weights(hooked, hf_model)
+    home = home_device(hf_model)
+    hooked = family.from_config(config, name, home, hf_model.dtype)
+    weight_map, unused = _share_weights(hooked, hf_model, home)
     hooked.hf_source = HFSource(config, getattr(hf_model, "generation_config", None), weight_map, unused)
     hooked.processor = processor
     hooked.cfg = replace(
@@ -177,8 +187,12 @@ def hook_hf_model(hf_model: Any, processor: Any = None) -> HookedVLM:
     return hooked.eval()
 
 
-def _share_weights(hooked: HookedVLM, hf_model: Any) -> tuple[WeightMap, dict[str, Tensor]]:
+def _share_weights(
+    hooked: HookedVLM, hf_model: Any, home: torch.device
+) -> tuple[WeightMap, dict[str, Tensor]]:
     """Let every parameter of the hooked model share the storage of the Hugging Face weight it is mapped to.
+
+    Those that accelerate keeps elsewhere are read there when they are needed.
 
     Returns:
         The map from Hugging Face's names to ours, and the weights that are mapped to nothing.
@@ -209,9 +223,25 @@ def _share_weights(hooked: HookedVLM, hf_model: Any) -> tuple[WeightMap, dict[st
             )
     hooked.load_state_dict(state_dict, strict=True, assign=True)
     hooked.requires_grad_(False)  # or every pass outside `no_grad` would keep its graph
-    if hooked.unembed.W_U.data_ptr() == hooked.embed.weight.data_ptr():
+    readers = offloaded_weights(hf_model)
+    place(
+        hooked,
+        home,
+        {ours: read for name in readers for ours, read in _parts(readers[name], targets_of[name])},
+    )
+    if not is_placed(hooked) and hooked.unembed.W_U.data_ptr() == hooked.embed.weight.data_ptr():
         hooked.unembed.tie(hooked.embed)  # so that they stay tied when the model is moved
-    return targets, {name: hf_weights[name] for name, target in targets.items() if not target}
+    unused = [name for name, target in targets.items() if not target]
+    return targets, {name: readers[name]() if name in readers else hf_weights[name] for name in unused}
+
+
+def _parts(read: Callable[[], Tensor], names: Sequence[str]) -> list[tuple[str, Callable[[], Tensor]]]:
+    """How each of several weights is read that are rows of one, in this order."""
+
+    def part(index: int) -> Callable[[], Tensor]:
+        return lambda: read().chunk(len(names))[index]
+
+    return [(name, part(index)) for index, name in enumerate(names)]
 
 
 def _special_tokens(hooked: HookedVLM, hf_model: Any) -> dict[str, Any]:

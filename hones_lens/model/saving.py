@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from hones_lens.model.nn.placed import weights_of
 from hones_lens.model.weights import WeightMap
 
 
@@ -38,7 +39,7 @@ def hf_state_dict(model: Any) -> dict[str, Tensor]:
         ValueError: The model was not made from a Hugging Face model.
     """
     source = _source(model)
-    ours = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    ours = weights_of(model, remove_duplicate=False)
     weights = {name: weight.to(model.cfg.device, model.cfg.dtype) for name, weight in source.unused.items()}
     for name, target in source.weight_map.items():
         if isinstance(target, str):
@@ -68,7 +69,7 @@ def save_pretrained(model: Any, folder: str | Path) -> Path:
     source, folder = _source(model), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} holds something already: choose a new or empty folder")
-    hf_model = _empty_hf_model(source)
+    hf_model = empty_hf_model(source.config)
     weights = hf_state_dict(model)
     report = hf_model.load_state_dict(weights, strict=False, assign=True)
     hf_model.tie_weights()
@@ -93,7 +94,8 @@ def _source(model: Any) -> HFSource:
     return model.hf_source
 
 
-def _empty_hf_model(source: HFSource) -> Any:
+def empty_hf_model(config: Any) -> Any:
+    """Hugging Face's model of a config, without values: its weights are on the meta device."""
     auto_model: Any = AutoModelForImageTextToText
     with torch.device("meta"):
-        return auto_model.from_config(deepcopy(source.config))
+        return auto_model.from_config(deepcopy(config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from transformer_lens import FactoredMatrix
 
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.nn.norm import Norm
+from hones_lens.model.nn.placed import LazyTensors
 from hones_lens.model.nn.unembed import Unembedding
 
 _STACKED = {"attn": ("W_Q", "b_Q", "W_O", "b_O"), "mlp": ("W_gate", "W_in", "b_in", "W_out", "b_out")}
@@ -55,28 +56,12 @@ def _stack(model: HasDecoder, part: str, name: str) -> Tensor:
     return torch.stack([getattr(getattr(block, part), name) for block in model.blocks])
 
 
-class LazyWeights(Mapping[str, Tensor]):
-    """Tensors by name, computed when they are read, so that a large model is not copied."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]):
-        self._readers = dict(readers)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._readers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
-
-
 def by_query_head(weight: Tensor, n_heads: int, axis: int = 0) -> Tensor:
     """Weights of key-value heads, repeated for the query heads that share them (GQA)."""
     return weight.repeat_interleave(n_heads // weight.shape[axis], dim=axis)
 
 
-def tl_parameters(model: HasDecoder) -> LazyWeights:
+def tl_parameters(model: HasDecoder) -> LazyTensors:
     """Weights by TransformerLens's names, keys and values by query head (for `SVDInterpreter`).
 
     Norms are not folded: `blocks.{l}.ln1.w`, `ln2.w` and `ln_final.w` are there.
@@ -98,7 +83,7 @@ def tl_parameters(model: HasDecoder) -> LazyWeights:
             }
         for name in _BY_KEY_VALUE_HEAD:
             readers[f"{prefix}.attn.{name}"] = _reader(block.attn, name, model.cfg.n_heads)
-    return LazyWeights(readers)
+    return LazyTensors(readers)
 
 
 def _reader(module: nn.Module, name: str, n_heads: int | None = None) -> Callable[[], Tensor]:

@@ -34,3 +34,9 @@ def bias_of(linear: nn.Linear) -> Tensor:
     """The bias of a linear layer; zeros where it has none."""
     bias = bias_or_none(linear)
     return linear.weight.new_zeros(linear.out_features) if bias is None else bias
+
+
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
+    """All modules of a model by name, which PyTorch leaves untyped."""
+    untyped: Any = model
+    return list(untyped.named_modules(remove_duplicate=remove_duplicate))

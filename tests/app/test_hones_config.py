@@ -74,6 +74,7 @@ def test_localization(tmp_path: Path) -> None:
     found = read_options(LLAVA, tmp_path / "configs" / "llava_hones.yaml")
     assert found["model"] == "llava-hf/llava-1.5-7b-hf" and "dtype" not in found
     assert (found["task"], found["top_k"], found["ratio"], found["seed"]) == ("vqa", 30, 0.01, 3407)
+    assert found["device_map"] == "auto"
     assert found["dataset"] == "coco" and found["data_file"] == str(tmp_path / "data/merged.json")
     assert found["discovery_split"] == str(tmp_path / "data/splits/discovery.json")
     assert (found["discovery_limit"], found["limit"]) == (5000, 3000)

@@ -22,7 +22,8 @@ def model_from(args: argparse.Namespace) -> HookedVLM:
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pixels = {name: getattr(args, name) for name in ("min_pixels", "max_pixels")}
-    given = {name: value for name, value in pixels.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in pixels.items() if value is not None}
+    given["device_map"] = args.device_map
     model = load_model(args.model, args.device, dtype, plain_greedy=args.plain_greedy, **given)
     if str(model.decoding) != str(Decoding()):
         print(f"answers are decoded as the checkpoint's generation config says: {model.decoding}")

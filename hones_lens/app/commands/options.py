@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Callable
@@ -106,7 +107,14 @@ def model_options(command: argparse.ArgumentParser, named: bool = True) -> None:
             "--model", default="tiny-llava", help="name, folder or Hub id (default: tiny-llava)"
         )
         command.add_argument("--config", metavar="YAML", help="options from a file; those given here win")
-    command.add_argument("--device", help="default: the GPU if there is one")
+    command.add_argument("--device", help="default: the GPU if there is one; auto is --device-map auto")
+    command.add_argument(
+        "--device-map",
+        type=device_map,
+        metavar="WORD",
+        help="lay the model over GPUs, CPU and disk: auto, balanced, balanced_low_0, sequential, or JSON "
+        'with the device of each part ({"model.vision_tower": 0, "lm_head": "cpu", ...})',
+    )
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     command.add_argument(
         "--plain-greedy",
@@ -201,6 +209,16 @@ def fraction(text: str) -> float:
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text} is above 1")
     return value
+
+
+def device_map(text: str) -> str | dict[str, Any]:
+    """A word, or JSON with a device by module."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
 
 
 def output_file(text: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hones_lens.data import Example
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, weights_of
 from hones_lens.tasks import Task
 
 _CHUNK = 2**24  # bytes of a tensor that are hashed at a time, and copied where they are not on the CPU
@@ -30,17 +30,18 @@ _STATE_OF_TOKENIZER = ("truncation", "padding")  # set anew by every call
 
 def weights_hash(model: nn.Module) -> str:
     """A hash of every parameter's name, shape, type and all its elements, by their bits."""
-    return _tensors_hash(model.named_parameters())
+    return _tensors_hash(weights_of(model))
 
 
 def buffers_hash(model: nn.Module) -> str:
     """The same of the buffers, such as rotary frequencies."""
-    return _tensors_hash(model.named_buffers())
+    return _tensors_hash(dict(model.named_buffers()))
 
 
-def _tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()  # processors have instructions for it: the fastest one here
-    for name, tensor in sorted(tensors, key=lambda named: named[0]):
+    for name in sorted(tensors):
+        tensor = tensors[name]
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
         for chunk in _chunks(tensor.detach()):
             digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -142,7 +143,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
     if isinstance(value, Tensor):
-        return _tensors_hash([("", value)])
+        return _tensors_hash({"": value})
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     text = str(value)
