@@ -31,6 +31,7 @@ from .patching.receivers import every_receiver as every_receiver
 from .patching.runner import measure_patches as measure_patches
 from .patching.sites import (
     SITES as SITES,
+    Targets as Targets,
     as_patch_site as as_patch_site,
     heads_as_units as heads_as_units,
     positions_of as positions_of,

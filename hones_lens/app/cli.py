@@ -26,6 +26,7 @@ from hones_lens.app.commands import (
     steer,
     train_tiny,
 )
+from hones_lens.app.commands.checks import check_options
 from hones_lens.app.config_file import apply_config
 from hones_lens.app.guard import guarded
 from hones_lens.model import did_you_mean
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "config", None):
             apply_config(args)
             chosen = parser.parse_args(argv)
+        check_options(chosen)
         return chosen.run(chosen)
 
     return guarded(run, argv, args.debug)

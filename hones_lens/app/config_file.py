@@ -68,7 +68,7 @@ def _value(option: argparse.Action, value: Any, file: str, key: str) -> Any:
     parts = list(value) if isinstance(value, list | tuple) else [value]
     if isinstance(value, bool) or not all(isinstance(part, str | int | float) for part in parts):
         raise ValueError(f"{file}: {key} is {value!r}, which is no value of --{key.replace('_', '-')}")
-    if parts != [value] and option.type in (None, int, float):
+    if parts != [value] and option.type is None:
         raise ValueError(f"{file}: {key} takes one value, not the list {value!r}")
     read: Any = option.type or str
     try:

@@ -26,6 +26,10 @@ _BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ends
 _MEMORY_ADVICE = "; --dtype bfloat16, --memory-budget or a smaller --batch-size need less"
 
 
+class WrongOption(ValueError):
+    """An option that can't be right, or not with the others; told like wrong usage of the program."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal that asks the program to end, where Ctrl-C would end it.
 
@@ -47,9 +51,9 @@ def guarded(run: Callable[[], int | None], argv: Sequence[str] | None = None, de
         debug: Let errors through, for their traceback.
 
     Returns:
-        What `run` returns (0 for None); 1 after an error; 128 plus its number after a signal; 141 if nobody
-        reads the output any more. An error that no check of ours raised is a fault of the program: its
-        traceback is in a file, which the line names.
+        What `run` returns (0 for None); 1 after an error, 2 after a `WrongOption`; 128 plus its number after
+        a signal; 141 if nobody reads the output any more. An error that no check of ours raised is a fault
+        of the program: its traceback is in a file, which the line names.
     """
     _escape_what_the_terminal_lacks()
     try:
@@ -68,7 +72,7 @@ def guarded(run: Callable[[], int | None], argv: Sequence[str] | None = None, de
         if debug:
             raise
         _say(_line_of(error, sys.argv[1:] if argv is None else argv))
-        return 1
+        return 2 if isinstance(error, WrongOption) else 1
 
 
 def _line_of(error: Exception, argv: Sequence[str]) -> str:

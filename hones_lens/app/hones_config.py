@@ -140,7 +140,7 @@ def _data_options(
         "seed": main.get("seed"),
         "discovery_limit": main.get("discovery_limit"),
         "dev_limit": limits.get("dev_limit"),
-        "limit": limits.get("test_limit") or main.get("eval_limit"),
+        "limit": main.get("eval_limit") if limits.get("test_limit") is None else limits["test_limit"],
     }
 
 

@@ -25,3 +25,4 @@ from .shapes import (
     random_scene as random_scene,
 )
 from .shapes_varied import IMAGE_SIDES as IMAGE_SIDES
+from .splits import check_split as check_split

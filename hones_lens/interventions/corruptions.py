@@ -98,7 +98,10 @@ def blank(color: Color = (128, 128, 128)) -> Corruption:
     Raises:
         ValueError: Not a colour. When run: no images.
     """
-    rgb = ImageColor.getrgb(color) if isinstance(color, str) else tuple(color)
+    try:
+        rgb = ImageColor.getrgb(color) if isinstance(color, str) else tuple(color)
+    except ValueError:
+        rgb = ()
     if len(rgb) != 3 or not all(0 <= channel <= 255 for channel in rgb):
         raise ValueError(f"{color!r} is not a colour: give red, green, blue in 0–255, or a name")
 

@@ -24,7 +24,13 @@ from .known import (
     known_settings as known_settings,
     model_without_weights as model_without_weights,
 )
-from .loading import hook_hf_model as hook_hf_model, load_hf_model as load_hf_model, load_model as load_model
+from .loadable import check_device as check_device
+from .loading import (
+    hook_hf_model as hook_hf_model,
+    load_hf_model as load_hf_model,
+    load_model as load_model,
+    resolve as resolve,
+)
 from .names import did_you_mean as did_you_mean
 from .nn.attention import (
     AttentionContext as AttentionContext,

@@ -231,7 +231,7 @@ def test_tasks_that_ask_the_same_of_every_picture_need_no_prompt(folder: Path, c
     assert main([*argv, "--layers", "0", "--out", "run"]) == 0
     said = capsys.readouterr().out
     assert f"clean: the model answers {example.text!r}" in said and "Transcribe the text" in said
-    assert main([*argv, "--prompt", "what does it say?"]) == 1
+    assert main([*argv, "--prompt", "what does it say?"]) == 2
     assert "has no place for 'what does it say?'" in capsys.readouterr().err
 
 
@@ -244,11 +244,11 @@ OWN = ["--image", "x.png", "--prompt", "is it red?", "--answer", "yes"]
         (["--image", "x.png"], "--image needs --prompt and --answer too"),
         (OWN, "--image needs --corrupt, or else --corrupted-image"),
         ([*OWN, "--corrupt", "blur", "--corrupted-image", "y.png"], "--image needs --corrupt, or else"),
-        ([*OWN, "--corrupt", "blur"], "image 'x.png' does not exist"),
         (["--answer", "yes"], "--answer goes with --image"),
+        ([*OWN, "--corrupt", "blur"], "image 'x.png' does not exist"),
         (["--raw-prompt"], "--raw-prompt goes with --image"),
         (["--raw-prompt", "--task", "ocr", "--image", "x", "--answer", "a"], "--image needs --prompt too"),
-        (["--dataset", "mine.json"], "say how they are corrupted: --corrupt"),
+        (["--dataset", "coco"], "say how they are corrupted: --corrupt"),
         (["--corrupt", "blur", "--kind", "color"], "--kind is for counterfactual pairs"),
         (["--strength", "2"], "--strength has nothing to act on"),
         (["--corrupt", "blur", "--color", "red"], "--color has nothing to act on with --corrupt blur"),
@@ -257,12 +257,15 @@ OWN = ["--image", "x.png", "--prompt", "is it red?", "--answer", "yes"]
         (["--groups", "nose"], "unknown token group 'nose'"),
         (["--box", "200,200,300,300"], "is outside of what the model sees"),
         (["--what", "z", "--units", "8"], "head 8 is not in 0"),
-        (["--metric", "task", "--corrupt", "mean"], "needs pairs made by"),
+        (["--metric", "task", "--corrupt", "mean"], "--metric: task needs counterfactual pairs"),
         (["--by", "position"], "patch by group"),
     ],
 )
-def test_failures_are_one_line(argv: list[str], says: str, folder: Path, capsys) -> None:
-    assert main(["patch", *argv, "--limit", "2"]) == 1
+def test_options_that_can_not_be_right_are_told_in_one_line(
+    argv: list[str], says: str, folder: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("hones_lens.app.runs.baseline.unpatched_answers", None)
+    assert main(["patch", *argv, "--limit", "2"]) == 2
     error = capsys.readouterr().err
     assert says in error and error.strip().splitlines()[-1].startswith("hones: ")
 

@@ -78,7 +78,8 @@ def test_where_no_file_can_be_written_debug_is_named(capsys, monkeypatch):
 
 def test_errors_of_checks_need_no_file(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert main(["evaluate", "--model", "nope"]) == 1  # raised by a check
+    assert main(["evaluate", "--model", "nope"]) == 2  # raised by a check of options
+    assert main(["report", str(tmp_path / "nothing")]) == 1  # and of a folder
     assert outcome(FileNotFoundError(2, "No such file", "x.json"), capsys).endswith("'x.json'\n")
     assert "needs the extra" in outcome(ImportError("needs the extra `notebook`"), capsys)
     assert "a smaller --batch-size" in outcome(MemoryError(), capsys)
@@ -163,7 +164,7 @@ ODD_CONFIGS: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (b"task: \xff\n", "is not in UTF-8"),
     "zero bytes": (b"\x00\x00", "is not YAML"),
     "a key that is no word": (b"3: ocr\n", "unknown key 3"),
-    "a list for one value": (b"limit: [1, 2]\n", "limit takes one value, not the list"),
+    "a list for one value": (b"limit: [1, 2]\n", "limit is [1, 2], which --limit does not take"),
     "a word for a number": (b"limit: many\n", "limit is 'many', which --limit does not take"),
     "a number for a switch": (b"plain-greedy: 3\n", "plain-greedy is 3; valid: true, false"),
     "a switch for a number": (b"limit: true\n", "limit is True, which is no value"),
@@ -199,6 +200,6 @@ def test_a_configuration_gives_what_the_command_line_would(tmp_path):
 
 def test_a_device_that_is_not_there_is_named(capsys):
     for name in ("nonsense", "meta", "cuda:99", "xla"):
-        assert main(["evaluate", "--device", name, "--limit", "2"]) == 1
+        assert main(["evaluate", "--device", name, "--limit", "2"]) == 2
         said = capsys.readouterr().err
         assert f"device {name!r} can't be used (" in said and "a fault inside" not in said

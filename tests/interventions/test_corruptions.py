@@ -283,7 +283,7 @@ def test_token_swap_takes_whole_words_of_the_question_alone() -> None:
         (lambda: gaussian_noise(0), "sigma must be above 0"),
         (lambda: blur(-1), "radius must be above 0"),
         (lambda: blank((300, 0, 0)), "is not a colour"),
-        (lambda: blank("no such colour"), "unknown color specifier"),
+        (lambda: blank("no such colour"), "'no such colour' is not a colour"),
         (lambda: token_swap("red"), "an old and a new word, or a table"),
         (lambda: token_swap({"red": "blue"}, "green"), "an old and a new word, or a table"),
         (lambda: token_swap({}), "no words to swap"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hones_lens.app.commands.checks import check_against_model, option, run_folder
 
 if TYPE_CHECKING:
     from hones_lens.app.runs.data_choice import DataChoice
@@ -48,18 +49,6 @@ def data_from(args: argparse.Namespace, model: HookedVLM | None) -> DataChoice:
     )
 
 
-def run_folder(args: argparse.Namespace) -> Path:
-    """The run folder; if a configuration names one for a single task, other tasks get a folder beside it."""
-    if args.out:
-        return Path(args.out)
-    if not args.outputs:
-        return Path(f"runs/{Path(args.model).name}-{args.task}")
-    folder, task = Path(args.outputs[0]), args.outputs[1]
-    if args.task == task:
-        return folder
-    return folder.with_name(args.task) if folder.name == task else folder / args.task
-
-
 def planned(args: argparse.Namespace, stages: Sequence[str]) -> bool:
     """Print the plan of these stages if `--plan` is given; returns whether it is.
 
@@ -79,9 +68,11 @@ def planned(args: argparse.Namespace, stages: Sequence[str]) -> bool:
     elif args.gpu is None and settings is not None and settings.checkpoint is not None:
         machines = Machines.this_one(model_from(args))
     else:
-        require_choice("gpu", args.gpu or "h100", tuple(GPUS))
+        with option("--gpu"):
+            require_choice("gpu", args.gpu or "h100", tuple(GPUS))
         machines = Machines.of_gpus(args.gpu or "h100", args.gpus, args.mfu)
     model = model_without_weights(args.model, getattr(torch, args.dtype) if args.dtype else None)
+    check_against_model(args, model)
     for line in plan(model, args.task, data_from(args, None), stages, machines, args):
         print(line)
     return True
@@ -91,10 +82,9 @@ def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> R
     """Open the run folder of localization and masking."""
     from hones_lens.app.runs import stages as pipeline
     from hones_lens.app.runs.folder import save_left_out
-    from hones_lens.interventions import choose_heads
 
+    check_against_model(args, model)
     names = ("top_k", "ratio", "controls", "positions", "prefilter", "race", "heads", "layers")
-    choose_heads(model, args.heads, args.layers)  # refuses what the model does not have
     settings = {name: getattr(args, name) for name in names}
     run = pipeline.start_run(model, args.task, data, run_folder(args), **settings)
     save_left_out(run, data, args.task)

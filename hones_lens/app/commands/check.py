@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from hones_lens.app.commands import values
 from hones_lens.app.commands.arguments import write_result
 from hones_lens.app.commands.options import add_command, model_options
 
@@ -23,7 +24,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument(
         "--flips",
-        type=int,
+        type=values.positive,
         metavar="N",
         help="also count, on N examples of every task, what in a localization of all heads differs from "
         "float32 in --dtype (default: bfloat16)",

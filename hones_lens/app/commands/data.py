@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from hones_lens.app.commands import values
 from hones_lens.app.commands.arguments import write_result
 from hones_lens.app.commands.options import add_command, reading_options
 from hones_lens.tasks import task_names
@@ -20,7 +21,7 @@ def add(commands: Any) -> None:
     check.add_argument("--data-file", help="annotations, where DATA is a name")
     check.add_argument("--image-dir", help="images (default: where the annotations lie)")
     reading_options(check)
-    check.add_argument("--seed", type=int, default=3407, help="of the splits that are counted")
+    check.add_argument("--seed", type=values.seed, default=3407, help="of the splits that are counted")
     check.add_argument("--no-images", action="store_true", help="do not open the pictures")
 
 

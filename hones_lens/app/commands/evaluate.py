@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from hones_lens.app.commands import values
 from hones_lens.app.commands.arguments import model_from, write_result
-from hones_lens.app.commands.options import add_command, data_options, model_options, output_folder
+from hones_lens.app.commands.options import add_command, data_options, model_options
 
 
 def add(commands: Any) -> None:
@@ -15,9 +16,11 @@ def add(commands: Any) -> None:
     model_options(command)
     data_options(command, several=True)
     text = "run folder, so that a stopped evaluation goes on (default: none)"
-    command.add_argument("--out", metavar="DIR", type=output_folder, help=text)
+    command.add_argument("--out", metavar="DIR", type=values.output_folder, help=text)
     command.add_argument("--split", default="test", help="which examples (default: test)")
-    command.add_argument("--limit", type=int, help="how many examples a task (default: 1000; retrieval 100)")
+    command.add_argument(
+        "--limit", type=values.positive, help="how many examples a task (default: 1000; retrieval 100)"
+    )
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from hones_lens.app.commands import values
 from hones_lens.app.commands.arguments import model_from
-from hones_lens.app.commands.options import add_command, model_options, output_file
+from hones_lens.app.commands.options import add_command, model_options
 from hones_lens.tasks import task_names
 
 if TYPE_CHECKING:
@@ -24,16 +24,14 @@ def add(commands: Any) -> None:
     add("--task", choices=task_names(), help=text)
     add("--raw-prompt", action="store_true", help="ask the prompt as it is, not in the form of a task")
     add("--run", metavar="RUN", dest="run_folder", help="colour the heads by the scores of this run folder")
-    add("--port", type=int, default=0, help="of the server on 127.0.0.1 (default: one that is free)")
+    add("--port", type=values.port, default=0, help="of the server on 127.0.0.1 (default: one that is free)")
     add("--no-browser", action="store_true", help="only say where the page is")
-    add("--out", metavar="FILE", type=output_file, help="write a page to keep instead of serving one")
+    add("--out", metavar="FILE", type=values.output_file, help="write a page to keep instead of serving one")
     model_options(command)
 
 
 def execute(args: argparse.Namespace) -> int:
     """One prompt to click through: as a page of a local server, or in a file."""
-    if not args.out and None in map(find_spec, ("anywidget", "marimo")):
-        raise ImportError("the explorer needs the extra `notebook`: pip install hones-lens[notebook]")
     from hones_lens.app.explorer import serve
     from hones_lens.app.explorer.page import write_page
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from hones_lens.app.commands import values
 from hones_lens.app.commands.arguments import data_from, model_from, write_result
-from hones_lens.app.commands.options import add_command, file_options, model_options, output_folder
+from hones_lens.app.commands.options import add_command, file_options, model_options
 
 
 def add(commands: Any) -> None:
@@ -17,9 +18,9 @@ def add(commands: Any) -> None:
         "--mask", action="store_true", help="mask each group, measure every task, and read the logit lens"
     )
     text = "run folder (default: runs/MODEL-overlap[-masked])"
-    command.add_argument("--out", metavar="DIR", type=output_folder, help=text)
+    command.add_argument("--out", metavar="DIR", type=values.output_folder, help=text)
     command.add_argument("--model", help="where the model is, if not where its name says")
-    command.add_argument("--limit", type=int, help="how many examples to measure on")
+    command.add_argument("--limit", type=values.positive, help="how many examples to measure on")
     command.add_argument("--split", default="test", help="where results are measured (default: test)")
     model_options(command, named=False)
     file_options(command)

@@ -6,18 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from hones_lens.app.commands import values
 from hones_lens.app.commands.arguments import model_from, write_result
+from hones_lens.app.commands.checks import check_against_model, option
 from hones_lens.app.commands.options import (
     add_command,
-    box,
     data_options,
-    finite,
     limit_options,
     model_options,
-    names,
-    output_folder,
-    units,
 )
+from hones_lens.app.guard import WrongOption
 
 CORRUPTIONS = ("noise", "blank", "blur", "shuffle", "mean")
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
@@ -34,7 +32,7 @@ def add(commands: Any) -> None:
     add = command.add_argument
     add("--kind", help="which fact counterfactual pairs differ in (default: all in turn)")
     add("--split", default="dev", help="of the pairs or examples (default: dev)")
-    add("--limit", type=int, help="how many (default: 64)")
+    add("--limit", type=values.positive, help="how many (default: 64)")
     add("--image", metavar="FILE", help="a picture of your own, with --prompt and --answer")
     for name, what in (("prompt", "what to ask"), ("answer", "what is right"), ("foil", "another answer")):
         add(f"--{name}", help=f"{what} about it")
@@ -42,20 +40,29 @@ def add(commands: Any) -> None:
     add("--corrupted-image", metavar="FILE", help="the corrupted picture, on which the foil is right")
     add("--corrupted-prompt", help="the corrupted prompt, of as many tokens")
     add("--corrupt", choices=CORRUPTIONS, help="corrupt the picture, or the examples of a data set")
-    add("--strength", type=finite, help="of noise, in standard deviations; of blur, its radius in pixels")
+    add(
+        "--strength",
+        type=values.above_zero,
+        help="of noise, in standard deviations; of blur, its radius in pixels",
+    )
     add("--color", help="of blank (default: grey)")
-    add("--corrupt-box", type=box, metavar="L,T,R,B", help="corrupt there alone")
+    add("--corrupt-box", type=values.box, metavar="L,T,R,B", help="corrupt there alone")
     add("--what", choices=SITES, default="resid_pre", help="what to patch (default: resid_pre)")
     add("--by", choices=["group", "position", "all"], default="group", help="default: group")
-    add("--groups", type=names, default=(), metavar="A,B", help="default: image,question,last")
-    add("--box", type=box, action="append", metavar="L,T,R,B", help="a box on the picture as a group")
+    add("--groups", type=values.several(str), default=(), metavar="A,B", help="default: image,question,last")
+    add("--box", type=values.box, action="append", metavar="L,T,R,B", help="a box on the picture as a group")
     limit_options(command, "patch")
-    add("--units", type=units, help="each, together, numbers, or LAYER.NUMBERs (default: heads each)")
+    add("--units", type=values.units, help="each, together, numbers, or LAYER.NUMBERs (default: heads each)")
     add("--direction", choices=["denoise", "noise"], default="denoise", help="clean into corrupted, or back")
     add("--metric", choices=["logit_diff", "log_prob", "kl", "task"], help="default: logit_diff with a foil")
     add("--raw", action="store_true", help="the change of the metric instead of its share")
-    add("--batch-size", type=int, default=32, help="pairs at a time (default: 32)")
-    add("--out", metavar="DIR", type=output_folder, help="run folder (default: runs/MODEL-TASK-patch-…)")
+    add("--batch-size", type=values.positive, default=32, help="pairs at a time (default: 32)")
+    add(
+        "--out",
+        metavar="DIR",
+        type=values.output_folder,
+        help="run folder (default: runs/MODEL-TASK-patch-…)",
+    )
     add("--force", action="store_true", help="patch though the clean run does not prefer the answer")
     add("--plan", action="store_true", help="say what would be done and stop")
 
@@ -68,7 +75,12 @@ def execute(args: argparse.Namespace) -> int:
 
     fields = patch_run.PairsChoice.__dataclass_fields__
     choice = patch_run.PairsChoice(**{name: getattr(args, name) for name in fields})
+    with option(""):
+        choice.check()
+    if args.metric == "task" and (args.image or args.corrupt):
+        raise WrongOption("--metric: task needs counterfactual pairs, which know their examples")
     model = model_from(args)
+    check_against_model(args, model)
     pairs = choice.load(model)
     boxes = [Box(*sides) for sides in args.box or ()]
     groups = [*args.groups, *boxes] if args.groups or boxes else None
@@ -76,6 +88,8 @@ def execute(args: argparse.Namespace) -> int:
     options |= {} if args.heads is None else {"heads": args.heads}
     options |= {"direction": args.direction, "raw": args.raw, "batch_size": args.batch_size}
     options["metric"] = args.metric or ("log_prob" if pairs.foil is None else "logit_diff")
+    with option(""):
+        patch_run.what_is_patched(model, pairs, options)
     if args.plan:
         print(*patch_run.plan_patching(model, pairs, options), sep="\n")
         return 0

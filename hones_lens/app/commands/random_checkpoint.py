@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hones_lens.app.commands.options import add_command, finite, output_folder
+from hones_lens.app.commands import values
+from hones_lens.app.commands.options import add_command
 
 
 def add(commands: Any) -> None:
@@ -14,7 +15,7 @@ def add(commands: Any) -> None:
     command = add_command(commands, "random-checkpoint", execute, text)
     command.add_argument("name", metavar="NAME", help="a name of `hones models`")
     command.add_argument(
-        "--out", required=True, metavar="DIR", type=output_folder, help="new or empty folder"
+        "--out", required=True, metavar="DIR", type=values.output_folder, help="new or empty folder"
     )
     command.add_argument(
         "--scale",
@@ -24,13 +25,13 @@ def add(commands: Any) -> None:
         "true: true widths too (default: counts)",
     )
     command.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=values.seed, default=0)
     command.add_argument(
         "--tokenizer",
         metavar="DIR",
         help="folder of the true tokenizer (default: one made up, of the true size)",
     )
-    command.add_argument("--shard-size", type=finite, default=2.0, metavar="GB", help="default: 2")
+    command.add_argument("--shard-size", type=values.above_zero, default=2.0, metavar="GB", help="default: 2")
 
 
 def execute(args: argparse.Namespace) -> int:

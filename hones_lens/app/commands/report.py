@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hones_lens.app.commands.options import add_command, output_file
+from hones_lens.app.commands import values
+from hones_lens.app.commands.options import add_command
 
 
 def add(commands: Any) -> None:
@@ -16,7 +17,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--out",
         metavar="FILE",
-        type=output_file,
+        type=values.output_file,
         help="the page to write (default: report.html in the first RUN)",
     )
 

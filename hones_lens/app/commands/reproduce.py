@@ -6,15 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from hones_lens.app.commands import values
 from hones_lens.app.commands.arguments import data_from, model_from
+from hones_lens.app.commands.checks import check_against_model
 from hones_lens.app.commands.options import (
     add_command,
     file_options,
     limit_options,
     model_options,
-    names,
-    natural,
-    numbers,
     split_options,
 )
 
@@ -28,9 +27,15 @@ def add(commands: Any) -> None:
     file_options(command)
     split_options(command)
     limit_options(command)
-    command.add_argument("--tasks", type=names, metavar="A,B", help="default: all that the data set has")
-    command.add_argument("--ratios", type=numbers, default=(0.01, 0.05), help="shares of neurons to mask")
-    command.add_argument("--controls", type=natural, default=20, help="matched random sets (default: 20)")
+    command.add_argument(
+        "--tasks", type=values.several(str), metavar="A,B", help="default: all that the data set has"
+    )
+    command.add_argument(
+        "--ratios", type=values.several(values.share), default=(0.01, 0.05), help="shares of neurons to mask"
+    )
+    command.add_argument(
+        "--controls", type=values.controls, default=20, help="matched random sets (default: 20)"
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -39,6 +44,7 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.data import tasks_of
 
     model = model_from(args)
+    check_against_model(args, model)
     data = data_from(args, model)
     out = Path(args.out or f"runs/reproduce-{Path(args.model).name}")
     shifted = "shapes-shifted" if args.dataset == "shapes" else None

@@ -6,15 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hones_lens.app.commands.arguments import data_from, model_from, run_folder, write_result
+from hones_lens.app.commands import values
+from hones_lens.app.commands.arguments import data_from, model_from, write_result
+from hones_lens.app.commands.checks import run_folder
 from hones_lens.app.commands.options import (
     add_command,
     data_options,
-    finite,
-    integers,
     model_options,
-    names,
-    numbers,
     split_options,
 )
 
@@ -33,16 +31,32 @@ def add(commands: Any) -> None:
     split_options(command)
     add = command.add_argument
     add("--neurons", metavar="FILE", help="neurons.json or HONES's file (default: that of the run folder)")
-    add("--k", type=int, help="how many of them (default: all that are selected)")
-    add("--methods", type=names, metavar="A,B", help="default: all six")
-    add("--lr", type=numbers, default=(5e-4, 5e-3, 5e-2), help="among these (default: 5e-4,5e-3,5e-2)")
-    add("--epochs", type=integers, default=(2, 8), help="among these (default: 2,8)")
-    add("--factors", type=numbers, default=(0.5, 0.75, 1.0, 1.25, 1.5, 2.0), help="of the grid search")
-    add("--draws", type=int, default=5, help="random sets (default: 5)")
-    add("--patience", type=int, help="stop after so many epochs without a better dev metric (default: never)")
-    for name, kind in (("accumulate", int), ("kl-weight", finite), ("l2-weight", finite), ("clamp", finite)):
-        add(f"--{name}", type=kind, help="default: HONES's")
-    add("--negatives", type=int, help="wrong candidates an example of retrieval")
+    add("--k", type=values.positive, help="how many of them (default: all that are selected)")
+    add("--methods", type=values.several(str), metavar="A,B", help="default: all six")
+    add(
+        "--lr",
+        type=values.several(values.above_zero),
+        default=(5e-4, 5e-3, 5e-2),
+        help="among these (default: 5e-4,5e-3,5e-2)",
+    )
+    add("--epochs", type=values.several(values.repeats), default=(2, 8), help="among these (default: 2,8)")
+    add(
+        "--factors",
+        type=values.several(values.not_negative),
+        default=(0.5, 0.75, 1.0, 1.25, 1.5, 2.0),
+        help="of the grid search",
+    )
+    add("--draws", type=values.repeats, default=5, help="random sets (default: 5)")
+    add(
+        "--patience",
+        type=values.positive,
+        help="stop after so many epochs without a better dev metric (default: never)",
+    )
+    add("--accumulate", type=values.positive, help="examples a step (default: HONES's)")
+    add("--kl-weight", type=values.not_negative, help="default: HONES's")
+    add("--l2-weight", type=values.not_negative, help="default: HONES's")
+    add("--clamp", type=values.above_zero, help="default: HONES's")
+    add("--negatives", type=values.positive, help="wrong candidates an example of retrieval")
 
 
 def execute(args: argparse.Namespace) -> int:

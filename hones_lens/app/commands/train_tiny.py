@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hones_lens.app.commands import values
 from hones_lens.app.commands.options import add_command
 
 TINY = {"llava": "hones_lens.app.tiny.tiny_llava", "qwen2.5-vl": "hones_lens.app.tiny.tiny_qwen"}
@@ -19,11 +20,13 @@ def add(commands: Any) -> None:
     command = add_command(commands, "train-tiny", execute, text)
     command.add_argument("family", choices=list(TINY))
     command.add_argument("--out", required=True, help="folder for checkpoints, log and the model")
-    command.add_argument("--steps", type=int, help="steps of the first part (default: as the shipped model)")
-    command.add_argument("--naming-steps", type=int, help="steps of the second part")
-    command.add_argument("--shape-steps", type=int, help="steps of the third part")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--threads", type=int, help="CPU threads")
+    command.add_argument(
+        "--steps", type=values.positive, help="steps of the first part (default: as the shipped model)"
+    )
+    command.add_argument("--naming-steps", type=values.natural, help="steps of the second part")
+    command.add_argument("--shape-steps", type=values.natural, help="steps of the third part")
+    command.add_argument("--seed", type=values.seed, default=0)
+    command.add_argument("--threads", type=values.threads, help="CPU threads")
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -55,11 +55,11 @@ class DataChoice:
     def discovery(self, task: str | Task) -> list[Example]:
         """The examples on which heads and neurons are selected."""
         default = DEFAULT_SIZES[as_task(task).ranks][0]
-        return self._load(task, self.discovery_split, self.n_discovery or default)
+        return self._load(task, self.discovery_split, _or_default(self.n_discovery, default))
 
     def dev(self, task: str | Task) -> list[Example]:
         """The examples on which scales are learned and chosen."""
-        return self._load(task, self.dev_split, self.n_dev or DEV_SIZES[as_task(task).ranks])
+        return self._load(task, self.dev_split, _or_default(self.n_dev, DEV_SIZES[as_task(task).ranks]))
 
     def test(self, task: str | Task) -> list[Example]:
         """The held-out examples on which results are measured.
@@ -71,7 +71,8 @@ class DataChoice:
             raise ValueError(
                 "neurons can't be judged on the split that selected them: choose another --split"
             )
-        return self._load(task, self.held_out, self.n_held_out or DEFAULT_SIZES[as_task(task).ranks][1])
+        default = DEFAULT_SIZES[as_task(task).ranks][1]
+        return self._load(task, self.held_out, _or_default(self.n_held_out, default))
 
     def _load(self, task: str | Task, split: str, limit: int) -> list[Example]:
         known = as_task(task)
@@ -102,3 +103,7 @@ class DataChoice:
     def _read(self, known: Task, split: str, limit: int) -> list[Example]:
         kind = task_of_examples(known, self.dataset, self.data_file)
         return load_examples(self.dataset, kind, split, limit, self.seed, **self._files)
+
+
+def _or_default(size: int | None, default: int) -> int:
+    return default if size is None else size

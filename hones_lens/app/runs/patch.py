@@ -15,6 +15,7 @@ from torch import Tensor
 from hones_lens import interventions
 from hones_lens.analysis import (
     PatchPairs,
+    Targets,
     as_patch_site,
     corrupted_by,
     counterfactual,
@@ -26,10 +27,10 @@ from hones_lens.analysis import (
 from hones_lens.app.runs.data_choice import FILE_OPTIONS
 from hones_lens.app.runs.folder import Run, save_picture
 from hones_lens.app.runs.identity import model_identity
-from hones_lens.data import Example, counterfactual_pairs, load_examples, reads_files
+from hones_lens.data import CounterfactualPair, Example, counterfactual_pairs, load_examples, reads_files
 from hones_lens.engine import usable_examples
 from hones_lens.interventions import Box, Corruption
-from hones_lens.model import HookedVLM, VLMInputs, did_you_mean, open_image
+from hones_lens.model import HookedVLM, VLMInputs, open_image, require_choice
 from hones_lens.results import Labelled, write_json
 from hones_lens.tasks import load_task, own_prompt, takes_text, task_of_examples
 
@@ -89,15 +90,12 @@ class PairsChoice:
         Raises:
             ValueError: Options contradict each other; also whatever the chosen source raises.
         """
-        self._check()
+        self.check()
         if self.image is not None:
             return self._user_pair(model)
         if self.corrupt is None:
             limit = DEFAULT_LIMIT if self.limit is None else self.limit
-            task = load_task(self.task)
-            kind_of = task_of_examples(task, "shapes")
-            fact_pairs = counterfactual_pairs(kind_of, self.kind, self.split, limit, self.seed)
-            return counterfactual(model, fact_pairs, task)
+            return counterfactual(model, self._fact_pairs(limit), load_task(self.task))
         task, examples = load_task(self.task), self._examples()
         if reads_files(self.dataset):
             examples, _ = usable_examples(model, task, examples, self.on_error)
@@ -110,6 +108,10 @@ class PairsChoice:
         ids = [example.id for example in examples]
         pairs = corrupted_by(model, inputs, self.corruption(), answers, ids=ids)
         return replace(pairs, task=self.task)
+
+    def _fact_pairs(self, limit: int) -> list[CounterfactualPair]:
+        kind_of = task_of_examples(load_task(self.task), "shapes")
+        return counterfactual_pairs(kind_of, self.kind, self.split, limit, self.seed)
 
     def _examples(self) -> list[Example]:
         files: dict[str, Any] = {name: getattr(self, name) for name in FILE_OPTIONS}
@@ -168,7 +170,13 @@ class PairsChoice:
         corruption = corrupted if self.corrupt is None else self.corruption()
         return corrupted_by(model, clean, corruption, [answer_ids], foils, [Path(image).name])
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Check the options against each other.
+
+        Raises:
+            ValueError: Some contradict each other, lack another, or have nothing to act on; names them.
+            FileNotFoundError: A picture that is not there.
+        """
         if self.image is not None:
             self._check_own_picture()
         elif wrong := [name for name, value in self._own_texts.items() if value is not None]:
@@ -180,13 +188,13 @@ class PairsChoice:
                 f"counterfactual pairs are of the shapes world; to patch examples of {self.dataset!r} say "
                 "how they are corrupted: --corrupt"
             )
-        if self.corrupt is not None and self.corrupt not in CORRUPTIONS:
-            raise ValueError(
-                f"unknown corruption {self.corrupt!r}; valid: {', '.join(CORRUPTIONS)}"
-                f"{did_you_mean(self.corrupt, CORRUPTIONS)}"
-            )
         if self.kind is not None and (self.image is not None or self.corrupt is not None):
             raise ValueError("--kind is for counterfactual pairs")
+        self._check_corruption()
+        if self.image is None and self.corrupt is None:
+            self._fact_pairs(1)
+
+    def _check_corruption(self) -> None:
         unused = {
             "strength": self.strength is not None and self.corrupt not in ("noise", "blur"),
             "color": self.color is not None and self.corrupt != "blank",
@@ -195,6 +203,9 @@ class PairsChoice:
         for name, is_unused in unused.items():
             if is_unused:
                 raise ValueError(f"--{name} has nothing to act on with --corrupt {self.corrupt}")
+        if self.corrupt is not None:
+            require_choice("corruption", self.corrupt, CORRUPTIONS)
+            self.corruption()
 
     @property
     def _own_texts(self) -> dict[str, str | None]:
@@ -214,6 +225,10 @@ class PairsChoice:
             raise ValueError(
                 "--image needs --corrupt, or else --corrupted-image or --corrupted-prompt or both"
             )
+        for picture in (self.image, self.corrupted_image):
+            if picture is not None:
+                open_image(picture)
+        self.asked(self.prompt)
 
 
 def start_patching(
@@ -287,15 +302,22 @@ def run_patching(model: HookedVLM, run: Run, pairs: PatchPairs, options: dict[st
     return run.stage("patch", Labelled, patch, beside=["patch.png", "patch.svg"])
 
 
+def what_is_patched(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) -> tuple[Targets, int]:
+    """What the options name, and in how many groups of positions each.
+
+    Raises:
+        ValueError: A layer, head, unit, token group or box that is not there, or positions of pairs that
+            have several prompts.
+    """
+    site = as_patch_site(options["what"])
+    wanted = heads_as_units(site, options.get("heads"), options.get("layers"), options.get("units"))
+    targets = targets_of(site, model.cfg, *wanted)
+    return targets, len(positions_of(model, pairs, site, options["by"], options.get("groups")))
+
+
 def plan_patching(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) -> list[str]:
     """Lines that give the number of patches and an estimate of the time, from a few patches timed here."""
-    site = as_patch_site(options["what"])
-    targets = targets_of(
-        site,
-        model.cfg,
-        *heads_as_units(site, options.get("heads"), options.get("layers"), options.get("units")),
-    )
-    n_groups = len(positions_of(model, pairs, site, options["by"], options.get("groups")))
+    targets, n_groups = what_is_patched(model, pairs, options)
     middle = len(targets.cells) // 2
     timed_cells = targets.cells[middle : middle + _N_TIMED]
     sets = {

@@ -118,7 +118,8 @@ def _with_ranking_sizes(data: DataChoice, task: str) -> DataChoice:
     """The choice with default sizes for a ranking task where none are given."""
     if not load_task(task).ranks:
         return data
-    return replace(data, **{name: getattr(data, name) or n for name, n in RANKING_SIZES.items()})
+    unset = {name: n for name, n in RANKING_SIZES.items() if getattr(data, name) is None}
+    return replace(data, **unset)
 
 
 def _datasets(data: DataChoice, shifted: str | None) -> dict[str, DataChoice]:

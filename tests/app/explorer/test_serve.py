@@ -240,7 +240,7 @@ def test_the_command_serves_and_opens_the_page(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("option", ["--image", "--model", "--run"])
 def test_the_command_names_what_is_not_there(option: str, tmp_path: Path, capsys) -> None:
     pytest.importorskip("marimo")
-    assert main(["explore", option, str(tmp_path / "nothing")]) == 1
+    assert main(["explore", option, str(tmp_path / "nothing")]) == (2 if option == "--model" else 1)
     found = capsys.readouterr()
     assert not found.out and str(tmp_path / "nothing") in found.err and found.err.count("\n") == 1
 
