@@ -27,6 +27,8 @@ def add(commands: Any) -> None:
     add("--port", type=values.port, default=0, help="of the server on 127.0.0.1 (default: one that is free)")
     add("--no-browser", action="store_true", help="only say where the page is")
     add("--out", metavar="FILE", type=values.output_file, help="write a page to keep instead of serving one")
+    text = "size of that page at most, though the first view is always in it (default: 0.95)"
+    add("--max-size", type=values.above_zero, metavar="MB", help=text)
     model_options(command)
 
 
@@ -36,8 +38,9 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.app.explorer.page import write_page
 
     if args.out:
-        views = _views(args)
-        print(f"Page: {write_page(views, views.start(), args.out).resolve()}")
+        views, most = _views(args), None if args.max_size is None else round(args.max_size * 1e6)
+        page = write_page(views, views.start(), args.out, most)
+        print(f"Page: {page.resolve()}, {page.stat().st_size / 1e6:.2f} MB")
         return 0
     with serve.open_listener(args.port) as listener:
         serve.run(_views(args), listener, browser=not args.no_browser)

@@ -29,6 +29,7 @@ from hones_lens.viz import (
 )
 
 MOST_BYTES = 950_000  # size limit of a written page
+_MOST_ABLATED = 64  # heads of which a page keeps the answer without them: each is a run of the model
 _WELL = ("#f1f4f7", "#262c33")  # background of bars and switches, light and dark
 _PAGE = Template(
     """<!DOCTYPE html>
@@ -107,34 +108,33 @@ def write_page(views: ExplorerViews, state: State, file: str | Path, most_bytes:
     """Write one HTML file that works without Python or network.
 
     Sections are stored in this order until the size limit is reached: what the state shows; details of every
-    head and of the neurons that the first view lists; the answer with each head ablated; the lens of every
-    position; the answer with each of those neurons ablated; the neurons that other heads feed; other tokens.
-    Details that no longer fit say so when they are clicked.
+    head, those with the highest scores first, and of the neurons that the first view lists; the answer with
+    each of the best heads ablated; the lens of every position; the answer with each of those neurons ablated;
+    the neurons that other heads feed; other tokens. Details that no longer fit say so when they are clicked.
+
+    The attention of all heads together is stored if it takes at most a quarter of the limit; otherwise heads
+    show theirs where their details are stored. The first view is written even where it exceeds the limit.
 
     Args:
         views: Computes the sections.
         state: The state in which the page opens; its edits are dropped.
         file: The file to write; its folder is created if it does not exist.
         most_bytes: Size limit in bytes; default: MOST_BYTES.
-
-    Raises:
-        ValueError: The first view alone exceeds the limit.
     """
     most_bytes = MOST_BYTES if most_bytes is None else most_bytes
     state = replace(state, edits=())
     scene = views.scene()
     kept: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     size = len(html("", {"scene": scene, "state": state.to_json(), "kept": kept}, "").encode()) + 100
+    every_head = views.attention_bytes <= most_bytes / 4
     for name, key, section_state in _sections_to_keep(views, state):
-        if key in kept[name]:
+        if key in kept[name] or (name == "attention" and not every_head):
             continue
         section = views.section(name, section_state)
         size += len(_script_json({key: section}))
-        if size > most_bytes:
+        if size > most_bytes and kept[name]:
             break
         kept[name][key] = section
-    if not all(kept.values()):
-        raise ValueError(f"{most_bytes:,} bytes do not hold the first view")
     data = {"scene": scene, "state": state.to_json(), "kept": kept}
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -144,8 +144,7 @@ def write_page(views: ExplorerViews, state: State, file: str | Path, most_bytes:
 
 def _sections_to_keep(views: ExplorerViews, state: State) -> Iterator[tuple[str, str, State]]:
     """(section, key, state), the most useful first; keys as the script's `ofPage` makes them."""
-    cfg, answered = views.model.cfg, views.answered
-    heads = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    answered, heads = views.answered, views.ranked_heads(state)
     neurons = _listed_neurons(views, state, heads)
     listed = list(dict.fromkeys(islice(neurons, 2 * NEURONS)))
     yield from _section_keys(views, state, SECTIONS)
@@ -153,7 +152,7 @@ def _sections_to_keep(views: ExplorerViews, state: State) -> Iterator[tuple[str,
         yield from _section_keys(views, replace(state, head=head), ("head",))
     for neuron in listed:
         yield from _section_keys(views, replace(state, neuron=neuron), ("neuron",))
-    for head in heads:
+    for head in heads[:_MOST_ABLATED]:
         yield from _section_keys(views, replace(state, edits=(Edit("head", *head),)), ("answer",))
     for position in range(answered.n_tokens):
         yield from _section_keys(views, replace(state, lens=position), ("lens",))

@@ -86,12 +86,22 @@ class ExplorerViews:
         At the end of the prompt, or of the white space that the answer begins with.
         """
         token = self.answered.last_prompt_position + leading_blanks(self.model, self.answered.answer.tolist())
-        scores = torch.tensor(self._map_values(State(token, token, (0, 0), (0, 0))), dtype=torch.float64)
-        best = int(scores.nan_to_num(-torch.inf).argmax())
-        head = (best // scores.shape[1], best % scores.shape[1])
+        head = self.ranked_heads(State(token, token, (0, 0), (0, 0)))[0]
         state = State(token, token, head, (0, 0))
         layer, index = self.fed_neurons(state)[0][:2]
         return State(token, token, head, (layer, index))
+
+    def ranked_heads(self, state: State) -> list[LayerIndex]:
+        """All heads, those with the highest values on the state's map first; those without a value last."""
+        values = self._map_scores(state).double().nan_to_num(-torch.inf)
+        width = values.shape[1]
+        order = values.flatten().argsort(descending=True, stable=True).tolist()
+        return [(i // width, i % width) for i in order]
+
+    @property
+    def attention_bytes(self) -> int:
+        """What the attention of all heads from one token takes in a page, about."""
+        return self.model.cfg.n_layers * self.model.cfg.n_heads * self.answered.n_tokens * 4 // 3
 
     def fed_neurons(self, state: State) -> list[list[Any]]:
         """Neurons that the state's head feeds most, as (layer, index, Δm_i, Δm_i ‖W_out[i]‖).
@@ -240,13 +250,17 @@ class ExplorerViews:
         )
 
     def _map_values(self, state: State) -> list[list[float | None]]:
+        """The map of heads; None where a head was not measured."""
+        return [[None if v != v else v for v in row] for row in self._map_scores(state).tolist()]
+
+    @torch.no_grad()
+    def _map_scores(self, state: State) -> Tensor:
         if self.heads is not None:
-            values = self.heads.scores.tolist()
-            return [[None if v != v else v for v in row] for row in values]
+            return self.heads.scores
         token, direction = self._target(state)
-        activations = self.activations(state.edits, state.token)
-        with torch.no_grad():
-            return compute.direct_heads(self.model, activations, direction, token).tolist()
+        return compute.direct_heads(
+            self.model, self.activations(state.edits, state.token), direction, token
+        ).cpu()
 
     def _attention(self, state: State) -> dict[str, Any]:
         """Attention of all heads from the token, as bytes: 255 is each head's largest weight."""

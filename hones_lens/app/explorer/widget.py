@@ -136,9 +136,9 @@ class Explorer(anywidget.AnyWidget):
             self.shown = {**state.to_json(), "n": n}
         self._state, self._section_inputs = state, inputs
 
-    def save(self, file: str | Path) -> Path:
-        """Write a page that works without Python; see `page.write_page`."""
-        return page.write_page(self.views, self._state, file)
+    def save(self, file: str | Path, most_bytes: int | None = None) -> Path:
+        """Write a page that works without Python, of a size that can be limited; see `page.write_page`."""
+        return page.write_page(self.views, self._state, file, most_bytes)
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         """The widget, with a static HTML summary for viewers without a kernel."""

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.explorer_views import views
+from helpers.explorer_views import shipped, views
 
 from hones_lens.app.explorer import page
 from hones_lens.app.explorer.state import Edit
-from hones_lens.app.explorer.views import SECTIONS
+from hones_lens.app.explorer.views import SECTIONS, ExplorerViews
+from hones_lens.data import load_examples
+from hones_lens.hones import localize_heads
 from hones_lens.viz.schemes import PALETTE
 
 
@@ -61,13 +63,34 @@ def test_tokens_can_not_end_its_script() -> None:
     assert json.loads(found) == {"text": "</script><script>alert(1)</script>"}
 
 
-def test_a_size_that_is_too_small_keeps_less_or_raises(tmp_path: Path) -> None:
+def test_a_size_that_is_too_small_keeps_the_first_view(tmp_path: Path) -> None:
     one = views()
     state = one.start()
     small = page.write_page(one, state, tmp_path / "small.html", most_bytes=80_000)
     assert small.stat().st_size <= 80_000 and set(kept(small)["kept"]) == set(SECTIONS)
-    with pytest.raises(ValueError, match="50,000 bytes do not hold the first view"):
-        page.write_page(one, state, tmp_path / "none.html", most_bytes=50_000)
+    smallest = kept(page.write_page(one, state, tmp_path / "none.html", most_bytes=50_000))
+    assert {name: len(found) for name, found in smallest["kept"].items()} == dict.fromkeys(SECTIONS, 1)
+
+
+def test_where_attention_is_large_the_best_heads_keep_their_own(tmp_path: Path, monkeypatch) -> None:
+    one = views()
+    state = one.start()
+    assert one.attention_bytes == pytest.approx(len(one.section("attention", state)["bytes"]), rel=0.01)
+    assert kept(page.write_page(one, state, tmp_path / "all.html", 100_000))["kept"]["attention"]
+    monkeypatch.setattr(ExplorerViews, "attention_bytes", 25_001)
+    found = kept(page.write_page(one, state, tmp_path / "page.html", 100_000))["kept"]
+    assert not found["attention"]
+    scores = [v for row in one.section("map", state)["scores"] for v in row]
+    order = sorted(range(32), key=lambda i: -scores[i])
+    assert list(found["head"])[:3] == [f"{state.token}@{i // 8}.{i % 8}" for i in order[:3]]
+    assert all(len(head["attention"]) == one.answered.n_tokens for head in found["head"].values())
+
+
+def test_scores_of_some_heads_alone_open_at_the_best_of_them() -> None:
+    task, examples = "vqa", load_examples("shapes", "vqa", "discovery", 2)
+    scores = localize_heads(shipped("tiny-llava"), task, examples, 1, heads="L1H2,L3H4", progress=False)
+    one = views(heads=scores)
+    assert one.start().head in ((1, 2), (3, 4)) and one.section("map", one.start())["scores"][0][0] is None
 
 
 def test_its_colours_are_those_of_the_figures() -> None:
