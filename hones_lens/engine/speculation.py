@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hones_lens.engine.arms import Arm, stack_hooks
@@ -19,7 +19,20 @@ from hones_lens.engine.memory import Budget
 from hones_lens.engine.segments import Segment, buckets
 from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, decode, to_list
 
-NEAR_TIE = 1e-4  # nats between the two likeliest tokens, below which rounding could decide
+NEAR_TIE = 1e-4  # nats between the two likeliest tokens, below which rounding could decide in float32
+
+
+def near_tie(
+    leads: Float[Tensor, "*row"], largest: Float[Tensor, "*row"], dtype: torch.dtype
+) -> Bool[Tensor, "*row"]:
+    """Whether rounding could decide between the two likeliest tokens.
+
+    Args:
+        leads: By how much the largest logit is the largest, in nats.
+        largest: That logit. Steps between numbers of a type grow with their size.
+        dtype: Of the model: activations are rounded to it, whatever the logits are.
+    """
+    return leads < (torch.finfo(dtype).eps * largest.abs()).clamp(min=NEAR_TIE)
 
 
 @dataclass
@@ -29,7 +42,7 @@ class Tally:
     Attributes:
         forked, full: Rows that were forked from a clean pass, and rows that had to be run whole.
         decoded: Forked rows that were decoded further, because their answer differs from the clean model's.
-        near_ties: Choices between two tokens whose logits differ by less than 1e-4.
+        near_ties: Choices between two tokens whose logits differ by less than rounding may (see `near_tie`).
         row_layers: Decoder layers computed, times rows (the fork's own layer counts as one).
     """
 
@@ -145,25 +158,29 @@ class ExpectedAnswers:
         process = model.decoding.processors(prompts.attention_mask, model.cfg.eos_token_ids, max_new_tokens)
         return cls(draft, rows, ids, draft.padded(-1), cos, sin, process)
 
-    def likeliest(self, logits: Float[Tensor, "arm row longest d_vocab"]) -> tuple[Tensor, Tensor]:
-        """What each arm chooses behind every part of the draft, and by how much, [arm row longest]."""
+    def likeliest(
+        self, logits: Float[Tensor, "arm row longest d_vocab"], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """What each arm chooses behind every part of the draft, and where it is a near-tie."""
         if not self.process:
-            return _likeliest(logits)
+            return _likeliest(logits, dtype)
         n_arms, prompts = len(logits), self.draft.inputs.input_ids
         ids = torch.cat((prompts, self.wanted.clamp(min=0)), dim=1).repeat(n_arms, 1)
         choices = torch.zeros_like(logits[..., 0], dtype=torch.long)
-        leads = torch.zeros_like(choices, dtype=torch.float32)
+        near = torch.zeros_like(choices, dtype=torch.bool)
         for i in range(logits.shape[2]):
             said = ids[:, : prompts.shape[1] + i]
             scores: Tensor = self.process(said, logits[:, :, i].flatten(0, 1).float())
-            choices[:, :, i], leads[:, :, i] = _likeliest(scores.view(n_arms, len(prompts), -1))
-        return choices, leads
+            choices[:, :, i], near[:, :, i] = _likeliest(scores.view(n_arms, len(prompts), -1), dtype)
+        return choices, near
 
 
-def _likeliest(scores: Float[Tensor, "*row d_vocab"]) -> tuple[Int[Tensor, "*row"], Float[Tensor, "*row"]]:
-    """The token with the largest score of each row, and by how much it is the largest."""
+def _likeliest(
+    scores: Float[Tensor, "*row d_vocab"], dtype: torch.dtype
+) -> tuple[Int[Tensor, "*row"], Bool[Tensor, "*row"]]:
+    """The token with the largest score of each row, and whether that is a near-tie."""
     best = scores.float().topk(2, dim=-1).values
-    return scores.argmax(-1), best[..., 0] - best[..., 1]
+    return scores.argmax(-1), near_tie(best[..., 0] - best[..., 1], best[..., 0], dtype)
 
 
 @dataclass
@@ -225,11 +242,10 @@ class Answers:
         logits, wanted = forked.logits, expected.wanted
         assert logits is not None
         check_finite(logits, arms, expected.ids)
-        choices, leads = expected.likeliest(logits)
+        choices, near = expected.likeliest(logits, self.model.cfg.dtype)
         differs = (choices != wanted) & (wanted >= 0)
         reached = differs.cumsum(-1) - differs.int() == 0  # up to the first difference
-        near = (leads < NEAR_TIE) & reached & (wanted >= 0)
-        self.tally.near_ties += int(near.sum())
+        self.tally.near_ties += int((near & reached & (wanted >= 0)).sum())
         first: list[list[int]] = to_list(differs.int().argmax(-1))
         differing: list[tuple[int, int]] = to_list(differs.any(-1).nonzero())
         for arm, row in differing:
@@ -264,8 +280,8 @@ class Answers:
                 logits = model.unembed(model.ln_final(resid))[:, 0]
             for i, row in enumerate(rows):
                 check_finite(logits[None, i : i + 1, None], [row.arm], [row.expected.ids[row.row]])
-            choices, leads = _likeliest(_scores(rows, logits.float()))
-            self.tally.near_ties += int((leads < NEAR_TIE).sum())
+            choices, near = _likeliest(_scores(rows, logits.float()), model.cfg.dtype)
+            self.tally.near_ties += int(near.sum())
             self.tally.row_layers += len(rows) * model.cfg.n_layers
             rows = self._advance(rows, to_list(choices))
 

@@ -61,6 +61,7 @@ class VLMConfig:
         n_ctx: Longest sequence that the checkpoint was made for.
         eos_token_ids: Any of them ends a generation.
         use_split_qkv_input: Set through `HookedVLM.set_use_split_qkv_input`.
+        unembed_in_float32: Set through `HookedVLM.set_unembed_in_float32`.
         default_prepend_bos: Whether the tokenizer puts a beginning-of-sequence token before a text by itself.
     """
 
@@ -85,6 +86,7 @@ class VLMConfig:
     normalization_type: str = "RMS"
     attn_only: bool = False
     use_split_qkv_input: bool = False
+    unembed_in_float32: bool = True
     default_prepend_bos: bool = False
 
     # What code written for TransformerLens reads besides; the same for every family.

@@ -96,7 +96,8 @@ class HookedVLM(HookedRoot, Family):
         Args:
             name: E.g. `tiny-llava`, `llava`, `path/to/folder`, `llava-hf/llava-1.5-7b-hf`.
             device: Default: the GPU if there is one. `auto` is `device_map="auto"`.
-            dtype: Default: float32 on a CPU, the checkpoint's own on a GPU.
+            dtype: Default: float32 on a CPU, the checkpoint's own on a GPU. Logits are in float32 also in
+                bfloat16 and float16 (see `set_unembed_in_float32`).
             revision: Branch, tag or commit on the Hub; default: the one that is known to work, if any.
             plain_greedy: Leave out the settings of the checkpoint's generation config that change which
                 token follows, such as a `repetition_penalty`.
@@ -339,6 +340,20 @@ class HookedVLM(HookedRoot, Family):
         self.cfg = replace(self.cfg, use_split_qkv_input=use_split_qkv_input)
         for block in self.blocks:
             block.attn.use_split_qkv_input = use_split_qkv_input
+
+    def set_unembed_in_float32(self, unembed_in_float32: bool) -> None:
+        """Whether logits of a model in bfloat16 or float16 are computed and returned in float32 (default).
+
+        Rounded to the model's own type, as Hugging Face's, many candidates of a ranking have equal scores.
+
+        Raises:
+            ValueError: The family's unembedding can't.
+        """
+        if unembed_in_float32 and not hasattr(self.unembed, "in_float32"):
+            raise ValueError(f"{type(self.unembed).__name__} computes logits in the model's own type alone")
+        self.cfg = replace(self.cfg, unembed_in_float32=unembed_in_float32)
+        unembed: Any = self.unembed
+        unembed.in_float32 = unembed_in_float32
 
     # -- device ----------------------------------------------------------------------------------
 

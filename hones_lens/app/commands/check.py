@@ -43,7 +43,9 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError("--flips compares another type with float32; give --dtype bfloat16 or float16")
     options = {"plain_greedy": args.plain_greedy, "device_map": args.device_map}
     hf_model, processor = load_hf_model(args.model_name, args.device, dtype, **options)
-    checks = check_model(hook_hf_model(hf_model, processor), hf_model, quick=args.quick)
+    hooked = hook_hf_model(hf_model, processor)
+    hooked.set_unembed_in_float32(False)  # logits are rounded as Hugging Face's
+    checks = check_model(hooked, hf_model, quick=args.quick)
     for check in checks:
         print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.figure}")
     flips = [] if args.flips is None else _flips(args, dtype or torch.bfloat16)

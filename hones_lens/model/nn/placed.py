@@ -117,11 +117,15 @@ class PlacedLinear(_Placed, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Computed where the weights are, if they are in the memory of an accelerator, else at home."""
+        return self.run(F.linear, input)
+
+    def run(self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], input: Tensor) -> Tensor:
+        """`function(input, weight, bias)` in the place where `forward` computes, on the input's device."""
         weight, bias = self.resting("weight"), self.resting("bias")
         assert weight is not None
         place = self.home if weight.device.type == "cpu" else weight.device
         bias = None if bias is None else bias.to(place)
-        return F.linear(input.to(place), weight.to(place), bias).to(input.device)
+        return function(input.to(place), weight.to(place), bias).to(input.device)
 
 
 class PlacedEmbedding(_Placed, nn.Embedding):
