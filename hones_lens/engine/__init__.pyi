@@ -21,6 +21,7 @@ from .measurement import (
 from .memory import Budget as Budget, free_bytes as free_bytes
 from .options import (
     BatchKeywords as BatchKeywords,
+    ResumedKeywords as ResumedKeywords,
     SweepKeywords as SweepKeywords,
     SweepOptions as SweepOptions,
     split_keywords as split_keywords,
@@ -30,6 +31,7 @@ from .preflight import (
     find_faults as find_faults,
     usable_examples as usable_examples,
 )
+from .resumable import TensorJournal as TensorJournal, resumed_batches as resumed_batches
 from .segments import Segment as Segment, split_shared_prefix as split_shared_prefix
 from .speculation import Tally as Tally
 from .sweep import Sweep as Sweep, logits_under as logits_under

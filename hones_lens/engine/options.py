@@ -17,10 +17,15 @@ class BatchKeywords(TypedDict, total=False):
     progress: bool
 
 
-class SweepKeywords(BatchKeywords, total=False):
-    """Keywords of a stage that sweeps; see `SweepOptions`."""
+class ResumedKeywords(BatchKeywords, total=False):
+    """Keywords of a stage that runs batches and can be resumed; see `SweepOptions`."""
 
     journal: MutableMapping[str, Any] | None
+
+
+class SweepKeywords(ResumedKeywords, total=False):
+    """Keywords of a stage that sweeps; see `SweepOptions`."""
+
     memory_budget: float | None
     tally: Tally | None
 
@@ -83,6 +88,18 @@ class SweepOptions:
     ) -> SweepOptions:
         """As `of`, for a stage that runs batches one by one and has no use for the other options."""
         return cls.of(options, keywords, unused=("journal", "memory_budget", "tally"), **defaults)
+
+    @classmethod
+    def of_resumed(
+        cls, options: SweepOptions | None, keywords: Mapping[str, Any], **defaults: Any
+    ) -> SweepOptions:
+        """As `of_batches`, for a stage that can be resumed."""
+        return cls.of(options, keywords, unused=("memory_budget", "tally"), **defaults)
+
+    @property
+    def of_resumed_batches(self) -> ResumedKeywords:
+        """`batch_size`, `progress` and `journal` as keywords."""
+        return {"batch_size": self.batch_size, "progress": self.progress, "journal": self.journal}
 
     @property
     def of_a_batch(self) -> BatchKeywords:

@@ -26,7 +26,7 @@ from hones_lens.app.report.run_files import check_file, file_hash, finished_file
 from hones_lens.app.report.run_settings import FORMAT, read_object, read_settings, sealed
 from hones_lens.app.runs.data_choice import DataChoice
 from hones_lens.app.runs.identity import code_hash
-from hones_lens.app.runs.journal import Journal
+from hones_lens.app.runs.journal import TENSORS, Journal
 from hones_lens.results import replaced_atomically, write_json
 from hones_lens.tasks import Task
 
@@ -134,7 +134,8 @@ class Run:
             return False
         stages = list(self._decided)
         files = [f"{name}.{kind}" for name in stages[stages.index(stage) :] for kind in _STAGE_FILES]
-        return not any(self.path(file).exists() for file in files)
+        sums = [self.folder.glob(f"{name}.*{TENSORS}") for name in stages[stages.index(stage) :]]
+        return not any(self.path(file).exists() for file in files) and not any(map(list, sums))
 
     def _difference(self, setting: str, stored: Any, current: Any) -> str:
         stage = self._stage_of(setting)
@@ -186,9 +187,11 @@ class Run:
         if finished is None or not all(self.path(file).exists() for file in finished):
             self.record(name, write())
             self.log(f"{name}: done")
-            return
-        for file, checksum in finished.items():
-            check_file(self.path(file), checksum)
+        else:
+            for file, checksum in finished.items():
+                check_file(self.path(file), checksum)
+        for file in self.folder.glob(f"{name}.*{TENSORS}"):  # of its journal
+            file.unlink()
 
     def record(self, name: str, files: Iterable[Path]) -> None:
         """Mark a stage as finished, with the checksums of its files: the last thing that it writes."""

@@ -86,4 +86,5 @@ def find_lens_delta(
     model: HookedVLM, run: Run, task: str, examples: Sequence[Example], neurons: NeuronScores, name: str
 ) -> LensDifference:
     """Load or compute the logit lens of the baseline minus that with the neurons masked, as stage `name`."""
-    return run.stage(name, LensDifference, lambda: lens_delta(model, task, examples, neurons))
+    options: dict[str, Any] = {"journal": run.journal(name)}
+    return run.stage(name, LensDifference, lambda: lens_delta(model, task, examples, neurons, **options))

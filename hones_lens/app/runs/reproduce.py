@@ -150,7 +150,7 @@ def _mask(
         return MaskingResults(masking_curve(model, task, data.test(task), neurons, ratios=ratios, **options))
 
     def mask_others() -> MaskingResults:
-        others = [_ranking(model, task, data, name, tasks, neurons.layers) for name in RANKINGS]
+        others = [_ranking(model, run, task, data, name, tasks, neurons.layers) for name in RANKINGS]
         sizes = [neurons.count(ratio) for ratio in ratios]
         sets = [ranking.top(k) for ranking in others for k in sizes]
         return stages.mask_rankings(model, run, task, data, names, sets)
@@ -162,9 +162,15 @@ def _mask(
 
 
 def _ranking(
-    model: HookedVLM, task: str, data: DataChoice, name: str, tasks: Sequence[str], layers: Layers | None
+    model: HookedVLM,
+    run: Run,
+    task: str,
+    data: DataChoice,
+    name: str,
+    tasks: Sequence[str],
+    layers: Layers | None,
 ) -> NeuronScores:
-    options: dict[str, Any] = {"layers": layers}
+    options: dict[str, Any] = {"layers": layers, "journal": run.journal("others")}
     if name == "activation_entropy":
         others: dict[str, Sequence[Example]] = {t: data.discovery(t) for t in tasks if t != task}
         options["other_tasks"] = others

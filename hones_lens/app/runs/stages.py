@@ -141,7 +141,9 @@ def find_neurons(
     """Load or compute the neuron scores (HONES eqs. H2 and H3)."""
 
     def attribute() -> NeuronScores:
-        neurons = attribute_neurons(model, task, data.discovery(task), heads, ratio, layers=layers)
+        neurons = attribute_neurons(
+            model, task, data.discovery(task), heads, ratio, layers=layers, journal=run.journal("neurons")
+        )
         save_neurons(neurons, run.path("hones/neurons_top1pct.json"))
         run.log(f"neurons: {neurons.count()} of {neurons.n_asked}")
         return neurons
@@ -182,7 +184,7 @@ def mask_others(
 
     def mask() -> MaskingResults:
         discovery = data.discovery(task)
-        options: dict[str, Any] = {"ratio": ratio, "layers": layers}
+        options: dict[str, Any] = {"ratio": ratio, "layers": layers, "journal": run.journal("others")}
         rankings = [attribute_neurons(model, task, discovery, method=name, **options) for name in names]
         return mask_rankings(model, run, task, data, names, [scores.top() for scores in rankings])
 

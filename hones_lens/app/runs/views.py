@@ -105,7 +105,14 @@ def find_flow(
     return run.stage(
         "flow",
         HeadNeuronFlow,
-        lambda: head_neuron_flow(model, task, data.discovery(task)[:_FLOW_EXAMPLES], heads, neurons),
+        lambda: head_neuron_flow(
+            model,
+            task,
+            data.discovery(task)[:_FLOW_EXAMPLES],
+            heads,
+            neurons,
+            journal=run.journal("flow"),
+        ),
     )
 
 

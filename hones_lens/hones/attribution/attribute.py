@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hones_lens import engine
 from hones_lens.data import Example
-from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
+from hones_lens.engine import ResumedKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.ablation import exact_ablation
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
@@ -74,10 +75,11 @@ def attribute_neurons(
         method: `hones` (eq. H3); the name of another ranking, one of `RANKINGS` or of an installed
             distribution; or a function of your own. It is called as `method(model, task, examples,
             batch_size=..., progress=..., **keywords)` with a Task and a list of Examples, and returns a score
-            for every decoder neuron, [layer d_mlp]: higher is more important.
+            for every decoder neuron, [layer d_mlp]: higher is more important. One that has a parameter
+            `journal` can be resumed (see `engine.resumed_batches`).
         layers: Score these alone, e.g. `"10-20"`: others are NaN, and `ratio` is a share of these.
         options: How it runs, as `SweepOptions`.
-        keywords: `batch_size` (default 16) and `progress` of `SweepOptions`; and the method's own, for
+        keywords: `batch_size` (default 16), `progress`, `journal` of `SweepOptions`; the method's own, for
             `hones` `normalize`, `apply_ln`, `foils` of `target_directions`, for others see their functions.
 
     Returns:
@@ -89,10 +91,12 @@ def attribute_neurons(
     """
     task = engine.as_task(task)
     engine.check_examples(task, examples)
-    batch_keywords, method_keywords = split_keywords(keywords, BatchKeywords.__annotations__)
-    options = SweepOptions.of_batches(options, batch_keywords, batch_size=16)
+    batch_keywords, method_keywords = split_keywords(keywords, ResumedKeywords.__annotations__)
+    options = SweepOptions.of_resumed(options, batch_keywords, batch_size=16)
     chosen = choose_layers(layers, model.cfg.n_layers)
     method_keywords |= options.of_a_batch
+    if options.journal is not None:
+        method_keywords["journal"] = options.journal
     scores, errors = _scores_by(method, model, task, examples, heads, chosen, method_keywords)
     name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
     _check_scores(model, name, scores, chosen)
@@ -125,6 +129,8 @@ def _scores_by(
     ranking = load_ranking(method) if isinstance(method, str) else method
     if ranking is exact_ablation:  # its cost is by the neuron
         keywords = {**keywords, "layers": layers}
+    if "journal" not in signature(ranking).parameters and ranking is not exact_ablation:
+        keywords = {name: value for name, value in keywords.items() if name != "journal"}
     return ranking(model, task, examples, **keywords), None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from hones_lens import engine
 from hones_lens.analysis import promoted_tokens
 from hones_lens.data import Example
-from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
+from hones_lens.engine import ResumedKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.head_scores import HeadScores
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.attribution.neurons import default_ratio, write_in_drops_by_head
@@ -127,8 +127,8 @@ def head_neuron_flow(
         ratio: Share of all neurons that are task neurons; default: the ranking's, or from `model_configs/`.
         tokens: How many promoted tokens of each neuron to keep.
         options: How it runs, as `SweepOptions`.
-        keywords: `batch_size` (default 16) and `progress` of `SweepOptions`; `normalize`, `apply_ln`, `foils`
-            of `target_directions`.
+        keywords: `batch_size` (default 16), `progress` and `journal` of `SweepOptions`; `normalize`,
+            `apply_ln`, `foils` of `target_directions`.
 
     Raises:
         ValueError: No examples, no critical head with w > 0, scores of another shape, or too many tokens.
@@ -140,10 +140,10 @@ def head_neuron_flow(
     shape = (model.cfg.n_layers, model.cfg.d_mlp)
     if neurons is not None and tuple(neurons.scores.shape) != shape:
         raise ValueError(f"neuron scores {tuple(neurons.scores.shape)} for a model of {shape} neurons")
-    batch_keywords, direction_keywords = split_keywords(keywords, BatchKeywords.__annotations__)
-    options = SweepOptions.of_batches(options, batch_keywords, batch_size=16)
+    batch_keywords, direction_keywords = split_keywords(keywords, ResumedKeywords.__annotations__)
+    options = SweepOptions.of_resumed(options, batch_keywords, batch_size=16)
     critical = [head for head in heads.top() if head.score > 0]
-    direction_keywords |= options.of_a_batch
+    direction_keywords |= options.of_resumed_batches
     weights, drops = write_in_drops_by_head(model, task, examples, critical, **direction_keywords)
     by_head = weights[:, None, None] * drops / weights.sum()
     scores = by_head.sum(0)
@@ -152,7 +152,7 @@ def head_neuron_flow(
         neurons = NeuronScores(task.name, "hones", model.cfg.model_name, scores, share, len(examples))
     chosen = neurons.top(neurons.count(ratio))
     where = tuple(torch.tensor([[c.layer, c.index] for c in chosen]).T)
-    activations = mean_activation(model, task, examples, signed=True, **options.of_a_batch)[where]
+    activations = mean_activation(model, task, examples, signed=True, **options.of_resumed_batches)[where]
     return HeadNeuronFlow(
         task=task.name,
         model_name=model.cfg.model_name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from hones_lens import engine
 from hones_lens.analysis import activation_gradients
 from hones_lens.data import CounterfactualPair, Example
 from hones_lens.engine import LayerStep, layer_steps
+from hones_lens.hones.attribution.rankings import Journal
 from hones_lens.interventions import HeadEdit, neuron_hook, replace_with_other_heads_mean
 from hones_lens.model import Answer, HookedVLM, VLMInputs, at_positions
 from hones_lens.tasks import Task
@@ -29,6 +31,7 @@ def gradient_times_activation(
     *,
     batch_size: int = 16,
     progress: bool = True,
+    journal: Journal = None,
     positions: str = "all",
 ) -> Float[Tensor, "layer d_mlp"]:
     """`m_i · ∂P/∂m_i`, the first-order estimate of what zeroing a neuron loses (METHOD, rankings).
@@ -41,13 +44,15 @@ def gradient_times_activation(
         model, task, examples: What to attribute.
         batch_size: Examples a batch.
         progress: Show a progress bar.
+        journal: Where its sums are kept, so that it can be resumed (see `engine.resumed_batches`).
         positions: `last` takes the last prompt position alone.
 
     Raises:
         ValueError: Unknown positions.
     """
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
-    for batch in _batches(model, task, examples, batch_size, progress):
+    key = f"gradient_times_activation/{task.name}"
+    for _, batch in _batches(model, task, examples, batch_size, progress, total, journal, key):
         total += _first_order_drops(model, batch, positions, [0.0] * model.cfg.n_layers)
     return total / len(examples)
 
@@ -59,6 +64,7 @@ def attribution_patching(
     *,
     batch_size: int = 16,
     progress: bool = True,
+    journal: Journal = None,
     pairs: Sequence[CounterfactualPair] = (),
     positions: str = "all",
 ) -> Float[Tensor, "layer d_mlp"]:
@@ -74,6 +80,7 @@ def attribution_patching(
         examples: Not read: the pairs are the examples.
         batch_size: Pairs a batch.
         progress: Show a progress bar.
+        journal: Where its sums are kept, so that it can be resumed (see `engine.resumed_batches`).
         pairs: What to compare, from `data.counterfactual_pairs`.
         positions: `last` takes the last prompt position alone.
 
@@ -86,10 +93,10 @@ def attribution_patching(
     engine.check_examples(task, clean)
     corrupted = [replace(pair.clean, image_source=pair.corrupted.image_source) for pair in pairs]
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
-    corrupted_batches = engine.answer_batches(model, task, corrupted, batch_size)
-    for batch, corrupted_batch in zip(
-        _batches(model, task, clean, batch_size, progress), corrupted_batches, strict=True
-    ):
+    key = f"attribution_patching/{task.name}"
+    for start, batch in _batches(model, task, clean, batch_size, progress, total, journal, key):
+        chunk = corrupted[start : start + len(batch.examples)]
+        (corrupted_batch,) = engine.answer_batches(model, task, chunk, batch_size)
         replacements = (step.neurons for step in layer_steps(model, corrupted_batch.inputs))
         total += _first_order_drops(model, batch, positions, replacements)
     return total / len(pairs)
@@ -102,6 +109,7 @@ def qrnca(
     *,
     batch_size: int = 16,
     progress: bool = True,
+    journal: Journal = None,
     steps: int = STEPS,
     positions: str = "last",
 ) -> Float[Tensor, "layer d_mlp"]:
@@ -122,6 +130,7 @@ def qrnca(
         model, task, examples: What to attribute.
         batch_size: Steps of the integral in one pass, a row each.
         progress: Show a progress bar.
+        journal: Where its sums are kept, so that it can be resumed (see `engine.resumed_batches`).
         steps: Of the integral.
         positions: Where m is scaled: the last prompt position as in QRNCA, or `all`.
 
@@ -133,17 +142,14 @@ def qrnca(
             positions.
     """
     queries = _by_query(task, examples)
-    options = {"steps": steps, "positions": positions, "batch_size": batch_size}
+    options: dict[str, Any] = {"steps": steps, "positions": positions, "batch_size": batch_size}
     shape = (model.cfg.n_layers, model.cfg.d_mlp)
     total, n_clusters = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     with tqdm(total=len(examples), desc=f"qrnca · {task.name}", disable=not progress) as bar:
-        for instances in queries.values():
-            attribution = torch.zeros(shape, dtype=torch.float64)
-            for batch in engine.answer_batches(model, task, instances, batch_size=1):
-                with engine.error_context(batch.ids):
-                    for step in layer_steps(model, batch.inputs):
-                        attribution[step.layer] += integrated_gradients(model, batch.inputs, step, **options)
-                bar.update(1)
+        for number, instances in enumerate(queries.values()):
+            key = f"qrnca/{task.name}/{number}"
+            attribution = _of_a_query(model, task, instances, journal, key, options)
+            bar.update(len(instances))
             largest = attribution.max()
             if largest > 0:
                 cluster = attribution > CLUSTER_SHARE * largest
@@ -152,6 +158,24 @@ def qrnca(
     if not bool(n_clusters.any()):
         raise ValueError("qrnca found no neuron with a positive attribution in any query")
     return total / len(queries) * (len(queries) / (n_clusters + 1)).log()
+
+
+def _of_a_query(
+    model: HookedVLM,
+    task: Task,
+    instances: Sequence[Example],
+    journal: Journal,
+    key: str,
+    options: dict[str, Any],
+) -> Float[Tensor, "layer d_mlp"]:
+    """The sum of a query's integrated gradients over its instances."""
+    total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
+    for _, chunk in engine.resumed_batches(instances, 1, {"total": total}, journal, key):
+        (batch,) = engine.answer_batches(model, task, chunk, batch_size=1)
+        with engine.error_context(batch.ids):
+            for step in layer_steps(model, batch.inputs):
+                total[step.layer] += integrated_gradients(model, batch.inputs, step, **options)
+    return total
 
 
 def _by_query(task: Task, examples: Sequence[Example]) -> dict[tuple[str, str], list[Example]]:
@@ -262,6 +286,7 @@ def first_order_head_drops(
     *,
     batch_size: int = 16,
     progress: bool = True,
+    journal: Journal = None,
 ) -> Float[Tensor, "layer head"]:
     """First-order estimate of what replacing each head by the mean of the others costs.
 
@@ -279,7 +304,8 @@ def first_order_head_drops(
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
     _, edit = replace_with_other_heads_mean(0, 0)
     assert isinstance(edit, HeadEdit)
-    for batch in _batches(model, task, examples, batch_size, progress):
+    key = f"first_order_head_drops/{task.name}"
+    for _, batch in _batches(model, task, examples, batch_size, progress, total, journal, key):
         with engine.error_context(batch.ids):
             gradients = _gradients_at(model, batch.inputs, names)
         for layer, (z, gradient) in enumerate(gradients):
@@ -289,12 +315,21 @@ def first_order_head_drops(
 
 
 def _batches(
-    model: HookedVLM, task: Task, examples: Sequence[Example], batch_size: int, progress: bool
-) -> Iterator[engine.Batch]:
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    batch_size: int,
+    progress: bool,
+    total: Tensor,
+    journal: Journal,
+    key: str,
+) -> Iterator[tuple[int, engine.Batch]]:
+    """Batches that are not in the total yet, each with the number of its first example."""
     with tqdm(total=len(examples), desc=f"gradients · {task.name}", disable=not progress) as bar:
-        for batch in engine.answer_batches(model, task, examples, batch_size):
-            yield batch
-            bar.update(len(batch.examples))
+        for start, chunk in engine.resumed_batches(examples, batch_size, {"total": total}, journal, key):
+            (batch,) = engine.answer_batches(model, task, chunk, batch_size)
+            yield start, batch
+            bar.update(start + len(chunk) - bar.n)
 
 
 def _finite(log_probs: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ def _cells_to_measure(
         return cells, []
     if not k <= prefilter:
         raise ValueError(f"prefilter keeps {prefilter} heads, fewer than the {k} asked for")
-    drops = first_order_head_drops(model, task, examples, **options.of_a_batch)
+    drops = first_order_head_drops(model, task, examples, **options.of_resumed_batches)
     where = torch.zeros(drops.shape, dtype=torch.bool)
     where[tuple(zip(*cells, strict=True))] = True
     best = ranked(drops.where(where, -torch.inf), min(prefilter, len(cells)))

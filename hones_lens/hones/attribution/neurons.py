@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +183,7 @@ def write_in_drops_by_head(
     Args:
         model, task, examples: What to attribute.
         heads: Critical heads with their w_h.
-        options: `batch_size`, `progress`; `normalize`, `apply_ln`, `foils` of `target_directions`.
+        options: `batch_size`, `progress`, `journal`; `normalize`, `apply_ln`, `foils` of `target_directions`.
 
     Returns:
         w_h, and `[E c(l,i) − E c(l,i under I_h)]₊`, float64 on the CPU.
@@ -205,7 +205,7 @@ class _Drops:
         critical: The heads with w_h > 0.
         directions: Of the examples' targets.
         layers: Of the neurons.
-        batch_size, progress, apply_ln: As for `attribute_neurons`.
+        batch_size, progress, journal, apply_ln: As for `attribute_neurons`.
     """
 
     model: HookedVLM
@@ -217,6 +217,7 @@ class _Drops:
     batch_size: int
     progress: bool
     apply_ln: bool
+    journal: MutableMapping[str, Any] | None
 
     @classmethod
     def of(
@@ -228,19 +229,18 @@ class _Drops:
         *,
         batch_size: int = 16,
         progress: bool = True,
-        normalize: bool = True,
-        apply_ln: bool = False,
-        foils: Sequence[str] | None = None,
+        journal: MutableMapping[str, Any] | None = None,
         layers: Sequence[int] | None = None,
+        **target: Any,
     ) -> _Drops:
-        """Of these heads; ValueError where none has w_h > 0."""
+        """Of these heads, with options of `target_directions`; ValueError where none has w_h > 0."""
         critical = [head for head in heads if head.score > 0]
         if not critical:
             raise ValueError("no critical head has w > 0, so there is nothing to condition neurons on")
-        options = {"normalize": normalize, "apply_ln": apply_ln, "foils": foils}
-        directions = target_directions(model, task, examples, **options)
+        directions = target_directions(model, task, examples, **target)
         chosen = choose_layers(layers, model.cfg.n_layers)
-        return cls(model, task, examples, critical, directions, chosen, batch_size, progress, apply_ln)
+        run = (batch_size, progress, bool(target.get("apply_ln")), journal)
+        return cls(model, task, examples, critical, directions, chosen, *run)
 
     def of_all_layers(
         self, values: Float[Tensor, "*lead chosen d_mlp"]
@@ -268,22 +268,23 @@ class _Drops:
         portions = [self.critical[i : i + at_once] for i in range(0, len(self.critical), at_once)]
         total = len(self.examples) * (len(self.critical) + len(portions))
         with tqdm(total=total, desc=f"neurons · {self.task.name}", disable=not self.progress) as bar:
-            for portion in portions:
-                sums, counts = self._summed(portion, parts, bar)
+            for number, portion in enumerate(portions):
+                sums, counts = self._summed(portion, parts, bar, f"neurons/{self.task.name}/{parts}/{number}")
                 yield from ((head.score, sums[i], counts) for i, head in enumerate(portion))
                 del sums
 
     def _summed(
-        self, heads: Sequence[Component], parts: int, bar: tqdm[Any]
+        self, heads: Sequence[Component], parts: int, bar: tqdm[Any], key: str
     ) -> tuple[Float[Tensor, "head part layer d_mlp"], Float[Tensor, " part"]]:
-        model, start = self.model, 0
+        model, before = self.model, bar.n
         shape = (len(heads), parts, len(self.layers), model.cfg.d_mlp)
         sums, counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(parts, dtype=torch.float64)
-        batches = engine.answer_batches(model, self.task, self.examples, self.batch_size, answers=False)
-        for batch in batches:
-            stop = start + len(batch.examples)
+        tensors = {"sums": sums, "counts": counts}
+        resumed = engine.resumed_batches(self.examples, self.batch_size, tensors, self.journal, key)
+        for start, chunk in resumed:
+            (batch,) = engine.answer_batches(model, self.task, chunk, len(chunk), answers=False)
+            stop = start + len(chunk)
             directions, part = self.directions[start:stop], torch.arange(start, stop) % parts
-            start = stop
             counts.index_add_(0, part, torch.ones(len(part), dtype=torch.float64))
             given = (model, batch, directions)
             clean = write_in(*given, (), self.apply_ln, self.layers).double().cpu()
@@ -293,5 +294,5 @@ class _Drops:
                 hook = replace_with_other_heads_mean(head.layer, head.index)
                 changed = write_in(*given, [hook], self.apply_ln, self.layers)
                 sums[i].index_add_(0, part, clean - changed.double().cpu())
-            bar.update(len(batch.examples) * (len(heads) + 1))
+            bar.update(before + stop * (len(heads) + 1) - bar.n)
         return sums, counts

@@ -7,7 +7,8 @@ d_mlp], on the CPU: higher is more important. `attribute_neurons(method=...)` as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,11 +22,18 @@ from hones_lens.interventions import neuron_hook
 from hones_lens.model import HookedVLM
 from hones_lens.tasks import Task
 
+Journal = MutableMapping[str, Any] | None
 _KEPT_SHARE = 0.05  # LAPE: above the 95th percentile
 
 
 def activation_probability(
-    model: HookedVLM, task: Task, examples: Sequence[Example], *, batch_size: int = 16, progress: bool = True
+    model: HookedVLM,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: bool = True,
+    journal: Journal = None,
 ) -> Float[Tensor, "layer d_mlp"]:
     """AP: how often a neuron's gate is open, `P(act(gate_i) > 0)` at the last prompt position.
 
@@ -33,16 +41,20 @@ def activation_probability(
         model, task, examples: Whose activations.
         batch_size: Examples a batch.
         progress: Show a progress bar.
+        journal: Where its sums are kept, so that it can be resumed (see `engine.resumed_batches`).
 
     Returns:
         Shares of the examples in 0-1, float64.
     """
-    total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     gates = [f"blocks.{layer}.mlp.hook_pre" for layer in range(model.cfg.n_layers)]
-    for kept in _activations_at_last(model, task, examples, gates, batch_size=batch_size, progress=progress):
+
+    def opened(kept: list[Tensor]) -> Tensor:
         is_open = [block.mlp.act(gate) > 0 for block, gate in zip(model.blocks, kept, strict=True)]
-        total += torch.stack(is_open).sum(1).cpu()
-    return total / len(examples)
+        return torch.stack(is_open).sum(1)
+
+    resumed = {"batch_size": batch_size, "progress": progress, "journal": journal}
+    key = f"activation_probability/{task.name}"
+    return _summed_at_last(model, task, examples, gates, opened, key, **resumed) / len(examples)
 
 
 def mean_activation(
@@ -52,6 +64,7 @@ def mean_activation(
     *,
     batch_size: int = 16,
     progress: bool = True,
+    journal: Journal = None,
     signed: bool = False,
 ) -> Float[Tensor, "layer d_mlp"]:
     """MA: the mean size of a neuron, `E|m_i|` at the last prompt position; `signed`: `E m_i`.
@@ -60,17 +73,21 @@ def mean_activation(
         model, task, examples: Whose activations.
         batch_size: Examples a batch.
         progress: Show a progress bar.
+        journal: Where its sums are kept, so that it can be resumed (see `engine.resumed_batches`).
         signed: Keep the sign.
 
     Returns:
         In units of the activation, float64.
     """
-    total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     names = [neuron_hook(layer) for layer in range(model.cfg.n_layers)]
-    for kept in _activations_at_last(model, task, examples, names, batch_size=batch_size, progress=progress):
+
+    def sizes(kept: list[Tensor]) -> Tensor:
         m = torch.stack(kept).double()
-        total += (m if signed else m.abs()).sum(1).cpu()
-    return total / len(examples)
+        return (m if signed else m.abs()).sum(1)
+
+    resumed = {"batch_size": batch_size, "progress": progress, "journal": journal}
+    key = f"mean_activation{'/signed' if signed else ''}/{task.name}"
+    return _summed_at_last(model, task, examples, names, sizes, key, **resumed) / len(examples)
 
 
 def activation_entropy(
@@ -80,6 +97,7 @@ def activation_entropy(
     *,
     batch_size: int = 16,
     progress: bool = True,
+    journal: Journal = None,
     other_tasks: Mapping[str, Sequence[Example]] | None = None,
 ) -> Float[Tensor, "layer d_mlp"]:
     """APE: neurons that open for this task and for few others (LAPE: Tang et al., arXiv 2402.16438).
@@ -94,6 +112,7 @@ def activation_entropy(
         model, task, examples: Whose neurons.
         batch_size: Examples a batch.
         progress: Show a progress bar.
+        journal: Where its sums are kept, so that it can be resumed (see `engine.resumed_batches`).
         other_tasks: Examples of other tasks, by the task's name.
 
     Returns:
@@ -106,7 +125,7 @@ def activation_entropy(
         raise ValueError("activation_entropy compares tasks: give other_tasks={name: examples, ...}")
     if task.name in other_tasks:
         raise ValueError(f"other_tasks holds {task.name!r}, which is the task itself")
-    options = {"batch_size": batch_size, "progress": progress}
+    options = {"batch_size": batch_size, "progress": progress, "journal": journal}
     by_task = [activation_probability(model, task, examples, **options)]
     for name, task_examples in other_tasks.items():
         other = engine.as_task(name)
@@ -127,6 +146,7 @@ def direct(
     *,
     batch_size: int = 16,
     progress: bool = True,
+    journal: Journal = None,
     normalize: bool = True,
     apply_ln: bool = False,
     foils: Sequence[str] | None = None,
@@ -137,6 +157,7 @@ def direct(
         model, task, examples: What to attribute.
         batch_size: Examples a batch.
         progress: Show a progress bar.
+        journal: Where its sums are kept, so that it can be resumed (see `engine.resumed_batches`).
         normalize, apply_ln, foils: As in `target_directions`.
 
     Returns:
@@ -144,13 +165,13 @@ def direct(
     """
     directions = target_directions(model, task, examples, normalize=normalize, apply_ln=apply_ln, foils=foils)
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
-    start = 0
     with tqdm(total=len(examples), desc=f"direct · {task.name}", disable=not progress) as bar:
-        for batch in engine.answer_batches(model, task, examples, batch_size, answers=False):
-            batch_directions = directions[start : start + len(batch.examples)]
+        key, sums = f"direct/{task.name}", {"total": total}
+        for start, chunk in engine.resumed_batches(examples, batch_size, sums, journal, key):
+            (batch,) = engine.answer_batches(model, task, chunk, len(chunk), answers=False)
+            batch_directions = directions[start : start + len(chunk)]
             total += write_in(model, batch, batch_directions, apply_ln=apply_ln).double().sum(0).cpu()
-            start += len(batch.examples)
-            bar.update(len(batch.examples))
+            bar.update(start + len(chunk) - bar.n)
     return total / len(examples)
 
 
@@ -190,24 +211,35 @@ def random(
     return like.detach().double().cpu().gather(1, drawn.argsort(1))
 
 
-def _activations_at_last(
+def _summed_at_last(
     model: HookedVLM,
     task: Task,
     examples: Sequence[Example],
     names: Sequence[str],
+    of_batch: Callable[[list[Tensor]], Tensor],
+    key: str,
     *,
     batch_size: int,
     progress: bool,
-) -> Iterator[list[Tensor]]:
-    """These activations at the last prompt position, one [example d_mlp] each, batch by batch."""
+    journal: Journal,
+) -> Float[Tensor, "layer d_mlp"]:
+    """The sum of what `of_batch` makes of these activations at the last prompt position, [example d_mlp]."""
+    total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     with tqdm(total=len(examples), desc=f"activations · {task.name}", disable=not progress) as bar:
-        for batch in engine.answer_batches(model, task, examples, batch_size, answers=False):
-            kept: dict[str, Tensor] = {}
+        for start, chunk in engine.resumed_batches(examples, batch_size, {"total": total}, journal, key):
+            (batch,) = engine.answer_batches(model, task, chunk, len(chunk), answers=False)
+            total += of_batch(_activations_at_last(model, batch, names)).cpu()
+            bar.update(start + len(chunk) - bar.n)
+    return total
 
-            def keep(x: Tensor, hook: object, kept: dict[str, Tensor] = kept) -> None:
-                kept[getattr(hook, "name", "")] = x[:, -1].detach().clone()
 
-            with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
-                model(batch.inputs, stop_at_layer=model.cfg.n_layers)
-            yield [kept[name] for name in names]
-            bar.update(len(batch.examples))
+def _activations_at_last(model: HookedVLM, batch: engine.Batch, names: Sequence[str]) -> list[Tensor]:
+    """These activations of a batch at the last prompt position, one [example d_mlp] each."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: object) -> None:
+        kept[getattr(hook, "name", "")] = x[:, -1].detach().clone()
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        model(batch.inputs, stop_at_layer=model.cfg.n_layers)
+    return [kept[name] for name in names]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from hones_lens import engine
 from hones_lens.analysis import LensDifference, delta_tables, residual_streams, summed_logits
 from hones_lens.data import Example
-from hones_lens.engine import BatchKeywords, SweepOptions
+from hones_lens.engine import ResumedKeywords, SweepOptions
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons
 from hones_lens.hones.overlap.groups import check_neurons
@@ -31,7 +31,7 @@ def lens_delta(
     *,
     k: int = 10,
     options: SweepOptions | None = None,
-    **batches: Unpack[BatchKeywords],
+    **batches: Unpack[ResumedKeywords],
 ) -> LensDifference:
     """Logit-lens tables of baseline minus masked (HONES eq. H6).
 
@@ -44,7 +44,7 @@ def lens_delta(
         examples: Whose prompts.
         neurons: A ranking, whose share `ratio` is masked, or a list of (layer, index).
         k: Tokens a layer and direction.
-        options, batches: How it runs: `batch_size` and `progress` of `SweepOptions`.
+        options, batches: How it runs: `batch_size`, `progress` and `journal` of `SweepOptions`.
 
     Raises:
         ValueError: No examples, no neurons, one twice or one that the model does not have, k below 1.
@@ -52,16 +52,20 @@ def lens_delta(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    options, task = SweepOptions.of_batches(options, batches), engine.as_task(task)
+    options, task = SweepOptions.of_resumed(options, batches), engine.as_task(task)
     engine.check_examples(task, examples)
     selected = neurons.top() if isinstance(neurons, NeuronScores) else neurons
     chosen = check_neurons(selected, model.cfg.n_layers, model.cfg.d_mlp, "the list of neurons to mask")
-    streams: list[tuple[Tensor, Tensor]] = []  # of every batch, clean and masked
+    shape = (model.cfg.n_layers, len(examples), model.cfg.d_model)
+    clean, masked = (torch.zeros(shape, device=model.cfg.device, dtype=model.cfg.dtype) for _ in range(2))
+    streams, key = {"clean": clean, "masked": masked}, f"lens/{task.name}"
     with tqdm(total=len(examples), desc=f"logit lens · {task.name}", disable=not options.progress) as bar:
-        for batch in engine.answer_batches(model, task, examples, options.batch_size, answers=False):
-            streams.append((last_streams(model, batch), last_streams(model, batch, zero_neurons(chosen))))
-            bar.update(len(batch.examples))
-    clean, masked = (torch.cat(arm, dim=1) for arm in zip(*streams, strict=True))
+        resumed = engine.resumed_batches(examples, options.batch_size, streams, options.journal, key)
+        for start, chunk in resumed:
+            (batch,) = engine.answer_batches(model, task, chunk, len(chunk), answers=False)
+            clean[:, start : start + len(chunk)] = last_streams(model, batch)
+            masked[:, start : start + len(chunk)] = last_streams(model, batch, zero_neurons(chosen))
+            bar.update(start + len(chunk) - bar.n)
     mean = (summed_logits(model, clean) - summed_logits(model, masked)) / len(examples)
     falls, rises = delta_tables(model, mean, clean, masked, k)
     return LensDifference(

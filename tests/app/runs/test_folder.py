@@ -321,3 +321,17 @@ def test_a_disk_that_is_full_leaves_the_file_that_was_there(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         write_json(file, {"kind": "y"})
     assert json.loads(file.read_text()) == {"kind": "x"} and list(tmp_path.iterdir()) == [file]
+
+
+def test_tensors_of_a_journal_go_when_the_stage_is_finished(tmp_path):
+    run = Run(tmp_path / "a", {"model": "m", "top_k": 1}, {"heads": ("top_k",)})
+    for stage in ("heads", "heads-held-out"):
+        run.journal(stage).keep_tensors("k/0", 2, {"total": torch.ones(2)})
+    with pytest.raises(
+        ValueError, match="top_k: 1 there, 2 now, which decides the stage heads, already begun"
+    ):
+        Run(tmp_path / "a", {"model": "m", "top_k": 2}, {"heads": ("top_k",)})
+    run.stage("heads", HeadScores, some_scores)
+    assert [file.name for file in run.folder.glob("*.safetensors")] == [
+        "heads-held-out.k-0.tensors.safetensors"
+    ]

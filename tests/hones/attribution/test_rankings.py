@@ -244,5 +244,6 @@ def test_a_planted_neuron_comes_first() -> None:
 def test_activations_of_one_position_do_not_keep_the_others_in_memory() -> None:
     model, examples = pair()[1], examples_of("vqa", 2)
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(N_LAYERS)]
-    kept = next(_activations_at_last(model, load_task("vqa"), examples, names, batch_size=2, progress=False))
+    (batch,) = engine.answer_batches(model, load_task("vqa"), examples, 2, answers=False)
+    kept = _activations_at_last(model, batch, names)
     assert [x.untyped_storage().nbytes() for x in kept] == [2 * D_MLP * 4] * N_LAYERS
