@@ -28,7 +28,6 @@ def check_device_map(device: str | None, device_map: DeviceMap | None) -> tuple[
         device_map: One of `DEVICE_MAPS`, a device for the whole model, or devices by module.
 
     Raises:
-        ImportError: A device map without accelerate.
         ValueError: Both, or an unknown device map.
     """
     if device == "auto":
@@ -41,9 +40,13 @@ def check_device_map(device: str | None, device_map: DeviceMap | None) -> tuple[
         return device_map, None
     if isinstance(device_map, str):
         require_choice("device_map", device_map, DEVICE_MAPS)
+    return None, device_map if isinstance(device_map, str) else dict(device_map)
+
+
+def require_accelerate() -> None:
+    """Raise ImportError where accelerate, which lays models out, is not installed."""
     if find_spec("accelerate") is None:
         raise ImportError("a device_map needs accelerate: pip install 'hones_lens[accelerate]'")
-    return None, device_map if isinstance(device_map, str) else dict(device_map)
 
 
 def check_parts(device_map: DeviceMap | None, hf_model: nn.Module) -> None:

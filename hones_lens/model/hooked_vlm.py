@@ -111,7 +111,8 @@ class HookedVLM(HookedRoot, Family):
         Raises:
             ImportError: A `device_map` without accelerate.
             ValueError: An unknown name, device or option, an unsupported family or config value, weights
-                that are missing, left over or quantised, or a folder that holds no whole checkpoint.
+                that are missing, left over, quantised or too large (says how much memory is needed and
+                free), or a folder that holds no whole checkpoint.
         """
         from hones_lens.model import loading
 

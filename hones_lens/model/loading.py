@@ -16,8 +16,16 @@ from transformers.utils import logging as hf_logging
 
 from hones_lens.model.config import all_settings, checkpoint_path, find_settings, token_ids
 from hones_lens.model.decoding import Decoding
-from hones_lens.model.dispatch import DeviceMap, check_device_map, check_parts, home_device, offloaded_weights
+from hones_lens.model.dispatch import (
+    DeviceMap,
+    check_device_map,
+    check_parts,
+    home_device,
+    offloaded_weights,
+    require_accelerate,
+)
 from hones_lens.model.families import load_family
+from hones_lens.model.fitting import Need
 from hones_lens.model.hooked_vlm import HookedVLM
 from hones_lens.model.loadable import (
     check_config,
@@ -86,8 +94,8 @@ def load_hf_model(
 
     Raises:
         ImportError: A `device_map` without accelerate.
-        ValueError: An unknown name, family, device or processor option, or weights that are missing or left
-            over.
+        ValueError: An unknown name, family, device or processor option, weights that are missing or left
+            over, or that don't fit into memory (says how much is needed and free, and what would help).
     """
     check_dtype(dtype)
     folder, revision = resolve(name, revision)
@@ -104,7 +112,9 @@ def load_hf_model(
         config = auto_config.from_pretrained(folder, **source)
     check_config(name, config)
     family = load_family(config.model_type)
-    check_parts(device_map, empty_hf_model(config))
+    without_weights = empty_hf_model(config)
+    check_parts(device_map, without_weights)
+    device_map = _fitting_map(device_map, Need(name, without_weights, dtype, folder), torch_device)
     for option in processor_options:
         if option not in family.processor_options:
             valid = ", ".join(family.processor_options) or "none"
@@ -126,6 +136,17 @@ def load_hf_model(
     with naming(name, "tokenizer or picture processor"):
         processor = load_processor(folder, **source, **processor_options)
     return (model if device_map else model.to(torch_device)).eval(), processor
+
+
+def _fitting_map(device_map: DeviceMap | None, need: Need, device: torch.device) -> DeviceMap | None:
+    """The device map that a model is loaded with; `auto` is one device, where that has room."""
+    if device_map == "auto" and need.fits(device):
+        device_map = None
+    if device_map is None:
+        need.check(device)
+    else:
+        require_accelerate()
+    return device_map
 
 
 def _special_tokens_alone(config: Any) -> GenerationConfig:
