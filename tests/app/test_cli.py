@@ -314,3 +314,13 @@ def test_reproduce_writes_all_tables_and_goes_on_where_it_stopped(tmp_path, caps
     assert (tmp_path / "r" / "tables.md").read_text() == said
     assert (tmp_path / "r" / "vqa" / "masking.json").read_bytes() == kept
     assert main([*argv[:-1], "0.03"]) == 1
+
+
+def test_one_example_is_enough_for_heads_and_too_few_for_masking(tmp_path, capsys):
+    one = ["--limit", "1", "--out", str(tmp_path / "run")]
+    assert main(["mask", *one]) == 1
+    assert "intervals, and they need two examples, but 'test' has one" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(["localize", "--stage", "heads", *one]) == 0
+    assert (tmp_path / "run" / "heads.json").exists()
+    assert "intervals need two held-out examples" in (tmp_path / "run" / "log.txt").read_text()

@@ -31,6 +31,7 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     model = model_from(args)
     data = data_from(args, model)
+    pipeline.require_intervals(args.task, data)
     run = start_run(args, model, data)
     heads = find_heads(args, model, run, data)
     held_out = pipeline.remeasure_on_held_out(model, run, args.task, data, heads)

@@ -100,6 +100,19 @@ def common_settings(model: HookedVLM, task: Task, data: DataChoice) -> dict[str,
     }
 
 
+def require_intervals(task: str | Task, data: DataChoice) -> None:
+    """Check that the held-out split has enough examples for masking, before hours are spent on heads.
+
+    Raises:
+        ValueError: It has one.
+    """
+    if len(data.test(task)) < 2:
+        raise ValueError(
+            f"masking needs intervals, and they need two examples, but {data.held_out!r} has one: "
+            "raise --limit, or stop after `hones localize`"
+        )
+
+
 def find_heads(
     model: HookedVLM, run: Run, task: str | Task, data: DataChoice, top_k: int | None = None, **options: Any
 ) -> HeadScores:
@@ -118,8 +131,14 @@ def find_heads(
 def remeasure_on_held_out(
     model: HookedVLM, run: Run, task: str | Task, data: DataChoice, heads: HeadScores
 ) -> HeldOutHeads | None:
-    """Load or measure the critical heads on the held-out split; None if there are no critical heads."""
+    """Load or measure the critical heads on the held-out split; None without critical heads or intervals.
+
+    An interval needs two examples.
+    """
     if not heads.top():
+        return None
+    if len(data.test(task)) < 2:
+        run.log("heads-held-out: not measured, since intervals need two held-out examples")
         return None
     name = "heads-held-out"
     return run.stage(
