@@ -15,6 +15,7 @@ from hones_lens.engine import SweepKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons, matched_random_sets
 from hones_lens.hones.steering.batches import TrainingBatches
+from hones_lens.hones.steering.checkpoints import JournalCheckpoint
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.learning import Learner, dev_measurement
 from hones_lens.hones.steering.questions import Arms, answer_log_probs, check_disjoint_images, split_by_image
@@ -269,9 +270,10 @@ def _learn(
         return NeuronScales.from_dict(journal[key])
     dev_options: dict[str, Any] = {}
     if data.tuning.patience is not None:
-        on_dev = dev_measurement(data.model, data.task, data.choose, neurons, config)
+        on_dev = dev_measurement(data.model, data.task, data.choose, neurons, config, journal, f"{key}/dev")
         dev_options = {"on_dev": on_dev, "patience": data.tuning.patience}
-    learner = Learner(data.model, batches, neurons, config, **dev_options)
+    checkpoint = None if journal is None else JournalCheckpoint(journal, f"{key}/state")
+    learner = Learner(data.model, batches, neurons, config, checkpoint=checkpoint, **dev_options)
     label = f"{key} · {data.task.name}, lr {config.lr:g}, {config.epochs} epochs"
     learner.run(label, data.options.progress)
     scales = learner.scales(data.task, method, len(data.learn))

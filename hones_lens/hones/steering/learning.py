@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import zlib
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,39 +17,14 @@ from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import Neurons
 from hones_lens.hones.steering.batches import TrainingBatches, frozen_parameters, gradient_of_step
+from hones_lens.hones.steering.checkpoints import SAVE_EVERY, Checkpoint, FileCheckpoint, LearningState
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.questions import answer_log_probs, check_disjoint_images
 from hones_lens.hones.steering.scales import NeuronScales, neurons_to_steer, scaling_hooks
 from hones_lens.model import HookedVLM, takes_iterables
-from hones_lens.results import read_json, write_json
 from hones_lens.tasks import Task
 
-_SAVE_EVERY = 50
-_MAX_SHOWN = 60  # characters of a setting in a message
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class LearningState:
-    """The state of training, as it is saved in a checkpoint.
-
-    Attributes:
-        done: Steps taken.
-        a, exp_avg, exp_avg_sq: The offsets and Adam's two moments.
-        sums: Of the loss and its parts over the steps of this epoch.
-        history: Of the epochs that are over.
-        best: The offsets that were best on dev, and their values there.
-        stale: How many epochs ago that was.
-    """
-
-    done: int = 0
-    a: list[float] = field(default_factory=list)
-    exp_avg: list[float] = field(default_factory=list)
-    exp_avg_sq: list[float] = field(default_factory=list)
-    sums: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    stale: int = 0
 
 
 class Learner:
@@ -60,7 +35,6 @@ class Learner:
         on_dev: Metric and log-probability of some offsets on dev.
         patience: Stop after so many epochs that did not better the best on dev.
         checkpoint: Where progress is kept.
-        settings: All that decides the numbers; a checkpoint with others is refused.
     """
 
     def __init__(
@@ -72,19 +46,16 @@ class Learner:
         *,
         on_dev: Callable[[Sequence[float]], tuple[float, float]] | None = None,
         patience: int | None = None,
-        checkpoint: str | Path | None = None,
-        settings: dict[str, Any] | None = None,
-        save_every: int = _SAVE_EVERY,
+        checkpoint: Checkpoint | None = None,
     ):
         self.model, self.batches, self.neurons, self.config = model, batches, neurons, config
-        self.on_dev, self.patience, self.save_every = on_dev, patience, save_every
-        self.file = None if checkpoint is None else Path(checkpoint)
-        self.settings = json.loads(json.dumps(settings or {}))
+        self.on_dev, self.patience, self.checkpoint = on_dev, patience, checkpoint
         self.a = torch.zeros(len(neurons), device=model.cfg.device, requires_grad=True)
         self.optimizer = torch.optim.AdamW([self.a], lr=config.lr, weight_decay=0.0)
         self.progress = LearningState()
-        if self.file is not None and self.file.exists():
-            self._load(self.file)
+        kept = None if checkpoint is None else checkpoint.load()
+        if kept is not None:
+            self._resume(kept)
 
     @property
     def steps(self) -> int:
@@ -147,8 +118,8 @@ class Learner:
         last = step_in_epoch + 1 == len(self.batches)
         if last:
             self._end_epoch(epoch + 1)
-        if last or state.done % self.save_every == 0:
-            self._save()
+        if self.checkpoint is not None and (last or state.done % self.checkpoint.every == 0):
+            self._save(self.checkpoint)
         return losses["loss"]
 
     def _end_epoch(self, epoch: int) -> None:
@@ -172,37 +143,18 @@ class Learner:
             state.stale += 1
         return values
 
-    def _save(self) -> None:
-        if self.file is None:
-            return
+    def _save(self, checkpoint: Checkpoint) -> None:
         state, optimizer_state = self.progress, self.optimizer.state[self.a]
         state.a = self.a.tolist()
         state.exp_avg, state.exp_avg_sq = (optimizer_state[name].tolist() for name in _MOMENTS)
-        write_json(self.file, {"kind": "steering checkpoint", "settings": self.settings, **asdict(state)})
+        checkpoint.save(state)
 
-    def _load(self, file: Path) -> None:
-        data = read_json(file, "steering checkpoint")
-        saved_settings = data.pop("settings")
-        differences = [
-            f"{name}: {_shortened(saved_settings.get(name))} there, {_shortened(self.settings.get(name))} now"
-            for name in sorted(saved_settings | self.settings)
-            if saved_settings.get(name) != self.settings.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"{file} was made with other settings ({'; '.join(differences)}); choose another file"
-            )
-        del data["kind"]
-        self.progress = state = LearningState(**data)
+    def _resume(self, state: LearningState) -> None:
+        self.progress = state
         with torch.no_grad():
             self.a.copy_(torch.tensor(state.a))
         moments = {name: torch.tensor(getattr(state, name)).to(self.a.device) for name in _MOMENTS}
         self.optimizer.state[self.a] = {"step": torch.tensor(float(state.done)), **moments}
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 class LearningKeywords(BatchKeywords, total=False):
@@ -256,20 +208,20 @@ def learn_scales(
             share a picture, patience without dev, or a checkpoint of other settings.
         FloatingPointError: A loss that is not finite; names the examples.
     """
-    learner_options, batch_keywords = split_keywords(keywords, ("save_every",))
+    saving, batch_keywords = split_keywords(keywords, ("save_every",))
     options = SweepOptions.of(options, batch_keywords, unused=("journal", "tally"), batch_size=4)
     task, config = engine.as_task(task), config or SteeringConfig()
     engine.check_examples(task, examples)
     chosen = neurons_to_steer(model, neurons, k)
     dev_options = _dev_options(model, task, examples, dev, patience, chosen, config)
     limits: dict[str, Any] = {"batch_size": options.batch_size, "memory_budget": options.memory_budget}
-    first_layer = min(layer for layer, _ in chosen)
-    batches = TrainingBatches(model, task, examples, first_layer, config, **limits)
+    batches = TrainingBatches(model, task, examples, min(layer for layer, _ in chosen), config, **limits)
     metadata = {"model": model.cfg.model_name, "task": task.name, "neurons": [list(n) for n in chosen]}
     metadata |= {"examples": batches.fingerprint, "dev": None if dev is None else [e.id for e in dev]}
     settings = {**asdict(config), **metadata, "patience": patience, "batch_size": options.batch_size}
-    learner_options |= {"checkpoint": checkpoint, "settings": settings}
-    learner = Learner(model, batches, chosen, config, **dev_options, **learner_options)
+    if checkpoint is not None:
+        dev_options["checkpoint"] = FileCheckpoint(checkpoint, settings, saving.get("save_every", SAVE_EVERY))
+    learner = Learner(model, batches, chosen, config, **dev_options)
     learner.run(f"steering · {task.name}", options.progress)
     method = neurons.method if isinstance(neurons, NeuronScores) else "given"
     return learner.scales(task, method, len(examples))
@@ -295,17 +247,24 @@ def _dev_options(
 
 
 def dev_measurement(
-    model: HookedVLM, task: Task, dev: Sequence[Example], neurons: Neurons, config: SteeringConfig
+    model: HookedVLM,
+    task: Task,
+    dev: Sequence[Example],
+    neurons: Neurons,
+    config: SteeringConfig,
+    journal: MutableMapping[str, Any] | None = None,
+    key: str = "",
 ) -> Callable[[Sequence[float]], tuple[float, float]]:
-    """A function from offsets to the metric and the log-probability on dev."""
-    options = SweepOptions(progress=False)
+    """A function from offsets to the metric and the log-probability on dev; batches go into the journal."""
+    options = SweepOptions(progress=False, journal=journal)
 
     def measure(offsets: Sequence[float]) -> tuple[float, float]:
         arms = [scaling_hooks(neurons, 1 + torch.tensor(offsets))]
-        (outcome,) = engine.measure(model, task, dev, arms, options)
-        log_probs = answer_log_probs(
-            model, task, dev, arms, options, negatives=config.negatives, seed=config.seed
-        )
+        label = f"{key}/{zlib.crc32(repr(list(offsets)).encode()):08x}"
+        (outcome,) = engine.measure(model, task, dev, arms, options, label=label)
+        seeds: dict[str, Any] = {"negatives": config.negatives, "seed": config.seed}
+        label += " log-probabilities"
+        log_probs = answer_log_probs(model, task, dev, arms, options, label=label, **seeds)
         return outcome.metric(task), float(log_probs.mean())
 
     return measure

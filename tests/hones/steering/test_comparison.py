@@ -23,6 +23,7 @@ from helpers.hf_task_loops import (
 )
 
 from hones_lens import engine
+from hones_lens.app.runs.journal import Journal
 from hones_lens.data.examples import Example
 from hones_lens.data.loading import load_examples
 from hones_lens.engine import SweepOptions
@@ -209,6 +210,52 @@ def test_a_journal_spares_what_was_done_and_changes_nothing(monkeypatch) -> None
     journal = json.loads(json.dumps(journal))
     monkeypatch.setattr(learning_module.Learner, "run", lambda *_: pytest.fail("learned again"))
     assert compare_steering(pair()[1], "vqa", *data, CHOSEN, journal=journal, **SMALL) == table("vqa")
+
+
+class Killed(BaseException):
+    """As a signal would end it."""
+
+
+@pytest.mark.parametrize("kept_in", ["a file", "a dictionary"])
+@pytest.mark.parametrize("patience", [None, 1])
+def test_a_killed_comparison_takes_at_most_one_step_again(kept_in, patience, tmp_path, monkeypatch) -> None:
+    """Killed before every third step and every third batch that is measured, again and again."""
+    few = {**SMALL, "methods": ("Base", "HONES"), "epochs": (2,), "patience": patience}
+    dev, test = dev_and_test("vqa")
+    config, counts = SteeringConfig(accumulate=1), Counter[str]()
+    kept: dict[str, Any] = {}
+
+    def compared(journal: Any) -> SteeringTable:
+        return compare_steering(pair()[1], "vqa", dev, test, CHOSEN, config=config, journal=journal, **few)
+
+    def counted(name: str, function: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            if killing and counts[name] % 3 == 2 and not kept.get(f"{name} {counts[name]}"):
+                kept[f"{name} {counts[name]}"] = True
+                raise Killed
+            counts[name] += 1
+            return function(*args, **options)
+
+        return run
+
+    killing, kills = False, 0
+    step = counted("steps", learning_module.gradient_of_step)
+    monkeypatch.setattr(learning_module, "gradient_of_step", step)
+    monkeypatch.setattr(engine.Sweep, "predictions", counted("batches", engine.Sweep.predictions))
+    whole, once = compared(None), Counter(counts)
+    counts.clear()
+    killing, journal = True, {}
+    while True:
+        if kept_in == "a file":
+            journal = Journal(tmp_path / "steering.journal.jsonl", "run")
+        try:
+            found = compared(journal)
+            break
+        except Killed:
+            kills += 1
+    assert found == whole and kills >= 4
+    again = counts["steps"] - once["steps"]  # those before a dev measurement that was killed
+    assert counts["batches"] == once["batches"] and 0 <= again <= (kills if patience else 0)
 
 
 def test_some_methods_and_examples_of_their_own_to_learn_on() -> None:
