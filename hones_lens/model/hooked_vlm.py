@@ -111,8 +111,8 @@ class HookedVLM(HookedRoot, Family):
         Raises:
             ImportError: A `device_map` without accelerate.
             ValueError: An unknown name, device or option, an unsupported family or config value, weights
-                that are missing, left over, quantised or too large (says how much memory is needed and
-                free), or a folder that holds no whole checkpoint.
+                that are missing, left over, quantised (but by bitsandbytes) or too large (says how much
+                memory is needed and free), or a folder that holds no whole checkpoint.
         """
         from hones_lens.model import loading
 
@@ -131,8 +131,9 @@ class HookedVLM(HookedRoot, Family):
         Raises:
             TypeError: Not a Hugging Face model for images and text, or one inside a wrapper (PEFT,
                 torch.compile, DataParallel); says how to get it out.
-            ValueError: An unsupported family, config value or weight; weights that are quantised or were
-                never loaded, of several dtypes, or, without accelerate, devices; adapters or hooks in it.
+            ValueError: An unsupported family, config value or weight; weights that are quantised (but by
+                bitsandbytes, where it is installed) or were never loaded, of several dtypes, or, without
+                accelerate, devices; adapters or hooks in it.
         """
         from hones_lens.model import loading
 

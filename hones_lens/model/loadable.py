@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hones_lens.model.dispatch import is_dispatched, offloaded_weights
+from hones_lens.model.quantised import LIBRARY, can_dequantise, quantised_weights
 
 _SHOWN = 3  # names in a message
 # Files that old quantisation tools write beside the config.
@@ -114,7 +115,7 @@ def check_config(name: str, config: Any) -> None:
     """
     for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
         settings = getattr(part, "quantization_config", None)
-        if settings:
+        if settings and not (part is config and can_dequantise(settings)):
             raise ValueError(_quantised(f"checkpoint {name!r}", settings))
 
 
@@ -123,9 +124,10 @@ def _quantised(what: str, settings: Any) -> str:
     values: Any = to_dict() if to_dict else settings or {}
     method: Any = values.get("quant_method") or (f"{values['bits']} bits" if values.get("bits") else None)
     method = f" ({getattr(method, 'value', method)})" if method else ""
+    install = f", or install {LIBRARY}" if LIBRARY in method else ""
     return (
         f"{what} has quantised weights{method}, which have no rows to read or edit: load the original "
-        "checkpoint in float32, bfloat16 or float16, or dequantise it first (model.dequantize())"
+        f"checkpoint in float32, bfloat16 or float16, or dequantise it first (model.dequantize()){install}"
     )
 
 
@@ -150,7 +152,9 @@ def check_hf_model(hf_model: Any) -> None:
         )
     _check_adapters(hf_model)
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(_quantised("the model", getattr(model.config, "quantization_config", None)))
+        settings = getattr(model.config, "quantization_config", None)
+        if not can_dequantise(settings):
+            raise ValueError(_quantised("the model", settings))
     _check_parameters(hf_model)
     _check_module_hooks(hf_model)
 
@@ -186,6 +190,8 @@ def _check_parameters(model: nn.Module) -> None:
             f"{len(absent)} of {len(parameters)} weights are not in memory, and accelerate does not keep "
             f"them elsewhere (they were never loaded): {_listed(absent)}; load the model by from_pretrained"
         )
+    for name in quantised_weights(model):
+        del parameters[name]
     integers = [name for name, p in parameters.items() if not p.is_floating_point()]
     if integers:
         raise ValueError(_quantised(f"the model (e.g. {_listed(integers)})", None))

@@ -39,6 +39,7 @@ from hones_lens.model.loadable import (
 )
 from hones_lens.model.names import did_you_mean
 from hones_lens.model.nn.placed import is_placed, place
+from hones_lens.model.quantised import is_quantised, quantised_weights, without_quantisation
 from hones_lens.model.saving import HFSource, empty_hf_model
 from hones_lens.model.weights import WeightMap
 
@@ -104,7 +105,6 @@ def load_hf_model(
     if dtype is None:
         dtype = torch.float32 if torch_device.type == "cpu" else "auto"
     auto_config: Any = AutoConfig
-    auto_model: Any = AutoModelForImageTextToText
     if Path(folder).is_dir():
         check_json_files(Path(folder))
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
@@ -114,28 +114,37 @@ def load_hf_model(
     family = load_family(config.model_type)
     without_weights = empty_hf_model(config)
     check_parts(device_map, without_weights)
-    device_map = _fitting_map(device_map, Need(name, without_weights, dtype, folder), torch_device)
+    if is_quantised(config):
+        device_map = device_map or {"": str(torch_device)}  # bitsandbytes quantises where it loads
+    else:
+        device_map = _fitting_map(device_map, Need(name, without_weights, dtype, folder), torch_device)
     for option in processor_options:
         if option not in family.processor_options:
             valid = ", ".join(family.processor_options) or "none"
             raise ValueError(f"unknown processor option {option!r} for {name!r}; valid: {valid}")
     if Path(folder).is_dir():
         check_shards(Path(folder))
-    with _quietly(), naming(name, "model"):
-        loads: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = auto_model.from_pretrained(
-            folder, **source, dtype=dtype, device_map=device_map, **loads
-        )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            listed = ", ".join(map(str, sorted(report[kind], key=str)[:5]))
-            raise ValueError(f"checkpoint {name!r} has {kind.replace('_', ' ')}: {listed}")
+    model = _read_weights(name, folder, {**source, "dtype": dtype, "device_map": device_map})
     if plain_greedy:
         model.generation_config = _special_tokens_alone(model.generation_config)
     load_processor = family.processor_class.from_pretrained
     with naming(name, "tokenizer or picture processor"):
         processor = load_processor(folder, **source, **processor_options)
     return (model if device_map else model.to(torch_device)).eval(), processor
+
+
+def _read_weights(name: str, folder: str, options: dict[str, Any]) -> Any:
+    """Hugging Face's model of a folder or Hub id, all of whose weights are there."""
+    auto_model: Any = AutoModelForImageTextToText
+    with _quietly(), naming(name, "model"):
+        model, report = auto_model.from_pretrained(
+            folder, **options, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            listed = ", ".join(map(str, sorted(report[kind], key=str)[:5]))
+            raise ValueError(f"checkpoint {name!r} has {kind.replace('_', ' ')}: {listed}")
+    return model
 
 
 def _fitting_map(device_map: DeviceMap | None, need: Need, device: torch.device) -> DeviceMap | None:
@@ -197,7 +206,7 @@ def hook_hf_model(hf_model: Any, processor: Any = None) -> HookedVLM:
     family = load_family(config.model_type)
     name = config.name_or_path or config.model_type
     home = home_device(hf_model)
-    hooked = family.from_config(config, name, home, hf_model.dtype)
+    hooked = family.from_config(without_quantisation(config), name, home, hf_model.dtype)
     weight_map, unused = _share_weights(hooked, hf_model, home)
     hooked.hf_source = HFSource(config, getattr(hf_model, "generation_config", None), weight_map, unused)
     hooked.processor = processor
@@ -222,6 +231,10 @@ def _share_weights(
         ValueError: A weight that is not mapped, or a parameter that no weight fills; names them.
     """
     hf_weights = {name: p.detach() for name, p in hf_model.named_parameters(remove_duplicate=False)}
+    readers = offloaded_weights(hf_model)
+    for name, (shape, read) in quantised_weights(hf_model).items():
+        hf_weights[name] = torch.empty(shape, dtype=hf_model.dtype, device="meta")
+        readers[name] = read
     weight_map = hooked.weight_map(hooked.cfg, list(hf_weights))
     expected = {name for name, _ in hooked.named_parameters()}
     targets: WeightMap = {name: weight_map.get(name, name) for name in hf_weights}
@@ -244,7 +257,6 @@ def _share_weights(
             )
     hooked.load_state_dict(state_dict, strict=True, assign=True)
     hooked.requires_grad_(False)  # or every pass outside `no_grad` would keep its graph
-    readers = offloaded_weights(hf_model)
     place(
         hooked,
         home,

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from hones_lens.model.nn.placed import weights_of
+from hones_lens.model.quantised import is_quantised
 from hones_lens.model.weights import WeightMap
 
 
@@ -63,12 +64,17 @@ def save_pretrained(model: Any, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: The model was not made from a Hugging Face model.
+        ValueError: The model was not made from a Hugging Face model, or its weights are quantised.
         FileExistsError: The folder holds something already.
     """
     source, folder = _source(model), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} holds something already: choose a new or empty folder")
+    if is_quantised(source.config):
+        raise ValueError(
+            f"{model.cfg.model_name} has quantised weights, which are read and not written: load the "
+            "original checkpoint to save it with edits"
+        )
     hf_model = empty_hf_model(source.config)
     weights = hf_state_dict(model)
     report = hf_model.load_state_dict(weights, strict=False, assign=True)
