@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hones_lens.app.commands.checks import check_against_model, option, run_folder
+from hones_lens.app.commands.recorded import recorded_options
 
 if TYPE_CHECKING:
     from hones_lens.app.runs.data_choice import DataChoice
-    from hones_lens.app.runs.folder import Run
+    from hones_lens.app.runs.folder import Opening, Run
     from hones_lens.hones import HeadScores
     from hones_lens.model import HookedVLM
 
@@ -78,14 +79,20 @@ def planned(args: argparse.Namespace, stages: Sequence[str]) -> bool:
     return True
 
 
+def opening_from(args: argparse.Namespace) -> Opening:
+    """How the run folder is opened."""
+    from hones_lens.app.runs.folder import Opening
+
+    return Opening(wait=args.wait, allow_code_change=args.allow_code_change)
+
+
 def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> Run:
     """Open the run folder of localization and masking."""
     from hones_lens.app.runs import stages as pipeline
     from hones_lens.app.runs.folder import save_left_out
 
     check_against_model(args, model)
-    names = ("top_k", "ratio", "controls", "positions", "prefilter", "race", "heads", "layers")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {"opening": opening_from(args), **recorded_options(args)}
     run = pipeline.start_run(model, args.task, data, run_folder(args), **settings)
     save_left_out(run, data, args.task)
     return run

@@ -6,8 +6,9 @@ import argparse
 from typing import Any
 
 from hones_lens.app.commands import values
-from hones_lens.app.commands.arguments import model_from, write_result
-from hones_lens.app.commands.options import add_command, data_options, model_options
+from hones_lens.app.commands.arguments import model_from, opening_from, write_result
+from hones_lens.app.commands.options import add_command, data_options, model_options, run_options
+from hones_lens.app.commands.recorded import recorded_options
 
 
 def add(commands: Any) -> None:
@@ -16,7 +17,7 @@ def add(commands: Any) -> None:
     model_options(command)
     data_options(command, several=True)
     text = "run folder, so that a stopped evaluation goes on (default: none)"
-    command.add_argument("--out", metavar="DIR", type=values.output_folder, help=text)
+    run_options(command, text)
     command.add_argument("--split", default="test", help="which examples (default: test)")
     command.add_argument(
         "--limit", type=values.positive, help="how many examples a task (default: 1000; retrieval 100)"
@@ -37,7 +38,8 @@ def execute(args: argparse.Namespace) -> int:
     run = None
     if args.out:
         settings = {name: chosen[name] for name in ("dataset", "split", "seed")}
-        run = evaluation.start_evaluation(model, args.out, data, **settings)
+        settings |= recorded_options(args)
+        run = evaluation.start_evaluation(model, args.out, data, opening=opening_from(args), **settings)
     for result in evaluation.evaluations(model, data, run):
         results.append(result)
         print(result)

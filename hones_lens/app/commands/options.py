@@ -100,11 +100,22 @@ def limit_options(command: argparse.ArgumentParser, what: str = "measure") -> No
     )
 
 
+def run_options(command: argparse.ArgumentParser, text: str) -> None:
+    """Add the options of the run folder; `text` says what `--out` is."""
+    command.add_argument("--out", metavar="DIR", type=values.output_folder, help=text)
+    command.add_argument(
+        "--wait", action="store_true", help="wait for another process that works in the run folder"
+    )
+    command.add_argument(
+        "--allow-code-change",
+        action="store_true",
+        help="go on in a run folder that other code of hones-lens began; this is recorded",
+    )
+
+
 def split_options(command: argparse.ArgumentParser) -> None:
     """Add the options of the run folder, the splits and their sizes."""
-    command.add_argument(
-        "--out", metavar="DIR", type=values.output_folder, help="run folder (default: runs/MODEL-TASK)"
-    )
+    run_options(command, "run folder (default: runs/MODEL-TASK)")
     command.set_defaults(outputs=None)
     command.add_argument("--limit", type=values.positive, help="how many examples of each split")
     command.add_argument(

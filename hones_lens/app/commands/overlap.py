@@ -6,8 +6,9 @@ import argparse
 from typing import Any
 
 from hones_lens.app.commands import values
-from hones_lens.app.commands.arguments import data_from, model_from, write_result
-from hones_lens.app.commands.options import add_command, file_options, model_options
+from hones_lens.app.commands.arguments import data_from, model_from, opening_from, write_result
+from hones_lens.app.commands.options import add_command, file_options, model_options, run_options
+from hones_lens.app.commands.recorded import recorded_options
 
 
 def add(commands: Any) -> None:
@@ -18,7 +19,7 @@ def add(commands: Any) -> None:
         "--mask", action="store_true", help="mask each group, measure every task, and read the logit lens"
     )
     text = "run folder (default: runs/MODEL-overlap[-masked])"
-    command.add_argument("--out", metavar="DIR", type=values.output_folder, help=text)
+    run_options(command, text)
     command.add_argument("--model", help="where the model is, if not where its name says")
     command.add_argument("--limit", type=values.positive, help="how many examples to measure on")
     command.add_argument("--split", default="test", help="where results are measured (default: test)")
@@ -36,8 +37,9 @@ def execute(args: argparse.Namespace) -> int:
 
     name, neurons = runs.neurons_of_runs(args.runs)
     out, result = args.out or f"runs/{name}-overlap{'-masked' if args.mask else ''}", {}
+    opening = opening_from(args)
     if not args.mask:
-        run = runs.start_overlap(out, name, neurons)
+        run = runs.start_overlap(out, name, neurons, opening=opening, **recorded_options(args))
         overlap = runs.find_shared_neurons(run, neurons)
         print(overlap)
     else:
@@ -47,7 +49,9 @@ def execute(args: argparse.Namespace) -> int:
         if model.cfg.model_name != name:
             raise ValueError(f"the runs are of {name}, not of {model.cfg.model_name}")
         examples = {task: data.test(task) for task in neurons}
-        run = runs.start_overlap(out, name, neurons, model, examples)
+        run = runs.start_overlap(
+            out, name, neurons, model, examples, opening=opening, **recorded_options(args)
+        )
         overlap = runs.find_shared_neurons(run, neurons)
         print(overlap)
         groups = runs.mask_shared_groups(model, run, examples, overlap)

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.app.commands import values
-from hones_lens.app.commands.arguments import model_from, write_result
+from hones_lens.app.commands.arguments import model_from, opening_from, write_result
 from hones_lens.app.commands.checks import check_against_model, option
 from hones_lens.app.commands.options import (
     add_command,
     data_options,
     limit_options,
     model_options,
+    run_options,
 )
+from hones_lens.app.commands.recorded import recorded_options
 from hones_lens.app.guard import WrongOption
 
 CORRUPTIONS = ("noise", "blank", "blur", "shuffle", "mean")
@@ -57,12 +59,7 @@ def add(commands: Any) -> None:
     add("--metric", choices=["logit_diff", "log_prob", "kl", "task"], help="default: logit_diff with a foil")
     add("--raw", action="store_true", help="the change of the metric instead of its share")
     add("--batch-size", type=values.positive, default=32, help="pairs at a time (default: 32)")
-    add(
-        "--out",
-        metavar="DIR",
-        type=values.output_folder,
-        help="run folder (default: runs/MODEL-TASK-patch-…)",
-    )
+    run_options(command, "run folder (default: runs/MODEL-TASK-patch-…)")
     add("--force", action="store_true", help="patch though the clean run does not prefer the answer")
     add("--plan", action="store_true", help="say what would be done and stop")
 
@@ -99,7 +96,8 @@ def execute(args: argparse.Namespace) -> int:
         baseline.check()
     source = Path(args.image).stem if args.image else args.task
     default = f"runs/{Path(args.model).name}-{source}-patch-{args.what}-{args.by}-{args.direction}"
-    run = patch_run.start_patching(model, pairs, args.out or default, choice, options)
+    asked = {"opening": opening_from(args), **recorded_options(args)}
+    run = patch_run.start_patching(model, pairs, args.out or default, choice, options, **asked)
     baseline.save(run)
     result = patch_run.run_patching(model, run, pairs, options)
     print(result, f"Run: {run.folder}", sep="\n\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.app.commands import values
-from hones_lens.app.commands.arguments import data_from, model_from
+from hones_lens.app.commands.arguments import data_from, model_from, opening_from
 from hones_lens.app.commands.checks import check_against_model
 from hones_lens.app.commands.options import (
     add_command,
@@ -57,6 +57,7 @@ def execute(args: argparse.Namespace) -> int:
         shifted=shifted,
         ratios=args.ratios,
         n_controls=args.controls,
+        opening=opening_from(args),
         heads=args.heads,
         layers=args.layers,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hones_lens.app.commands import values
-from hones_lens.app.commands.arguments import data_from, model_from, write_result
+from hones_lens.app.commands.arguments import data_from, model_from, opening_from, write_result
 from hones_lens.app.commands.checks import run_folder
 from hones_lens.app.commands.options import (
     add_command,
@@ -15,6 +15,7 @@ from hones_lens.app.commands.options import (
     model_options,
     split_options,
 )
+from hones_lens.app.commands.recorded import recorded_options
 
 if TYPE_CHECKING:
     from hones_lens.hones import NeuronScores
@@ -69,8 +70,8 @@ def execute(args: argparse.Namespace) -> int:
     model = model_from(args)
     data = data_from(args, model)
     neurons = _neurons_to_steer(args, model)
-    settings = ("accumulate", "kl_weight", "l2_weight", "clamp", "negatives")
-    given = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    names = ("accumulate", "kl_weight", "l2_weight", "clamp", "negatives")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = {
         "k": args.k,
         "methods": steering.steering_methods(args.methods),
@@ -83,7 +84,8 @@ def execute(args: argparse.Namespace) -> int:
     if args.patience is not None:
         options["patience"] = args.patience
     folder = run_folder(args) / "steering" / data.label
-    run = steering.start_steering(model, args.task, data, folder, neurons, options)
+    settings = {**recorded_options(args), "methods": options["methods"]}
+    run = steering.start_steering(model, args.task, data, folder, neurons, settings, opening_from(args))
     save_left_out(run, data, args.task)
     table = steering.steer_neurons(model, run, args.task, data, neurons, options)
     print(table, f"Run: {run.folder}", sep="\n\n")

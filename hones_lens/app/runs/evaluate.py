@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hones_lens.app.runs.folder import Run
+from hones_lens.app.runs.folder import Opening, Run
 from hones_lens.app.runs.identity import examples_hash, model_identity
 from hones_lens.data import Example, load_examples, reads_files
 from hones_lens.engine import Evaluation, Fault, evaluate, usable_examples
@@ -56,7 +56,12 @@ class TaskExamples:
 
 
 def start_evaluation(
-    model: HookedVLM, out: str | Path, data: Mapping[str, TaskExamples], **settings: Any
+    model: HookedVLM,
+    out: str | Path,
+    data: Mapping[str, TaskExamples],
+    *,
+    opening: Opening | None = None,
+    **settings: Any,
 ) -> Run:
     """Open a run folder for the evaluation of some tasks.
 
@@ -74,6 +79,7 @@ def start_evaluation(
             **settings,
             "examples": {name: examples_hash(chosen.task, chosen.examples) for name, chosen in data.items()},
         },
+        opening=opening,
     )
     return run
 

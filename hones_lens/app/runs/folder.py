@@ -10,9 +10,11 @@ import json
 import os
 import platform
 import socket
+import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +55,19 @@ class _Saveable(Protocol):
 R = TypeVar("R", bound=_Saveable)
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How a run folder is opened.
+
+    Attributes:
+        wait: Wait for another process that works in it, instead of refusing.
+        allow_code_change: Go on though the package's code is not the one that began it; this is recorded.
+    """
+
+    wait: bool = False
+    allow_code_change: bool = False
+
+
 class Run:
     """A run folder, locked against other processes for as long as this object lives.
 
@@ -63,11 +78,14 @@ class Run:
         folder: Path of the folder; it is created if it does not exist.
         settings: All settings on which the results depend, as JSON values.
         decided: Names of stages in their order, each with the settings that it is the first to read. Such
-            a setting may change as long as neither the stage nor a later one has begun.
+            a setting may change as long as neither the stage nor a later one has begun. `NAME.json` stands
+            for the result of a stage, which may have begun before.
+        opening: Whether to wait for another process, and to go on with other code.
 
     Raises:
         ValueError: The folder holds a run with other settings (names each difference), or one of an earlier
-            version of this package; it is not a run folder and not empty; or another process works in it.
+            version or of other code of this package; it is not a run folder and not empty; or another
+            process works in it.
     """
 
     def __init__(
@@ -75,22 +93,26 @@ class Run:
         folder: str | Path,
         settings: Mapping[str, Any],
         decided: Mapping[str, Sequence[str]] | None = None,
+        opening: Opening | None = None,
     ):
+        opening = opening or Opening()
         self.folder = Path(folder)
         self.settings = json.loads(json.dumps(dict(settings)))
         self.environment, self._decided = environment(), decided or {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder)
-        self.id, self.resumed = self._check()
+        self._lock = _locked(self.folder, opening.wait)
+        self.earlier_code: list[str] = []
+        self.id, self.resumed = self._check(opening.allow_code_change)
         self._save_settings()
         self.log("resumed" if self.resumed else "started")
 
     def _save_settings(self) -> None:
         data: dict[str, Any] = {"format": FORMAT, "run": self.id, "code": code_hash()}
+        data["earlier_code"] = self.earlier_code
         data |= {"settings": self.settings, "environment": self.environment}
         write_json(self.path("settings.json"), sealed(data))
 
-    def _check(self) -> tuple[str, bool]:
+    def _check(self, allow_code_change: bool) -> tuple[str, bool]:
         """The run's identity, and whether the folder held it already."""
         file = self.folder / "settings.json"
         if not file.exists():
@@ -115,13 +137,20 @@ class Run:
             )
         for name in changed:
             self.log(f"{name}: {stored.get(name)!r} before, {current.get(name)!r} from here on")
+        self.earlier_code = saved.get("earlier_code", [])
         if saved["code"] != code_hash():
-            told = (
-                f"the code of hones-lens is not the one that began {self.folder}: results of both are in it"
-            )
-            warnings.warn(told, stacklevel=4)
-            self.log(f"{told} ({saved['code']} before, {code_hash()} from here on)")
+            self._change_code(saved["code"], allow_code_change)
         return saved["run"], True
+
+    def _change_code(self, before: str, allowed: bool) -> None:
+        told = f"the code of hones-lens is not the one that began {self.folder}"
+        if not allowed:
+            raise ValueError(
+                f"{told}: choose another --out, or go on with --allow-code-change, which is recorded"
+            )
+        warnings.warn(f"{told}: results of both are in it", stacklevel=5)
+        self.earlier_code = [*self.earlier_code, before]
+        self.log(f"{told}: {before} before, {code_hash()} from here on")
 
     def _stage_of(self, setting: str) -> str | None:
         """The first stage that reads a setting; None: all do."""
@@ -133,12 +162,15 @@ class Run:
         if stage is None:
             return False
         stages = list(self._decided)
-        files = [f"{name}.{kind}" for name in stages[stages.index(stage) :] for kind in _STAGE_FILES]
-        sums = [self.folder.glob(f"{name}.*{TENSORS}") for name in stages[stages.index(stage) :]]
+        results = [name for name in stages[stages.index(stage) :] if "." in name]
+        later = [name for name in stages[stages.index(stage) :] if "." not in name]
+        files = [*results, *(f"{name}.{kind}" for name in later for kind in _STAGE_FILES)]
+        sums = [self.folder.glob(f"{name}.*{TENSORS}") for name in later]
         return not any(self.path(file).exists() for file in files) and not any(map(list, sums))
 
     def _difference(self, setting: str, stored: Any, current: Any) -> str:
         stage = self._stage_of(setting)
+        stage = stage and stage.removesuffix(".json")
         begun = "" if stage is None else f", which decides the stage {stage}, already begun"
         return f"{setting}: {stored!r} there, {current!r} now{begun}"
 
@@ -212,7 +244,7 @@ def _is_bookkeeping(path: Path) -> bool:
     return path.name in ("lock", "lock.json") or path.name.endswith(".part")
 
 
-def _locked(folder: Path) -> FileLock:
+def _locked(folder: Path, wait: bool) -> FileLock:
     """The lock of a folder, held by this process; the system frees it when the process ends."""
     key = folder.resolve()
     lock = _LOCKS.get(key)
@@ -222,9 +254,11 @@ def _locked(folder: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(
-            f"{folder} is in use by another process{_owner(owner)}; wait for it to end"
-        ) from error
+        in_use = f"{folder} is in use by another process{_owner(owner)}"
+        if not wait:
+            raise ValueError(f"{in_use}; wait for it to end (--wait does)") from error
+        print(f"{in_use}; waiting for it to end", file=sys.stderr, flush=True)
+        lock.acquire(poll_interval=0.5)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": now})
     _LOCKS[key] = lock

@@ -9,7 +9,7 @@ from typing import Any
 from hones_lens.analysis import LensDifference
 from hones_lens.app.report.run_files import RunFiles
 from hones_lens.app.report.run_folder import read_run
-from hones_lens.app.runs.folder import Run
+from hones_lens.app.runs.folder import Opening, Run
 from hones_lens.app.runs.identity import examples_hash, json_hash, model_identity
 from hones_lens.data import Example
 from hones_lens.hones import (
@@ -53,20 +53,29 @@ def start_overlap(
     neurons: Mapping[str, NeuronScores],
     model: HookedVLM | None = None,
     examples: Mapping[str, Sequence[Example]] | None = None,
+    *,
+    opening: Opening | None = None,
+    **asked: Any,
 ) -> Run:
     """Open a run folder whose settings identify the neurons and, for masking, weights and examples.
+
+    Args:
+        out, model_name, neurons, model, examples: What is compared, and where it is kept.
+        opening: As for `Run`.
+        asked: Options of the command, recorded too.
 
     Raises:
         ValueError: The folder holds a run with other settings.
     """
     selected = {task: [[c.layer, c.index] for c in scores.top()] for task, scores in neurons.items()}
-    settings: dict[str, Any] = {"model": model_name, "tasks": list(neurons), "neurons": json_hash(selected)}
+    settings: dict[str, Any] = {**asked, "model": model_name, "tasks": list(neurons)}
+    settings["neurons"] = json_hash(selected)
     if model is not None and examples is not None:
-        settings |= model_identity(model)
+        settings |= {**model_identity(model), "device": model.cfg.device.type}
         settings["examples"] = {
             task: examples_hash(load_task(task), task_examples) for task, task_examples in examples.items()
         }
-    return Run(out, settings)
+    return Run(out, settings, opening=opening)
 
 
 def find_shared_neurons(run: Run, neurons: Mapping[str, NeuronScores]) -> Overlap:

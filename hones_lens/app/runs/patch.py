@@ -25,7 +25,7 @@ from hones_lens.analysis import (
     targets_of,
 )
 from hones_lens.app.runs.data_choice import FILE_OPTIONS
-from hones_lens.app.runs.folder import Run, save_picture
+from hones_lens.app.runs.folder import Opening, Run, save_picture
 from hones_lens.app.runs.identity import model_identity
 from hones_lens.data import CounterfactualPair, Example, counterfactual_pairs, load_examples, reads_files
 from hones_lens.engine import usable_examples
@@ -232,27 +232,40 @@ class PairsChoice:
 
 
 def start_patching(
-    model: HookedVLM, pairs: PatchPairs, out: str | Path, choice: PairsChoice, options: dict[str, Any]
+    model: HookedVLM,
+    pairs: PatchPairs,
+    out: str | Path,
+    choice: PairsChoice,
+    options: dict[str, Any],
+    *,
+    opening: Opening | None = None,
+    **asked: Any,
 ) -> Run:
-    """Open a run folder for one patching; options are those of `patch_activations`, JSON values or a Box.
+    """Open a run folder for one patching.
+
+    Args:
+        model, pairs, out, choice: What is patched, and where it is kept.
+        options: Those of `patch_activations`, JSON values or a Box.
+        opening: As for `Run`.
+        asked: Options of the command; those that `options` has not are recorded too.
 
     Raises:
         ValueError: The folder holds a run with other settings.
     """
-    groups, chosen = options.get("groups"), asdict(choice)
-    if not choice.raw_prompt:
-        del chosen["raw_prompt"]  # folders that were made before the option lack it
+    groups, rest = options.get("groups"), {k: v for k, v in asked.items() if k not in options}
     run = Run(
         out,
         {
+            **rest,
             "model": model.cfg.model_name,
             **model_identity(model),
             "device": model.cfg.device.type,
             "dtype": str(model.cfg.dtype).removeprefix("torch."),
-            **chosen,
+            **asdict(choice),
             "pairs": pairs_hash(pairs, whole=options.get("metric") == "log_prob"),
             "patch": {**options, "groups": groups and [str(group) for group in groups]},
         },
+        opening=opening,
     )
     run.files("pair", lambda: _save_first_pair(model, run, pairs, choice))
     return run

@@ -11,7 +11,7 @@ from typing import Any
 from hones_lens.app.report.reproduction import Reproduction, TaskResults
 from hones_lens.app.runs import stages, steering as steering_run, views
 from hones_lens.app.runs.data_choice import DataChoice
-from hones_lens.app.runs.folder import Run, save_left_out
+from hones_lens.app.runs.folder import Opening, Run, save_left_out
 from hones_lens.app.runs.identity import json_hash, model_identity
 from hones_lens.app.runs.overlap import find_lens_delta, find_shared_neurons, mask_shared_groups
 from hones_lens.app.runs.stages import MaskingResults
@@ -51,6 +51,7 @@ def reproduce(
     ratios: Sequence[float] = RATIOS,
     n_controls: int = 20,
     steering: Mapping[str, Any] = STEERING,
+    opening: Opening | None = None,
     **limits: Any,
 ) -> Reproduction:
     """Localize, attribute, mask, steer and compare the tasks of one model, into run folders.
@@ -68,6 +69,7 @@ def reproduce(
         ratios: Shares of all neurons to mask; the last one's neurons are steered.
         n_controls: Matched random sets beside HONES's neurons.
         steering: Options of `compare_steering`.
+        opening: How the run folders are opened.
         limits: `heads` and `layers` of `localize_heads`: measure these alone.
 
     Raises:
@@ -82,7 +84,7 @@ def reproduce(
         datasets = _datasets(data, shifted)
         settings = {"controls": n_controls, "ratios": list(ratios), "rankings": list(RANKINGS)}
         settings |= {name: value for name, value in limits.items() if value is not None}
-        run = stages.start_run(model, task, data, out / task, tasks=list(tasks), **settings)
+        run = stages.start_run(model, task, data, out / task, opening=opening, tasks=list(tasks), **settings)
         save_left_out(run, data, task)
         heads = stages.find_heads(model, run, task, data, **limits)
         held_out = stages.remeasure_on_held_out(model, run, task, data, heads)
@@ -92,11 +94,10 @@ def reproduce(
         masking = _mask(model, run, task, data, neurons[task], tasks, ratios, n_controls)
         lenses[task] = find_lens_delta(model, run, task, data.test(task), neurons[task], "lens")
         views.save_report_views(model, run, task, data, heads, neurons[task])
-        tables = _steer(model, run, task, datasets, neurons[task], steering)
+        tables = _steer(model, run, task, datasets, neurons[task], steering, opening)
         results[task] = TaskResults(heads, held_out, masking, tables)
-    groups, shared, effects = _compare_tasks(
-        model, out / "across", _datasets(all_data, shifted), neurons, results
-    )
+    datasets = _datasets(all_data, shifted)
+    groups, shared, effects = _compare_tasks(model, out / "across", datasets, neurons, results, opening)
     result = Reproduction(model.cfg.model_name, results, shared, groups, lenses, effects)
     (out / "tables.md").write_text(result.to_markdown(), encoding="utf-8")
     return result
@@ -184,6 +185,7 @@ def _steer(
     datasets: Mapping[str, DataChoice],
     neurons: NeuronScores,
     steering: Mapping[str, Any],
+    opening: Opening | None,
 ) -> dict[tuple[str, str], SteeringTable]:
     """Scales learned and measured on each data set, and those of the first measured on the others."""
     options = {"methods": steering_run.steering_methods(None), "config": SteeringConfig(), **steering}
@@ -191,7 +193,7 @@ def _steer(
     folders: dict[str, Run] = {}
     for name, data in datasets.items():
         folder = run.folder / "steering" / name
-        folders[name] = steering_run.start_steering(model, task, data, folder, neurons, options)
+        folders[name] = steering_run.start_steering(model, task, data, folder, neurons, options, opening)
         tables[name, name] = steering_run.steer_neurons(model, folders[name], task, data, neurons, options)
     first, *others = datasets
     for name in others:
@@ -209,6 +211,7 @@ def _compare_tasks(
     datasets: Mapping[str, DataChoice],
     neurons: Mapping[str, NeuronScores],
     results: Mapping[str, TaskResults],
+    opening: Opening | None,
 ) -> tuple[GroupMasking, Overlap, dict[str, SideEffects]]:
     """Comparison of the tasks in a run folder: shared neurons, masked groups, and side effects."""
     tables = {name: {task: r.steering[name, name] for task, r in results.items()} for name in datasets}
@@ -226,6 +229,7 @@ def _compare_tasks(
             "examples": json_hash([[t.example_ids for t in by_task.values()] for by_task in tables.values()]),
             "scales": json_hash([[s.offsets for s in by_task.values()] for by_task in scales.values()]),
         },
+        opening=opening,
     )
     shared = find_shared_neurons(run, neurons)
     held_out = {

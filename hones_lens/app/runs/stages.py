@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.app.runs.data_choice import DataChoice
-from hones_lens.app.runs.folder import Run
+from hones_lens.app.runs.folder import Opening, Run
 from hones_lens.app.runs.identity import examples_hash, model_identity
 from hones_lens.engine import Tally, as_task
 from hones_lens.hones import (
@@ -39,7 +39,8 @@ OTHER_RANKINGS = (
 )
 # Stages in their order, each with the settings that it is the first to read.
 DECIDED = {
-    "heads": ("top_k", "positions", "prefilter", "race", "heads", "layers"),
+    "heads": ("positions", "prefilter", "race", "heads", "layers"),
+    "heads.json": ("top_k",),
     "heads-held-out": (),
     "neurons": ("ratio", "ratios"),
     "masking": ("controls",),
@@ -62,7 +63,15 @@ class MaskingResults(list[MaskingResult]):
         return cls(load_masking(file))
 
 
-def start_run(model: HookedVLM, task: str | Task, data: DataChoice, out: str | Path, **settings: Any) -> Run:
+def start_run(
+    model: HookedVLM,
+    task: str | Task,
+    data: DataChoice,
+    out: str | Path,
+    *,
+    opening: Opening | None = None,
+    **settings: Any,
+) -> Run:
     """Open a run folder whose settings identify model, weights and examples by hashes.
 
     Raises:
@@ -74,6 +83,7 @@ def start_run(model: HookedVLM, task: str | Task, data: DataChoice, out: str | P
             f"{len(overlapping)} {chosen.name} examples, the first {overlapping[0]!r}, are both in "
             f"{data.discovery_split!r} and in {data.held_out!r}: what they select can't be judged on them"
         )
+    raced = settings.get("race") is not None  # which heads are measured on what then depends on top_k
     return Run(
         out,
         {
@@ -83,7 +93,8 @@ def start_run(model: HookedVLM, task: str | Task, data: DataChoice, out: str | P
             "test": examples_hash(chosen, test),
             **settings,
         },
-        DECIDED,
+        {**DECIDED, "heads": (*DECIDED["heads"], "top_k")} if raced else DECIDED,
+        opening,
     )
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hones_lens.app.runs.data_choice import DataChoice
-from hones_lens.app.runs.folder import Run
+from hones_lens.app.runs.folder import Opening, Run
 from hones_lens.app.runs.identity import examples_hash
 from hones_lens.app.runs.stages import common_settings
 from hones_lens.engine import as_task
-from hones_lens.hones import METHODS, NeuronScores, SteeringTable, compare_steering
+from hones_lens.hones import METHODS, NeuronScores, SteeringConfig, SteeringTable, compare_steering
 from hones_lens.model import HookedVLM, did_you_mean
 from hones_lens.tasks import Task
 
@@ -43,8 +43,9 @@ def start_steering(
     out: str | Path,
     neurons: NeuronScores,
     options: Mapping[str, Any],
+    opening: Opening | None = None,
 ) -> Run:
-    """Open a run folder for steering; options are those of `compare_steering`.
+    """Open a run folder for steering; options are those of `compare_steering`, or of the command.
 
     Raises:
         ValueError: The folder holds a run with other settings.
@@ -57,8 +58,12 @@ def start_steering(
             "dev": examples_hash(chosen, data.dev(task)),
             "test": examples_hash(chosen, data.test(task)),
             "neurons": [[c.layer, c.index] for c in neurons.top(options.get("k"))],
-            **{**options, "config": asdict(options["config"])},
+            **{
+                name: asdict(value) if isinstance(value, SteeringConfig) else value
+                for name, value in options.items()
+            },
         },
+        opening=opening,
     )
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from threading import Timer
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from helpers.hf_task_loops import fresh_pair
 
 from hones_lens.app.report.run_folder import read_run
 from hones_lens.app.report.run_settings import sealed
-from hones_lens.app.runs.folder import Journal, Run
-from hones_lens.app.runs.identity import examples_hash, weights_hash
+from hones_lens.app.runs.folder import Journal, Opening, Run
+from hones_lens.app.runs.identity import code_hash, examples_hash, weights_hash
 from hones_lens.app.tiny import tiny_llava
 from hones_lens.data.loading import load_examples
 from hones_lens.hones.attribution.head_scores import HeadScores
@@ -172,13 +173,41 @@ def test_a_folder_of_an_earlier_version_is_read_but_not_continued(tmp_path):
         Run(folder, {"model": "m"})
 
 
-def test_other_code_warns_and_is_recorded(tmp_path):
+def test_other_code_is_refused_unless_allowed_and_then_recorded(tmp_path):
     folder = Run(tmp_path / "a", {"model": "m"}).folder
     change_config(folder / "settings.json", code="0" * 24)
-    with pytest.warns(UserWarning, match="code of hones-lens is not the one that began"):
-        run = Run(folder, {"model": "m"})
+    before = (folder / "settings.json").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"code of hones-lens is not the one that began .*--allow-code-change"
+    ):
+        Run(folder, {"model": "m"})
+    assert (folder / "settings.json").read_bytes() == before
+    with pytest.warns(UserWarning, match="results of both are in it"):
+        run = Run(folder, {"model": "m"}, opening=Opening(allow_code_change=True))
     assert f"{'0' * 24} before" in run.path("log.txt").read_text()
     assert Run(folder, {"model": "m"}).resumed, "said once"
+    saved = json.loads((folder / "settings.json").read_text())
+    assert saved["earlier_code"] == ["0" * 24] and saved["code"] == code_hash()
+
+
+def test_what_is_read_from_measurements_may_change_until_it_is_read(tmp_path):
+    decided = {"heads": ("race",), "heads.json": ("top_k",), "neurons": ("ratio",)}
+
+    def opened(**changes):
+        return Run(tmp_path / "a", {"top_k": 1, "race": None, "ratio": 0.1, **changes}, decided)
+
+    opened().journal("heads")["a"] = 1.0
+    run = opened(top_k=3)
+    with pytest.raises(
+        ValueError, match=r"race: None there, 0.1 now, which decides the stage heads, already"
+    ):
+        opened(top_k=3, race=0.1)
+    run.stage("heads", HeadScores, some_scores)
+    assert opened(top_k=3, ratio=0.2).resumed
+    with pytest.raises(
+        ValueError, match=r"top_k: 3 there, 2 now, which decides the stage heads, already begun"
+    ):
+        opened(top_k=2, ratio=0.2)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +337,19 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
     again = Run(folder, {"model": "m"})  # and one process may open its folder twice
     del run, again
     FileLock(folder / "lock").acquire(timeout=0).lock.release()
+
+
+def test_a_process_may_wait_for_another_one_and_says_for_which(tmp_path, capsys):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    command, pipes = [sys.executable, "-c", HOLDER], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=folder, **pipes) as holder:
+        assert holder.stdout.read(1) == b"1"
+        Timer(0.3, holder.stdin.close).start()
+        Run(folder, {"model": "m"}, opening=Opening(wait=True))
+        assert holder.wait() == 0
+    said = capsys.readouterr().err
+    assert f"in use by another process (pid {holder.pid} on here since noon); waiting" in said
 
 
 def test_a_disk_that_is_full_leaves_the_file_that_was_there(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from hones_lens import HookedVLM, load_examples
 from hones_lens.analysis.lens.difference import LensDifference
 from hones_lens.app.cli import main
+from hones_lens.app.runs.folder import Run
 from hones_lens.app.runs.overlap import neurons_of_runs
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.overlap.group_masking import GroupMasking, mask_groups
@@ -71,10 +72,7 @@ def test_runs_that_can_not_be_compared(runs, tmp_path, capsys) -> None:
     assert main(["localize", "--stage", "heads", "--out", str(empty), *LIMIT]) == 0
     with pytest.raises(ValueError, match="empty has no neurons of one task"):
         neurons_of_runs([str(empty)])
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in Path(runs["ocr"]).glob("*.json"):
-        text = file.read_text(encoding="utf-8")
-        (other / file.name).write_text(text.replace("tiny-llava", "big-llava"), encoding="utf-8")
+    other = Run(tmp_path / "other", {"model": "big-llava", "task": "ocr"})
+    other.stage("neurons", NeuronScores, lambda: NeuronScores.load(Path(runs["ocr"]) / "neurons.json"))
     with pytest.raises(ValueError, match=r"not .*vqa of tiny-llava, .*of big-llava"):
-        neurons_of_runs([runs["vqa"], str(other)])
+        neurons_of_runs([runs["vqa"], str(other.folder)])
