@@ -6,6 +6,7 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from hones_lens.viz.text import nonbreaking, number
 from hones_lens.viz.theme import GRID, INK, MUTED, ON_ACCENT, SELECTED, SURFACE, Plot, styled
 
 _MOST_VALUES = (8, 16)  # columns and rows up to which a map has its numbers written in
-_MOST_PANELS, _COLUMNS = 16, 4
+_MOST_PANELS = 48  # of more entries, so many are drawn
+_COLUMNS, _MOST_WIDE, _NARROW_COLUMNS = 4, 16, 8  # panels in a line, and in one where there are more than 16
 _WIDE = (24, 60)  # columns from which a single map is wider than one panel
 _MOST_TICKS = 48  # names on one axis; more of them are left out in between
 _ALPHA = 0.05
@@ -54,16 +56,17 @@ def labelled(result: Labelled, *, title: str | None = None, panels: str | None =
     """A figure of one, two or three axes.
 
     One axis: a curve over numbers, or bars over names, with intervals. Two: a heat map, the first axis
-    downwards, centred at 0. Three: a heat map for each entry of one axis, all in one scale. A dot marks what
-    differs from 0 (see `significant`).
+    downwards, centred at 0. Three: a heat map for each entry of one axis, all in one scale; of more than 48
+    entries, 48 from the first to the last. A dot marks what differs from 0 (see `significant`).
 
     Args:
         result: What to draw.
         title: Default: `result.what`.
-        panels: With three axes, the axis with one map per entry; default: the one with the fewest entries.
+        panels: With three axes, the axis with one map per entry; default: the one beside row and column,
+            else the one with the fewest entries.
 
     Raises:
-        ValueError: No axes, more than three, more than 16 panels (`select` some first), an unknown axis.
+        ValueError: No axes, more than three, or an unknown axis.
     """
     title = result.what if title is None else title
     if len(result.axes) == 1:
@@ -75,13 +78,22 @@ def labelled(result: Labelled, *, title: str | None = None, panels: str | None =
             f"{result.what}: {len(result.axes)} axes ({', '.join(result.axes) or 'none'}) can't be drawn; "
             "select() entries until one, two or three are left"
         )
-    axis = min(reversed(result.axes), key=lambda a: len(result.names(a))) if panels is None else panels
-    names = result.names(axis)
+    names = result.names(axis := _panel_axis(result) if panels is None else panels)
     if len(names) > _MOST_PANELS:
-        raise ValueError(f"{len(names)} panels are more than {_MOST_PANELS}: select() some {axis}s first")
+        shown = torch.linspace(0, len(names) - 1, _MOST_PANELS).round().long().tolist()
+        result = replace(result, notes=(*result.notes, f"{_MOST_PANELS} of {len(names)} {axis}s are shown"))
+        names = tuple(names[i] for i in shown)
     parts = [result.select(**{axis: name}) for name in names]
     headings = [f"{axis} {name}" if isinstance(name, int) else str(name) for name in names]
     return _maps(parts, headings, result, title)
+
+
+def _panel_axis(result: Labelled) -> str:
+    """The axis that has a map for each of its entries: of pictures their layer, else the shortest."""
+    beside = [axis for axis in result.axes if axis not in ("row", "column")]
+    if len(beside) == 1:
+        return beside[0]
+    return min(reversed(result.axes), key=lambda axis: len(result.names(axis)))
 
 
 def _note(result: Labelled) -> str:
@@ -143,20 +155,26 @@ def _line(result: Labelled, title: str) -> Plot:
 
 def _maps(parts: Sequence[Labelled], headings: Sequence[str], whole: Labelled, title: str) -> Plot:
     rows, columns = parts[0].shape
-    across = min(_COLUMNS, len(parts))
+    narrow = len(parts) > _MOST_WIDE
+    across = _NARROW_COLUMNS if narrow else min(_COLUMNS, len(parts))
     down = math.ceil(len(parts) / across)
     long = max(len(str(name)) for name in parts[0].names(parts[0].axes[1]))
     turned = long * columns > 40  # names of columns would touch
     height = min(5.0, max(1.2, 0.34 * rows) + 0.5) + (min(1.5, 0.075 * long) if turned else 0)
-    wide = across if len(parts) > 1 else 1 + sum(columns > many for many in _WIDE)
+    wide = min(_COLUMNS, across) if len(parts) > 1 else 1 + sum(columns > many for many in _WIDE)
+    if narrow:
+        wide = 2
+        height = 0.3 + min(1.6, 0.9 * wide * theme.WIDTH / across * rows / columns)
     figure, first = theme.new_plot(title, _note(whole), height * down, panels=wide)
     for axes in first:
         axes.remove()
     every = figure.subplots(down, across, squeeze=False).flatten()
     limit = float(whole.values.abs().nan_to_num(0).max()) or 1.0
     for axes, part, heading in zip(every, parts, headings, strict=False):
-        mesh = _map(axes, part, limit, turned)
+        mesh = _map(axes, part, limit, turned, narrow)
         axes.set_title(theme.drawable(heading))
+        if narrow:
+            axes.set(xticks=[], yticks=[], xlabel="", ylabel="")
     for axes in every[len(parts) :]:
         axes.set_axis_off()
     ticks = MaxNLocator(5, symmetric=True)
@@ -170,14 +188,14 @@ def _maps(parts: Sequence[Labelled], headings: Sequence[str], whole: Labelled, t
     return figure
 
 
-def _map(axes: Axes, part: Labelled, limit: float, turned: bool) -> QuadMesh:
+def _map(axes: Axes, part: Labelled, limit: float, turned: bool, narrow: bool = False) -> QuadMesh:
     (rows, columns), values = part.shape, part.values.double()
     mesh = axes.pcolormesh(
         np.ma.masked_invalid(values.numpy()),
         cmap=theme.diverging().with_extremes(bad=GRID),
         norm=TwoSlopeNorm(0, -limit, limit),
         edgecolors=SURFACE,
-        linewidth=1.6 if columns <= 16 else 0.5 if columns <= 64 else 0,
+        linewidth=1.6 if columns <= 16 else 0.5 if columns <= 64 and not narrow else 0,
         gid="cells",
     )
     written = columns <= _MOST_VALUES[0] and rows <= _MOST_VALUES[1]
