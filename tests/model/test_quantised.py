@@ -69,7 +69,8 @@ def test_weights_passes_and_stages_are_those_of_the_dequantised_model(
     for layer, block in enumerate(model.blocks):  # those of Hugging Face's now run
         theirs = hf.model.language_model.layers[layer]
         for ours, layer_of in ((block.attn.o, theirs.self_attn.o_proj), (block.mlp.up, theirs.mlp.up_proj)):
-            torch.testing.assert_close(ours.weight, effective(layer_of), atol=2e-3, rtol=1e-2)
+            rounds = 1e-4 if layer_of.weight.dtype == torch.int8 else 2e-3  # of the kernel
+            torch.testing.assert_close(ours.weight, effective(layer_of), atol=rounds, rtol=rounds)
     assert torch.equal(model(inputs), logits) and weights_hash(model) == before
     assert not torch.equal(model.W_O, plain.W_O)
     weights = weights_of(model)
