@@ -26,6 +26,7 @@ from .masking_result import (
     MaskingResult as MaskingResult,
     load_masking as load_masking,
     masking_measure as masking_measure,
+    rounding_legend as rounding_legend,
     save_masking as save_masking,
 )
 from .overlap.group_masking import GroupMasking as GroupMasking, mask_groups as mask_groups

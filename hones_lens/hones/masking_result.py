@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -16,6 +16,7 @@ from hones_lens.model import did_you_mean, require_choice, takes_iterables
 from hones_lens.results import Interval, Result, read_json, to_json, write_json
 
 MEASURES = ("metric", "log_prob")
+BELOW_ROUNDING = "~"  # behind a drop that the model's type may have made
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class MaskingResult(Result):
         kinds: The same by kind of question.
         example_ids: Which examples, in the order of `drops`.
         metric_p, log_prob_p: Of no drop: two-sided paired permutation tests; None where not tested.
+        rounding: By how many nats the log-probability of an answer moves when examples run one by one and not
+            in batches: what a model in bfloat16 or float16 can't tell. None in wider types.
     """
 
     kind: ClassVar[str] = "masking-result"
@@ -98,6 +101,7 @@ class MaskingResult(Result):
     example_ids: tuple[str, ...]
     metric_p: float | None = None
     log_prob_p: float | None = None
+    rounding: float | None = None
 
     @property
     def drop(self) -> float:
@@ -167,10 +171,25 @@ class MaskingResult(Result):
             lines.append(
                 f"  larger drop than {self.beats('metric')} (metric) and {self.beats()} (log-probability)"
             )
+        if masking_measure(self, "log_prob").below_rounding:
+            lines.append(f"  {BELOW_ROUNDING} the drop of log-probability is {_below(self.rounding)}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
+
+
+@takes_iterables
+def rounding_legend(measures: Iterable[MaskingMeasure]) -> str:
+    """What the mark behind a drop says, if some drop has it, else nothing."""
+    marked = [m.rounding for m in measures if m.below_rounding]
+    return f"{BELOW_ROUNDING} {_below(max(filter(None, marked)))}" if marked else ""
+
+
+def _below(rounding: float | None) -> str:
+    return (
+        f"smaller than rounding, by which answers run one by one or in batches differ ({rounding:.2g} nats)"
+    )
 
 
 def _range(values: Sequence[float]) -> str:
@@ -209,6 +228,7 @@ class MaskingMeasure:
         controls: The measure under each random set.
         beaten: How many random sets lose strictly less than the selected neurons.
         p: Of no drop; None where it was not tested.
+        rounding: What the model's type rounds away, in nats; None where it is not known.
     """
 
     name: str
@@ -222,11 +242,22 @@ class MaskingMeasure:
     controls: tuple[float, ...]
     beaten: int
     p: float | None = None
+    rounding: float | None = None
 
     @property
     def drop(self) -> float:
         """Baseline minus masked."""
         return self.baseline - self.masked
+
+    @property
+    def below_rounding(self) -> bool:
+        """The drop is smaller than what the model's type rounds away."""
+        return self.rounding is not None and abs(self.drop) < self.rounding
+
+    @property
+    def mark(self) -> str:
+        """What is put behind a drop that is below rounding, else nothing."""
+        return BELOW_ROUNDING if self.below_rounding else ""
 
     @property
     def random_mean(self) -> float:
@@ -268,7 +299,8 @@ def masking_measure(result: MaskingResult, measure: str = "metric") -> MaskingMe
         arms += (result.baseline_log_prob_interval, result.masked_log_prob_interval)
         name = "log-probability"
         long_name = f"{name} of the right answer"
-        return MaskingMeasure(long_name, name, " nats", *arms, controls, beaten, result.log_prob_p)
+        given = (*arms, controls, beaten, result.log_prob_p, result.rounding)
+        return MaskingMeasure(long_name, name, " nats", *given)
     raise ValueError(
         f"unknown measure {measure!r}; valid: {', '.join(MEASURES)}{did_you_mean(measure, MEASURES)}"
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from helpers import example_results
 from helpers.hf_task_loops import (
     ALL_TASKS,
     D_MLP,
@@ -23,9 +26,17 @@ from helpers.hf_task_loops import (
 )
 from hypothesis import given, strategies as st
 
+from hones_lens import HookedVLM
+from hones_lens.engine import SweepOptions, measure_log_probs
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import evaluate_masking, masking_curve, matched_random_sets
-from hones_lens.hones.masking_result import MaskingResult, load_masking, save_masking
+from hones_lens.hones.masking_result import (
+    MaskingResult,
+    load_masking,
+    masking_measure,
+    rounding_legend,
+    save_masking,
+)
 from hones_lens.tasks.registry import load_task
 
 CHOSEN = [(0, 3), (1, 5), (1, 7), (2, 0), (2, 11), (2, 19)]
@@ -201,3 +212,39 @@ def test_random_sets_reach_every_neuron_evenly() -> None:
     sets = matched_random_sets([(1, 0), (1, 1), (1, 2)], 2, 10, 2000, seed=1)
     counts = np.bincount([c.index for one in sets for c in one], minlength=10)
     assert (abs(counts / 2000 - 0.3) < 0.04).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_how_answers_one_by_one_differ_from_batches(dtype: torch.dtype) -> None:
+    model = HookedVLM.from_hf(copy.deepcopy(pair()[0]).to(dtype), pair()[1].processor)
+    examples = list(examples_of("vqa"))
+    found = evaluate_masking(model, "vqa", examples, CHOSEN, n_controls=0, batch_size=3, progress=False)
+    if dtype is torch.float32:
+        assert found.rounding is None
+        return
+    task = load_task("vqa")
+    one_by_one, together = (
+        [
+            value
+            for start in range(0, len(examples), size)
+            for value in measure_log_probs(
+                model, task, examples[start : start + size], [[]], SweepOptions(progress=False)
+            )[0]
+        ]
+        for size in (1, 3)
+    )
+    assert found.rounding == pytest.approx(np.abs(np.subtract(one_by_one, together)).mean(), abs=1e-6)
+    assert MaskingResult.from_dict(found.to_dict()).rounding == found.rounding
+
+
+def test_a_drop_below_rounding_is_marked_with_its_value_kept() -> None:
+    result = example_results.masking(0.92, -0.25)
+    drop = masking_measure(result, "log_prob").drop
+    for rounding, marked in ((None, False), (0.99 * abs(drop), False), (1.01 * abs(drop), True)):
+        rounded = replace(result, rounding=rounding)
+        m = masking_measure(rounded, "log_prob")
+        assert (m.below_rounding, m.mark, m.drop) == (marked, "~" if marked else "", drop)
+        assert not masking_measure(rounded, "metric").below_rounding
+        legend = "~ smaller than rounding, by which answers run one by one or in batches differ"
+        assert rounding_legend([m]) == (f"{legend} ({rounding:.2g} nats)" if marked else "")
+        assert ("~" in str(rounded)) == marked

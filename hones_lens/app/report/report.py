@@ -13,7 +13,7 @@ from hones_lens import viz
 from hones_lens.app.report import patch_sections
 from hones_lens.app.report.run_view import PatchView, RunView
 from hones_lens.app.report.sections import Section, page_figure, sections
-from hones_lens.app.report.tables import Bold, Cell, Table
+from hones_lens.app.report.tables import Bold, Cell, Table, rounding_note
 from hones_lens.app.report.verdict import verdict
 from hones_lens.hones import MEASURES, NeuronScores, masking_measure
 from hones_lens.model import takes_iterables
@@ -117,11 +117,13 @@ def _headline_table(runs: Sequence[RunView]) -> Table:
         cells += [run.main.metric_name, f"{run.main.metric_interval.n:,}"]
         for measure in MEASURES:
             m = masking_measure(run.main, measure)
-            cells += [Bold(number(m.drop)) if m.clear else number(m.drop), span(m.interval)]
+            drop = number(m.drop) + m.mark
+            cells += [Bold(drop) if m.clear else drop, span(m.interval)]
             cells.append(f"{m.beaten} of {len(m.controls)}" if m.controls else "–")
         rows.append(tuple(cells))
     note = "Drops when the neurons are masked, with bootstrap intervals; beats: how many random sets lose "
     note += "less. Bold: larger than with every random set, and the interval lies above 0."
+    note += rounding_note(masking_measure(run.main, "log_prob") for run in runs if run.main is not None)
     return Table("Neurons masked", columns, tuple(rows), note)
 
 

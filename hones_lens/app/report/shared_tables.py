@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hones_lens.analysis import LensDifference, LensToken
-from hones_lens.app.report.tables import Bold, Cell, Table, Tokens
+from hones_lens.app.report.tables import Bold, Cell, Table, Tokens, rounding_note
 from hones_lens.hones import (
     GroupMasking,
     HeldOutHeads,
@@ -159,6 +159,7 @@ def group_masking(groups: GroupMasking) -> Table:
     note = f"{groups.size:,} neurons of each group masked; n = {n} held-out examples; "
     note += f"{level(first.metric_interval)} bootstrap intervals; {draws} random sets for each group. Bold: "
     note += "larger than with every random set, and the interval lies above 0."
+    note += rounding_note(masking_measure(result, "log_prob") for result in groups.results)
     return Table("Groups masked at one size", columns, rows, note)
 
 
@@ -167,7 +168,8 @@ def _group_row(result: MaskingResult) -> tuple[Cell, ...]:
     cells: list[Cell] = [result.task, result.method, before]
     for measure in ("metric", "log_prob"):
         m = masking_measure(result, measure)
-        cells += [Bold(number(m.drop)) if m.clear else number(m.drop), span(m.interval)]
+        drop = number(m.drop) + m.mark
+        cells += [Bold(drop) if m.clear else drop, span(m.interval)]
         cells += [number(m.baseline - m.random_mean), f"{m.beaten} of {len(m.controls)}"]
     return tuple(cells)
 

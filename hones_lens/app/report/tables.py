@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from hones_lens.hones import (
     MaskingResult,
     NeuronScores,
     masking_measure,
+    rounding_legend,
 )
 from hones_lens.results import Interval
 from hones_lens.viz import level, number, p_value, percent, span
@@ -96,6 +97,8 @@ def top_heads(heads: HeadScores) -> Table:
         note += f" Not exact: {heads.traded}."
     if bool(((heads.mean_drops - heads.scores).abs() > 1e-6).any()):
         note += f" Drops are of {heads.metric_name} over all examples, verdicts of the score of each."
+    if heads.near_ties:
+        note += f" Choices between tokens that rounding may settle: {heads.near_ties:,}."
     if not top:
         note += " No head lowers the metric when it is changed."
     return Table("Critical heads", columns, tuple(rows), note + _not_shown(len(top)))
@@ -157,12 +160,19 @@ def masking(results: Sequence[MaskingResult], measure: str) -> Table:
     note += f"; {len(m.controls)} random sets." if m.controls else "; no random sets were run."
     if any(m.clear for m in (masking_measure(r, measure) for r in results)):
         note += " Bold: larger than with every random set, and the interval lies above 0."
+    note += rounding_note(masking_measure(r, measure) for r in results)
     title = f"{m.name[0].upper()}{m.name[1:]}{' (nats)' if m.unit else ''} with neurons masked"
     return Table(title, columns, rows, note)
 
 
+def rounding_note(measures: Iterable[MaskingMeasure]) -> str:
+    """The sentence below a table that says what the mark behind a drop means; empty where none has it."""
+    legend = rounding_legend(measures)
+    return f" {legend}." if legend else ""
+
+
 def _masking_row(result: MaskingResult, m: MaskingMeasure) -> tuple[Cell, ...]:
-    drop = number(m.drop)
+    drop = number(m.drop) + m.mark
     return (
         f"{result.n_neurons:,}",
         percent(result.ratio),
@@ -216,11 +226,12 @@ def rankings(results: Mapping[str, MaskingResult]) -> Table:
         for measure in MEASURES:
             m = masking_measure(result, measure)
             beats = f"{m.beaten} of {len(m.controls)}" if m.controls else "–"
-            drop, p = number(m.drop), p_value(m.p)
+            drop, p = number(m.drop) + m.mark, p_value(m.p)
             cells += [Bold(drop) if m.clear else drop, span(m.interval), p, beats]
         rows.append(tuple(cells))
     interval = next(iter(results.values())).metric_interval
     note = f"{level(interval)} bootstrap interval of the drop, n = {interval.n:,}."
+    note += rounding_note(masking_measure(r, measure) for r in results.values() for measure in MEASURES)
     return Table("Rankings", tuple(columns), tuple(rows), note)
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hones_lens.app.report.run_view import RunView
 from hones_lens.app.report.verdict import verdict
-from hones_lens.hones import MEASURES, masking_measure
+from hones_lens.hones import MEASURES, masking_measure, rounding_legend
 from hones_lens.viz import level, number, percent, span
 
 _MOST_HEADS = 10
@@ -110,7 +110,7 @@ def _print_masking(console: Console, run: RunView, measure: str) -> None:
         table.add_row(
             f"{result.n_neurons:,} ({percent(result.ratio)})",
             Text(f"{number(m.masked)} {span(m.after)}"),
-            Text(f"{number(m.drop)} {span(m.interval)}"),
+            Text(f"{number(m.drop)}{m.mark} {span(m.interval)}"),
             number(m.random_mean),
             f"{m.beaten}/{len(m.controls)}" if m.controls else "–",
         )
@@ -119,4 +119,6 @@ def _print_masking(console: Console, run: RunView, measure: str) -> None:
     note += f"n = {first.interval.n:,}"
     if first.controls:
         note += f"; random: mean of {len(first.controls)} sets"
+    if legend := rounding_legend(masking_measure(result, measure) for result in results):
+        note += f"; {legend}"
     _print(console, title, table, note)
