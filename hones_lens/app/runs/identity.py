@@ -26,6 +26,12 @@ _CHUNK = 2**24  # bytes of a tensor that are hashed at a time, and copied where 
 _DECIDES_NOTHING = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
 _SAID_ELSEWHERE = ("device", "model_name")  # settings of their own
 _STATE_OF_TOKENIZER = ("truncation", "padding")  # set anew by every call
+_BESIDE_THE_RULES = (
+    "clean_up_tokenization_spaces",
+    "split_special_tokens",
+    "model_max_length",
+    "padding_side",
+)
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -95,7 +101,7 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
         "class": type(tokenizer).__name__,
         "rules": {name: value for name, value in rules.items() if name not in _STATE_OF_TOKENIZER},
         "special": tokenizer.special_tokens_map,
-        "clean_up": getattr(tokenizer, "clean_up_tokenization_spaces", None),
+        **{name: getattr(tokenizer, name, None) for name in _BESIDE_THE_RULES},
     }
 
 
