@@ -49,6 +49,7 @@ from .model import (
     Decoding as Decoding,
     HookedVLM as HookedVLM,
     VLMInputs as VLMInputs,
+    bounded_by as bounded_by,
     checkpoint_path as checkpoint_path,
 )
 from .results import Labelled as Labelled, Racing as Racing

@@ -78,7 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             apply_config(args)
             chosen = parser.parse_args(argv)
         check_options(chosen)
-        return chosen.run(chosen)
+        if getattr(chosen, "memory_budget", None) is None:
+            return chosen.run(chosen)
+        from hones_lens.model import bounded_by
+
+        with bounded_by(chosen.memory_budget):
+            return chosen.run(chosen)
 
     return guarded(run, argv, args.debug)
 

@@ -18,7 +18,7 @@ from .measurement import (
     measure as measure,
     measure_log_probs as measure_log_probs,
 )
-from .memory import Budget as Budget, free_bytes as free_bytes
+from .memory import Budget as Budget
 from .options import (
     BatchKeywords as BatchKeywords,
     ResumedKeywords as ResumedKeywords,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from hones_lens.data import Example
+from hones_lens.engine.memory import Budget
 from hones_lens.model import HookedVLM, VLMInputs, takes_iterables
 from hones_lens.tasks import Task, load_task
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,26 @@ class Batch:
     def ids(self) -> list[str]:
         """The examples' names."""
         return [example.id for example in self.examples]
+
+    def part(self, numbers: Sequence[int]) -> Batch:
+        """These of its examples, which have a row each."""
+        if len(numbers) == len(self.examples):
+            return self
+        examples = [self.examples[i] for i in numbers]
+        return Batch(examples, self.inputs[numbers], [1] * len(examples))
+
+    def in_parts(self, budget: Budget, most: int, run: Callable[[Batch], T]) -> list[T]:
+        """What comes of parts of its examples, which have a row each.
+
+        Args:
+            budget: Halves a part that runs out of memory, which then runs again.
+            most: How many examples fit at once.
+            run: Takes a part.
+        """
+        numbers = range(len(self.examples))
+        return [
+            out for _, out in budget.in_parts(numbers, lambda rest: most, lambda part: run(self.part(part)))
+        ]
 
 
 def as_task(task: str | Task) -> Task:

@@ -15,7 +15,7 @@ from hones_lens.engine.full_passes import Prediction
 from hones_lens.engine.options import SweepOptions
 from hones_lens.engine.sweep import Sweep
 from hones_lens.interventions import Hook
-from hones_lens.model import HookedVLM, takes_iterables
+from hones_lens.model import HookedVLM, bounded_by, takes_iterables
 from hones_lens.tasks import Task
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ def measure(
         FloatingPointError: Logits that are not finite; names arm and examples.
     """
     outcomes = [Outcome() for _ in arms]
-    with _bar(label, task, examples, arms, options.progress) as bar:
+    with bounded_by(options.memory_budget), _bar(label, task, examples, arms, options.progress) as bar:
         sweep = Sweep(model, arms, options, bar.update)
 
         def run(batch_examples: Sequence[Example]) -> list[list[list[float]]]:
@@ -105,7 +105,7 @@ def measure_log_probs(
 ) -> list[list[float]]:
     """Log-probability of every example's right answer under every arm's hooks; as `measure`."""
     log_probs: list[list[float]] = [[] for _ in arms]
-    with _bar(label, task, examples, arms, options.progress) as bar:
+    with bounded_by(options.memory_budget), _bar(label, task, examples, arms, options.progress) as bar:
         sweep = Sweep(model, arms, options, bar.update)
 
         def run(batch_examples: Sequence[Example]) -> list[list[float]]:

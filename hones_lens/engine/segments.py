@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -90,15 +90,24 @@ class _BehindPrefix(KVCache):
         return x.repeat_interleave(self.rows, dim=0)
 
 
-def buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], VLMInputs]]:
-    """Rows of one length, without padding, as many at a time as the budget has room for."""
+def in_buckets(inputs: VLMInputs, budget: Budget, run: Callable[[list[int], VLMInputs], None]) -> None:
+    """Run rows of one length, without padding, as many at a time as the budget has room for.
+
+    Args:
+        inputs: All rows.
+        budget: Halves the rows that run out of memory, which then run again.
+        run: Takes the numbers of some rows, and these rows.
+    """
     lengths: list[int] = to_list(inputs.attention_mask.sum(-1))
     for length in sorted(set(lengths)):
         rows = [row for row, n in enumerate(lengths) if n == length]
-        size = budget.rows(length)
-        for start in range(0, len(rows), size):
-            bucket = rows[start : start + size]
-            yield bucket, inputs[bucket].without_padding()
+        fits = budget.rows(length)
+        for _ in budget.in_parts(
+            rows,
+            lambda rest, fits=fits: fits,
+            lambda part: run(list(part), inputs[part].without_padding()),
+        ):
+            pass
 
 
 def split_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segment], list[list[int]]]:
@@ -136,6 +145,18 @@ def split_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segme
         segments.append(cut(rows, width - length + shared, width, 1, mask))
         members.append(rows)
     return segments, members
+
+
+def candidate_rows(inputs: VLMInputs, budget: Budget) -> int:
+    """How many rows fit into one pass if what all of them begin with is held once; at least one."""
+    lengths: list[int] = to_list(inputs.attention_mask.sum(-1))
+    width = inputs.input_ids.shape[1]
+    ids: list[list[int]]
+    ids = [to_list(row[width - n :]) for row, n in zip(inputs.input_ids, lengths, strict=True)]
+    shared = _shared_prefix_length(ids) if len(ids) > 1 else 0
+    room = budget.bytes - shared * budget.bytes_per_token
+    each = (max(lengths) - shared) * budget.bytes_per_token + 12 * budget.model.cfg.d_vocab
+    return max(1, int(room // each))
 
 
 def _shared_prefix_length(rows: Sequence[list[int]]) -> int:

@@ -5,8 +5,9 @@ The tokens are those of `generate` under the same hooks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from hones_lens.engine.arms import Arm, stack_hooks
 from hones_lens.engine.forks import ForkOutput, LayerStep
 from hones_lens.engine.memory import Budget
-from hones_lens.engine.segments import Segment, buckets
+from hones_lens.engine.segments import Segment, in_buckets
 from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, decode, to_list
 
 NEAR_TIE = 1e-4  # nats between the two likeliest tokens, below which rounding could decide in float32
@@ -103,16 +104,19 @@ def _cut_after_eos(tokens: list[int], ends: Sequence[int]) -> list[int]:
     return tokens
 
 
-def answer_buckets(inputs: VLMInputs, budget: Budget) -> Iterator[tuple[list[int], Draft]]:
-    """Prompts of one length, with their right answers as drafts."""
+def in_answer_buckets(inputs: VLMInputs, budget: Budget, run: Callable[[list[int], Draft], None]) -> None:
+    """Run prompts of one length, with their right answers as drafts; see `in_buckets`."""
     assert inputs.answer_mask is not None
     answer_lengths: list[int] = to_list(inputs.answer_mask.sum(-1))
-    prompts_only = inputs.before_answers()
-    for rows, prompts in buckets(prompts_only, budget):
+    width = inputs.input_ids.shape[1]
+
+    def run_drafts(rows: list[int], prompts: VLMInputs) -> None:
         tokens: list[list[int]] = [
-            to_list(inputs.input_ids[row, inputs.input_ids.shape[1] - answer_lengths[row] :]) for row in rows
+            to_list(inputs.input_ids[row, width - answer_lengths[row] :]) for row in rows
         ]
-        yield rows, Draft(prompts, tokens)
+        run(rows, Draft(prompts, tokens))
+
+    in_buckets(inputs.before_answers(), budget, run_drafts)
 
 
 def check_finite(
@@ -214,15 +218,25 @@ class Answers:
         model: The model.
         longest: Tokens of the longest prompt.
         max_new_tokens: Of an answer.
-        rows_at_once: How many rows wait, and decode together.
+        most_rows: How many rows can come.
+        budget: Says how many rows wait, and decode together.
         tally: The counts to update.
     """
 
-    def __init__(self, model: HookedVLM, longest: int, max_new_tokens: int, rows_at_once: int, tally: Tally):
-        self.model, self.tally, self.max_new_tokens = model, tally, max_new_tokens
+    def __init__(
+        self,
+        model: HookedVLM,
+        longest: int,
+        max_new_tokens: int,
+        most_rows: int,
+        budget: Budget,
+        tally: Tally,
+    ):
+        self.model, self.tally, self.max_new_tokens, self.budget = model, tally, max_new_tokens, budget
         self.found: dict[tuple[int, int], list[int]] = {}  # (arm, row) → tokens, where not the draft's
         self._waiting: list[_DecodingRow] = []
-        self._slots = _Slots(count=rows_at_once, size=longest + max_new_tokens)
+        self._size, self._most_rows = longest + max_new_tokens, most_rows
+        self._slots: _Slots | None = None
 
     def check(
         self,
@@ -255,6 +269,8 @@ class Answers:
                 self.found[numbers[arm], expected.rows[row]] = tokens
                 continue
             new = _DecodingRow(arms[arm], numbers[arm], expected, row, tokens)
+            if self._slots is None:
+                self._slots = self._room()
             fork_row = arm * logits.shape[1] + row
             for layer in range(self.model.cfg.n_layers):
                 cache, i = (forked.cache, fork_row) if layer in forked.cache.keys else (step.cache, row)
@@ -264,26 +280,46 @@ class Answers:
             if len(self._waiting) == self._slots.count:
                 self.finish()
 
+    def _room(self) -> _Slots:
+        """Slots for as many rows as can come, or as memory has room for."""
+        fits = min(self.budget.decoding_rows(self._size), self._most_rows)
+        places = range(fits)
+        return next(
+            slots
+            for _, slots in self.budget.in_parts(
+                places, lambda rest: fits, lambda part: _Slots.of(self.model, len(part), self._size)
+            )
+        )
+
     @torch.no_grad()
     def finish(self) -> None:
         """Let all rows that wait decode to their end."""
-        rows, slots, self._waiting = self._waiting, self._slots, []
+        rows, self._waiting = self._waiting, []
         self.tally.decoded += len(rows)
-        model, device = self.model, self.model.cfg.device
         while rows:
-            slots.at = torch.tensor([row.position for row in rows], device=device)
-            token = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
-            parts = [(len(same), same[0].arm.hooks) for same in _by_arm(rows)]
-            with model.hooks(fwd_hooks=stack_hooks(parts)):
-                resid = model.hook_embed(model.hook_text_embed(model.embed(token)))
-                resid = model.run_blocks(resid, _context(rows, slots))
-                logits = model.unembed(model.ln_final(resid))[:, 0]
-            for i, row in enumerate(rows):
-                check_finite(logits[None, i : i + 1, None], [row.arm], [row.expected.ids[row.row]])
-            choices, near = _likeliest(_scores(rows, logits.float()), model.cfg.dtype)
-            self.tally.near_ties += int(near.sum())
-            self.tally.row_layers += len(rows) * model.cfg.n_layers
-            rows = self._advance(rows, to_list(choices))
+            tokens: list[int] = []
+            for _, chosen in self.budget.in_parts(range(len(rows)), len, partial(self._next_tokens, rows)):
+                tokens += chosen
+            self.tally.row_layers += len(rows) * self.model.cfg.n_layers
+            rows = self._advance(rows, tokens)
+
+    def _next_tokens(self, rows: Sequence[_DecodingRow], part: Sequence[int]) -> list[int]:
+        """The tokens that follow in some of the rows, whose slots are those of their numbers."""
+        model, device, slots = self.model, self.model.cfg.device, self._slots
+        assert slots is not None
+        slots.first, rows = part[0], [rows[i] for i in part]
+        slots.at = torch.tensor([row.position for row in rows], device=device)
+        token = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
+        parts = [(len(same), same[0].arm.hooks) for same in _by_arm(rows)]
+        with model.hooks(fwd_hooks=stack_hooks(parts)):
+            resid = model.hook_embed(model.hook_text_embed(model.embed(token)))
+            resid = model.run_blocks(resid, _context(rows, slots))
+            logits = model.unembed(model.ln_final(resid))[:, 0]
+        for i, row in enumerate(rows):
+            check_finite(logits[None, i : i + 1, None], [row.arm], [row.expected.ids[row.row]])
+        choices, near = _likeliest(_scores(rows, logits.float()), model.cfg.dtype)
+        self.tally.near_ties += int(near.sum())
+        return to_list(choices)
 
     def _advance(self, rows: list[_DecodingRow], tokens: list[int]) -> list[_DecodingRow]:
         """The rows that are not at their end, moved together."""
@@ -293,12 +329,13 @@ class Answers:
             if token in self.model.cfg.eos_token_ids or len(row.tokens) == self.max_new_tokens:
                 self.found[row.number, row.expected.rows[row.row]] = row.tokens
                 continue
+            assert self._slots is not None
             self._slots.move(i, len(unfinished))
             unfinished.append(row)
         return unfinished
 
 
-def _context(rows: list[_DecodingRow], slots: _Slots) -> AttentionContext:
+def _context(rows: Sequence[_DecodingRow], slots: _Slots) -> AttentionContext:
     cos = torch.stack([row.expected.cos[row.row, row.position] for row in rows])[:, None]
     sin = torch.stack([row.expected.sin[row.row, row.position] for row in rows])[:, None]
     seen = torch.arange(slots.length, device=slots.at.device) <= slots.at[:, None]
@@ -331,11 +368,27 @@ def _by_arm(rows: Sequence[_DecodingRow]) -> Iterator[list[_DecodingRow]]:
 
 @dataclass
 class _Slots(KVCache):
-    """Room for keys and values of several rows; row r's next token goes to position `at[r]`."""
+    """Room for keys and values of several rows; the next token of the rows that run goes to position `at`.
+
+    Attributes:
+        count: How many rows there is room for.
+        first: The slot of the first row that runs; the others follow.
+        at: By row that runs.
+    """
 
     count: int = 1
-    size: int = 1
+    first: int = 0
     at: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+    @classmethod
+    def of(cls, model: HookedVLM, count: int, size: int) -> _Slots:
+        """Room for so many rows of so many positions, in every layer."""
+        cfg, slots = model.cfg, cls(count=count)
+        room = (count, size, cfg.n_key_value_heads, cfg.d_head)
+        for layer in range(cfg.n_layers):
+            for cached in (slots.keys, slots.values):
+                cached[layer] = torch.zeros(room, device=cfg.device, dtype=cfg.dtype)
+        return slots
 
     @property
     def length(self) -> int:
@@ -343,10 +396,7 @@ class _Slots(KVCache):
         return int(self.at.max()) + 1
 
     def fill(self, slot: int, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Keys and values of a row's tokens so far, [pos kv_head d_head]; room is made when first needed."""
-        if layer not in self.keys:
-            room = (self.count, self.size, *keys.shape[1:])
-            self.keys[layer], self.values[layer] = keys.new_zeros(room), values.new_zeros(room)
+        """Keys and values of a row's tokens so far, [pos kv_head d_head]."""
         self.keys[layer][slot, : len(keys)] = keys
         self.values[layer][slot, : len(values)] = values
 
@@ -358,8 +408,8 @@ class _Slots(KVCache):
                     x[to] = x[slot]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        each = torch.arange(len(self.at), device=self.at.device)
+        each = torch.arange(self.first, self.first + len(self.at), device=self.at.device)
         self.keys[layer][each, self.at] = k[:, 0]
         self.values[layer][each, self.at] = v[:, 0]
-        seen = slice(len(self.at)), slice(self.length)
+        seen = slice(self.first, self.first + len(self.at)), slice(self.length)
         return self.keys[layer][seen], self.values[layer][seen]

@@ -8,7 +8,8 @@ the image's keys and values. The scores equal those of the naive loop, which is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +30,15 @@ from hones_lens.engine.full_passes import (
 )
 from hones_lens.engine.memory import Budget
 from hones_lens.engine.options import SweepOptions
-from hones_lens.engine.segments import Segment, buckets, split_shared_prefix
-from hones_lens.engine.speculation import Answers, Draft, ExpectedAnswers, Tally, answer_buckets, check_finite
+from hones_lens.engine.segments import Segment, candidate_rows, in_buckets, split_shared_prefix
+from hones_lens.engine.speculation import (
+    Answers,
+    Draft,
+    ExpectedAnswers,
+    Tally,
+    check_finite,
+    in_answer_buckets,
+)
 from hones_lens.interventions import Hook
 from hones_lens.model import HookedVLM, KVCache, VLMInputs, summed_log_probs, takes_iterables, to_list
 from hones_lens.tasks import Task
@@ -114,26 +122,44 @@ class Sweep:
             self.tick(len(batch.examples))
 
     def _texts(self, batch: Batch, numbers: Sequence[int]) -> list[list[str]]:
-        ids, width = batch.ids, batch.inputs.input_ids.shape[1]
-        max_rows = self.budget.decoding_rows(width + MAX_NEW_TOKENS)
-        answers = Answers(
-            self.model, width, MAX_NEW_TOKENS, min(max_rows, len(self.arms) * len(ids)), self.tally
-        )
+        ids, width, longest = batch.ids, batch.inputs.input_ids.shape[1], MAX_NEW_TOKENS
+        most = len(self.arms) * len(ids)
+        answers = Answers(self.model, width, longest, most, self.budget, self.tally)
         clean: dict[int, list[int]] = {}
-        for rows, inputs in buckets(batch.inputs, self.budget):
+
+        def run(rows: list[int], inputs: VLMInputs) -> None:
             row_ids = [ids[row] for row in rows]
             with error_context(row_ids):
-                draft = Draft.of_clean_answers(self.model, inputs, MAX_NEW_TOKENS)
-            clean |= zip(rows, draft.tokens, strict=True)
-            expected = ExpectedAnswers.of(self.model, draft, rows, row_ids, MAX_NEW_TOKENS)
-            for arm_indices, steps, (forked,) in self.forks_of([draft.segment(self.model)], numbers):
-                arms = [self.arms[i] for i in arm_indices]
-                if arms[0].hooks:  # what the clean model says is the draft
-                    answers.check(expected, arm_indices, arms, steps[0], forked)
-                self.tick(len(arm_indices) * len(rows))
+                draft = Draft.of_clean_answers(self.model, inputs, longest)
+            clean.update(zip(rows, draft.tokens, strict=True))
+            expected = ExpectedAnswers.of(self.model, draft, rows, row_ids, longest)
+            with self._ticks() as tick:
+                for arm_indices, steps, (forked,) in self.forks_of([draft.segment(self.model)], numbers):
+                    arms = [self.arms[i] for i in arm_indices]
+                    if arms[0].hooks:  # what the clean model says is the draft
+                        answers.check(expected, arm_indices, arms, steps[0], forked)
+                    tick(len(arm_indices) * len(rows))
+
+        in_buckets(batch.inputs, self.budget, run)
         answers.finish()
         tokens = [[answers.found.get((i, row), clean[row]) for row in range(len(ids))] for i in numbers]
         return [self._decoded(arm_tokens) for arm_tokens in tokens]
+
+    @contextmanager
+    def _ticks(self) -> Generator[Callable[[int], None]]:
+        """A tick that is taken back where the rows are to be run again."""
+        told = 0
+
+        def tick(cells: int) -> None:
+            nonlocal told
+            told += cells
+            self.tick(cells)
+
+        try:
+            yield tick
+        except RuntimeError:
+            self.tick(-told)
+            raise
 
     def _decoded(self, tokens: Sequence[list[int]]) -> list[str]:
         known: dict[tuple[int, ...], str] = {}
@@ -146,20 +172,29 @@ class Sweep:
     def _margins(self, task: Task, batch: Batch, numbers: Sequence[int]) -> list[list[list[float]]]:
         (example,) = batch.examples
         yes, no = yes_no_ids(self.model, task.prompts(example)[0])
-        segments, rows = split_shared_prefix(self.model, batch.inputs)
         margins = torch.zeros(len(self.arms), len(batch.inputs))
-        for arm_indices, _, forked in self.forks_of(segments, numbers):
-            arms = [self.arms[i] for i in arm_indices]
-            for output, segment, segment_rows in zip(forked, segments, rows, strict=True):
-                if not segment.keep:
-                    continue
-                assert output.logits is not None
-                check_finite(output.logits, arms, [example.id] * len(segment_rows))
-                last = output.logits[:, :, -1].float()
-                values = (last[..., yes] - last[..., no]).cpu()
-                for i, arm_values in zip(arm_indices, values, strict=True):
-                    margins[i, segment_rows] = arm_values
-            self.tick(len(arm_indices))
+
+        def run(part: Sequence[int]) -> None:
+            candidates = batch.inputs if len(part) == len(batch.inputs) else batch.inputs[part]
+            segments, members = split_shared_prefix(self.model, candidates)
+            with self._ticks() as tick:
+                for arm_indices, _, forked in self.forks_of(segments, numbers):
+                    arms = [self.arms[i] for i in arm_indices]
+                    for output, segment, rows in zip(forked, segments, members, strict=True):
+                        if not segment.keep:
+                            continue
+                        assert output.logits is not None
+                        check_finite(output.logits, arms, [example.id] * len(rows))
+                        last = output.logits[:, :, -1].float()
+                        values = (last[..., yes] - last[..., no]).cpu()
+                        for i, arm_values in zip(arm_indices, values, strict=True):
+                            margins[i, [part[row] for row in rows]] = arm_values
+                    if part[-1] == len(batch.inputs) - 1:
+                        tick(len(arm_indices))
+
+        most = candidate_rows(batch.inputs, self.budget)
+        for _ in self.budget.in_parts(range(len(batch.inputs)), lambda rest: most, run):
+            pass
         return [[to_list(margins[i])] for i in numbers]
 
     def log_probs(self, batch: Batch) -> list[list[float]]:
@@ -169,18 +204,22 @@ class Sweep:
         for i in self._whole(batch, forkable):
             values_by_arm[i] = log_probs(self.model, batch, self.arms[i].hooks)
         ids = batch.ids
-        for rows, draft in answer_buckets(batch.inputs, self.budget):
+
+        def run(rows: list[int], draft: Draft) -> None:
             row_ids, wanted = [ids[row] for row in rows], draft.padded(0)
             counted = draft.padded(-1) >= 0
-            for arm_indices, _, (forked,) in self.forks_of([draft.segment(self.model)], forkable):
-                assert forked.logits is not None
-                check_finite(forked.logits, [self.arms[i] for i in arm_indices], row_ids)
-                token_log_probs = forked.logits.float().log_softmax(-1)
-                shape = (len(arm_indices), -1, -1)
-                values = summed_log_probs(token_log_probs, wanted.expand(shape), counted.expand(shape)).cpu()
-                for i, arm_values in zip(arm_indices, values, strict=True):
-                    values_by_arm[i, rows] = arm_values
-                self.tick(len(arm_indices) * len(rows))
+            with self._ticks() as tick:
+                for arm_indices, _, (forked,) in self.forks_of([draft.segment(self.model)], forkable):
+                    assert forked.logits is not None
+                    check_finite(forked.logits, [self.arms[i] for i in arm_indices], row_ids)
+                    token_log_probs = forked.logits.float().log_softmax(-1)
+                    shape = (len(arm_indices), -1, -1)
+                    values = summed_log_probs(token_log_probs, wanted.expand(shape), counted.expand(shape))
+                    for i, arm_values in zip(arm_indices, values.cpu(), strict=True):
+                        values_by_arm[i, rows] = arm_values
+                    tick(len(arm_indices) * len(rows))
+
+        in_answer_buckets(batch.inputs, self.budget, run)
         return to_list(values_by_arm)
 
     def forks_of(
@@ -237,24 +276,22 @@ class Sweep:
         segments: Sequence[Segment],
         steps: list[LayerStep],
         arms: dict[int, Arm],
-        remaining: list[int],
+        numbers: list[int],
         whole: bool = False,
     ) -> Iterator[tuple[list[int], list[LayerStep], list[forks.ForkOutput]]]:
         """Arms of one group, as many at a time as memory has room for."""
         tokens = sum(segment.resid[..., 0].numel() for segment in segments)
         kept = sum(len(segment.resid) * segment.keep for segment in segments)
         rows = sum(len(segment.resid) for segment in segments if segment.keep)
-        while remaining:
-            arm_indices = remaining[: self.budget.rows(tokens, kept)]
-            try:
-                outputs = forks.fork(self.model, segments, steps, [arms[i] for i in arm_indices], whole)
-            except RuntimeError as error:
-                self.budget.halve(error, len(arm_indices))
-                continue
-            remaining = remaining[len(arm_indices) :]
-            self.tally.forked += len(arm_indices) * rows
-            self.tally.row_layers += len(arm_indices) * rows * (self.model.cfg.n_layers - steps[0].layer)
-            yield arm_indices, steps, outputs
+        fits, n_layers = self.budget.rows(tokens, kept), self.model.cfg.n_layers - steps[0].layer
+
+        def run(part: Sequence[int]) -> list[forks.ForkOutput]:
+            return forks.fork(self.model, segments, steps, [arms[i] for i in part], whole)
+
+        for part, outputs in self.budget.in_parts(numbers, lambda rest: fits, run):
+            self.tally.forked += len(part) * rows
+            self.tally.row_layers += len(part) * rows * n_layers
+            yield list(part), steps, outputs
 
 
 def _comes_in_portions(arm: Arm) -> bool:

@@ -31,6 +31,12 @@ from .loading import (
     load_model as load_model,
     resolve as resolve,
 )
+from .memory import (
+    Allowance as Allowance,
+    bounded_by as bounded_by,
+    free_bytes as free_bytes,
+    is_out_of_memory as is_out_of_memory,
+)
 from .names import did_you_mean as did_you_mean
 from .nn.attention import (
     AttentionContext as AttentionContext,

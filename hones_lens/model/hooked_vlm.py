@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hones_lens.model import answers, bound, generation, prompting, saving, tl_weights, tokens
+from hones_lens.model import answers, bound, encoding, generation, prompting, saving, tl_weights, tokens
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.decoding import Decoding
 from hones_lens.model.dispatch import DeviceMap
@@ -180,12 +180,7 @@ class HookedVLM(HookedRoot, Family):
         """This model with the pictures of `inputs`, for functions that pass tokens alone."""
         return bound.BoundModel(self, self.as_inputs(inputs))
 
-    @torch.no_grad()
-    def with_image_embeds(self, inputs: VLMInputs) -> VLMInputs:
-        """The same inputs with `image_embeds`: later runs skip the vision tower, and so its hooks."""
-        if inputs.pixel_values is None or inputs.image_embeds is not None:
-            return inputs
-        return replace(inputs, image_embeds=self.encode_images(inputs))
+    with_image_embeds = encoding.with_image_embeds
 
     def continuation(self, prompt: str, answer: str, n_images: int = 1) -> list[int]:
         """The ids of an answer as it is tokenized after this prompt."""

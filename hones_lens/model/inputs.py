@@ -237,9 +237,8 @@ class VLMInputs:
         pixels, grid_thw = self.pixel_values, self.image_grid_thw
         assert pixels is not None
         sizes: list[int] = [1] * len(pixels) if grid_thw is None else to_list(grid_thw.prod(-1))
-        pixels_by_image = torch.split(pixels, sizes)
         return {
-            "pixel_values": torch.cat([pixels_by_image[i] for i in images]) if images else None,
+            "pixel_values": _take_images_of(pixels, sizes, images) if images else None,
             "image_embeds": self._take_embeds(images),
             "image_grid_thw": None if grid_thw is None or not images else grid_thw[images],
             "grids": tuple(self.grids[row] for row in rows),
@@ -248,10 +247,9 @@ class VLMInputs:
     def _take_embeds(self, images: list[int]) -> Tensor | None:
         if self.image_embeds is None or not images:
             return None
-        if self.image_embeds.ndim == 3:
-            return self.image_embeds[images]
-        embeds_by_image = torch.split(self.image_embeds, [n for row in self.image_tokens for n in row])
-        return torch.cat([embeds_by_image[i] for i in images])
+        by_token = self.image_embeds.ndim == 2
+        sizes = [n if by_token else 1 for row in self.image_tokens for n in row]
+        return _take_images_of(self.image_embeds, sizes, images)
 
     def extended(self, tokens: Tensor) -> VLMInputs:
         """The same rows with text tokens [batch new] appended."""
@@ -410,6 +408,15 @@ def _as_mask(mask: Any, ids: Tensor) -> Tensor:
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask has values other than 0 (padding) and 1 (a token)")
     return mask.long()
+
+
+def _take_images_of(values: Tensor, sizes: Sequence[int], images: Sequence[int]) -> Tensor:
+    """The parts of some images; images that follow each other are a view, and take no memory."""
+    if images == list(range(images[0], images[0] + len(images))):
+        start = sum(sizes[: images[0]])
+        return values[start : start + sum(sizes[i] for i in images)]
+    parts = torch.split(values, list(sizes))
+    return torch.cat([parts[i] for i in images])
 
 
 def _take_rows(value: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from hones_lens.hones import exact_ablation, head_neuron_flow, lens_delta, mask_
 
 # Public stages, and those of their options that they have no use for.
 BATCHES_ALONE = ("journal", "memory_budget", "tally")
+RESUMED = ("memory_budget", "tally")
 STAGES: dict[Callable, tuple[str, ...]] = {
     hl.evaluate: (),
     hl.localize_heads: (),
@@ -32,11 +33,11 @@ STAGES: dict[Callable, tuple[str, ...]] = {
     hl.path_patching: ("journal",),
     hl.path_patching_matrix: ("journal",),
     hl.learn_scales: ("journal", "tally"),
-    lens_delta: BATCHES_ALONE,
+    lens_delta: RESUMED,
     hl.atp_against_measured: BATCHES_ALONE,
     hl.attribute_patching: BATCHES_ALONE,
-    hl.attribute_neurons: BATCHES_ALONE,
-    head_neuron_flow: BATCHES_ALONE,
+    hl.attribute_neurons: RESUMED,
+    head_neuron_flow: RESUMED,
 }
 GIVEN: dict[str, Any] = {"journal": {}, "memory_budget": 1.0, "tally": Tally()}
 

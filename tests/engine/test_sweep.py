@@ -222,9 +222,6 @@ def test_the_budget() -> None:
     assert wide.rows(100) == 15 and wide.rows(10**6) == 1  # bounded on a CPU
     with pytest.raises(ValueError, match="above 0 GB, not 0"):
         Budget(model, 0)
-    error = RuntimeError("another one")
-    with pytest.raises(RuntimeError, match="another one"):
-        wide.halve(error, 4)
 
 
 @pytest.mark.parametrize("name", ["ocr", "retrieval"])

@@ -99,6 +99,13 @@ def check_direction(direction: str) -> None:
     require_choice("direction", direction, DIRECTIONS)
 
 
+def check_batches(direction: str, batch_size: int) -> None:
+    """Raise ValueError for an unknown direction, or batches of no pairs."""
+    check_direction(direction)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+
+
 @torch.no_grad()
 def pair_batches(
     model: HookedVLM, pairs: PatchPairs, direction: str, batch_size: int, metric: str | Metric
@@ -108,17 +115,24 @@ def pair_batches(
     Raises:
         ValueError: An unknown direction.
     """
-    check_direction(direction)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    check_batches(direction, batch_size)
     for start in range(0, len(pairs), batch_size):
-        whole = batch_size >= len(pairs)
-        batch_pairs = pairs if whole else pairs[start : start + batch_size]
-        clean, corrupted = (
-            model.with_image_embeds(model.as_inputs(inputs))
-            for inputs in (batch_pairs.clean, batch_pairs.corrupted)
+        yield (
+            start,
+            pair_batch(model, pairs, range(len(pairs))[start : start + batch_size], direction, metric),
         )
-        yield start, PairBatch.of(model, batch_pairs, clean, corrupted, direction, metric)
+
+
+@torch.no_grad()
+def pair_batch(
+    model: HookedVLM, pairs: PatchPairs, rows: range, direction: str, metric: str | Metric
+) -> PairBatch:
+    """The batch of these rows, as the metric needs it."""
+    chosen = pairs if len(rows) == len(pairs) else pairs[rows.start : rows.stop]
+    clean, corrupted = (
+        model.with_image_embeds(model.as_inputs(inputs)) for inputs in (chosen.clean, chosen.corrupted)
+    )
+    return PairBatch.of(model, chosen, clean, corrupted, direction, metric)
 
 
 def check_no_hooks(model: HookedVLM, names: Sequence[str], why: str) -> None:

@@ -15,13 +15,13 @@ from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 
 from hones_lens.analysis.gradients import activation_gradients
-from hones_lens.analysis.patching.batches import PairBatch, check_no_hooks, pair_batches
+from hones_lens.analysis.patching.batches import PairBatch, check_batches, check_no_hooks, pair_batch
 from hones_lens.analysis.patching.metrics import Metric, as_metric
 from hones_lens.analysis.patching.outcome import Summary, SummaryKeywords, outcome_notes
 from hones_lens.analysis.patching.pair_answers import answers_of_batch, joined_answers
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, as_patch_site, positions_of, targets_of, vision_mask
-from hones_lens.engine import BatchKeywords, SweepOptions, split_keywords
+from hones_lens.engine import BatchKeywords, Budget, SweepOptions, split_keywords
 from hones_lens.interventions import Group, Layers
 from hones_lens.model import HookedVLM, VLMInputs, attention_mask, did_you_mean, takes_iterables
 from hones_lens.results import Labelled
@@ -134,20 +134,19 @@ def attribute_patching(
     options: SweepOptions | None = None,
     **keywords: Unpack[AttributionKeywords],
 ) -> Labelled:
-    """Estimate what `patch_activations` would measure for each component alone.
+    """Estimate what `patch_activations` would measure for each component alone, from one backward pass.
 
     `Σ_p (a_source[p] − a_base[p]) · ∂metric/∂a[p]` at the base run, over positions p (attribution patching:
-    Nanda 2023; Syed et al. 2023), for all components of all layers from one backward pass.
+    Nanda 2023; Syed et al. 2023).
 
     Args:
         model, pairs: What to patch.
-        what, by, groups, layers, direction, metric: As `patch_activations`, but for the metric `task`,
-            which has no gradient.
+        what, by, groups, layers, direction, metric: As `patch_activations`, but not the metric `task`.
         method: `atp` is the formula above. `atp*` (AtP*: Kramár et al. 2024, without its GradDrop)
             recomputes for q and k the softmax exactly, and takes the first order from the pattern on;
-            elsewhere it is `atp`. `ig` integrates the gradient along the straight line from base to source,
-            all of a layer's components and positions together, by the midpoint rule: over a whole layer its
-            sum goes to the measured change as steps grow. It costs `steps` passes a layer.
+            elsewhere it is `atp`. `ig` integrates the gradient along the line from base to source, all of a
+            layer's components and positions together, by the midpoint rule: over a layer its sum goes to the
+            measured change as steps grow. It costs `steps` passes a layer.
         options: How it runs, as `SweepOptions`.
         keywords: `steps` of the integral (default 20); `raw`, `by_pair`, `draws`, `seed` of `Summary`;
             `batch_size` (default 16) and `progress` of `SweepOptions`.
@@ -156,33 +155,56 @@ def attribute_patching(
         As `patch_activations`, with 95 % intervals.
 
     Raises:
-        ValueError: An unknown name, a layer that is not there, a group that is empty, steps below 1, or for
-            `atp*` hooks of the model's own on scores or pattern.
+        ValueError: An unknown name, a layer that is not there, an empty group, steps below 1, or for `atp*`
+            hooks of the model's own on scores or pattern.
         FloatingPointError: A metric that is not finite; names the pair.
     """
     own, sweep = split_keywords(keywords, ("steps", *SummaryKeywords.__annotations__))
     options, steps = SweepOptions.of_batches(options, sweep, batch_size=16), own.pop("steps", STEPS)
-    _check_method(method, steps)
+    _check_request(method, steps, direction, options.batch_size)
     summary, site, measure = Summary(**own), as_patch_site(what), as_metric(metric)
     targets = targets_of(site, model.cfg, layers, "each" if site.unit else "together")
-    masks, parts = positions_of(model, pairs, site, by, groups), []
+    masks = positions_of(model, pairs, site, by, groups)
     order = [targets.layers.index(layer) for layer in targets.labels.get("layer", targets.layers)]
-    with tqdm(total=len(pairs), desc=f"attribution patching · {what}", disable=not options.progress) as bar:
-        for start, batch in pair_batches(model, pairs, direction, options.batch_size, metric):
-            batch_masks = {name: batch.mask_rows(mask, start) for name, mask in masks.items()}
-            job = _AttributionBatch(model, batch, site, targets.layers, measure, batch_masks, steps)
-            estimate, gap = job.estimates(method)[:, order], batch.gap(model, measure)
-            parts.append((estimate.cpu(), gap.cpu(), answers_of_batch(batch)))
-            bar.update(len(batch.pairs))
-    estimates, gaps, answers = zip(*parts, strict=True)
-    shape, axes, labels = targets.layout(by, tuple(masks))
-    change, gap, told = torch.cat(estimates).view(-1, *shape), torch.cat(gaps), joined_answers(answers)
+
+    def run(rows: range) -> tuple[Tensor, Tensor, Any]:
+        batch = pair_batch(model, pairs, rows, direction, metric)
+        where = {name: batch.mask_rows(mask, rows.start) for name, mask in masks.items()}
+        job = _AttributionBatch(model, batch, site, targets.layers, measure, where, steps)
+        estimate = job.estimates(method)[:, order].cpu()
+        return estimate, batch.gap(model, measure).cpu(), answers_of_batch(batch)
+
+    estimates, gaps, answers = zip(*_run_in_parts(model, pairs, run, options, what), strict=True)
+    (shape, axes, labels), gap = targets.layout(by, tuple(masks)), torch.cat(gaps)
     settings: dict[str, Any] = {"metric": metric, "direction": direction, "axes": axes, "labels": labels}
-    settings |= {"notes": outcome_notes(model, pairs, gap, metric, direction), "answers": told}
+    settings["notes"] = outcome_notes(model, pairs, gap, metric, direction)
+    settings["answers"], change = joined_answers(answers), torch.cat(estimates).view(-1, *shape)
     return summary.result(change, gap, pairs, of=f"{what}, estimated by {method}", **settings)
 
 
-def _check_method(method: str, steps: int) -> None:
+def _run_in_parts(
+    model: HookedVLM,
+    pairs: PatchPairs,
+    run: Callable[[range], tuple[Tensor, Tensor, Any]],
+    options: SweepOptions,
+    what: str,
+) -> list[tuple[Tensor, Tensor, Any]]:
+    """What comes of batches of rows, or of what of them fits into memory with its graph."""
+    budget = Budget(model)
+    most, parts = min(options.batch_size, budget.gradient_rows(pairs.clean)), []
+    with tqdm(total=len(pairs), desc=f"attribution patching · {what}", disable=not options.progress) as bar:
+
+        def run_rows(part: Sequence[int]) -> tuple[Tensor, Tensor, Any]:
+            return run(range(part[0], part[-1] + 1))
+
+        for part, out in budget.in_parts(range(len(pairs)), lambda rest: most, run_rows):
+            parts.append(out)
+            bar.update(len(part))
+    return parts
+
+
+def _check_request(method: str, steps: int, direction: str, batch_size: int) -> None:
+    check_batches(direction, batch_size)
     if method not in METHODS or steps < 1:
         raise ValueError(
             f"method {method!r} with {steps} steps; valid: {', '.join(METHODS)}, 1 step or more"

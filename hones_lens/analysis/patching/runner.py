@@ -21,7 +21,7 @@ from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, Target, Targets, vision_mask
 from hones_lens.engine import Budget, SweepOptions, stack_hooks
 from hones_lens.interventions import HeadEdit, Hook
-from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.model import HookedVLM, VLMInputs, bounded_by
 
 _MOST_SHARED = 16  # position groups up to which the patches of one layer's heads share a batch
 
@@ -120,7 +120,8 @@ def measure_patches(
     n_patches, records, journal = len(targets.cells) * len(positions), [], options.journal
     answers = []
     total, desc = n_patches * len(pairs), f"patching · {site.what}"
-    with tqdm(total=total, desc=desc, disable=not options.progress) as bar:
+    bar = tqdm(total=total, desc=desc, disable=not options.progress)
+    with bounded_by(options.memory_budget), bar:
         for start, batch in pair_batches(model, pairs, direction, options.batch_size, metric):
             key = f"patch/{start}"
             record = None if journal is None else journal.get(key)

@@ -51,11 +51,19 @@ def add_stage_command(commands: Any, name: str, run: Any, text: str) -> argparse
         help="race heads: right up to EPSILON with probability 0.95",
     )
     limit_options(command)
-    command.add_argument(
-        "--memory-budget", type=values.above_zero, metavar="GB", help="default: half of what is free"
-    )
+    memory_option(command)
     plan_options(command)
     return command
+
+
+def memory_option(command: argparse.ArgumentParser) -> None:
+    """Add the bound on memory."""
+    command.add_argument(
+        "--memory-budget",
+        type=values.above_zero,
+        metavar="GB",
+        help="for what runs at once, besides the weights (default: two fifths of what is free)",
+    )
 
 
 def plan_options(command: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,9 +51,9 @@ def gradient_times_activation(
         ValueError: Unknown positions.
     """
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
-    key = f"gradient_times_activation/{task.name}"
+    key, zeros = f"gradient_times_activation/{task.name}", [0.0] * model.cfg.n_layers
     for _, batch in _batches(model, task, examples, batch_size, progress, total, journal, key):
-        total += _first_order_drops(model, batch, positions, [0.0] * model.cfg.n_layers)
+        total += _summed(model, batch, lambda part, _: _first_order_drops(model, part, positions, zeros))
     return total / len(examples)
 
 
@@ -97,8 +97,14 @@ def attribution_patching(
     for start, batch in _batches(model, task, clean, batch_size, progress, total, journal, key):
         chunk = corrupted[start : start + len(batch.examples)]
         (corrupted_batch,) = engine.answer_batches(model, task, chunk, batch_size)
-        replacements = (step.neurons for step in layer_steps(model, corrupted_batch.inputs))
-        total += _first_order_drops(model, batch, positions, replacements)
+
+        def drops(
+            part: engine.Batch, numbers: Sequence[int], other: engine.Batch = corrupted_batch
+        ) -> Tensor:
+            steps = layer_steps(model, other.part(numbers).inputs)
+            return _first_order_drops(model, part, positions, (step.neurons for step in steps))
+
+        total += _summed(model, batch, drops)
     return total / len(pairs)
 
 
@@ -305,13 +311,32 @@ def first_order_head_drops(
     _, edit = replace_with_other_heads_mean(0, 0)
     assert isinstance(edit, HeadEdit)
     key = f"first_order_head_drops/{task.name}"
+
+    def drops(part: engine.Batch, numbers: Sequence[int]) -> Tensor:
+        with engine.error_context(part.ids):
+            gradients = _gradients_at(model, part.inputs, names)
+        changes = [(edit.replacement(z) - z) * gradient for z, gradient in gradients]
+        return -torch.stack([change.sum((0, 1, 3), dtype=torch.float64).cpu() for change in changes])
+
     for _, batch in _batches(model, task, examples, batch_size, progress, total, journal, key):
-        with engine.error_context(batch.ids):
-            gradients = _gradients_at(model, batch.inputs, names)
-        for layer, (z, gradient) in enumerate(gradients):
-            change = (edit.replacement(z) - z) * gradient
-            total[layer] -= change.sum((0, 1, 3), dtype=torch.float64).cpu()
+        total += _summed(model, batch, drops)
     return total / len(examples)
+
+
+def _summed(
+    model: HookedVLM, batch: engine.Batch, run: Callable[[engine.Batch, Sequence[int]], Tensor]
+) -> Tensor:
+    """The sum of what comes of parts of a batch that fit into memory with their graph.
+
+    Args:
+        model, batch: The batch.
+        run: Takes a part, and the numbers of its examples in the batch.
+    """
+    budget, kept = engine.Budget(model), len(Answer.of(batch.inputs).positions)
+    most = budget.gradient_rows(batch.inputs, kept)
+    numbers = range(len(batch.examples))
+    parts = budget.in_parts(numbers, lambda rest: most, lambda part: run(batch.part(part), part))
+    return torch.stack([out for _, out in parts]).sum(0)
 
 
 def _batches(

@@ -16,7 +16,7 @@ from hones_lens.engine import SweepKeywords, SweepOptions, Tally, split_keywords
 from hones_lens.hones.attribution.gradients import first_order_head_drops
 from hones_lens.hones.attribution.head_scores import INTERVENTIONS, LEVEL, HeadScores
 from hones_lens.interventions import Heads, Hook, Layers, choose_heads, replace_with_other_heads_mean
-from hones_lens.model import HookedVLM, find_settings, require_choice, takes_iterables
+from hones_lens.model import HookedVLM, bounded_by, find_settings, require_choice, takes_iterables
 from hones_lens.results import (
     Race,
     RaceResult,
@@ -199,7 +199,8 @@ def _cells_to_measure(
         return cells, []
     if not k <= prefilter:
         raise ValueError(f"prefilter keeps {prefilter} heads, fewer than the {k} asked for")
-    drops = first_order_head_drops(model, task, examples, **options.of_resumed_batches)
+    with bounded_by(options.memory_budget):
+        drops = first_order_head_drops(model, task, examples, **options.of_resumed_batches)
     where = torch.zeros(drops.shape, dtype=torch.bool)
     where[tuple(zip(*cells, strict=True))] = True
     best = ranked(drops.where(where, -torch.inf), min(prefilter, len(cells)))
@@ -243,7 +244,8 @@ def _localize_by_patching(
     options: SweepOptions,
 ) -> HeadScores:
     """Score every head by patching its output on the corrupted input into the clean run."""
-    require_choice("positions", positions, ("all", "last"))
+    if positions not in ("all", "last"):
+        raise ValueError(f"unknown positions {positions!r}; valid: all, last")
     site = SITES["z"]
     token_positions = positions_of(model, pairs, site, "group", [positions])
     patching = {"direction": "noise", "metric": "logit_diff"}

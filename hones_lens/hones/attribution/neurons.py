@@ -101,20 +101,27 @@ def write_in(
     """
     layers = range(model.cfg.n_layers) if layers is None else layers
     names = [neuron_hook(layer) for layer in layers]
-    kept: dict[str, Tensor] = {}
-
-    def keep(x: Tensor, hook: Any) -> None:
-        kept[hook.name] = x[:, -1].to(torch.float32, copy=True)  # a view would keep all positions
-
     watch = [*names, "ln_final.hook_scale"] if apply_ln else names
     stop = None if apply_ln else max(layers) + 1
-    with torch.no_grad(), model.hooks(fwd_hooks=[*hooks, *((name, keep) for name in watch)]):
-        model(batch.inputs, stop_at_layer=stop, logits_to_keep=1)
-    parts = []
+
+    def run(part: engine.Batch) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+
+        def keep(x: Tensor, hook: Any) -> None:
+            kept[hook.name] = x[:, -1].to(torch.float32, copy=True)  # a view would keep all positions
+
+        with torch.no_grad(), model.hooks(fwd_hooks=[*hooks, *((name, keep) for name in watch)]):
+            model(part.inputs, stop_at_layer=stop, logits_to_keep=1)
+        return kept
+
+    budget = engine.Budget(model)
+    parts = batch.in_parts(budget, budget.pass_rows(batch.inputs), run)
+    kept = {name: torch.cat([part[name] for part in parts]) for name in watch}
+    written = []
     for layer, name in zip(layers, names, strict=True):
         towards = directions.float() @ model.blocks[layer].mlp.W_out.detach().float().T
-        parts.append(kept[name] * towards)
-    out = torch.stack(parts, dim=1)
+        written.append(kept[name] * towards)
+    out = torch.stack(written, dim=1)
     return out / kept["ln_final.hook_scale"][:, :, None] if apply_ln else out
 
 

@@ -235,11 +235,17 @@ def _summed_at_last(
 
 def _activations_at_last(model: HookedVLM, batch: engine.Batch, names: Sequence[str]) -> list[Tensor]:
     """These activations of a batch at the last prompt position, one [example d_mlp] each."""
-    kept: dict[str, Tensor] = {}
 
-    def keep(x: Tensor, hook: object) -> None:
-        kept[getattr(hook, "name", "")] = x[:, -1].detach().clone()
+    def run(part: engine.Batch) -> list[Tensor]:
+        kept: dict[str, Tensor] = {}
 
-    with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
-        model(batch.inputs, stop_at_layer=model.cfg.n_layers)
-    return [kept[name] for name in names]
+        def keep(x: Tensor, hook: object) -> None:
+            kept[getattr(hook, "name", "")] = x[:, -1].detach().clone()
+
+        with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
+            model(part.inputs, stop_at_layer=model.cfg.n_layers)
+        return [kept[name] for name in names]
+
+    budget = engine.Budget(model)
+    parts = batch.in_parts(budget, budget.pass_rows(batch.inputs), run)
+    return [torch.cat(by_name) for by_name in zip(*parts, strict=True)]

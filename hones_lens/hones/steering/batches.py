@@ -16,12 +16,12 @@ from torch import Tensor
 
 from hones_lens import engine
 from hones_lens.data import Example
-from hones_lens.engine import Segment, free_bytes
+from hones_lens.engine import Segment
 from hones_lens.hones.masking import Neurons
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.questions import LabelledPrompt, labelled_prompts, prepare_batch
 from hones_lens.hones.steering.scales import scaling_hooks
-from hones_lens.model import Answer, HookedVLM, summed_log_probs
+from hones_lens.model import Answer, HookedVLM, free_bytes, summed_log_probs
 from hones_lens.tasks import Task
 
 _SHARE = 0.5  # of free memory, for cached clean activations
