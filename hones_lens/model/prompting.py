@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from hones_lens.model.iterables import takes_iterables
 from hones_lens.model.pictures import Pictures, listed, open_images
 from hones_lens.model.tokens import image_token_of, pad_left, text_ids, text_ids_and_spans, tokenizer_of
 from hones_lens.model.typed import to_list
+
+MOST_IMAGE_TOKENS = 2000  # of a picture, above which `prepare` warns
 
 
 class ReadsPrompts(Protocol):
@@ -142,6 +145,7 @@ def prepare(
     if answer_texts is not None and len(answer_texts) != len(rows):
         raise ValueError(f"{len(answer_texts)} answers for {len(rows)} prompts")
     pixels, counts = _processed(model, [image for pictures, _ in rows for image in pictures])
+    _warn_of_large_pictures(counts)
     chat = ChatFormat(model)
     texts: list[tuple[str, str]] = []
     n_images = 0
@@ -166,6 +170,15 @@ def prepare(
         **pixels,
     )
     return model.as_inputs(inputs)
+
+
+def _warn_of_large_pictures(counts: Sequence[int]) -> None:
+    if counts and max(counts) > MOST_IMAGE_TOKENS:
+        warnings.warn(
+            f"a picture becomes {max(counts):,} tokens, more than {MOST_IMAGE_TOKENS:,}: "
+            "max_pixels= of from_pretrained (--max-pixels) bounds it",
+            stacklevel=4,
+        )
 
 
 @takes_iterables

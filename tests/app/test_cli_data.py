@@ -179,3 +179,21 @@ def test_bounds_on_pictures_reach_the_data_of_every_stage():
         data = data_from(build_parser().parse_args(["localize", *lifted]), None)
         assert [data.allow_outside, data.allow_large_pictures] == [flag in lifted for flag in given]
         assert data._files.items() >= {("allow_outside", given[0] in lifted)}
+
+
+def test_a_check_for_a_model_sees_prompts_that_are_too_long(tmp_path, capsys):
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    rows = {"what?": True, "red " * 990: False}
+    table = "image,question,answer\n" + "".join(f"a.png,{question},red\n" for question in rows)
+    (tmp_path / "data.csv").write_text(table, encoding="utf-8")
+    argv = ["data", "check", str(tmp_path / "data.csv"), "--task", "vqa"]
+    argv += ["--json", str(tmp_path / "found.json")]
+    assert main(argv) == 0
+    assert main([*argv, "--model", "tiny-llava"]) == 1
+    assert (
+        "vqa: 1 of 2 examples can't be asked of tiny-llava\n    own/line 3: its prompt"
+        in capsys.readouterr().out
+    )
+    (fault,) = json.loads((tmp_path / "found.json").read_text())["unfit"]["tasks"]["vqa"]
+    assert "is too long" in fault["reason"] and "for a context of" in fault["reason"]
+    assert main([*argv, "--model", "tiny-llava", "--no-images"]) == 1

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import random_llava
+from helpers import random_llava, random_qwen
 from helpers.random_llava import rows_equal
 from PIL import Image
 
 from hones_lens import HookedVLM, VLMInputs
+from hones_lens.model import prompting
 
 N = (random_llava.SIZE // random_llava.PATCH) ** 2
 
@@ -194,3 +196,16 @@ def test_heatmap_is_detached_and_refuses_what_does_not_fit(model: HookedVLM, bat
         batch.heatmap(values, row=2)
     with pytest.raises(IndexError, match="row 3"):
         batch.heatmap(values, row=3)
+
+
+def test_a_picture_of_many_tokens_warns_with_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = random_qwen.make_pair(random_qwen.make_config(), 0)
+    picture = Image.new("RGB", (112, 112), "red")
+    tokens = int(model.prepare(picture, "Look.").image_mask.sum())
+    for most, warned in ((tokens, 0), (tokens - 1, 1)):
+        monkeypatch.setattr(prompting, "MOST_IMAGE_TOKENS", most)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.prepare([picture, None], ["Look.", "Hello."])
+        assert len(caught) == warned
+    assert f"a picture becomes {tokens} tokens, more than {tokens - 1}: max_pixels=" in str(caught[0].message)
