@@ -22,7 +22,7 @@ unexport PYTHONPATH
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-dev test test-all test-exhaustive test-fast test-shapes test-kernels notebooks coverage benchmark lint format wheel clean distclean
+.PHONY: help demo install install-dev test test-all test-exhaustive test-fast test-shapes test-kernels test-true-size notebooks coverage benchmark lint format wheel clean distclean
 
 help:
 	@echo "make demo       find and mask the neurons of a small model; writes $(DEMO_OUT)"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-fast  the tests that take seconds each"
 	@echo "make test-shapes   those again, types and tensor shapes checked at every call"
 	@echo "make test-kernels  those again, as other processors and with two threads"
+	@echo "make test-true-size  a random model of 14 GB through the stages: an hour, and as much disk"
 	@echo "make notebooks  run every notebook but the one for a GPU, and see that none has outputs"
 	@echo "make coverage   all tests, with the lines that none of them runs"
 	@echo "make benchmark  speed against Hugging Face's model and the naive loop; prints ratios"
@@ -73,6 +74,9 @@ test-all: $(VENV)/.dev
 	$(PYTEST) $(TEST_ARGS)
 
 FAST = -m "not slow and not exhaustive and not by_hand"
+
+test-true-size: $(VENV)/.dev
+	HONES_TRUE_SIZE=1 $(BIN)/python -m pytest -p no:nbmake -m true_size -s $(TEST_ARGS)
 
 test-fast: $(VENV)/.dev
 	$(PYTEST) $(FAST) $(TEST_ARGS)

@@ -1,7 +1,8 @@
 """Set-up of all tests: offline, the same random numbers, few threads.
 
-Two variables of the environment: `HONES_TEST_THREADS`, the threads that torch computes on (default 1),
-and `HONES_CHECK_SHAPES=1`, with which types and tensor shapes are checked at every call into hones_lens.
+Variables of the environment: `HONES_TEST_THREADS`, the threads that torch computes on (default 1);
+`HONES_CHECK_SHAPES=1`, with which types and tensor shapes are checked at every call into hones_lens; and
+`HONES_TRUE_SIZE=1`, with which a model of 14 GB is made and run.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missing["gpu"] = "no CUDA device"
     if not (shutil.which("chromium") or shutil.which("google-chrome")):
         missing["browser"] = "no Chromium"
+    if os.environ.get("HONES_TRUE_SIZE") != "1":
+        missing["true_size"] = "14 GB: `make test-true-size` runs it"
     if os.environ.get("HONES_CHECK_SHAPES") == "1":
         missing["wrong_types"] = "the check of types refuses it first"
     for item in items:
