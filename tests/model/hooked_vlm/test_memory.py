@@ -23,6 +23,21 @@ def test_a_pass_keeps_no_graph_where_nothing_needs_gradients(pair: Pair) -> None
     assert outside.live == logits.untyped_storage().nbytes()
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_generation_keeps_no_graph(pair: Pair, trained: bool) -> None:
+    """Not even of a model whose weights need gradients: it allocates what it does under `no_grad`."""
+    model, peaks = pair.model.requires_grad_(trained), []
+    try:
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), Allocations() as made:
+                tokens = model.generate(pair.inputs, max_new_tokens=3, return_type="tokens")
+            assert not tokens.requires_grad and made.live == tokens.untyped_storage().nbytes()
+            peaks.append(made.peak)
+    finally:
+        model.requires_grad_(False)
+    assert peaks[0] == peaks[1] > 0
+
+
 def test_backward_hooks_record_from_the_lowest_on(gqa: Pair) -> None:
     """Gradients of two hooks' values need what lies above the lower one, and no weight's."""
     model, answered, names = gqa.model, gqa.answered, ["blocks.1.mlp.hook_post", "blocks.2.hook_resid_pre"]
