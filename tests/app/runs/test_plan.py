@@ -62,15 +62,15 @@ def test_a_folder_is_planned_without_its_weights(capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "message"),
     [
-        (["--gpu", "h1000"], "h100"),
-        (["--model", "llava-1.5-7"], "did you mean 'llava-1.5-7b'"),
-        (["--model", "org/unknown"], "unknown model 'org/unknown'"),
+        (["--gpu", "h1000"], 2, "h100"),
+        (["--model", "llava-1.5-7"], 2, "did you mean 'llava-1.5-7b'"),
+        (["--model", "org/unknown"], 1, "unknown model 'org/unknown'"),
     ],
 )
-def test_what_is_not_known_is_refused(options, message, capsys):
-    assert main(["localize", "--model", "llava", "--limit", "1", "--plan", *options]) == 1
+def test_what_is_not_known_is_refused(options, code, message, capsys):
+    assert main(["localize", "--model", "llava", "--limit", "1", "--plan", *options]) == code
     assert message in capsys.readouterr().err
 
 
