@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from weakref import WeakValueDictionary
 
+import psutil
 from filelock import FileLock, Timeout
 from PIL import Image
 
@@ -101,6 +102,7 @@ class Run:
         self.environment, self._decided = environment(), decided or {}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder, opening.wait)
+        _remove_unfinished(self.folder)
         self.earlier_code: list[str] = []
         self.id, self.resumed = self._check(opening.allow_code_change)
         self._save_settings()
@@ -237,6 +239,13 @@ class Run:
 
 
 _STAGE_FILES = ("json", "journal.jsonl")
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes were writing (see `replaced_atomically`)."""
+    for part in [*folder.glob("*.part"), *folder.glob("hones/*.part")]:
+        if (pid := part.name.split(".")[-2].partition("-")[0]).isdigit() and not psutil.pid_exists(int(pid)):
+            part.unlink()
 
 
 def _is_bookkeeping(path: Path) -> bool:
