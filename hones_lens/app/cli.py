@@ -23,6 +23,7 @@ from hones_lens.app.commands import (
     random_checkpoint,
     report,
     reproduce,
+    runs,
     steer,
     train_tiny,
 )
@@ -33,7 +34,7 @@ from hones_lens.model import did_you_mean
 
 # In the order of `hones --help`.
 _COMMANDS = (demo, localize, mask, steer, overlap, patch, reproduce)
-_COMMANDS += (evaluate, check, data, explore, models, report, train_tiny, random_checkpoint)
+_COMMANDS += (evaluate, check, data, explore, models, runs, report, train_tiny, random_checkpoint)
 _EXAMPLES = """examples:
   hones demo                                   heads, neurons and masking on the shipped model
   hones demo --task ocr --out runs/ocr

@@ -3,6 +3,7 @@ from .batches import (
     Batch as Batch,
     answer_batches as answer_batches,
     as_task as as_task,
+    chance_of as chance_of,
     check_examples as check_examples,
     prompt_batches as prompt_batches,
 )
@@ -35,3 +36,12 @@ from .resumable import TensorJournal as TensorJournal, resumed_batches as resume
 from .segments import Segment as Segment, split_shared_prefix as split_shared_prefix
 from .speculation import Tally as Tally
 from .sweep import Sweep as Sweep, logits_under as logits_under
+from .units import (
+    Done as Done,
+    SharedJournal as SharedJournal,
+    Unit as Unit,
+    check_shareable as check_shareable,
+    chunks as chunks,
+    expect as expect,
+    layer_blocks as layer_blocks,
+)

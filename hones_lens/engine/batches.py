@@ -54,6 +54,12 @@ def as_task(task: str | Task) -> Task:
 
 
 @takes_iterables
+def chance_of(task: Task, examples: Sequence[Example]) -> float:
+    """The metric of guessing; 0 for a task of a class of its own that does not say."""
+    return float(task.chance(examples)) if hasattr(task, "chance") else 0.0
+
+
+@takes_iterables
 def check_examples(task: Task, examples: Sequence[Example]) -> None:
     """Raise before any model runs if an example lacks what its task reads, or ids repeat.
 

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 
 from hones_lens.data import Example
-from hones_lens.engine.batches import as_task, check_examples
+from hones_lens.engine.batches import as_task, chance_of, check_examples
 from hones_lens.engine.measurement import measure
 from hones_lens.engine.options import SweepKeywords, SweepOptions
 from hones_lens.engine.preflight import Fault, usable_examples
 from hones_lens.model import HookedVLM, takes_iterables
-from hones_lens.results import Interval, Result, metric_interval
+from hones_lens.results import Interval, Result, metric_interval, not_above_chance
 from hones_lens.tasks import Task
 
 
@@ -45,6 +45,7 @@ class Evaluation(Result):
         measures: The task's further measures by name, over all examples (POPE's five for `yes-no`); None
             for one that is a share of nothing, and for a task without any.
         left_out: The examples that `on_error="skip"` left out, with the reason.
+        chance: The metric of guessing.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -58,6 +59,7 @@ class Evaluation(Result):
     example_ids: tuple[str, ...]
     measures: dict[str, float | None] | None = None
     left_out: tuple[Fault, ...] = ()
+    chance: float = 0.0
 
     @property
     def metric(self) -> float:
@@ -82,6 +84,8 @@ class Evaluation(Result):
         if len(self.kinds) > 1:
             width = max(map(len, self.kinds))
             lines += [f"  {kind:<{width}} {metric}" for kind, metric in self.kinds.items()]
+        if at_chance := not_above_chance(self.metric_name, self.metric, self.interval, self.chance):
+            lines.append(f"  of what is measured on these examples {at_chance}")
         if self.left_out:
             lines.append(f"  left out: {len(self.left_out):,} examples that can't be used")
         return "\n".join(lines)
@@ -147,4 +151,5 @@ def evaluate(
         example_ids=tuple(example.id for example in examples),
         measures={name: None if np.isnan(value) else value for name, value in measures.items()} or None,
         left_out=left_out,
+        chance=chance_of(task, examples),
     )

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from hones_lens.data import Example
+from hones_lens.engine.arms import Arm
 from hones_lens.engine.batches import answer_batches, prompt_batches
 from hones_lens.engine.full_passes import Prediction
 from hones_lens.engine.options import SweepOptions
+from hones_lens.engine.speculation import Tally
 from hones_lens.engine.sweep import Sweep
+from hones_lens.engine.units import Done, SharedJournal, Unit, check_shareable, chunks, expect, layer_blocks
 from hones_lens.interventions import Hook
 from hones_lens.model import HookedVLM, bounded_by, takes_iterables
 from hones_lens.tasks import Task
 
-T = TypeVar("T")
+Rows = list[list[list[float]]]  # by arm and example, the numbers that are kept of it
 
 
 @dataclass
@@ -73,18 +76,7 @@ def measure(
     """
     outcomes = [Outcome() for _ in arms]
     with bounded_by(options.memory_budget), _bar(label, task, examples, arms, options.progress) as bar:
-        sweep = Sweep(model, arms, options, bar.update)
-
-        def run(batch_examples: Sequence[Example]) -> list[list[list[float]]]:
-            predictions: list[list[Prediction]] = [[] for _ in arms]
-            for batch in prompt_batches(model, task, batch_examples, options.batch_size):
-                for arm_predictions, batch_predictions in zip(
-                    predictions, sweep.predictions(task, batch), strict=True
-                ):
-                    arm_predictions += batch_predictions
-            return _score_answers(task, batch_examples, predictions)
-
-        for saved in _batches(run, examples, options, label, bar):
+        for saved in _batches(_Measured(model, task, arms, options), examples, label, bar):
             for outcome, rows in zip(outcomes, saved, strict=True):
                 outcome.scores += [row[0] for row in rows]
                 outcome.statistics += [np.array(row[1:]) for row in rows]
@@ -106,15 +98,10 @@ def measure_log_probs(
     """Log-probability of every example's right answer under every arm's hooks; as `measure`."""
     log_probs: list[list[float]] = [[] for _ in arms]
     with bounded_by(options.memory_budget), _bar(label, task, examples, arms, options.progress) as bar:
-        sweep = Sweep(model, arms, options, bar.update)
-
-        def run(batch_examples: Sequence[Example]) -> list[list[float]]:
-            (batch,) = answer_batches(model, task, batch_examples, len(batch_examples))
-            return sweep.log_probs(batch)
-
-        for saved in _batches(run, examples, options, label, bar):
-            for values, new in zip(log_probs, saved, strict=True):
-                values += new
+        work = _Measured(model, task, arms, options, log_probs=True)
+        for saved in _batches(work, examples, label, bar):
+            for values, rows in zip(log_probs, saved, strict=True):
+                values += [value for (value,) in rows]
     return log_probs
 
 
@@ -125,26 +112,116 @@ def _bar(
     return tqdm(total=total, desc=f"{label} · {task.name}", disable=not progress, unit="cell")
 
 
-def _batches(
-    run: Callable[[Sequence[Example]], list[T]],
-    examples: Sequence[Example],
-    options: SweepOptions,
-    label: str,
-    bar: Any,
-) -> Iterator[list[T]]:
-    """The results of each batch of examples, by arm; read from the journal where the batch has been run."""
-    size, journal = options.batch_size, options.journal
+@dataclass(frozen=True)
+class _Measured:
+    """A measurement: of answers or rankings with their statistics, or of log-probabilities."""
+
+    model: HookedVLM
+    task: Task
+    arms: Sequence[Sequence[Hook]]
+    options: SweepOptions
+    log_probs: bool = False
+
+    def run(self, sweep: Sweep, examples: Sequence[Example]) -> Rows:
+        """One batch of examples."""
+        if self.log_probs:
+            (batch,) = answer_batches(self.model, self.task, examples, len(examples))
+            return [[[value] for value in values] for values in sweep.log_probs(batch)]
+        predictions: list[list[Prediction]] = [[] for _ in self.arms]
+        for batch in prompt_batches(self.model, self.task, examples, self.options.batch_size):
+            for arm_predictions, batch_predictions in zip(
+                predictions, sweep.predictions(self.task, batch), strict=True
+            ):
+                arm_predictions += batch_predictions
+        return _score_answers(self.task, examples, predictions)
+
+    def unit(self, name: str, examples: Sequence[Example], arms: Sequence[int]) -> Unit:
+        """Some of the examples under some of the arms, as work for another process."""
+        some = [self.arms[i] for i in arms]
+        options = SweepOptions(self.options.batch_size, memory_budget=self.options.memory_budget)
+        work = _Part(self.task, some, options, self.log_probs, examples)
+        shape = (len(some), len(examples))
+        return Unit(name, ("arm", "example"), shape, work, len(some) * len(examples))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some examples under some arms, for a process that has its own model."""
+
+    task: Task
+    arms: Sequence[Sequence[Hook]]
+    options: SweepOptions
+    log_probs: bool
+    examples: Sequence[Example]
+
+    def __call__(self, model: HookedVLM) -> Done:
+        """Measure them batch by batch."""
+        tally = Tally()
+        work = _Measured(model, self.task, self.arms, self.options, self.log_probs)
+        sweep = Sweep(model, self.arms, replace(self.options, tally=tally))
+        size, rows = self.options.batch_size, Rows([] for _ in self.arms)
+        for start in range(0, len(self.examples), size):
+            for arm_rows, new in zip(rows, work.run(sweep, self.examples[start : start + size]), strict=True):
+                arm_rows += new
+        return Done(np.array(rows, dtype=np.float64), asdict(tally))
+
+
+def _batches(work: _Measured, examples: Sequence[Example], label: str, bar: Any) -> Iterator[Rows]:
+    """What comes of each batch of examples; read from the journal where the batch has been run."""
+    size, journal = work.options.batch_size, work.options.journal
+    expect(journal, label, len(examples), size)
+    if isinstance(journal, SharedJournal):
+        yield from _shared_batches(journal, work, examples, label, bar)
+        return
+    sweep = Sweep(work.model, work.arms, work.options, bar.update)
     for number, start in enumerate(range(0, len(examples), size)):
         batch_examples = examples[start : start + size]
         key = f"{label}/{number}"
         saved = None if journal is None else journal.get(key)
         if saved is None:
-            saved = run(batch_examples)
+            saved = work.run(sweep, batch_examples)
             if journal is not None:
                 journal[key] = saved
         else:
             bar.update(len(batch_examples) * len(saved))
         yield saved
+
+
+def _shared_batches(
+    journal: SharedJournal, work: _Measured, examples: Sequence[Example], label: str, bar: Any
+) -> Iterator[Rows]:
+    """As `_batches`, where others compute what is missing."""
+    check_shareable(work.model)
+    size, portions = work.options.batch_size, chunks(len(examples), work.options.batch_size)
+    keys = {portion: [f"{label}/{start // size}" for start in portion[::size]] for portion in portions}
+    missing = [p for p in portions if any(journal.get(key) is None for key in keys[p])]
+    blocks = layer_blocks([_first_layer(hooks) for hooks in work.arms], work.model.cfg.n_layers)
+    units = [
+        work.unit(f"{label}/{p.start}-{p.stop}/{i}", examples[p.start : p.stop], block)
+        for p in missing
+        for i, block in enumerate(blocks)
+    ]
+    done = journal.compute(units, bar.update)
+    for portion in portions:
+        if portion in missing:
+            rows = Rows([] for _ in work.arms)
+            for block in blocks:
+                values, counts = next(done)
+                if work.options.tally is not None:
+                    work.options.tally.add(counts)
+                for i, arm_rows in zip(block, values.tolist(), strict=True):
+                    rows[i] = arm_rows
+            for key, start in zip(keys[portion], range(0, len(portion), size), strict=True):
+                journal[key] = [arm_rows[start : start + size] for arm_rows in rows]
+        else:
+            bar.update(len(portion) * len(work.arms))
+        for key in keys[portion]:
+            yield journal.get(key)
+
+
+def _first_layer(hooks: Sequence[Hook]) -> int | None:
+    start = Arm(hooks).start
+    return None if start is None else start[0]
 
 
 def _score_answers(

@@ -5,7 +5,7 @@ The tokens are those of `generate` under the same hooks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -52,6 +52,11 @@ class Tally:
     decoded: int = 0
     near_ties: int = 0
     row_layers: int = 0
+
+    def add(self, counts: Mapping[str, int]) -> None:
+        """Add what another process counted, by name."""
+        for name, n in counts.items():
+            setattr(self, name, getattr(self, name) + n)
 
     def __str__(self) -> str:
         rows = self.forked + self.full

@@ -227,6 +227,7 @@ def _result(
         example_ids=tuple(example.id for example in examples),
         metric_p=permutation_p(task, *statistics, seed=seed),
         log_prob_p=two_sided_p(log_prob_drops, seed=seed),
+        chance=engine.chance_of(task, examples),
     )
 
 

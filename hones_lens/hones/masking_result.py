@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from hones_lens.model import did_you_mean, require_choice, takes_iterables
-from hones_lens.results import Interval, Result, read_json, to_json, write_json
+from hones_lens.results import Interval, Result, not_above_chance, read_json, to_json, write_json
 
 MEASURES = ("metric", "log_prob")
 BELOW_ROUNDING = "~"  # behind a drop that the model's type may have made
@@ -73,6 +73,7 @@ class MaskingResult(Result):
         metric_p, log_prob_p: Of no drop: two-sided paired permutation tests; None where not tested.
         rounding: By how many nats the log-probability of an answer moves when examples run one by one and not
             in batches: what a model in bfloat16 or float16 can't tell. None in wider types.
+        chance: The metric of guessing.
     """
 
     kind: ClassVar[str] = "masking-result"
@@ -102,6 +103,12 @@ class MaskingResult(Result):
     metric_p: float | None = None
     log_prob_p: float | None = None
     rounding: float | None = None
+    chance: float = 0.0
+
+    @property
+    def problem(self) -> str:
+        """Why nothing can be concluded from the metric's drop, in words; empty where something can."""
+        return not_above_chance(self.metric_name, self.baseline, self.baseline_interval, self.chance)
 
     @property
     def drop(self) -> float:
@@ -156,6 +163,7 @@ class MaskingResult(Result):
         lines = [
             f"{self.model_name}, {self.task}: {self.n_neurons} neurons ({100 * self.ratio:.2g} %) "
             f"by {self.method}, {len(self.example_ids)} examples",
+            *([f"  of the metric {self.problem}"] if self.problem else []),
             f"  {self.metric_name}: {self.baseline_interval:.3f} → {self.masked_interval:.3f}, drop "
             f"{self.metric_interval}{_tested(self.metric_p)}",
             f"  log-probability of the answer: {self.baseline_log_prob_interval:.3f} → "

@@ -1,4 +1,5 @@
 from .base import Plottable as Plottable, Result as Result, html_table as html_table
+from .chance import not_above_chance as not_above_chance
 from .codec import to_json as to_json
 from .correlation import pearson as pearson, spearman as spearman
 from .files import (

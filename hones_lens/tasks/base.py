@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +15,8 @@ class Task(Protocol):
 
     A subclass needs `name`, `metric_name`, `prompt`, `target` and `score`; the defaults of the other members
     are those of a task that generates text and whose metric is the mean of the examples' scores. Objects of
-    other classes with the same attributes are tasks too; only `measures` may be missing. Every method raises
-    ValueError with the id of an example that lacks a field it reads.
+    other classes with the same attributes are tasks too; only `measures` and `chance` may be missing. Every
+    method raises ValueError with the id of an example that lacks a field it reads.
 
     Attributes:
         name: The name that `load_task` takes.
@@ -70,6 +70,10 @@ class Task(Protocol):
     def measures(self, statistics: np.ndarray) -> dict[str, float]:
         """Further measures by name, of statistics summed over examples, [n_statistics]; none by default."""
         return {}
+
+    def chance(self, examples: Sequence[Example]) -> float:
+        """The metric of guessing, over these examples; by default 0: whoever says something else is wrong."""
+        return 0.0
 
     def aggregate(self, predictions: Iterable[Any], examples: Iterable[Example]) -> float:
         """The metric over a data set, in 0-1 (P_t of HONES eq. H1)."""

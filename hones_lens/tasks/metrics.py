@@ -211,3 +211,8 @@ def ndcg(margins: np.ndarray, relevant: int, k: int = 5) -> float:
     """
     rank = int((margins >= margins[relevant]).sum())
     return 1 / math.log2(rank + 1) if rank <= k else 0.0
+
+
+def expected_ndcg(n_candidates: int, k: int = 5) -> float:
+    """Mean NDCG@k over all orders of the candidates, of which one is relevant."""
+    return sum(1 / math.log2(rank + 1) for rank in range(1, min(k, n_candidates) + 1)) / n_candidates

@@ -8,7 +8,7 @@ import numpy as np
 
 from hones_lens.data import Example
 from hones_lens.tasks.base import Task, example_error
-from hones_lens.tasks.metrics import ndcg
+from hones_lens.tasks.metrics import expected_ndcg, ndcg
 
 
 class Retrieval(Task):
@@ -58,6 +58,10 @@ class Retrieval(Task):
                 example, f"a margin that is NaN (candidate {int(np.isnan(margins).argmax())})"
             )
         return ndcg(margins, _positive(example))
+
+    def chance(self, examples: Sequence[Example]) -> float:
+        """NDCG@5 of candidates in random order: each rank of the positive one is as likely as another."""
+        return float(np.mean([expected_ndcg(len(example.candidates)) for example in examples]))
 
 
 def _positive(example: Example) -> int:

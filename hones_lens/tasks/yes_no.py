@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hones_lens.data import Example
@@ -41,6 +43,11 @@ class YesNo(Task):
     def measures(self, statistics: np.ndarray) -> dict[str, float]:
         """POPE's five measures, by the names of `yes_no_metrics`."""
         return yes_no_shares(statistics)
+
+    def chance(self, examples: Sequence[Example]) -> float:
+        """The accuracy of always giving the more frequent answer."""
+        share = float(np.mean([_label(example) == "yes" for example in examples]))
+        return max(share, 1 - share)
 
 
 def _label(example: Example) -> str:

@@ -8,28 +8,33 @@ from typing import TYPE_CHECKING, Any
 
 from hones_lens.app.commands.checks import check_against_model, option, run_folder
 from hones_lens.app.commands.recorded import recorded_options
+from hones_lens.app.guard import WrongOption
 
 if TYPE_CHECKING:
     from hones_lens.app.runs.data_choice import DataChoice
-    from hones_lens.app.runs.folder import Opening, Run
+    from hones_lens.app.runs.folder import Journals, Opening, Run
     from hones_lens.hones import HeadScores
     from hones_lens.model import HookedVLM
 
 
 def model_from(args: argparse.Namespace) -> HookedVLM:
     """The model that `--model` names, on `--device` in `--dtype`; says so if it does not decode plainly."""
-    import torch
-
     from hones_lens.model import Decoding, load_model
 
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    pixels = {name: getattr(args, name) for name in ("min_pixels", "max_pixels")}
-    given: dict[str, Any] = {name: value for name, value in pixels.items() if value is not None}
-    given["device_map"] = args.device_map
-    model = load_model(args.model, args.device, dtype, plain_greedy=args.plain_greedy, **given)
+    model = load_model(args.model, **_model_options(args))
     if str(model.decoding) != str(Decoding()):
         print(f"answers are decoded as the checkpoint's generation config says: {model.decoding}")
     return model
+
+
+def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of `load_model`."""
+    import torch
+
+    pixels = {name: getattr(args, name) for name in ("min_pixels", "max_pixels")}
+    given: dict[str, Any] = {name: value for name, value in pixels.items() if value is not None}
+    given |= {"device": args.device, "dtype": getattr(torch, args.dtype) if args.dtype else None}
+    return given | {"plain_greedy": args.plain_greedy, "device_map": args.device_map}
 
 
 def data_from(args: argparse.Namespace, model: HookedVLM | None) -> DataChoice:
@@ -79,11 +84,29 @@ def planned(args: argparse.Namespace, stages: Sequence[str]) -> bool:
     return True
 
 
-def opening_from(args: argparse.Namespace) -> Opening:
-    """How the run folder is opened."""
+def opening_from(args: argparse.Namespace, model: HookedVLM | None = None) -> Opening:
+    """How the run folder is opened; with a model, by workers where `--workers` is given."""
     from hones_lens.app.runs.folder import Opening
 
-    return Opening(wait=args.wait, allow_code_change=args.allow_code_change)
+    journals = None if model is None else _journals_of_workers(args, model)
+    return Opening(args.wait, args.allow_code_change, journals)
+
+
+def _journals_of_workers(args: argparse.Namespace, model: HookedVLM) -> Journals:
+    """Makes journals that `--workers` fill; None without the option."""
+    if args.workers is None:
+        if args.slurm:
+            raise WrongOption("--slurm: give --workers and --engine slurm, too")
+        return None
+    from hones_lens.app.workers.hiring import Hiring
+
+    options = _model_options(args)
+    if args.device_map is None:
+        options["device"] = model.cfg.device.type
+    with option("--engine"):
+        budget = getattr(args, "memory_budget", None)
+        hiring = Hiring(args.workers, args.engine, args.worker_threads, budget, args.slurm)
+        return hiring.journals(model, args.model, options)
 
 
 def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> Run:
@@ -92,7 +115,7 @@ def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> R
     from hones_lens.app.runs.folder import save_left_out
 
     check_against_model(args, model)
-    settings = {"opening": opening_from(args), **recorded_options(args)}
+    settings = {"opening": opening_from(args, model), **recorded_options(args)}
     run = pipeline.start_run(model, args.task, data, run_folder(args), **settings)
     save_left_out(run, data, args.task)
     return run

@@ -7,8 +7,15 @@ from typing import Any
 
 from hones_lens.app.commands import values
 from hones_lens.app.commands.arguments import model_from, opening_from, write_result
-from hones_lens.app.commands.options import add_command, data_options, model_options, run_options
+from hones_lens.app.commands.options import (
+    add_command,
+    data_options,
+    model_options,
+    run_options,
+    worker_options,
+)
 from hones_lens.app.commands.recorded import recorded_options
+from hones_lens.app.guard import WrongOption
 
 
 def add(commands: Any) -> None:
@@ -17,6 +24,7 @@ def add(commands: Any) -> None:
     model_options(command)
     data_options(command, several=True)
     text = "run folder, so that a stopped evaluation goes on (default: none)"
+    worker_options(command)
     run_options(command, text)
     command.add_argument("--split", default="test", help="which examples (default: test)")
     command.add_argument(
@@ -30,6 +38,8 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.app.runs.data_choice import FILE_OPTIONS
     from hones_lens.data import tasks_of
 
+    if args.workers and not args.out:
+        raise WrongOption("--workers: what they find is kept in a run folder: give --out, too")
     model, results = model_from(args), []
     names = ("dataset", "split", "limit", "seed", *FILE_OPTIONS)
     chosen = {name: getattr(args, name) for name in names}
@@ -39,7 +49,9 @@ def execute(args: argparse.Namespace) -> int:
     if args.out:
         settings = {name: chosen[name] for name in ("dataset", "split", "seed")}
         settings |= recorded_options(args)
-        run = evaluation.start_evaluation(model, args.out, data, opening=opening_from(args), **settings)
+        run = evaluation.start_evaluation(
+            model, args.out, data, opening=opening_from(args, model), **settings
+        )
     for result in evaluation.evaluations(model, data, run):
         results.append(result)
         print(result)

@@ -52,6 +52,7 @@ def add_stage_command(commands: Any, name: str, run: Any, text: str) -> argparse
     )
     limit_options(command)
     memory_option(command)
+    worker_options(command)
     plan_options(command)
     return command
 
@@ -105,6 +106,36 @@ def limit_options(command: argparse.ArgumentParser, what: str = "measure") -> No
         type=values.layers,
         metavar="10-20,25",
         help=f"{what} these layers alone, both ends of a range in",
+    )
+
+
+def worker_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of many workers."""
+    add = command.add_argument
+    add(
+        "--workers",
+        type=values.positive,
+        metavar="N",
+        help="let N workers measure, each with a model of its own",
+    )
+    add(
+        "--engine",
+        choices=["local", "ray", "slurm"],
+        default="local",
+        help="of --workers: processes here, actors of Ray, or jobs of Slurm (default: local)",
+    )
+    add(
+        "--worker-threads",
+        type=values.positive,
+        default=1,
+        metavar="N",
+        help="processors of each (default: 1)",
+    )
+    add(
+        "--slurm",
+        metavar="NAME=VALUE,...",
+        type=values.submission,
+        help="of Slurm's jobs, e.g. slurm_partition=gpu,timeout_min=600,mem_gb=40",
     )
 
 

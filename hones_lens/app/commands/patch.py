@@ -15,6 +15,7 @@ from hones_lens.app.commands.options import (
     limit_options,
     model_options,
     run_options,
+    worker_options,
 )
 from hones_lens.app.commands.recorded import recorded_options
 from hones_lens.app.guard import WrongOption
@@ -54,6 +55,7 @@ def add(commands: Any) -> None:
     add("--groups", type=values.several(str), default=(), metavar="A,B", help="default: image,question,last")
     add("--box", type=values.box, action="append", metavar="L,T,R,B", help="a box on the picture as a group")
     limit_options(command, "patch")
+    worker_options(command)
     add("--units", type=values.units, help="each, together, numbers, or LAYER.NUMBERs (default: heads each)")
     add("--direction", choices=["denoise", "noise"], default="denoise", help="clean into corrupted, or back")
     add("--metric", choices=["logit_diff", "log_prob", "kl", "task"], help="default: logit_diff with a foil")
@@ -96,7 +98,7 @@ def execute(args: argparse.Namespace) -> int:
         baseline.check()
     source = Path(args.image).stem if args.image else args.task
     default = f"runs/{Path(args.model).name}-{source}-patch-{args.what}-{args.by}-{args.direction}"
-    asked = {"opening": opening_from(args), **recorded_options(args)}
+    asked = {"opening": opening_from(args, model), **recorded_options(args)}
     run = patch_run.start_patching(model, pairs, args.out or default, choice, options, **asked)
     baseline.save(run)
     result = patch_run.run_patching(model, run, pairs, options)

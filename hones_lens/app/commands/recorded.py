@@ -8,6 +8,7 @@ from typing import Any
 # Options that change no number of a run.
 CHANGE_NOTHING = {"help", "debug", "config", "json", "out", "wait", "allow_code_change", "force", "stage"}
 CHANGE_NOTHING |= {"plan", "gpu", "gpus", "mfu", "throughput", "memory_budget"}
+CHANGE_NOTHING |= {"workers", "engine", "worker_threads", "slurm"}
 # Options that select what a run folder records by itself: names and hashes of model, examples and neurons.
 SELECT = {"model", "device", "device_map", "dtype", "plain_greedy", "min_pixels", "max_pixels"}
 SELECT |= {"task", "dataset", "data_file", "image_dir", "encoding", "allow_outside", "allow_large_pictures"}

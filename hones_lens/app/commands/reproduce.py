@@ -15,6 +15,7 @@ from hones_lens.app.commands.options import (
     limit_options,
     model_options,
     split_options,
+    worker_options,
 )
 
 
@@ -27,6 +28,7 @@ def add(commands: Any) -> None:
     file_options(command)
     split_options(command)
     limit_options(command)
+    worker_options(command)
     command.add_argument(
         "--tasks", type=values.several(str), metavar="A,B", help="default: all that the data set has"
     )
@@ -57,7 +59,7 @@ def execute(args: argparse.Namespace) -> int:
         shifted=shifted,
         ratios=args.ratios,
         n_controls=args.controls,
-        opening=opening_from(args),
+        opening=opening_from(args, model),
         heads=args.heads,
         layers=args.layers,
     )

@@ -158,6 +158,17 @@ def device_map(text: str) -> str | dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
 
 
+def submission(text: str) -> dict[str, int | str]:
+    """`slurm_partition=gpu,timeout_min=600` as parameters of submitit's executor."""
+    parameters: dict[str, int | str] = {}
+    for part in names(text):
+        name, sign, value = (word.strip() for word in part.partition("="))
+        if not (name and sign and value):
+            raise argparse.ArgumentTypeError(f"{part!r}: parameters are NAME=VALUE, parted by commas")
+        parameters[name] = int(value) if value.isdigit() else value
+    return parameters
+
+
 def output_file(text: str) -> str:
     """The path of a file that can be written, known before hours of work are done."""
     path = Path(text)

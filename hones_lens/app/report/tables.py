@@ -91,6 +91,8 @@ def top_heads(heads: HeadScores) -> Table:
     note += "95 % bootstrap intervals, paired permutation tests of no drop (one-sided), on the examples that "
     note += "select the heads. Stands: at a false discovery "
     note += f"rate of 5 % over all {int(heads.asked.sum()):,} heads."
+    if heads.problem:
+        note = f"{heads.problem[0].upper()}{heads.problem[1:]}. {note}"
     if heads.limits:
         note = note[:-1] + f" that were asked for; {heads.limits}."
     if heads.traded:

@@ -76,6 +76,8 @@ def _print_heads(console: Console, run: RunView) -> None:
     note += f"heads, n = {n:,}; 95 % intervals; stands: FDR 5 % over {over}"
     if run.held_out is not None:
         note += f"; held out: measured again on n = {len(run.held_out.example_ids):,}, holds: FDR 5 %"
+    if run.heads.problem:
+        note = f"{run.heads.problem}; {note}"
     if run.heads.limits:
         note += f"; {run.heads.limits}"
     if run.heads.traded:

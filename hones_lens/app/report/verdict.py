@@ -58,13 +58,26 @@ def verdict(masking: Sequence[MaskingResult], share: float = _DEFAULT_SHARE) -> 
     if not masking:
         return "No neurons were masked, so nothing is known about what they do for the task."
     main = headline(masking, share)
-    paragraphs = [_conclusion(main), *(_measure_sentence(main, measure) for measure in MEASURES)]
+    paragraphs = [
+        _hopeless(main) or _conclusion(main),
+        *(_measure_sentence(main, measure) for measure in MEASURES),
+    ]
     remaining = [result for result in sorted(masking, key=lambda r: r.ratio) if result is not main]
     if remaining and main.controls:
         paragraphs.append(_other_shares(remaining))
     if len(main.kinds) > 1 and main.controls:
         paragraphs.append(_kinds(sorted(masking, key=lambda r: r.ratio)))
     return "\n".join(paragraphs)
+
+
+def _hopeless(result: MaskingResult) -> str:
+    """A sentence on a task that the unchanged model can't do, and why; empty where it can."""
+    if not result.problem:
+        return ""
+    return (
+        f"Nothing can be said of the {result.task} task: the unchanged model does not do it.\n"
+        f"{result.problem[0].upper()}{result.problem[1:]}, so that no neurons could lower it."
+    )
 
 
 _UNDECIDED = {BOTH: (), METRIC_ONLY: (), LOG_PROB_ONLY: ("metric",), NEITHER: MEASURES, UNKNOWN: ()}

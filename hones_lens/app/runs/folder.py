@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 from weakref import WeakValueDictionary
 
 import psutil
@@ -54,6 +54,7 @@ class _Saveable(Protocol):
 
 
 R = TypeVar("R", bound=_Saveable)
+Journals: TypeAlias = "Callable[[Run, str], Journal] | None"
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,12 @@ class Opening:
     Attributes:
         wait: Wait for another process that works in it, instead of refusing.
         allow_code_change: Go on though the package's code is not the one that began it; this is recorded.
+        journals: Makes the journal of a stage, where workers fill it (see `workers.Hiring`).
     """
 
     wait: bool = False
     allow_code_change: bool = False
+    journals: Journals = None
 
 
 class Run:
@@ -100,6 +103,7 @@ class Run:
         self.folder = Path(folder)
         self.settings = json.loads(json.dumps(dict(settings)))
         self.environment, self._decided = environment(), decided or {}
+        self._journals = opening.journals
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder, opening.wait)
         _remove_unfinished(self.folder)
@@ -235,10 +239,12 @@ class Run:
 
     def journal(self, stage: str) -> Journal:
         """The journal of a stage: results of its finished batches."""
+        if self._journals is not None:
+            return self._journals(self, stage)
         return Journal(self.folder / f"{stage}.journal.jsonl", self.id)
 
 
-_STAGE_FILES = ("json", "journal.jsonl")
+_STAGE_FILES = ("json", "journal.jsonl", "parts")
 
 
 def _remove_unfinished(folder: Path) -> None:

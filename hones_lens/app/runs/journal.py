@@ -19,6 +19,7 @@ from torch import Tensor
 from hones_lens.results import naming, replaced_atomically
 
 _files: Any = safetensors.torch  # its types are partly unknown
+EXPECTED = "batches of "  # how keys of such numbers begin
 TENSORS = ".tensors.safetensors"  # how the names of their files end
 _FAST = 1.0  # seconds; tensors that take longer to write are not written after each batch
 _SHARE = 0.1  # of the time that may go into writing those
@@ -68,6 +69,11 @@ class Journal(UserDict):
     def _checksum(self, key: str, value: Any) -> str:
         text = json.dumps([self._run, self.file.name, key, value], allow_nan=False)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def expect(self, label: str, batches: int) -> None:
+        """Note how many batches there are of what is called so, for `hones runs`."""
+        if self.get(f"{EXPECTED}{label}") != batches:
+            self[f"{EXPECTED}{label}"] = batches
 
     def __setitem__(self, key: str, value: Any) -> None:
         line = json.dumps([key, value, self._checksum(key, value)], allow_nan=False)

@@ -20,6 +20,7 @@ from hones_lens.results import (
     Result,
     benjamini_hochberg,
     html_table,
+    not_above_chance,
     ranked,
     sign_flip_p,
 )
@@ -61,6 +62,7 @@ class HeadScores(Result):
             for its score here does worse elsewhere: see `remeasure_heads`.
         chosen: The heads that were asked for, as (layer, head); None for all. Others were not measured:
             their scores and drops are NaN, they are never critical, and no test counts them.
+        chance: The metric of guessing; None where no metric of a task is measured (`patch`).
     """
 
     kind: ClassVar[str] = "heads"
@@ -83,6 +85,14 @@ class HeadScores(Result):
     baseline_interval: Interval | None = None
     score_ends: Tensor | None = None
     chosen: tuple[tuple[int, int], ...] | None = None
+    chance: float | None = 0.0
+
+    @property
+    def problem(self) -> str:
+        """Why nothing can be concluded from these scores, in words; empty where something can."""
+        if self.chance is None:
+            return ""
+        return not_above_chance(self.metric_name, self.baseline, self.baseline_interval, self.chance)
 
     @property
     def measured(self) -> Tensor:
@@ -196,6 +206,7 @@ class HeadScores(Result):
         done = dict(INTERVENTIONS.values()).get(self.intervention, self.intervention)
         lines = [
             f"{self.model_name}, {self.task}: {self.metric_name} {baseline}",
+            *([self.problem] if self.problem else []),
             f"critical heads ({done}), on the examples that select them:",
         ]
         lines += [self._line(c) for c in self.top()]

@@ -177,6 +177,7 @@ def _localize_by_mean(
         baseline_interval=metric_interval(task, np.array(base.statistics)) if len(examples) > 1 else None,
         score_ends=all_scores[..., 1:],
         chosen=_limited(model, chosen),
+        chance=engine.chance_of(task, examples),
     )
 
 
@@ -274,6 +275,7 @@ def _localize_by_patching(
         baseline_interval=mean_interval(effects.clean.numpy()) if many else None,
         score_ends=ends,
         chosen=chosen,
+        chance=None,
     )
 
 

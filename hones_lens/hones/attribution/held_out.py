@@ -27,6 +27,7 @@ from hones_lens.results import (
     bootstrap_interval,
     mean_difference_interval,
     metric_interval,
+    not_above_chance,
     permutation_p,
 )
 from hones_lens.tasks import Task
@@ -72,6 +73,7 @@ class HeldOutHeads(Result):
         random: Mean drop of each of several random sets of as many other heads (see `random_head_sets`).
         q: The false discovery rate.
         example_ids: The held-out examples.
+        chance: The metric of guessing.
     """
 
     kind: ClassVar[str] = "held-out heads"
@@ -86,6 +88,12 @@ class HeldOutHeads(Result):
     random: tuple[float, ...]
     q: float
     example_ids: tuple[str, ...]
+    chance: float = 0.0
+
+    @property
+    def problem(self) -> str:
+        """Why nothing can be concluded from these drops, in words; empty where something can."""
+        return not_above_chance(self.metric_name, self.baseline.value, self.baseline, self.chance)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a head."""
@@ -105,6 +113,7 @@ class HeldOutHeads(Result):
             f"{self.model_name}, {self.task}: {len(self.heads)} heads selected on {self.n_selected_on} "
             f"examples, measured again on {len(self.example_ids)} others",
             f"  {self.metric_name} {self.baseline}",
+            *([f"  {self.problem}"] if self.problem else []),
         ]
         for head in self.heads:
             verdict = "holds" if head.holds else "does not hold"
@@ -157,28 +166,28 @@ def remeasure_heads(
     options, task = SweepOptions.of(options, sweep), engine.as_task(task)
     engine.check_examples(task, examples)
     _check(model, task, examples, heads)
-    top = heads.top(k)
-    if not top:
+    if not (top := heads.top(k)):
         raise ValueError("no head lowers the metric: there is nothing to measure again")
-    selected = [(c.layer, c.index) for c in top]
-    random = random_head_sets(selected, model.cfg.n_layers, model.cfg.n_heads, draws, seed)
+    cfg, selected = model.cfg, [(c.layer, c.index) for c in top]
+    random = random_head_sets(selected, cfg.n_layers, cfg.n_heads, draws, seed)
     cells = [*selected, *sorted({head for heads in random for head in heads})]
     arms = [[], *([replace_with_other_heads_mean(*cell, heads.positions)] for cell in cells)]
     base, *outcomes = engine.measure(model, task, examples, arms, options, label="held-out heads")
-    clean = np.array(base.statistics)
+    clean, ids = np.array(base.statistics), tuple(example.id for example in examples)
     intervened = [np.array(outcome.statistics) for outcome in outcomes[: len(selected)]]
-    drops = dict(zip(cells, (base.metric(task) - outcome.metric(task) for outcome in outcomes), strict=True))
+    drops = {cell: base.metric(task) - arm.metric(task) for cell, arm in zip(cells, outcomes, strict=True)}
     return HeldOutHeads(
         task=task.name,
         metric_name=task.metric_name,
-        model_name=model.cfg.model_name,
+        model_name=cfg.model_name,
         n_selected_on=len(heads.example_ids),
         baseline=metric_interval(task, clean, seed=seed),
         heads=_remeasured(task, heads, top, clean, intervened, q, seed),
         mean_drop=mean_difference_interval(task, clean, intervened, seed=seed),
         random=tuple(float(np.mean([drops[cell] for cell in head_set])) for head_set in random),
         q=q,
-        example_ids=tuple(example.id for example in examples),
+        example_ids=ids,
+        chance=engine.chance_of(task, examples),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from hones_lens.tasks import Task
 
 DEFAULT_RATIO = 0.01
 _PARTS = 20  # of the examples, for standard errors
+_HEADS_OF_A_UNIT = 4  # where others compute; each unit costs a clean pass more
 _TABLE_BYTES = 2e9  # for the sums of heads, by part; of a 72B a head has 0.4 GB
 
 
@@ -270,6 +271,9 @@ class _Drops:
         An example is in the part of its number modulo `parts`. As many heads share a pass over the examples
         as have tables of 2 GB together; each further pass costs a clean one more.
         """
+        if isinstance(self.journal, engine.SharedJournal):
+            yield from self._by_head_of_others(parts, self.journal)
+            return
         head_bytes = parts * len(self.layers) * self.model.cfg.d_mlp * 8
         at_once = max(1, int(_TABLE_BYTES // head_bytes))
         portions = [self.critical[i : i + at_once] for i in range(0, len(self.critical), at_once)]
@@ -279,6 +283,30 @@ class _Drops:
                 sums, counts = self._summed(portion, parts, bar, f"neurons/{self.task.name}/{parts}/{number}")
                 yield from ((head.score, sums[i], counts) for i, head in enumerate(portion))
                 del sums
+
+    def _by_head_of_others(
+        self, parts: int, journal: engine.SharedJournal
+    ) -> Iterator[tuple[float, Float[Tensor, "part layer d_mlp"], Float[Tensor, " part"]]]:
+        """As `by_head`, where others compute: all examples for a few heads are a unit, to the same bits."""
+        engine.check_shareable(self.model)
+        n, size = len(self.examples), _HEADS_OF_A_UNIT
+        portions = [self.critical[i : i + size] for i in range(0, len(self.critical), size)]
+        units = [
+            engine.Unit(
+                f"neurons/{self.task.name}/{parts}/{number}",
+                ("head", "part", "layer"),
+                (len(portion), parts, len(self.layers)),
+                _Portion(self, portion, parts),
+                cells=n * len(portion),
+            )
+            for number, portion in enumerate(portions)
+        ]
+        counts = torch.bincount(torch.arange(n) % parts).double()
+        total = n * len(self.critical)
+        with tqdm(total=total, desc=f"neurons · {self.task.name}", disable=not self.progress) as bar:
+            for portion, done in zip(portions, journal.compute(units, bar.update), strict=True):
+                sums = torch.tensor(done.values)
+                yield from ((head.score, sums[i], counts) for i, head in enumerate(portion))
 
     def _summed(
         self, heads: Sequence[Component], parts: int, bar: tqdm[Any], key: str
@@ -303,3 +331,21 @@ class _Drops:
                 sums[i].index_add_(0, part, clean - changed.double().cpu())
             bar.update(before + stop * (len(heads) + 1) - bar.n)
         return sums, counts
+
+
+class _Portion:
+    """The sums of a few heads over all examples, for a process that has its own model."""
+
+    def __init__(self, drops: _Drops, heads: Sequence[Component], parts: int):
+        self._fields = {f.name: getattr(drops, f.name) for f in fields(drops) if f.name != "model"}
+        self._fields |= {"critical": heads, "journal": None, "progress": False}
+        self._fields["directions"] = drops.directions.cpu()
+        self._parts = parts
+
+    def __call__(self, model: HookedVLM) -> engine.Done:
+        drops = _Drops(
+            model, **self._fields | {"directions": self._fields["directions"].to(model.cfg.device)}
+        )
+        with tqdm(disable=True) as bar:
+            sums, _ = drops._summed(drops.critical, self._parts, bar, "")
+        return engine.Done(sums.numpy())

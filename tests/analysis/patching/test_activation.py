@@ -24,7 +24,7 @@ import hones_lens as hl
 from hones_lens import VLMInputs
 from hones_lens.analysis.patching.activation import patch_activations
 from hones_lens.analysis.patching.pairs import PatchPairs, corrupted_by, counterfactual
-from hones_lens.analysis.patching.runner import ActivationPatch
+from hones_lens.analysis.patching.patch_batch import ActivationPatch
 from hones_lens.analysis.patching.sites import SITES
 from hones_lens.interventions.corruptions import blank, gaussian_noise, token_swap
 from hones_lens.interventions.token_groups import Box

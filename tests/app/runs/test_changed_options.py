@@ -30,6 +30,9 @@ SMALL |= {"evaluate": ["--limit", "2", "--task", "vqa"], "reproduce": ["--limit"
 SMALL |= {"overlap": ["a", "b", "--mask", "--limit", "2"]}
 # Options that change no number, and are not recorded.
 HARMLESS = {
+    "workers",
+    "engine",
+    "worker_threads",
     "wait",
     "allow_code_change",
     "force",
@@ -56,7 +59,7 @@ OTHER_TEXTS |= {
 }
 OTHER_TEXTS |= {"prompt": "what?", "answer": "red", "foil": "blue", "color": "red", "kind": "color"}
 OTHER_TEXTS |= {"groups": "image"}
-OTHER_VALUES = ("3", "0.25", "L0H1", "0,0,9,9", "utf-16")
+OTHER_VALUES = ("3", "0.25", "L0H1", "0,0,9,9", "utf-16", "time=3")
 
 
 class Reached(Exception):
