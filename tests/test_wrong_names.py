@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import webbrowser
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import torch
 
 import hones_lens as hl
 from hones_lens.analysis.patching.metrics import as_metric
-from hones_lens.analysis.patching.sites import as_patch_site
+from hones_lens.analysis.patching.sites import SITES, as_patch_site, targets_of
 from hones_lens.app.cli import main
 from hones_lens.data.splits import check_split
 from hones_lens.hones.attribution.attribute import load_ranking
+from hones_lens.interventions.hooks import replace_with_other_heads_mean
+from hones_lens.model.answers import at_positions
 from hones_lens.model.choices import require_choice
 from hones_lens.model.families import load_family
 from hones_lens.model.loading import resolve
@@ -28,6 +31,17 @@ def test_the_nearest_name_is_said_and_none_where_none_is_near() -> None:
     assert did_you_mean("vqq", ["ocr", "vqa"]) == "; did you mean 'vqa'?"
     assert did_you_mean("Tiny-LLaVA", ["tiny-llava"]) == "; did you mean 'tiny-llava'?"
     assert did_you_mean("chess", ["ocr", "vqa"]) == did_you_mean("", ["vqa"]) == ""
+
+
+@cache
+def model() -> hl.HookedVLM:
+    return hl.HookedVLM.from_pretrained("tiny-llava")
+
+
+def test_a_model_without_processor_options_says_so() -> None:
+    for option in ("max_pixels", "none"):
+        with pytest.raises(ValueError, match=f"processor option of 'tiny-llava': '{option}'; valid: none$"):
+            hl.HookedVLM.from_pretrained("tiny-llava", **{option: 99})
 
 
 def test_wrong_names_in_python() -> None:
@@ -47,6 +61,10 @@ def test_wrong_names_in_python() -> None:
         (lambda: load_family("lava"), "llava"),
         (lambda: as_metric("logit_dif"), "logit_diff"),
         (lambda: require_choice("positions", "lst", ("all", "last")), "last"),
+        (lambda: replace_with_other_heads_mean(0, 0, "lst"), "last"),
+        (lambda: at_positions(model().prepare(None, "a", answers=["b"]), "al"), "all"),
+        (lambda: targets_of(SITES["z"], model().cfg, units="eahc"), "each"),
+        (lambda: hl.HookedVLM.from_pretrained("tiny-qwen2.5-vl", max_pixel=99), "max_pixels"),
     ):
         with pytest.raises(ValueError, match=f"did you mean '{meant}'\\?"):
             call()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from hones_lens.model import open_image
+from hones_lens.model import open_image, require_choice
 
 CACHED_BYTES = 512 * 2**20  # of pictures in memory: a dozen photographs of a phone
 _BYTES_PER_PIXEL = 4  # as Pillow holds RGB
@@ -109,5 +109,4 @@ def check_on_error(on_error: str) -> None:
     Raises:
         ValueError: Another word than `raise` or `skip`.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error must be 'raise' or 'skip', not {on_error!r}")
+    require_choice("on_error", on_error, ("raise", "skip"))

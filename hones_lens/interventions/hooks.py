@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hones_lens.interventions.positions import PromptMask
 from hones_lens.interventions.token_groups import Group
-from hones_lens.model import VLMInputs, did_you_mean, takes_iterables, to_list
+from hones_lens.model import VLMInputs, did_you_mean, require_choice, takes_iterables, to_list
 
 Hook = tuple[str, Callable[..., Any]]
 F = TypeVar("F", bound=Any)
@@ -106,8 +106,7 @@ def replace_with_other_heads_mean(
         ValueError: Other positions. When run: the layer has a single head, or no such head, or a count
             of heads that is not the batch.
     """
-    if positions not in ("all", "last"):
-        raise ValueError(f"unknown positions {positions!r}; valid: all, last")
+    require_choice("positions", positions, ("all", "last"))
     name = f"blocks.{layer}.attn.hook_z"
     description = "the other heads' mean instead"
     return name, HeadEdit(name, head, _mean_of_others, description, last_position_only=positions == "last")

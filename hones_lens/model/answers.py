@@ -76,10 +76,9 @@ def at_positions(inputs: VLMInputs, positions: str) -> Bool[Tensor, "row pos"]:
     Raises:
         ValueError: Another value of `positions`.
     """
+    require_choice("positions", positions, ("all", "last"))
     if positions == "all":
         return inputs.attention_mask.bool()
-    if positions != "last":
-        raise ValueError(f"unknown positions {positions!r}; valid: all, last")
     assert inputs.answer_mask is not None
     first = inputs.answer_mask.int().argmax(-1)
     return torch.arange(inputs.input_ids.shape[1], device=first.device) == first[:, None] - 1

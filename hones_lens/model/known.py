@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from hones_lens.model.choices import require_choice
 from hones_lens.model.config import ModelSettings, all_settings, checkpoint_path, find_settings
 from hones_lens.model.families import load_family
 from hones_lens.model.hooked_vlm import HookedVLM
@@ -44,8 +45,7 @@ def known_config(name: str, scale: str = "true") -> Any:
     Raises:
         ValueError: An unknown name or scale, or a model whose sizes `model_configs/` does not hold.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, not {scale!r}")
+    require_choice("scale", scale, SCALES)
     settings = known_settings(name)
     auto: Any = AutoConfig
     if settings.config is None and settings.checkpoint is None:

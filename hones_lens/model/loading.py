@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from transformers.utils import logging as hf_logging
 
+from hones_lens.model.choices import require_choice
 from hones_lens.model.config import all_settings, checkpoint_path, find_settings, token_ids
 from hones_lens.model.decoding import Decoding
 from hones_lens.model.dispatch import (
@@ -119,9 +120,8 @@ def load_hf_model(
     else:
         device_map = _fitting_map(device_map, Need(name, without_weights, dtype, folder), torch_device)
     for option in processor_options:
-        if option not in family.processor_options:
-            valid = ", ".join(family.processor_options) or "none"
-            raise ValueError(f"unknown processor option {option!r} for {name!r}; valid: {valid}")
+        valid = family.processor_options
+        require_choice(f"processor option of {name!r}:", option, valid, "" if valid else "none")
     if Path(folder).is_dir():
         check_shards(Path(folder))
     model = _read_weights(name, folder, {**source, "dtype": dtype, "device_map": device_map})

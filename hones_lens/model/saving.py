@@ -78,7 +78,6 @@ def save_pretrained(model: Any, folder: str | Path) -> Path:
     hf_model = empty_hf_model(source.config)
     weights = hf_state_dict(model)
     report = hf_model.load_state_dict(weights, strict=False, assign=True)
-    hf_model.tie_weights()
     absent = [name for name, p in hf_model.named_parameters() if p.is_meta]
     if absent or report.unexpected_keys:
         raise ValueError(
@@ -86,10 +85,20 @@ def save_pretrained(model: Any, folder: str | Path) -> Path:
         )
     if source.generation_config is not None:
         hf_model.generation_config = deepcopy(source.generation_config)
+    if _untied(hf_model):
+        for config in (hf_model.config, hf_model.config.get_text_config()):
+            config.tie_word_embeddings = False
     hf_model.save_pretrained(folder)
     if model.processor is not None:
         model.processor.save_pretrained(folder)
     return folder
+
+
+def _untied(hf_model: Any) -> bool:
+    """Whether embedding and unembedding differ, e.g. as one was edited: then nobody may tie them."""
+    parts = (hf_model.get_input_embeddings(), hf_model.get_output_embeddings())
+    embedding, unembedding = (part.weight for part in parts)
+    return not torch.equal(embedding, unembedding)
 
 
 def _source(model: Any) -> HFSource:

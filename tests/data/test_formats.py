@@ -202,5 +202,5 @@ def test_paths_names_and_files_that_contradict_each_other(written, tmp_path):
         check_data("shapes")
     with pytest.raises(ValueError, match="limit must be at least 1, not 0"):
         load_examples("hones", "vqa", "all", 0, **dataset.files)
-    with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip', not 'ignore'"):
+    with pytest.raises(ValueError, match="unknown on_error 'ignore'; valid: raise, skip"):
         load_examples("hones", "vqa", "all", **dataset.files, on_error="ignore")

@@ -55,5 +55,5 @@ def test_files_for_a_drawn_data_set_raise(name):
 
 
 def test_a_world_that_is_drawn_takes_no_unknown_words_either():
-    with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip', not 'ignore'"):
+    with pytest.raises(ValueError, match="unknown on_error 'ignore'; valid: raise, skip"):
         load_examples("shapes", "vqa", "dev", 1, on_error="ignore")

@@ -81,6 +81,22 @@ def test_tied_weights_stay_tied(tied: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(logits[real], model(inputs)[real], atol=2e-5, rtol=1e-4)
 
 
+def test_an_unembedding_that_was_edited_alone_is_saved_beside_the_embedding(tmp_path: Path) -> None:
+    config = random_llava.make_config(text={"tie_word_embeddings": True}, tie_word_embeddings=True)
+    _, model = random_llava.make_pair(config)
+    before = model.embed.weight.clone()
+    model.unembed.linear.weight = torch.nn.Parameter(2 * before, requires_grad=False)
+    model.save_pretrained(tmp_path)
+    assert config.tie_word_embeddings, "the model's own config is left as it was"
+    back = reloaded(tmp_path)
+    assert torch.equal(back.get_input_embeddings().weight, before)
+    assert torch.equal(back.get_output_embeddings().weight, 2 * before)
+    inputs = random_llava.mixed_batch(model)
+    real = inputs.attention_mask.bool()
+    logits = back(**inputs.to_hf()).logits
+    torch.testing.assert_close(logits[real], model(inputs)[real], atol=2e-5, rtol=1e-4)
+
+
 def test_another_dtype_is_saved_as_it_is(tmp_path: Path) -> None:
     _, model = random_llava.make_pair()
     model.to(torch.bfloat16).save_pretrained(tmp_path)

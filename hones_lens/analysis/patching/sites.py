@@ -156,8 +156,8 @@ def targets_of(
     """
     if units is None:
         units = "each" if site.unit in ("head", "kv_head") else "together"
-    if isinstance(units, str) and units not in ("each", "together"):
-        raise ValueError(f"unknown units {units!r}; valid: each, together, numbers, (layer, number)s or sets")
+    if isinstance(units, str):
+        require_choice("units", units, ("each", "together"), "numbers, (layer, number)s or sets")
     if site.unit is None and units != "together":
         raise ValueError(f"{site.what} has no heads or neurons to choose from")
     named = isinstance(units, Mapping)

@@ -245,8 +245,7 @@ def _localize_by_patching(
     options: SweepOptions,
 ) -> HeadScores:
     """Score every head by patching its output on the corrupted input into the clean run."""
-    if positions not in ("all", "last"):
-        raise ValueError(f"unknown positions {positions!r}; valid: all, last")
+    require_choice("positions", positions, ("all", "last"))
     site = SITES["z"]
     token_positions = positions_of(model, pairs, site, "group", [positions])
     patching = {"direction": "noise", "metric": "logit_diff"}
