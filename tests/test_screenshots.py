@@ -18,8 +18,11 @@ from hones_lens.hones.masking_result import save_masking
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     run = Run(tmp_path / "run", {"model": "tiny-llava", "task": "vqa"})
-    made.neurons().save(run.path("neurons.json"))
-    save_masking(run.path("masking.json"), made.curve())
+    neurons, masking = run.path("neurons.json"), run.path("masking.json")
+    made.neurons().save(neurons)
+    save_masking(masking, made.curve())
+    run.record("neurons", [neurons])
+    run.record("masking", [masking])
     return run.folder
 
 

@@ -100,15 +100,16 @@ def _is_held(folder: Path) -> bool:
 
 def _share(journal: Path) -> float | None:
     """Finished of the expected batches, of what the journal's last lines are about."""
-    expected, done = 0, 0
+    expected, done = dict[str, int](), 0
     start = f'["{EXPECTED}'.encode()
     with open(journal, "rb") as lines:
         for line in lines:
             if line.startswith(start):
-                expected += json.loads(line)[1]
+                label, n, _ = json.loads(line)
+                expected[label] = n  # the last word on it
             else:
                 done += 1
-    return min(1.0, done / expected) if expected else None
+    return min(1.0, done / sum(expected.values())) if expected else None
 
 
 def _last_words(folder: Path) -> str:
