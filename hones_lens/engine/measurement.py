@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -183,6 +183,7 @@ def _batches(work: _Measured, examples: Sequence[Example], label: str, bar: Any)
             if journal is not None:
                 journal[key] = saved
         else:
+            _check_shape(saved, key, len(work.arms), len(batch_examples))
             bar.update(len(batch_examples) * len(saved))
         yield saved
 
@@ -215,8 +216,23 @@ def _shared_batches(
                 journal[key] = [arm_rows[start : start + size] for arm_rows in rows]
         else:
             bar.update(len(portion) * len(work.arms))
-        for key in keys[portion]:
-            yield journal.get(key)
+        for key, start in zip(keys[portion], portion[::size], strict=True):
+            saved = journal.get(key)
+            _check_shape(saved, key, len(work.arms), min(size, portion.stop - start))
+            yield saved
+
+
+def _check_shape(rows: Any, key: str, arms: int, examples: int) -> None:
+    """Check that a journal holds a batch of so many arms and examples.
+
+    Raises:
+        ValueError: It does not; names the key.
+    """
+    listed = cast("list[list[Any]]", rows) if isinstance(rows, list) else []
+    if len(listed) != arms or any(len(arm) != examples for arm in listed):
+        raise ValueError(
+            f"the journal has something else under {key!r}, and not {arms} arms of {examples} examples"
+        )
 
 
 def _first_layer(hooks: Sequence[Hook]) -> int | None:

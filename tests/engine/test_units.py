@@ -77,6 +77,15 @@ def test_answers_and_rankings(name: str) -> None:
     assert [o.scores for o in again] == [o.scores for o in plain] and len(others.names) == n_units
 
 
+@pytest.mark.parametrize("saved", [7, [], [[[1.0]]], [[[1.0, 1.0, 1.0]]] * 2])
+def test_a_batch_of_another_shape_in_the_journal_is_refused(saved: object) -> None:
+    model, task, examples = pair()[1], load_task("vqa"), examples_of("vqa", 3)
+    for journal in ({"sweep/0": saved}, Others(model)):
+        journal["sweep/0"] = saved
+        with pytest.raises(ValueError, match="something else under 'sweep/0', and not 2 arms of 3 examples"):
+            measure(model, task, examples, [[], []], SweepOptions(journal=journal, progress=False))
+
+
 def test_log_probabilities() -> None:
     model, task, examples = pair()[1], load_task("vqa"), examples_of("vqa", 5)
     options = {"batch_size": 2, "progress": False}

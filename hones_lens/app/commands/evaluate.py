@@ -10,6 +10,7 @@ from hones_lens.app.commands.arguments import model_from, opening_from, write_re
 from hones_lens.app.commands.options import (
     add_command,
     data_options,
+    memory_option,
     model_options,
     run_options,
     worker_options,
@@ -24,6 +25,7 @@ def add(commands: Any) -> None:
     model_options(command)
     data_options(command, several=True)
     text = "run folder, so that a stopped evaluation goes on (default: none)"
+    memory_option(command)
     worker_options(command)
     run_options(command, text)
     command.add_argument("--split", default="test", help="which examples (default: test)")

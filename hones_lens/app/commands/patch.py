@@ -13,6 +13,7 @@ from hones_lens.app.commands.options import (
     add_command,
     data_options,
     limit_options,
+    memory_option,
     model_options,
     run_options,
     worker_options,
@@ -55,6 +56,7 @@ def add(commands: Any) -> None:
     add("--groups", type=values.several(str), default=(), metavar="A,B", help="default: image,question,last")
     add("--box", type=values.box, action="append", metavar="L,T,R,B", help="a box on the picture as a group")
     limit_options(command, "patch")
+    memory_option(command)
     worker_options(command)
     add("--units", type=values.units, help="each, together, numbers, or LAYER.NUMBERs (default: heads each)")
     add("--direction", choices=["denoise", "noise"], default="denoise", help="clean into corrupted, or back")

@@ -477,8 +477,11 @@ def test_a_folder_saved_by_hugging_face_passes_the_check(tmp_path: Path) -> None
     rows, columns = model.prepare(Image.new("RGB", (300, 300)), "Look.").grids[0][0]
     assert rows * columns <= 9
     with pytest.raises(
-        ValueError, match=r"unknown processor option of .*: 'max_pixel'; valid: min_pixels, max_pixels; did you"
+        ValueError,
+        match=r"unknown processor option of .*: 'max_pixel'; valid: min_pixels, max_pixels; did you",
     ):
         HookedVLM.from_pretrained(str(tmp_path), max_pixel=3)
-    with pytest.raises(ValueError, match="unknown processor option of 'tiny-llava': 'max_pixels'; valid: none"):
+    with pytest.raises(
+        ValueError, match="unknown processor option of 'tiny-llava': 'max_pixels'; valid: none"
+    ):
         HookedVLM.from_pretrained("tiny-llava", max_pixels=3)
