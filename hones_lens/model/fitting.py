@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
+
+from hones_lens.model.memory import free_bytes
 
 _HALF = 2  # bytes of a weight whose type is not known beforehand, the fewest that it has
 _ROOM = 0.8  # of a device's free memory that weights may fill if activations shall have some too
@@ -35,7 +36,7 @@ class Need:
 
     def fits(self, device: torch.device) -> bool:
         """Whether a device holds the weights, with some room for activations."""
-        return self.bytes <= _ROOM * free_memory(device)
+        return self.bytes <= _ROOM * free_bytes(device)
 
     def check(self, device: torch.device) -> None:
         """Check that a device, and the machine's memory that weights are read into, can hold the weights.
@@ -44,7 +45,7 @@ class Need:
             ValueError: They can't; says how much is needed and free, and which options would help.
         """
         for where in dict.fromkeys((torch.device("cpu"), device)):
-            free = free_memory(where)
+            free = free_bytes(where)
             if self.bytes > free:
                 there = "this machine" if where.type == "cpu" else str(where)
                 raise ValueError(
@@ -61,13 +62,6 @@ class Need:
             return ways
         half = f"load them by --dtype bfloat16 (dtype='bfloat16': {_size(_HALF * self.n_weights)})"
         return f"{half}, or {ways}"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device, for a CPU without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:

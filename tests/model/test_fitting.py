@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from hones_lens import HookedVLM, checkpoint_path
-from hones_lens.model import fitting, known_config
-from hones_lens.model.fitting import Need, free_memory
+from hones_lens.model import fitting, free_bytes, known_config
+from hones_lens.model.fitting import Need
 from hones_lens.model.saving import empty_hf_model
 
 TINY = "tiny-llava"
@@ -28,7 +29,7 @@ def stored_bytes(folder: Path) -> int:
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Free bytes by device; nothing is read from a checkpoint's weights."""
     found = {"cpu": 10**12}
-    monkeypatch.setattr(fitting, "free_memory", lambda device: found[device.type])
+    monkeypatch.setattr(fitting, "free_bytes", lambda device: found[device.type])
     return found
 
 
@@ -101,12 +102,16 @@ def test_auto_is_one_device_where_that_has_room(
     with pytest.raises(ImportError, match="accelerate"):
         HookedVLM.from_pretrained(TINY, "auto")
     monkeypatch.undo()
-    monkeypatch.setattr(fitting, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(fitting, "free_bytes", lambda device: 1000)
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", watch)
     HookedVLM.from_pretrained(TINY, device_map="auto")
     assert maps == [None, "auto"]
 
 
-def test_free_memory_is_what_the_machine_can_give() -> None:
-    available = psutil.virtual_memory().available
-    assert abs(free_memory(torch.device("cpu")) - available) < 0.2 * psutil.virtual_memory().total
+def test_free_bytes_count_the_files_that_the_system_keeps_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    cpu = torch.device("cpu")
+    assert abs(free_bytes(cpu) - available) < 0.1 * psutil.virtual_memory().total
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=7, free=1))
+    assert free_bytes(cpu) == 7
