@@ -87,3 +87,42 @@ def test_bytes_of_the_small_qwen() -> None:
         *("<0xE7>", "<0xBA>", "<0xA2>", "▁"),
         *("<0xE2>", "<0x96>", "<0x81>"),
     ]
+
+
+class Vocabulary:
+    """A tokenizer of some pieces, which may be written in the table of bytes."""
+
+    unk_token_id = None
+
+    def __init__(self, *pieces: str, added: str = "", in_bytes: bool = False):
+        self.pieces, self.added = [*pieces, *([added] if added else [])], added
+        if in_bytes:
+            self.byte_decoder = {}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]:
+        return [self.pieces[i] if i < len(self.pieces) else None for i in ids]
+
+    def convert_tokens_to_ids(self, piece: str) -> int | None:
+        return self.pieces.index(piece) if piece in self.pieces else None
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {self.added: self.pieces.index(self.added)} if self.added else {}
+
+    def names(self) -> list[str]:
+        return readable(self, range(len(self.pieces) + 1))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "names"),
+    [
+        (Vocabulary("a", ""), ["a", "[1]", "[2]"]),
+        (Vocabulary("▁a", added="▁b"), ["▁a", "<U+2581>b", "[2]"]),  # an added token's letters are meant
+        (Vocabulary("q\u0307", "e\u0301", "\u00e9"), ["q\u0307", "e<U+0301>", "\u00e9", "[3]"]),
+        (Vocabulary("<0x0A>", "<0x09>", "<0x41>"), ["↵", "⇥", "<0x41>", "[3]"]),
+        (Vocabulary("<0x0A>", "\n"), ["<0x0A>", "↵", "[2]"]),
+        (Vocabulary("Ġred", "çº¢", "çº", in_bytes=True), ["▁red", "红", "<0xE7><0xBA>", "[3]"]),
+        (Vocabulary("红", "Ċ", in_bytes=True), ["红", "↵", "[2]"]),  # no letter of the table: as it is
+    ],
+)
+def test_pieces_that_few_vocabularies_have(vocabulary: Vocabulary, names: list[str]) -> None:
+    assert vocabulary.names() == names
