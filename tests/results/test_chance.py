@@ -1,5 +1,7 @@
 import itertools
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,7 +9,8 @@ from helpers import example_results
 from helpers.hf_task_loops import examples_of, pair
 
 from hones_lens.app.report.verdict import verdict
-from hones_lens.data import Example
+from hones_lens.data import Example, load_examples
+from hones_lens.data.examples import ImageSource
 from hones_lens.engine import evaluate
 from hones_lens.hones import localize_heads
 from hones_lens.results import Interval, not_above_chance
@@ -17,15 +20,20 @@ HEADS = example_results.heads()
 NOTHING = "nothing can be concluded: the unchanged model's accuracy, "
 
 
-def example(n: int, **fields: object) -> Example:
-    return Example(id=str(n), image_source=None, **fields)  # type: ignore[arg-type]
+@cache
+def picture() -> ImageSource:
+    return load_examples("shapes", "vqa", "test", 1)[0].image_source
+
+
+def example(n: int, **fields: Any) -> Example:
+    return Example(id=str(n), image_source=picture(), **fields)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6])
 def test_chance_of_a_ranking_is_the_mean_over_all_orders(n: int) -> None:
     task = load_task("retrieval")
     ranked = example(0, candidates=tuple("abcdef"[:n]), positive=n // 2)
-    scores = [task.score(order, ranked) for order in itertools.permutations(range(n))]
+    scores = [task.score(np.array(order, dtype=float), ranked) for order in itertools.permutations(range(n))]
     assert task.chance([ranked]) == pytest.approx(np.mean(scores), abs=1e-12)
 
 
