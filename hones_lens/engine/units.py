@@ -11,7 +11,7 @@ import numpy as np
 from hones_lens.model import HookedVLM, takes_iterables
 
 # Neither depends on how many work: what is in a unit decides, with its batches, how numbers are rounded.
-_FEWEST_ROWS = 50
+_FEWEST_EXAMPLES = 50
 _LAYER_BLOCKS = 4
 
 
@@ -90,15 +90,14 @@ def check_shareable(model: HookedVLM) -> None:
         raise ValueError(f"workers load a model of their own, without the hooks that this one has: {names}")
 
 
-def chunks(n: int, batch_size: int, rows_each: int = 1) -> list[range]:
-    """The numbers of examples in portions of whole batches: at least 50 rows, but for the last one.
+def chunks(n: int, batch_size: int) -> list[range]:
+    """The numbers of examples in portions of whole batches: at least 50, but for the last one.
 
     Args:
         n: How many examples there are.
         batch_size: Examples in a batch.
-        rows_each: Rows of an example, at least.
     """
-    batches = -(-_FEWEST_ROWS // (batch_size * rows_each))
+    batches = -(-_FEWEST_EXAMPLES // batch_size)
     size = batches * batch_size
     return [range(start, min(start + size, n)) for start in range(0, n, size)]
 

@@ -57,7 +57,7 @@ def arms(model: HookedVLM) -> list[list]:
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hones_lens.engine.units._FEWEST_ROWS", 3)
+    monkeypatch.setattr("hones_lens.engine.units._FEWEST_EXAMPLES", 3)
     monkeypatch.setattr("hones_lens.hones.attribution.neurons._HEADS_OF_A_UNIT", 2)
 
 
@@ -127,7 +127,7 @@ def test_a_model_with_lasting_hooks_is_not_what_others_load() -> None:
         measure(model, task, examples, [[]], SweepOptions(journal=Others(model), progress=False))
 
 
-def test_portions_are_whole_batches_of_fifty_rows_or_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_portions_are_whole_batches_of_fifty_examples_or_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert chunks(200, 32) == [range(0, 64), range(64, 128), range(128, 192), range(192, 200)]
     assert chunks(60, 64) == [range(0, 60)] and chunks(101, 50) == [

@@ -27,7 +27,8 @@ class RunState:
         model, task: Of its settings; empty where it has none.
         state: `running` (a process has the folder), `stopped` (before a stage's end), `done`, or `damaged`.
         stage: The stage that runs or stopped, or the last one finished.
-        share: How much of that stage is done, from 0 to 1; None where it is not known.
+        share: How much of that stage is done, from 0 to 1, of what it has announced so far; None where it has
+            announced nothing.
         seen: When a file of it last changed, in seconds since 1970.
         said: What it last wrote in its log.
     """

@@ -17,7 +17,9 @@ from hones_lens.app.workers.work import Crew, Order
 from hones_lens.model import HookedVLM, require_choice
 
 ENGINES = {"local": ("submitit", "slurm"), "slurm": ("submitit", "slurm"), "ray": ("ray", "ray")}
-_OF_THE_MODEL = ("weights", "buffers", "config", "tokenizer", "chat_template", "processor", "decoding")
+# What `model_identity` says.
+_OF_THE_MODEL = ("weights", "buffers", "config", "tokenizer", "chat_template", "processor")
+_OF_THE_MODEL += ("generation_config", "decoding")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Hiring:
         workers: How many.
         engine: `local`, `ray` or `slurm`.
         threads: Processors of each.
-        memory_budget: GB for activations of each; None: half of what is free.
+        memory_budget: GB for what each runs at once; None: two fifths of what is free.
         parameters: Of submitit's executor, such as `slurm_partition`.
     """
 

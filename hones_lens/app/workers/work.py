@@ -26,7 +26,7 @@ class Order:
         identity: What `model_identity` says of the model of the run.
         folder: Where parts go; on a disk that all workers share.
         run: The identity of the run folder.
-        memory_budget: GB for activations; None: half of what is free.
+        memory_budget: GB for what runs at once; None: two fifths of what is free.
         threads: Of a worker on a CPU; with other numbers of threads, results are rounded otherwise.
         directory: Where relative paths start.
     """
