@@ -94,9 +94,9 @@ def opening_from(args: argparse.Namespace, model: HookedVLM | None = None) -> Op
 
 def _journals_of_workers(args: argparse.Namespace, model: HookedVLM) -> Journals:
     """Makes journals that `--workers` fill; None without the option."""
+    if args.slurm and (args.workers is None or args.engine != "slurm"):
+        raise WrongOption("--slurm: give --workers and --engine slurm, too")
     if args.workers is None:
-        if args.slurm:
-            raise WrongOption("--slurm: give --workers and --engine slurm, too")
         return None
     from hones_lens.app.workers.hiring import Hiring
 
