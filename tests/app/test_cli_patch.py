@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 import hones_lens as hl
+from hones_lens.analysis.patching import pair_answers, runner
 from hones_lens.analysis.patching.activation import patch_activations
 from hones_lens.analysis.patching.pairs import counterfactual
 from hones_lens.analysis.patching.sites import SITES
@@ -214,7 +217,7 @@ def test_where_the_clean_run_does_not_prefer_the_answer_nothing_is_concluded(fol
     said = capsys.readouterr()
     assert "clean: the model answers 'yellow'" in said.out
     assert "nothing can be concluded" in said.err and "--force" in said.err
-    assert not (folder / "run").exists()
+    assert {file.name for file in (folder / "run").iterdir()} == {"lock", "lock.json"}
     assert main([*own]) == 1, "without a foil, the answer has to be the most likely one"
     with pytest.warns(UserWarning, match=r"right in 0 of 1 pairs.*\(0 % right\); nothing can be concluded"):
         assert main([*own, "--foil", "yellow", "--force"]) == 0
@@ -222,6 +225,42 @@ def test_where_the_clean_run_does_not_prefer_the_answer_nothing_is_concluded(fol
     page = (folder / "page.html").read_text()
     assert "inconclusive" in page and "Nothing can be concluded" in page
     assert "Largest share" not in page, "no share is the headline"
+    assert main([*own, "--foil", "yellow", "--force"]) == 0
+    assert main([*own, "--foil", "yellow"]) == 1
+    assert (folder / "run" / "patch.json").exists(), "what was forced stays"
+
+
+@pytest.mark.slow
+def test_unpatched_runs_are_not_run_again(folder: Path, monkeypatch) -> None:
+    """Killed before each batch of pairs in turn, and before each answer that is generated."""
+    counts, kills = Counter[str](), Counter[str]()
+
+    def counted(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def run(*args: Any, **options: Any) -> Any:
+            if killing and kills[name] < counts[name] + 1:
+                kills[name] += 1
+                raise KeyboardInterrupt
+            counts[name] += 1
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, run)
+
+    killing = False
+    for module in (pair_answers, runner):
+        counted(module, "pair_batch")
+    counted(hl.HookedVLM, "generate")
+    argv = ["patch", "--limit", "3", "--batch-size", "2", "--what", "mlp_out", "--layers", "1", "--out"]
+    assert main([*argv, "whole"]) == 0
+    once, killing = Counter(counts), True
+    assert once == {"pair_batch": 4, "generate": 2}
+    counts.clear()
+    while main([*argv, "run"]) == 130:
+        pass
+    assert counts == once == kills
+    for name in ("patch.json", "answers.json"):
+        assert (folder / "run" / name).read_bytes() == (folder / "whole" / name).read_bytes()
 
 
 def test_tasks_that_ask_the_same_of_every_picture_need_no_prompt(folder: Path, capsys) -> None:

@@ -71,8 +71,7 @@ def patch_activations(
             don't serve the metric, or whose two runs don't differ by it.
         FloatingPointError: A metric that is not finite; names the pair.
     """
-    own, sweep = split_keywords(keywords, SummaryKeywords.__annotations__)
-    site = as_patch_site(what)
+    (own, sweep), site = split_keywords(keywords, SummaryKeywords.__annotations__), as_patch_site(what)
     layers, units = heads_as_units(site, sweep.pop("heads", None), layers, units)
     summary, options = Summary(**own), SweepOptions.of(options, sweep)
     given, pairs = pairs, _pairs_for_metric(pairs, metric)
@@ -81,7 +80,8 @@ def patch_activations(
     measured = measure_patches(model, pairs, site, targets, masks, options, **settings)
     shape, axes, labels = targets.layout(by, tuple(masks))
     settings |= {"axes": axes, "labels": labels, "of": what, "notes": _notes(model, pairs, measured, metric)}
-    settings["answers"] = pair_answers(model, given) if metric == "task" else measured.answers
+    again = (model, given, options.batch_size, options.journal)
+    settings["answers"] = pair_answers(*again) if metric == "task" else measured.answers
     change = measured.change(direction).T.reshape(-1, *shape)
     return summary.result(change, measured.gap(direction), pairs, **settings)
 

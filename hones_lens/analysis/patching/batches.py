@@ -106,6 +106,11 @@ def check_batches(direction: str, batch_size: int) -> None:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
 
 
+def batches_of_rows(n: int, batch_size: int) -> list[range]:
+    """The numbers of n pairs, batch by batch."""
+    return [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+
+
 @torch.no_grad()
 def pair_batches(
     model: HookedVLM, pairs: PatchPairs, direction: str, batch_size: int, metric: str | Metric
@@ -116,11 +121,8 @@ def pair_batches(
         ValueError: An unknown direction.
     """
     check_batches(direction, batch_size)
-    for start in range(0, len(pairs), batch_size):
-        yield (
-            start,
-            pair_batch(model, pairs, range(len(pairs))[start : start + batch_size], direction, metric),
-        )
+    for rows in batches_of_rows(len(pairs), batch_size):
+        yield rows.start, pair_batch(model, pairs, rows, direction, metric)
 
 
 @torch.no_grad()

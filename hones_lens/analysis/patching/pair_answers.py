@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hones_lens.analysis.patching.batches import PairBatch, pair_batches
+from hones_lens import engine
+from hones_lens.analysis.patching.batches import PairBatch, batches_of_rows, check_batches, pair_batch
 from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.model import HookedVLM
+
+_OF_EACH_PAIR = ("clean", "corrupted", "right")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,16 @@ class PairAnswers:
     corrupted: Float[Tensor, " pair"]
     right: Bool[Tensor, " pair"]
     has_foil: bool
+
+    def to_json(self) -> dict[str, list[Any]]:
+        """What of each pair a journal keeps."""
+        return {name: getattr(self, name).tolist() for name in _OF_EACH_PAIR}
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Sequence[Any]], has_foil: bool) -> PairAnswers:
+        """Read what `to_json` wrote."""
+        clean, corrupted = (torch.tensor(kept[name], dtype=torch.float64) for name in ("clean", "corrupted"))
+        return cls(clean, corrupted, torch.tensor(kept["right"], dtype=torch.bool), has_foil)
 
     @property
     def problem(self) -> str:
@@ -72,20 +86,37 @@ def answers_of_batch(batch: PairBatch, clean_alone: bool = False) -> PairAnswers
 def joined_answers(batches: Sequence[PairAnswers]) -> PairAnswers:
     """The answers of all batches."""
     clean, corrupted, right = (
-        torch.cat([getattr(batch, name) for batch in batches]) for name in ("clean", "corrupted", "right")
+        torch.cat([getattr(batch, name) for batch in batches]) for name in _OF_EACH_PAIR
     )
     return PairAnswers(clean, corrupted, right, batches[0].has_foil)
 
 
-def pair_answers(model: HookedVLM, pairs: PatchPairs, batch_size: int = 32) -> PairAnswers:
+def pair_answers(
+    model: HookedVLM,
+    pairs: PatchPairs,
+    batch_size: int = 32,
+    journal: MutableMapping[str, Any] | None = None,
+) -> PairAnswers:
     """Run all pairs unpatched, and compare the logits of their answers.
 
     Args:
         model, pairs: What to run.
         batch_size: Pairs at a time.
+        journal: Finished batches, read and written, so that it can be resumed.
     """
-    batches = pair_batches(model, pairs, "denoise", batch_size, metric="logit_diff")
-    return joined_answers([answers_of_batch(batch) for _, batch in batches])
+    check_batches("denoise", batch_size)
+    engine.expect(journal, "answers", len(pairs), batch_size)
+    found: list[PairAnswers] = []
+    for rows in batches_of_rows(len(pairs), batch_size):
+        key = f"answers/{rows.start}"
+        kept = None if journal is None else journal.get(key)
+        if kept is None:
+            batch = pair_batch(model, pairs, rows, "denoise", metric="logit_diff")
+            kept = answers_of_batch(batch).to_json()
+            if journal is not None:
+                journal[key] = kept
+        found.append(PairAnswers.from_json(kept, pairs.foil is not None))
+    return joined_answers(found)
 
 
 def _margin(logits: Float[Tensor, "pair d_vocab"], pairs: PatchPairs) -> Float[Tensor, " pair"]:

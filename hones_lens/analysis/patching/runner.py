@@ -13,7 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hones_lens import engine
-from hones_lens.analysis.patching.batches import PairBatch, pair_batches
+from hones_lens.analysis.patching.batches import (
+    PairBatch,
+    batches_of_rows,
+    check_batches,
+    pair_batch,
+    pair_batches,
+)
 from hones_lens.analysis.patching.metrics import Metric
 from hones_lens.analysis.patching.outcome import gap_notes
 from hones_lens.analysis.patching.pair_answers import PairAnswers, answers_of_batch, joined_answers
@@ -84,23 +90,25 @@ class PatchWork:
     ) -> dict[str, Any]:
         """What the journal keeps of one batch."""
         masks = {name: batch.mask_rows(mask, start) for name, mask in self.positions.items()}
-        return PatchBatch(model, batch, self.site, self.targets, masks, self.metric, self.options).run(
-            self.direction, tick
-        )
+        patches = PatchBatch(model, batch, self.site, self.targets, masks, self.metric, self.options)
+        return {**patches.run(self.direction, tick), "answers": answers_of_batch(batch).to_json()}
 
     @torch.no_grad()
     def __call__(self, model: HookedVLM) -> Done:
         """All pairs: values of both runs, then of each patch, [2 + patch, pair, 3].
 
-        Beside each value whether it was run, and whether as a full pass.
+        Beside the value of a run its margin and whether the answers are right, as in `PairAnswers`; beside
+        that of a patch whether it was run, and whether as a full pass.
         """
         parts: list[np.ndarray] = []
         batches = pair_batches(model, self.pairs, self.direction, self.options.batch_size, self.metric)
         for start, batch in batches:
             record = self.run_batch(model, start, batch, lambda cells: None)
-            values = np.array([record["clean"], record["corrupted"], *record["values"]])
-            ran = np.broadcast_to(np.array([0, 0, *record["ran"]])[:, None], values.shape)
-            parts.append(np.stack([values, ran, ran * record["full"]], axis=-1))
+            answers, values = record["answers"], np.array(record["values"])
+            runs = [[record[run], answers[run], answers["right"]] for run in ("clean", "corrupted")]
+            ran = np.broadcast_to(np.array(record["ran"])[:, None], values.shape)
+            patches = np.stack([values, ran, ran * record["full"]], axis=-1)
+            parts.append(np.concatenate([np.array(runs, dtype=np.float64).transpose(0, 2, 1), patches]))
         return Done(np.concatenate(parts, axis=1))
 
     def units(self, portion: range, n_layers: int) -> list[tuple[Sequence[int], Unit]]:
@@ -144,13 +152,15 @@ def _fill(journal: SharedJournal, work: PatchWork, n_layers: int, tick: Callable
             ends, values[rows] = result[:2], result[2:]
         for start in portion[::size]:
             first = start - portion.start
-            batch, (clean, corrupted) = values[:, first : first + size], ends[:, first : first + size, 0]
+            batch, (clean, corrupted) = values[:, first : first + size], ends[:, first : first + size]
+            answers = {"clean": clean[:, 1], "corrupted": corrupted[:, 1], "right": clean[:, 2] > 0}
             journal[_key(start)] = {
-                "clean": clean.tolist(),
-                "corrupted": corrupted.tolist(),
+                "clean": clean[:, 0].tolist(),
+                "corrupted": corrupted[:, 0].tolist(),
                 "values": batch[..., 0].tolist(),
                 "ran": batch[:, 0, 1].astype(int).tolist(),
                 "full": bool(batch[..., 2].any()),
+                "answers": {name: values.tolist() for name, values in answers.items()},
             }
 
 
@@ -171,8 +181,8 @@ def measure_patches(
     Raises:
         ValueError, FloatingPointError: As `patch_activations`.
     """
+    check_batches(direction, options.batch_size)
     n_patches, records, journal = len(targets.cells) * len(positions), [], options.journal
-    answers = []
     total, desc = n_patches * len(pairs), f"patching · {site.what}"
     work = PatchWork(pairs, site, targets, dict(positions), direction, metric, options)
     bar = tqdm(total=total, desc=desc, disable=not options.progress)
@@ -181,16 +191,17 @@ def measure_patches(
         if isinstance(journal, SharedJournal):
             check_shareable(model)
             _fill(journal, work, model.cfg.n_layers, bar.update)
-        for start, batch in pair_batches(model, pairs, direction, options.batch_size, metric):
-            record = None if journal is None else journal.get(_key(start))
+        for rows in batches_of_rows(len(pairs), options.batch_size):
+            key = _key(rows.start)
+            record = None if journal is None else journal.get(key)
             if record is None:
-                record = work.run_batch(model, start, batch, bar.update)
+                batch = pair_batch(model, pairs, rows, direction, metric)
+                record = work.run_batch(model, rows.start, batch, bar.update)
                 if journal is not None:
-                    journal[_key(start)] = record
+                    journal[key] = record
             elif not isinstance(journal, SharedJournal):
-                bar.update(n_patches * len(batch.pairs))
+                bar.update(n_patches * len(rows))
             records.append(record)
-            answers.append(answers_of_batch(batch))
     clean, corrupted = (
         torch.tensor([x for r in records for x in r[name]], dtype=torch.float64)
         for name in ("clean", "corrupted")
@@ -198,4 +209,5 @@ def measure_patches(
     values = torch.cat([torch.tensor(r["values"], dtype=torch.float64) for r in records], dim=1)
     ran = [sum(r["ran"]) * len(r["clean"]) for r in records]
     run, full = sum(ran), sum(n for n, r in zip(ran, records, strict=True) if r["full"])
-    return PatchMeasurements(clean, corrupted, values, joined_answers(answers), run, full)
+    answers = joined_answers([PairAnswers.from_json(r["answers"], pairs.foil is not None) for r in records])
+    return PatchMeasurements(clean, corrupted, values, answers, run, full)

@@ -71,7 +71,7 @@ def add(commands: Any) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Activation patching of one kind of activation, between clean and corrupted inputs."""
     from hones_lens.app.runs import patch as patch_run
-    from hones_lens.app.runs.baseline import unpatched_answers
+    from hones_lens.app.runs.baseline import require_meaning, unpatched_answers
     from hones_lens.interventions import Box
 
     fields = patch_run.PairsChoice.__dataclass_fields__
@@ -94,15 +94,14 @@ def execute(args: argparse.Namespace) -> int:
     if args.plan:
         print(*patch_run.plan_patching(model, pairs, options), sep="\n")
         return 0
-    baseline = unpatched_answers(model, pairs, choice, args.batch_size)
-    print(*baseline.lines(), sep="\n", end="\n\n")
-    if not args.force:
-        baseline.check()
     source = Path(args.image).stem if args.image else args.task
     default = f"runs/{Path(args.model).name}-{source}-patch-{args.what}-{args.by}-{args.direction}"
     asked = {"opening": opening_from(args, model), **recorded_options(args)}
     run = patch_run.start_patching(model, pairs, args.out or default, choice, options, **asked)
-    baseline.save(run)
+    baseline = unpatched_answers(model, run, pairs, choice, args.batch_size)
+    print(*baseline.lines(), sep="\n", end="\n\n")
+    if not args.force:
+        require_meaning(run, baseline)
     result = patch_run.run_patching(model, run, pairs, options)
     print(result, f"Run: {run.folder}", sep="\n\n")
     write_result(args, result.to_dict())

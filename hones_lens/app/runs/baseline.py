@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hones_lens.analysis import PairAnswers, PatchPairs, pair_answers
 from hones_lens.app.runs.folder import Run
 from hones_lens.app.runs.patch import PairsChoice
-from hones_lens.model import HookedVLM
-from hones_lens.results import write_json
+from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.results import read_json, write_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,20 +49,51 @@ class Baseline:
                 "(--force patches all the same)"
             )
 
-    def save(self, run: Run) -> None:
-        """Write what the report shows into a run folder."""
-        data: dict[str, Any] = {"clean": self.clean, "corrupted": self.corrupted}
+    def save(self, file: Path) -> None:
+        """Write it as JSON, with what the report shows in words."""
+        data: dict[str, Any] = {"clean": self.clean, "corrupted": self.corrupted, "asked": self.asked}
         data |= {"text": str(self.answers), "problem": self.answers.problem}
-        file = run.path("answers.json")
+        data |= {"margins": self.answers.to_json(), "has_foil": self.answers.has_foil}
         write_json(file, {"kind": "patch-answers", **data})
-        run.record("answers", [file])
+
+    @classmethod
+    def load(cls, file: Path) -> Baseline:
+        """Read what `save` wrote."""
+        data = read_json(file, "patch-answers")
+        answers = PairAnswers.from_json(data["margins"], data["has_foil"])
+        return cls(answers, data["clean"], data["corrupted"], data["asked"])
 
 
 def unpatched_answers(
-    model: HookedVLM, pairs: PatchPairs, choice: PairsChoice, batch_size: int = 32
+    model: HookedVLM, run: Run, pairs: PatchPairs, choice: PairsChoice, batch_size: int = 32
 ) -> Baseline:
-    """Run the pairs unpatched, and generate the answers to the first one's two inputs."""
-    first = pairs[:1].without_answer_prefix()
-    clean, corrupted = (str(model.generate(inputs)[0]) for inputs in (first.clean, first.corrupted))
-    asked = "" if choice.image is None else choice.asked(choice.prompt)
-    return Baseline(pair_answers(model, pairs, batch_size), clean, corrupted, asked)
+    """Load from the folder or compute: the unpatched runs of all pairs, and the answers to the first one."""
+
+    def answer() -> Baseline:
+        journal, first = run.journal("answers"), pairs[:1].without_answer_prefix()
+        clean = _generated(model, first.clean, journal, "generated/clean")
+        corrupted = _generated(model, first.corrupted, journal, "generated/corrupted")
+        asked = "" if choice.image is None else choice.asked(choice.prompt)
+        return Baseline(pair_answers(model, pairs, batch_size, journal), clean, corrupted, asked)
+
+    return run.stage("answers", Baseline, answer)
+
+
+def _generated(model: HookedVLM, inputs: VLMInputs, journal: MutableMapping[str, Any], key: str) -> str:
+    if key not in journal:
+        journal[key] = str(model.generate(inputs)[0])
+    return journal[key]
+
+
+def require_meaning(run: Run, baseline: Baseline) -> None:
+    """As `Baseline.check`; where nothing can be concluded and nothing was patched yet, the folder is emptied.
+
+    Raises:
+        ValueError: Nothing can be concluded.
+    """
+    try:
+        baseline.check()
+    except ValueError:
+        if not run.path("patch.json").exists() and not run.path("patch.journal.jsonl").exists():
+            run.withdraw()
+        raise

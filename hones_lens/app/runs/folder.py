@@ -237,6 +237,15 @@ class Run:
         stages = {**finished_files(self.folder, self.id), name: checksums}
         write_json(self.path("stages.json"), {"run": self.id, "stages": stages})
 
+    def withdraw(self) -> None:
+        """Delete what this run wrote, so that the folder can take another one; the lock stays held."""
+        finished = finished_files(self.folder, self.id)
+        written = [self.path(name) for files in finished.values() for name in files]
+        written += [*self.folder.glob("*.journal.jsonl"), *self.folder.glob(f"*{TENSORS}")]
+        # The settings last: until then, the same command takes it up again.
+        for file in [self.path("stages.json"), *written, self.path("log.txt"), self.path("settings.json")]:
+            file.unlink(missing_ok=True)
+
     def journal(self, stage: str) -> Journal:
         """The journal of a stage: results of its finished batches."""
         if self._journals is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hones_lens import engine
 from hones_lens.data import Example
-from hones_lens.engine import Segment
+from hones_lens.engine import Segment, TensorJournal
 from hones_lens.hones.masking import Neurons
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.questions import LabelledPrompt, labelled_prompts, prepare_batch
@@ -25,6 +25,7 @@ from hones_lens.model import Answer, HookedVLM, free_bytes, summed_log_probs
 from hones_lens.tasks import Task
 
 _SHARE = 0.5  # of free memory, for cached clean activations
+_PARTS = {"segment": ("resid", "cos", "sin", "mask"), "answer": ("positions", "ids", "mask")}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,24 @@ class CleanBatch:
         tensors = [self.log_probs, *(v for v in vars(self.segment).values() if isinstance(v, Tensor))]
         return sum(x.numel() * x.element_size() for x in tensors)
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All but the ids, by name."""
+        parts = {
+            f"{part}.{name}": getattr(getattr(self, part), name) for part in _PARTS for name in _PARTS[part]
+        }
+        parts |= {"log_probs": self.log_probs, "weights": self.weights}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(cls, ids: list[str], tensors: Mapping[str, Tensor]) -> CleanBatch:
+        """The batch that `to_tensors` told."""
+        segment, answer = (
+            {name: tensors.get(f"{part}.{name}") for name in names} for part, names in _PARTS.items()
+        )
+        keep: dict[str, Any] = {**segment, "keep": len(tensors["answer.positions"]) + 1}
+        answers: dict[str, Any] = answer
+        return cls(ids, Segment(**keep), Answer(**answers), tensors["log_probs"], tensors["weights"])
+
 
 def _tensors_to(fields: Any, device: torch.device) -> Any:
     return replace(fields, **{n: v.to(device) for n, v in vars(fields).items() if isinstance(v, Tensor)})
@@ -65,7 +84,8 @@ class TrainingBatches:
     """Prompts with their right answers, grouped into optimizer steps; the layers below `layer` run only once.
 
     The examples of each step are drawn once; the order of the steps is drawn anew for every epoch. Clean
-    activations are cached in main memory as long as they fit, and recomputed otherwise.
+    activations are cached in main memory as long as they fit, and recomputed otherwise. What is cached is
+    kept in the journal too, if that can keep tensors, so that a killed learning does not compute it again.
 
     Args:
         model, task, examples: What to learn from.
@@ -73,6 +93,7 @@ class TrainingBatches:
         config: Says how many examples a step has, and which labelled_prompts are asked.
         batch_size: Rows a pass.
         memory_budget: GB of main memory; default: half of what is free.
+        journal: Where clean activations are kept.
     """
 
     def __init__(
@@ -85,8 +106,10 @@ class TrainingBatches:
         *,
         batch_size: int = 4,
         memory_budget: float | None = None,
+        journal: MutableMapping[str, Any] | None = None,
     ):
         self.model, self.layer, self.seed = model, layer, config.seed
+        self._journal = journal if isinstance(journal, TensorJournal) else None
         by_example = labelled_prompts(task, examples, config.negatives, config.seed)
         order = np.random.default_rng(config.seed).permutation(len(by_example)).tolist()
         self.steps: list[list[list[LabelledPrompt]]] = []
@@ -114,18 +137,28 @@ class TrainingBatches:
 
     def of_step(self, step: int) -> Iterator[CleanBatch]:
         """Yield the batches of one step."""
+        total = sum(prompt.weight for prompts in self.steps[step] for prompt in prompts)
         for i, prompts in enumerate(self.steps[step]):
             key = (step, i)
             if key not in self._cache:
-                batch = self._clean(
-                    prompts, sum(q.weight for batch_prompts in self.steps[step] for q in batch_prompts)
-                )
+                name = f"steering/clean/{step}/{i}"
+                kept = self._kept(name, prompts)
+                batch = self._clean(prompts, total) if kept is None else kept
                 if batch.n_bytes > self._bytes_left:
-                    yield batch
+                    yield batch.to(self.model.cfg.device)
                     continue
                 self._bytes_left -= batch.n_bytes
                 self._cache[key] = batch.to(torch.device("cpu"))
+                if kept is None and self._journal is not None:
+                    self._journal.keep_tensors(name, len(prompts), self._cache[key].to_tensors())
             yield self._cache[key].to(self.model.cfg.device)
+
+    def _kept(self, name: str, prompts: Sequence[LabelledPrompt]) -> CleanBatch | None:
+        """A batch that is in the journal."""
+        found = None if self._journal is None else self._journal.find_tensors(name)
+        if found is None:
+            return None
+        return CleanBatch.from_tensors([prompt.example.id for prompt in prompts], found[1])
 
     @torch.no_grad()
     def _clean(self, prompts: Sequence[LabelledPrompt], total: float) -> CleanBatch:

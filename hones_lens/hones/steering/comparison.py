@@ -247,6 +247,7 @@ def _fit_learned(
     batch_options: dict[str, Any] = {
         "batch_size": data.tuning.rows,
         "memory_budget": data.options.memory_budget,
+        "journal": data.options.journal,
     }
     batches = TrainingBatches(data.model, data.task, data.learn, first, data.config, **batch_options)
     settings, all_scales = data.tuning.settings(data.config), []

@@ -66,14 +66,6 @@ class Reached(Exception):
     """The run folder was opened: what comes next is read from it, or computed."""
 
 
-class Answers:
-    def lines(self) -> list[str]:
-        return []
-
-    def check(self) -> None:
-        return
-
-
 @cache
 def loaded(*args: Any, **options: Any) -> HookedVLM:
     return load_model(*args, **options)
@@ -89,7 +81,6 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setattr("hones_lens.model.load_model", loaded)
     monkeypatch.setattr(Run, "stage", reached)
     monkeypatch.setattr(Run, "files", reached)
-    monkeypatch.setattr("hones_lens.app.runs.baseline.unpatched_answers", lambda *args: Answers())
     monkeypatch.setattr("hones_lens.app.commands.steer._neurons_to_steer", lambda *args: neurons)
     both = ("tiny-llava", {"vqa": neurons, "ocr": neurons})
     monkeypatch.setattr("hones_lens.app.runs.overlap.neurons_of_runs", lambda runs: both)

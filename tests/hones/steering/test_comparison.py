@@ -28,6 +28,7 @@ from hones_lens.data.examples import Example
 from hones_lens.data.loading import load_examples
 from hones_lens.engine import SweepOptions
 from hones_lens.hones.steering import learning as learning_module
+from hones_lens.hones.steering.batches import TrainingBatches
 from hones_lens.hones.steering.comparison import METHODS, compare_steering, transfer_steering
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.learning import learn_scales
@@ -219,7 +220,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("kept_in", ["a file", "a dictionary"])
 @pytest.mark.parametrize("patience", [None, 1])
 def test_a_killed_comparison_takes_at_most_one_step_again(kept_in, patience, tmp_path, monkeypatch) -> None:
-    """Killed before every third step and every third batch that is measured, again and again."""
+    """Killed before every third step, clean pass and batch that is measured, again and again."""
     few = {**SMALL, "methods": ("Base", "HONES"), "epochs": (2,), "patience": patience}
     dev, test = dev_and_test("vqa")
     config, counts = SteeringConfig(accumulate=1), Counter[str]()
@@ -242,6 +243,8 @@ def test_a_killed_comparison_takes_at_most_one_step_again(kept_in, patience, tmp
     step = counted("steps", learning_module.gradient_of_step)
     monkeypatch.setattr(learning_module, "gradient_of_step", step)
     monkeypatch.setattr(engine.Sweep, "predictions", counted("batches", engine.Sweep.predictions))
+    clean = counted("clean passes", TrainingBatches._clean)
+    monkeypatch.setattr(TrainingBatches, "_clean", clean)
     whole, once = compared(None), Counter(counts)
     counts.clear()
     killing, journal = True, {}
@@ -255,7 +258,10 @@ def test_a_killed_comparison_takes_at_most_one_step_again(kept_in, patience, tmp
             kills += 1
     assert found == whole and kills >= 4
     again = counts["steps"] - once["steps"]  # those before a dev measurement that was killed
-    assert counts["batches"] == once["batches"] and 0 <= again <= (kills if patience else 0)
+    in_clean_passes = sum(name.startswith("clean passes") for name in kept)  # which are parts of a step
+    assert counts["batches"] == once["batches"] and 0 <= again <= (kills if patience else in_clean_passes)
+    more = counts["clean passes"] - once["clean passes"]
+    assert more == 0 < once["clean passes"] if kept_in == "a file" else more > 0
 
 
 def test_some_methods_and_examples_of_their_own_to_learn_on() -> None:
