@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from hones_lens.model import did_you_mean, require_choice, takes_iterables
-from hones_lens.results import Interval, Result, not_above_chance, read_json, to_json, write_json
+from hones_lens.results import Interval, Result, load_json, not_above_chance, save_json, to_json
 
 MEASURES = ("metric", "log_prob")
 BELOW_ROUNDING = "~"  # behind a drop that the model's type may have made
@@ -210,17 +210,18 @@ def _tested(p: float | None) -> str:
 
 @takes_iterables
 def save_masking(file: str | Path, results: Sequence[MaskingResult]) -> None:
-    """Write results to JSON."""
-    write_json(file, {"kind": "masking", "results": [to_json(result) for result in results]})
+    """Write results to a JSON file, and large arrays to safetensors beside it."""
+    save_json(file, lambda: {"kind": "masking", "results": [to_json(result) for result in results]})
 
 
 def load_masking(file: str | Path) -> list[MaskingResult]:
     """Read what `save_masking` wrote.
 
     Raises:
-        ValueError: Another kind of file.
+        FileNotFoundError: The file, or the one beside it with its arrays.
+        ValueError: Another kind of file, or arrays of another file.
     """
-    return [MaskingResult.from_dict(data) for data in read_json(file, "masking")["results"]]
+    return [MaskingResult.from_dict(data) for data in load_json(file, "masking")["results"]]
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+from .arrays import load_json as load_json, save_json as save_json
 from .base import Plottable as Plottable, Result as Result, html_table as html_table
 from .chance import not_above_chance as not_above_chance
 from .codec import to_json as to_json

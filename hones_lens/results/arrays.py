@@ -1,34 +1,41 @@
-"""Large tensors of results, in a safetensors file beside the JSON file that names it.
+"""Large arrays of results, in a safetensors file beside the JSON file that names it.
 
-The rule is one, by size: a tensor of more than 65,536 numbers is written to `NAME.arrays.safetensors`, and
-the JSON has `{"array": KEY}` in its place, and the file's name and SHA-256 under `arrays`.
+The rule is one, by size: where the tensors and the sequences of numbers of a result have more than 65,536
+numbers together, those of over 1,024 are written to `NAME.arrays.safetensors`, and the JSON has
+`{"array": KEY}` in their place, and the file's name and SHA-256 under `arrays`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hones_lens.results.files import replaced_atomically
+from hones_lens.results.files import nan_to_none, read_json, replaced_atomically, write_json
 
-MOST_IN_JSON = 65_536
+MOST_IN_JSON = 65_536  # numbers of a result
+_MOST_OF_ONE = 1024  # numbers of an array that is never put aside
 _KEY = "array"
 _files: Any = safetensors.torch  # its types are partly unknown
-_aside: ContextVar[dict[str, Tensor] | None] = ContextVar("_aside", default=None)
+as_list: Callable[[Tensor], Any] = methodcaller("tolist")  # PyTorch types it as a list of unknowns
+Numbers = Tensor | Sequence[Any]
+_aside: ContextVar[dict[str, Numbers] | None] = ContextVar("_aside", default=None)
 
 
 @contextmanager
-def arrays_aside() -> Generator[dict[str, Tensor]]:
-    """Inside, `to_json` puts large tensors into the dictionary that this gives."""
-    arrays: dict[str, Tensor] = {}
+def arrays_aside() -> Generator[dict[str, Numbers]]:
+    """Inside, `to_json` puts large arrays into the dictionary that this gives, for `write_arrays`."""
+    arrays: dict[str, Numbers] = {}
     token = _aside.set(arrays)
     try:
         yield arrays
@@ -36,29 +43,87 @@ def arrays_aside() -> Generator[dict[str, Tensor]]:
         _aside.reset(token)
 
 
-def put_aside(tensor: Tensor) -> dict[str, str] | None:
-    """The reference to a large tensor that has been put aside; None for one that goes into the JSON."""
+def save_json(file: str | Path, make: Callable[[], dict[str, Any]]) -> None:
+    """Write a JSON file, and its large arrays beside it.
+
+    Args:
+        file: The JSON file.
+        make: Gives its content, with tensors and sequences as `to_json` makes them.
+    """
+    with arrays_aside() as arrays:
+        data = make()
+    write_json(file, write_arrays(Path(file), data, arrays))
+
+
+def load_json(file: str | Path, kind: str) -> dict[str, Any]:
+    """Read what `save_json` wrote of one kind of result; the arrays beside it come as tensors.
+
+    Raises:
+        FileNotFoundError: The file, or the one beside it with its arrays.
+        ValueError: Another kind of file, or arrays of another file.
+    """
+    return read_arrays(Path(file), read_json(file, kind))
+
+
+def put_aside(numbers: Any) -> dict[str, str] | None:
+    """The reference to a large tensor or sequence of numbers; None for what goes into the JSON."""
     arrays = _aside.get()
-    if arrays is None or tensor.numel() <= MOST_IN_JSON:
+    if arrays is None or _count(numbers) <= _MOST_OF_ONE:
         return None
     key = str(len(arrays))
-    arrays[key] = tensor.detach().cpu().contiguous()
+    arrays[key] = numbers.detach().cpu().contiguous() if isinstance(numbers, Tensor) else numbers
     return {_KEY: key}
 
 
-def write_arrays(file: Path, data: dict[str, Any], arrays: Mapping[str, Tensor]) -> None:
-    """Write those of the arrays that `data` refers to beside a JSON file, and name their file in `data`."""
+def _count(value: Any) -> int:
+    """How many numbers a tensor or sequence has; 0 of one that is not of numbers alone, or ragged."""
+    if isinstance(value, Tensor):
+        return value.numel()
+    entries = cast("Sequence[Any]", value)
+    if type(value) not in (tuple, list) or not entries:  # a named tuple has fields of its own types
+        return 0
+    if type(entries[0]) in (int, float):
+        return len(entries) if all(type(entry) in (int, float) for entry in entries) else 0
+    counts = {_count(entry) for entry in entries}
+    return len(entries) * counts.pop() if len(counts) == 1 else 0
+
+
+def write_arrays(file: Path, data: dict[str, Any], arrays: Mapping[str, Numbers]) -> dict[str, Any]:
+    """Write the arrays that `data` refers to beside a JSON file, if they are large together.
+
+    Args:
+        file: The JSON file.
+        data: Its content, with references.
+        arrays: What they refer to.
+
+    Returns:
+        The content to write, which names the arrays' file, or has the arrays in it.
+    """
     used = set(_references(data))
     target = file.with_name(f"{file.stem}.arrays.safetensors")
-    if not used:
+    if sum(_count(arrays[key]) for key in used) <= MOST_IN_JSON:
         target.unlink(missing_ok=True)  # of an earlier, larger result
-        return
+        return _resolved(data, {key: nested_list(arrays[key]) for key in used})
     with replaced_atomically(target) as partial:
         try:
-            _files.save_file({key: arrays[key].clone() for key in used}, partial)
+            _files.save_file({key: _tensor(arrays[key]) for key in used}, partial)
         except SafetensorError as error:  # of the system: a full disk, say
             raise OSError(f"{target} can't be written: {error}") from error
-        data["arrays"] = {"file": target.name, "sha256": _sha256(partial)}
+        return {**data, "arrays": {"file": target.name, "sha256": _sha256(partial)}}
+
+
+def _tensor(numbers: Numbers) -> Tensor:
+    if isinstance(numbers, Tensor):
+        return numbers.clone()
+    array = np.array(numbers)
+    return torch.from_numpy(array if array.dtype.kind == "i" else array.astype(np.float64))
+
+
+def nested_list(numbers: Numbers) -> Any:
+    """A tensor or sequence as nested lists, with None for NaN in a tensor."""
+    if isinstance(numbers, Tensor):
+        return nan_to_none(as_list(numbers))
+    return [nested_list(each) if isinstance(each, tuple | list) else each for each in numbers]
 
 
 def read_arrays(file: Path, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,11 +165,17 @@ def _references(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping):
         for entry in cast("Mapping[str, Any]", value).values():
             yield from _references(entry)
+    elif isinstance(value, list):
+        for entry in cast("list[Any]", value):
+            if isinstance(entry, dict | list):
+                yield from _references(entry)
 
 
-def _resolved(value: Any, arrays: Mapping[str, Tensor]) -> Any:
+def _resolved(value: Any, arrays: Mapping[str, Any]) -> Any:
     if _is_reference(value):
         return arrays[str(value[_KEY])]
     if isinstance(value, dict):
         return {key: _resolved(entry, arrays) for key, entry in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_resolved(entry, arrays) for entry in cast("list[Any]", value)]
     return value

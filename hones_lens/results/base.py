@@ -9,9 +9,8 @@ from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 
-from hones_lens.results.arrays import arrays_aside, read_arrays, write_arrays
+from hones_lens.results.arrays import load_json, save_json
 from hones_lens.results.codec import from_json, to_json
-from hones_lens.results.files import read_json, write_json
 
 R = TypeVar("R", bound="Result")
 
@@ -96,11 +95,8 @@ class Result(Plottable):
         return from_json(cls, data)
 
     def save(self, file: str | Path) -> None:
-        """Write the result to a JSON file, and tensors of over 65,536 numbers to safetensors beside it."""
-        with arrays_aside() as arrays:
-            data = self.to_dict()
-        write_arrays(Path(file), data, arrays)
-        write_json(file, data)
+        """Write the result to a JSON file, and large arrays to safetensors beside it."""
+        save_json(file, self.to_dict)
 
     @classmethod
     def load(cls: type[R], file: str | Path) -> R:
@@ -110,4 +106,4 @@ class Result(Plottable):
             FileNotFoundError: The file, or the one beside it with its arrays.
             ValueError: Another kind of file, one that lacks a field, or arrays of another file.
         """
-        return cls.from_dict(read_arrays(Path(file), read_json(file, cls.kind)))
+        return cls.from_dict(load_json(file, cls.kind))

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import AbstractArray
 from torch import Tensor
 
-from hones_lens.results.arrays import put_aside
-from hones_lens.results.files import nan_to_none, none_to_nan
+from hones_lens.results.arrays import as_list, nested_list, put_aside
+from hones_lens.results.files import none_to_nan
 
 
 def to_json(value: Any) -> Any:
@@ -22,9 +22,10 @@ def to_json(value: Any) -> Any:
     Raises:
         TypeError: A value of another kind.
     """
+    if isinstance(value, Tensor | tuple | list) and (reference := put_aside(value)) is not None:
+        return reference
     if isinstance(value, Tensor):
-        reference = put_aside(value)
-        return nan_to_none(_nested_list(value)) if reference is None else reference
+        return nested_list(value)
     if is_dataclass(value):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -35,10 +36,6 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     raise TypeError(f"a {type(value).__name__} can't be written to JSON")
-
-
-def _nested_list(tensor: Any) -> Any:
-    return tensor.tolist()  # PyTorch types it as a list of unknowns
 
 
 def from_json(annotation: Any, data: Any) -> Any:
@@ -60,6 +57,10 @@ def from_json(annotation: Any, data: Any) -> Any:
         not_none = [each for each in arguments if each is not types.NoneType]
         return data if data is None or len(not_none) != 1 else from_json(not_none[0], data)
     if origin is tuple:
+        if isinstance(data, Tensor):
+            return _tuples(as_list(data))
+        if arguments[-1] is Ellipsis and arguments[0] in (float, int, str):
+            return tuple(data)
         each = arguments[:1] * len(data) if arguments[-1] is Ellipsis else arguments
         return tuple(from_json(one, entry) for one, entry in zip(each, data, strict=True))
     if isinstance(origin, type) and issubclass(origin, Mapping):
@@ -75,6 +76,10 @@ def from_json(annotation: Any, data: Any) -> Any:
         entries = zip(_hints(wanted).values(), data, strict=False)  # the last may have defaults
         return wanted(*(from_json(hint, entry) for hint, entry in entries))
     return data
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, cast("list[Any]", value))) if isinstance(value, list) else value
 
 
 def _is_named_tuple(kind: type[Any]) -> bool:

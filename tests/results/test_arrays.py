@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import example_results
+from helpers import example_comparisons, example_results
 
-from hones_lens.hones import HeadScores, NeuronScores
-from hones_lens.results import Labelled
+from hones_lens.hones import (
+    HeadScores,
+    MaskingResult,
+    NeuronScales,
+    NeuronScores,
+    SteeringTable,
+    load_masking,
+    save_masking,
+)
+from hones_lens.results import Labelled, to_json
 
 
 def large_heads() -> HeadScores:
@@ -65,3 +73,54 @@ def test_neurons_and_labelled_values(tmp_path: Path) -> None:
     values = Labelled("w", torch.rand(300, 300), ("a", "b"))
     values.save(tmp_path / "patch.json")
     assert torch.equal(Labelled.load(tmp_path / "patch.json").values, values.values.double())
+
+
+def long_masking(n: int) -> MaskingResult:
+    drops = torch.randn(n, dtype=torch.float64).tolist()
+    ids = tuple(str(i) for i in range(n))
+    return replace(
+        example_results.masking(0.9, -0.2), drops=tuple(drops), log_prob_drops=tuple(drops), example_ids=ids
+    )
+
+
+def test_drops_of_masking_go_into_a_file_beside(tmp_path: Path) -> None:
+    """Five sets of neurons, 10,000 examples: 100,000 drops."""
+    before, file = [long_masking(10_000) for _ in range(5)], tmp_path / "masking.json"
+    save_masking(file, before)
+    inside = sum(len(json.dumps(result.example_ids, indent=1)) for result in before)
+    assert file.stat().st_size < inside + 300_000
+    assert (tmp_path / "masking.arrays.safetensors").stat().st_size >= 100_000 * 8
+    assert [to_json(result) for result in load_masking(file)] == [to_json(result) for result in before]
+    (tmp_path / "masking.arrays.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"masking\.arrays\.safetensors is not there"):
+        load_masking(file)
+    save_masking(file, [long_masking(10)])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["masking.json"]
+
+
+def test_many_middling_sequences_go_beside_together(tmp_path: Path) -> None:
+    """Rows of steering: each has 2,000 scores, log-probabilities and statistics of two numbers."""
+    table, n = example_comparisons.steering(), 2000
+    values = torch.rand(n, 2, dtype=torch.float64)
+    long = {"scores": tuple(values[:, 0].tolist()), "log_probs": tuple(values[:, 1].tolist())}
+    long["statistics"] = tuple((a, float(b)) for a, b in values.tolist())
+    rows = tuple(replace(row, **long) for row in table.rows for _ in range(2))
+    before = replace(table, rows=rows, example_ids=tuple(str(i) for i in range(n)))
+    before.save(tmp_path / "steering.json")
+    assert (tmp_path / "steering.arrays.safetensors").exists()
+    assert (tmp_path / "steering.json").stat().st_size < 300_000
+    after = SteeringTable.load(tmp_path / "steering.json")
+    assert after.to_dict() == before.to_dict() and after.rows[0].statistics == long["statistics"]
+
+
+def test_old_files_with_all_drops_inside_still_load(tmp_path: Path) -> None:
+    before, file = long_masking(70_000), tmp_path / "masking.json"
+    file.write_text(json.dumps({"kind": "masking", "results": [to_json(before)]}))
+    assert load_masking(file)[0].drops == before.drops
+
+
+def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
+    neurons = tuple((layer, i) for layer in range(4) for i in range(11_000))
+    NeuronScales.uniform(neurons, 2.0).save(tmp_path / "scales.json")
+    assert (tmp_path / "scales.arrays.safetensors").exists()
+    assert NeuronScales.load(tmp_path / "scales.json").neurons == neurons

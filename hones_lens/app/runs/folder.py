@@ -103,7 +103,7 @@ class Run:
         self.folder = Path(folder)
         self.settings = json.loads(json.dumps(dict(settings)))
         self.environment, self._decided = environment(), decided or {}
-        self._journals = opening.journals
+        self._journals, self._opened = opening.journals, dict[str, Journal]()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.folder, opening.wait)
         _remove_unfinished(self.folder)
@@ -228,6 +228,7 @@ class Run:
         else:
             for file, checksum in finished.items():
                 check_file(self.path(file), checksum)
+        self._opened.pop(name, None)
         for file in self.folder.glob(f"{name}.*{TENSORS}"):  # of its journal
             file.unlink()
 
@@ -247,10 +248,15 @@ class Run:
             file.unlink(missing_ok=True)
 
     def journal(self, stage: str) -> Journal:
-        """The journal of a stage: results of its finished batches."""
-        if self._journals is not None:
-            return self._journals(self, stage)
-        return Journal(self.folder / f"{stage}.journal.jsonl", self.id)
+        """The journal of a stage: results of its finished batches, read once and kept until it is done."""
+        if stage not in self._opened:
+            make = self._journals or _own_journal
+            self._opened[stage] = make(self, stage)
+        return self._opened[stage]
+
+
+def _own_journal(run: Run, stage: str) -> Journal:
+    return Journal(run.folder / f"{stage}.journal.jsonl", run.id)
 
 
 _STAGE_FILES = ("json", "journal.jsonl", "parts")

@@ -379,3 +379,17 @@ def test_tensors_of_a_journal_go_when_the_stage_is_finished(tmp_path):
     assert [file.name for file in run.folder.glob("*.safetensors")] == [
         "heads-held-out.k-0.tensors.safetensors"
     ]
+
+
+def test_a_journal_is_read_once_until_its_stage_is_done(tmp_path, monkeypatch):
+    Run(tmp_path / "a", {"m": 1}).journal("others")["others/0"] = [1.0]
+    reads = list[str]()
+    read = Journal._read
+    monkeypatch.setattr(Journal, "_read", lambda journal: (reads.append(journal.file.name), read(journal)))
+    run = Run(tmp_path / "a", {"m": 1})
+    for number in range(1, 4):
+        run.journal("others")[f"others/{number}"] = [0.5]
+    assert len(run.journal("others")) == 4 and reads == ["others.journal.jsonl"]
+    run.files("others", lambda: [])
+    assert len(run.journal("others")) == 4 and len(reads) == 2
+    assert run.journal("heads") is not run.journal("others")
