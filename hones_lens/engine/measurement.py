@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
@@ -16,7 +17,16 @@ from hones_lens.engine.full_passes import Prediction
 from hones_lens.engine.options import SweepOptions
 from hones_lens.engine.speculation import Tally
 from hones_lens.engine.sweep import Sweep
-from hones_lens.engine.units import Done, SharedJournal, Unit, check_shareable, chunks, expect, layer_blocks
+from hones_lens.engine.units import (
+    Done,
+    SharedJournal,
+    Unit,
+    check_shareable,
+    chunks,
+    expect,
+    layer_blocks,
+    ranked_pieces,
+)
 from hones_lens.interventions import Hook
 from hones_lens.model import HookedVLM, bounded_by, takes_iterables
 from hones_lens.tasks import Task
@@ -135,6 +145,10 @@ class _Measured:
                 arm_predictions += batch_predictions
         return _score_answers(self.task, examples, predictions)
 
+    def pieces(self, portion: range) -> list[range]:
+        """A portion of the examples in pieces for units, which are rounded as the whole portion is."""
+        return ranked_pieces(portion) if self.task.ranks and not self.log_probs else [portion]
+
     def unit(self, name: str, examples: Sequence[Example], arms: Sequence[int]) -> Unit:
         """Some of the examples under some of the arms, as work for another process."""
         some = [self.arms[i] for i in arms]
@@ -197,21 +211,23 @@ def _shared_batches(
     keys = {portion: [f"{label}/{start // size}" for start in portion[::size]] for portion in portions}
     missing = [p for p in portions if any(journal.get(key) is None for key in keys[p])]
     blocks = layer_blocks([_first_layer(hooks) for hooks in work.arms], work.model.cfg.n_layers)
+    pieces = {p: work.pieces(p) for p in missing}
     units = [
-        work.unit(f"{label}/{p.start}-{p.stop}/{i}", examples[p.start : p.stop], block)
+        work.unit(f"{label}/{piece.start}-{piece.stop}/{i}", examples[piece.start : piece.stop], block)
         for p in missing
+        for piece in pieces[p]
         for i, block in enumerate(blocks)
     ]
     done = journal.compute(units, bar.update)
     for portion in portions:
         if portion in missing:
             rows = Rows([] for _ in work.arms)
-            for block in blocks:
+            for block in itertools.chain.from_iterable([blocks] * len(pieces[portion])):
                 values, counts = next(done)
                 if work.options.tally is not None:
                     work.options.tally.add(counts)
                 for i, arm_rows in zip(block, values.tolist(), strict=True):
-                    rows[i] = arm_rows
+                    rows[i] += arm_rows
             for key, start in zip(keys[portion], range(0, len(portion), size), strict=True):
                 journal[key] = [arm_rows[start : start + size] for arm_rows in rows]
         else:

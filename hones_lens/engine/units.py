@@ -12,6 +12,7 @@ from hones_lens.model import HookedVLM, takes_iterables
 
 # Neither depends on how many work: what is in a unit decides, with its batches, how numbers are rounded.
 _FEWEST_EXAMPLES = 50
+_RANKED_EXAMPLES = 8  # of a task that ranks: fifty prompts each
 _LAYER_BLOCKS = 4
 
 
@@ -100,6 +101,11 @@ def chunks(n: int, batch_size: int) -> list[range]:
     batches = -(-_FEWEST_EXAMPLES // batch_size)
     size = batches * batch_size
     return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def ranked_pieces(portion: range) -> list[range]:
+    """A portion of examples that are batches of their own, cut into eight examples each."""
+    return [portion[i : i + _RANKED_EXAMPLES] for i in range(0, len(portion), _RANKED_EXAMPLES)]
 
 
 @takes_iterables

@@ -145,8 +145,9 @@ def masking_curve(
             zero_neurons((c[0], c[1]) for c in s)
             for s in matched_random_sets(chosen, *shape, n_controls, seed)
         ]
-    arm_outcomes = engine.measure(model, task, examples, arms, options, label="masking")
     label = "masking log-probabilities"
+    _announce(model, examples, options)
+    arm_outcomes = engine.measure(model, task, examples, arms, options, label="masking")
     log_probs = engine.measure_log_probs(model, task, examples, arms, options, label=label)
     outcomes = [_Outcome(task, arm, np.array(lp)) for arm, lp in zip(arm_outcomes, log_probs, strict=True)]
     base, n_arms = outcomes[0], n_controls + 1
@@ -160,6 +161,18 @@ def masking_curve(
     return results
 
 
+def _announce(model: HookedVLM, examples: Sequence[Example], options: SweepOptions) -> None:
+    """Tell the journal of all that will be measured, before the first of it is."""
+    for label in ("masking", "masking log-probabilities"):
+        engine.expect(options.journal, label, len(examples), options.batch_size)
+    if _has_few_bits(model):
+        engine.expect(options.journal, "masking rounding", len(examples[:_ROUNDING_EXAMPLES]), 1)
+
+
+def _has_few_bits(model: HookedVLM) -> bool:
+    return model.cfg.dtype.itemsize <= 2
+
+
 def _rounding(
     model: HookedVLM,
     task: Task,
@@ -171,7 +184,7 @@ def _rounding(
 
     Over the first examples; None for float32 and wider types, whose rounding no table shows.
     """
-    if model.cfg.dtype.itemsize > 2:
+    if not _has_few_bits(model):
         return None
     first = examples[:_ROUNDING_EXAMPLES]
     one_by_one = replace(options, batch_size=1, tally=None)

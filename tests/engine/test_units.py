@@ -58,6 +58,7 @@ def arms(model: HookedVLM) -> list[list]:
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hones_lens.engine.units._FEWEST_EXAMPLES", 3)
+    monkeypatch.setattr("hones_lens.engine.units._RANKED_EXAMPLES", 2)
     monkeypatch.setattr("hones_lens.hones.attribution.neurons._HEADS_OF_A_UNIT", 2)
 
 
@@ -65,7 +66,8 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_answers_and_rankings(name: str) -> None:
     model, task, examples = pair()[1], load_task(name), examples_of(name, {"vqa": 5, "retrieval": 3}[name])
     others, tally, alone = Others(model), Tally(), Tally()
-    options, n_units = {"batch_size": 2, "progress": False}, -(-len(examples) // 4) * 3  # portions x layers
+    options, pieces = {"batch_size": 2, "progress": False}, {"vqa": 2, "retrieval": 2}[name]
+    n_units = pieces * 3  # of the layers
     shared = measure(model, task, examples, arms(model), SweepOptions(journal=others, tally=tally, **options))
     plain = measure(model, task, examples, arms(model), SweepOptions(tally=alone, **options))
     assert isinstance(others, SharedJournal) and len(others.names) == n_units

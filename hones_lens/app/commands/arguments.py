@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from hones_lens.app.commands.checks import check_against_model, option, run_folder
 from hones_lens.app.commands.recorded import recorded_options
-from hones_lens.app.guard import WrongOption
 
 if TYPE_CHECKING:
     from hones_lens.app.runs.data_choice import DataChoice
@@ -94,8 +93,6 @@ def opening_from(args: argparse.Namespace, model: HookedVLM | None = None) -> Op
 
 def _journals_of_workers(args: argparse.Namespace, model: HookedVLM) -> Journals:
     """Makes journals that `--workers` fill; None without the option."""
-    if args.slurm and (args.workers is None or args.engine != "slurm"):
-        raise WrongOption("--slurm: give --workers and --engine slurm, too")
     if args.workers is None:
         return None
     from hones_lens.app.workers.hiring import Hiring
@@ -105,7 +102,8 @@ def _journals_of_workers(args: argparse.Namespace, model: HookedVLM) -> Journals
         options["device"] = model.cfg.device.type
     with option("--engine"):
         budget = getattr(args, "memory_budget", None)
-        hiring = Hiring(args.workers, args.engine, args.worker_threads, budget, args.slurm)
+        engine, threads = args.engine or "local", args.worker_threads or 1
+        hiring = Hiring(args.workers, engine, threads, budget, args.slurm)
         return hiring.journals(model, args.model, options)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hones_lens.app.commands.values import output_folder
 from hones_lens.app.guard import WrongOption, is_expected
@@ -58,6 +58,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise WrongOption(f"--min-pixels: {args.min_pixels} is more than --max-pixels, {args.max_pixels}")
     if "dataset" in given:
         _check_data(args)
+    _check_workers(given)
     if given.get("methods") is not None:
         from hones_lens.app.runs.steering import steering_methods
 
@@ -66,6 +67,15 @@ def check_options(args: argparse.Namespace) -> None:
     if "outputs" in given and "task" in given:
         with option("--out"):
             output_folder(str(run_folder(args)))
+
+
+def _check_workers(given: dict[str, Any]) -> None:
+    """Options of workers that would do nothing."""
+    if given.get("slurm") and (given["workers"] is None or given["engine"] != "slurm"):
+        raise WrongOption("--slurm: give --workers and --engine slurm, too")
+    for name in ("engine", "worker_threads"):
+        if given.get(name) is not None and given["workers"] is None:
+            raise WrongOption(f"--{name.replace('_', '-')}: give --workers, too")
 
 
 def _check_model(name: str | None, device: str | None) -> None:

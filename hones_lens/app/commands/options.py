@@ -121,15 +121,13 @@ def worker_options(command: argparse.ArgumentParser) -> None:
     add(
         "--engine",
         choices=["local", "ray", "slurm"],
-        default="local",
         help="of --workers: processes here, actors of Ray, or jobs of Slurm (default: local)",
     )
     add(
         "--worker-threads",
         type=values.positive,
-        default=1,
         metavar="N",
-        help="processors of each (default: 1)",
+        help="processors of each worker (default: 1)",
     )
     add(
         "--slurm",

@@ -7,8 +7,15 @@ from typing import Any
 
 from hones_lens.app.commands import values
 from hones_lens.app.commands.arguments import data_from, model_from, opening_from, write_result
-from hones_lens.app.commands.options import add_command, file_options, model_options, run_options
+from hones_lens.app.commands.options import (
+    add_command,
+    file_options,
+    model_options,
+    run_options,
+    worker_options,
+)
 from hones_lens.app.commands.recorded import recorded_options
+from hones_lens.app.guard import WrongOption
 
 
 def add(commands: Any) -> None:
@@ -25,6 +32,7 @@ def add(commands: Any) -> None:
     command.add_argument("--split", default="test", help="where results are measured (default: test)")
     model_options(command, named=False)
     file_options(command)
+    worker_options(command)
     unused_options = ("min_pixels", "max_pixels", "discovery_limit", "dev_limit")
     command.set_defaults(discovery_split="discovery", dev_split="dev", **dict.fromkeys(unused_options))
 
@@ -35,11 +43,12 @@ def execute(args: argparse.Namespace) -> int:
 
     from hones_lens.app.runs import overlap as runs
 
+    if args.workers and not args.mask:
+        raise WrongOption("--workers: there is nothing to measure without --mask")
     name, neurons = runs.neurons_of_runs(args.runs)
     out, result = args.out or f"runs/{name}-overlap{'-masked' if args.mask else ''}", {}
-    opening = opening_from(args)
     if not args.mask:
-        run = runs.start_overlap(out, name, neurons, opening=opening, **recorded_options(args))
+        run = runs.start_overlap(out, name, neurons, opening=opening_from(args), **recorded_options(args))
         overlap = runs.find_shared_neurons(run, neurons)
         print(overlap)
     else:
@@ -50,7 +59,7 @@ def execute(args: argparse.Namespace) -> int:
             raise ValueError(f"the runs are of {name}, not of {model.cfg.model_name}")
         examples = {task: data.test(task) for task in neurons}
         run = runs.start_overlap(
-            out, name, neurons, model, examples, opening=opening, **recorded_options(args)
+            out, name, neurons, model, examples, opening=opening_from(args, model), **recorded_options(args)
         )
         overlap = runs.find_shared_neurons(run, neurons)
         print(overlap)

@@ -14,6 +14,7 @@ from hones_lens.app.commands.options import (
     data_options,
     model_options,
     split_options,
+    worker_options,
 )
 from hones_lens.app.commands.recorded import recorded_options
 
@@ -30,6 +31,7 @@ def add(commands: Any) -> None:
     model_options(command)
     data_options(command)
     split_options(command)
+    worker_options(command)
     add = command.add_argument
     add("--neurons", metavar="FILE", help="neurons.json or HONES's file (default: that of the run folder)")
     add("--k", type=values.positive, help="how many of them (default: all that are selected)")
@@ -85,7 +87,8 @@ def execute(args: argparse.Namespace) -> int:
         options["patience"] = args.patience
     folder = run_folder(args) / "steering" / data.label
     settings = {**recorded_options(args), "methods": options["methods"]}
-    run = steering.start_steering(model, args.task, data, folder, neurons, settings, opening_from(args))
+    opening = opening_from(args, model)
+    run = steering.start_steering(model, args.task, data, folder, neurons, settings, opening)
     save_left_out(run, data, args.task)
     table = steering.steer_neurons(model, run, args.task, data, neurons, options)
     print(table, f"Run: {run.folder}", sep="\n\n")

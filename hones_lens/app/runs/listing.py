@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,7 +28,7 @@ class RunState:
         model, task: Of its settings; empty where it has none.
         state: `running` (a process has the folder), `stopped` (before a stage's end), `done`, or `damaged`.
         stage: The stage that runs or stopped, or the last one finished.
-        share: How much of that stage is done, from 0 to 1, of what it has announced so far; None where it has
+        share: How much of that stage is done, from 0 to 1, of what it announced when it began; None where it
             announced nothing.
         seen: When a file of it last changed, in seconds since 1970.
         said: What it last wrote in its log.
@@ -100,17 +101,26 @@ def _is_held(folder: Path) -> bool:
 
 
 def _share(journal: Path) -> float | None:
-    """Finished of the expected batches, of what the journal's last lines are about."""
-    expected, done = dict[str, int](), 0
+    """Finished batches, of those that the stage announced before the first one; so it never falls."""
+    expected, done = dict[str, int](), dict[str, int]()
     start = f'["{EXPECTED}'.encode()
     with open(journal, "rb") as lines:
         for line in lines:
             if line.startswith(start):
                 label, n, _ = json.loads(line)
-                expected[label] = n  # the last word on it
+                if not any(done.values()):
+                    expected[label.removeprefix(EXPECTED)] = n
             else:
-                done += 1
-    return min(1.0, done / sum(expected.values())) if expected else None
+                label = _label_of(line)
+                done[label] = done.get(label, 0) + (label in expected)
+    total = sum(expected.values())
+    return sum(min(done.get(label, 0), n) for label, n in expected.items()) / total if total else None
+
+
+def _label_of(line: bytes) -> str:
+    """What a batch in a line of a journal is called."""
+    key = re.match(rb'\[("(?:[^"\\]|\\.)*")', line[:500])
+    return json.loads(key[1]).rpartition("/")[0] if key else ""
 
 
 def _last_words(folder: Path) -> str:

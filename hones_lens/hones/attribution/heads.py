@@ -335,14 +335,17 @@ def _race(
     if not task.is_mean:
         raise ValueError(f"{task.metric_name} is not a mean over examples, so heads can't be raced on it")
     race, order = Race(len(arms), len(examples), k, racing), np.random.default_rng(racing.seed)
-    shuffled = order.permutation(len(examples))
+    shuffled = order.permutation(len(examples)).tolist()
     drops = np.full((len(arms), len(examples)), np.nan)
     base = engine.Outcome(statistics=[np.zeros(0)] * len(examples), scores=[0.0] * len(examples))
-    for number, start in enumerate(range(0, len(examples), racing.round_size)):
-        example_indices = shuffled[start : start + racing.round_size].tolist()
+    size = racing.round_size
+    starts = {f"heads, round {i // size + 1}": i for i in range(0, len(examples), size)}
+    rounds = {label: shuffled[start : start + size] for label, start in starts.items()}
+    for label, example_indices in rounds.items():  # all of it, before it begins
+        engine.expect(options.journal, label, len(example_indices), options.batch_size)
+    for label, example_indices in rounds.items():
         running = np.flatnonzero(race.running).tolist()
         round_examples, round_arms = [examples[i] for i in example_indices], [[], *(arms[i] for i in running)]
-        label = f"heads, round {number + 1}"
         clean, *intervened = engine.measure(model, task, round_examples, round_arms, options, label=label)
         for index, score, statistics in zip(example_indices, clean.scores, clean.statistics, strict=True):
             base.scores[index], base.statistics[index] = score, statistics

@@ -18,7 +18,13 @@ from hones_lens.hones.steering.batches import TrainingBatches
 from hones_lens.hones.steering.checkpoints import JournalCheckpoint
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.learning import Learner, dev_measurement
-from hones_lens.hones.steering.questions import Arms, answer_log_probs, check_disjoint_images, split_by_image
+from hones_lens.hones.steering.questions import (
+    Arms,
+    answer_log_probs,
+    check_disjoint_images,
+    log_prob_examples,
+    split_by_image,
+)
 from hones_lens.hones.steering.scales import NeuronScales, neurons_to_steer
 from hones_lens.hones.steering.table import SteeringRow, SteeringTable
 from hones_lens.model import HookedVLM, did_you_mean, takes_iterables
@@ -108,12 +114,20 @@ class _Experiment:
     ) -> tuple[list[engine.Outcome], np.ndarray]:
         """What each arm scores, and the log-probabilities of the right answers, [arm example]."""
         sweeps = replace(self.options, memory_budget=None)  # it is for learning
+        self.announce(examples, label)
         outcomes = engine.measure(self.model, self.task, examples, arms, sweeps, label=label)
         prompt_options = {"negatives": self.config.negatives, "seed": self.config.seed}
         label = f"{label} log-probabilities"
         return outcomes, answer_log_probs(
             self.model, self.task, examples, arms, sweeps, label=label, **prompt_options
         )
+
+    def announce(self, examples: Sequence[Example], label: str) -> None:
+        """Tell the journal of what `measured` will measure."""
+        n, size = len(examples), self.options.batch_size
+        engine.expect(self.options.journal, label, n, size)
+        size = log_prob_examples(self.task, size, self.config.negatives)
+        engine.expect(self.options.journal, f"{label} log-probabilities", n, size)
 
 
 @takes_iterables
@@ -172,9 +186,24 @@ def compare_steering(
         parts = split_by_image(dev, tuning.learn_share, config.seed)
     check_disjoint_images({"learning": parts[0], "dev": parts[1], "test": test})
     data = _Experiment(model, task, *parts, test, config, options, tuning)
+    _announce(data, methods)
     fitted = [*_fit_uniform(data, chosen, methods), *_fit_learned(data, chosen, methods)]
     rows = _test_rows(data, sorted(fitted, key=lambda fit: METHODS.index(fit.method)))
     return _table(data, neurons, len(chosen), rows)
+
+
+def _announce(data: _Experiment, methods: Sequence[str]) -> None:
+    """Tell the journal of all that will be measured, before the first of it is."""
+    if "Grid-Search" in methods:
+        data.announce([*data.learn, *data.choose], "grid search")
+    learned = {"RandNeuron": data.tuning.draws, "HONES without KL": 1, "HONES": 1}
+    for method in set(methods) & set(learned):
+        for draw in range(learned[method]):
+            n_settings = len(data.tuning.settings(data.config))
+            engine.expect(data.options.journal, f"steering/{method}/{draw}", n_settings, 1)
+    if set(methods) & set(learned):
+        data.announce(data.choose, "choosing")
+    data.announce(data.test, "steered")
 
 
 def _table(

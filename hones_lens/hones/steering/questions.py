@@ -91,7 +91,7 @@ def answer_log_probs(
         return np.array(engine.measure_log_probs(model, task, examples, arms, options, label=label))
     journal = options.journal
     log_probs = np.zeros((len(arms), len(examples)))
-    size = max(1, options.batch_size // (1 + negatives))
+    size = log_prob_examples(task, options.batch_size, negatives)
     total, desc = len(examples) * len(arms), f"{label} · {task.name}"
     with tqdm(total=total, desc=desc, disable=not options.progress, unit="cell") as bar:
         runner = engine.Sweep(model, arms, options)
@@ -108,6 +108,11 @@ def answer_log_probs(
             log_probs[:, start : start + size] = values
             bar.update(len(batch_examples) * len(arms))
     return log_probs
+
+
+def log_prob_examples(task: Task, batch_size: int, negatives: int) -> int:
+    """How many examples `answer_log_probs` runs at a time."""
+    return max(1, batch_size // (1 + negatives)) if task.ranks else batch_size
 
 
 def _weighted_log_probs(

@@ -12,7 +12,7 @@ import pandas as pd
 from hones_lens import engine
 from hones_lens.data import Example
 from hones_lens.engine import SweepKeywords, SweepOptions
-from hones_lens.hones.steering.questions import NEGATIVES, answer_log_probs
+from hones_lens.hones.steering.questions import NEGATIVES, answer_log_probs, log_prob_examples
 from hones_lens.hones.steering.scales import NeuronScales
 from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import (
@@ -118,11 +118,14 @@ def side_effects(
     if not scales_by_task or not examples_by_task:
         raise ValueError("side effects need scales and examples of at least one task")
     arms = [[], *(scales.hooks() for scales in scales_by_task.values())]
-    cells = []
+    tasks, cells = {name: engine.as_task(name) for name in examples_by_task}, []
     for name, examples in examples_by_task.items():
-        task = engine.as_task(name)
-        engine.check_examples(task, examples)
-        label = f"side effects on {name}"
+        engine.check_examples(tasks[name], examples)
+        size = log_prob_examples(tasks[name], options.batch_size, negatives)
+        engine.expect(options.journal, _label(name), len(examples), options.batch_size)
+        engine.expect(options.journal, f"{_label(name)} log-probabilities", len(examples), size)
+    for name, examples in examples_by_task.items():
+        task, label = tasks[name], _label(name)
         base, *outcomes = engine.measure(model, task, examples, arms, options, label=label)
         prompt_options = {"negatives": negatives, "seed": seed, "label": f"{label} log-probabilities"}
         all_log_probs = answer_log_probs(model, task, examples, arms, options, **prompt_options)
@@ -141,3 +144,7 @@ def side_effects(
             )
             cells.append(cell)
     return SideEffects(model.cfg.model_name, tuple(cells))
+
+
+def _label(task: str) -> str:
+    return f"side effects on {task}"

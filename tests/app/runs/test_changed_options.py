@@ -31,8 +31,6 @@ SMALL |= {"overlap": ["a", "b", "--mask", "--limit", "2"]}
 # Options that change no number, and are not recorded.
 HARMLESS = {
     "workers",
-    "engine",
-    "worker_threads",
     "wait",
     "allow_code_change",
     "force",
