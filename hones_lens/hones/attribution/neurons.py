@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,9 @@ from hones_lens.model import HookedVLM, find_settings
 from hones_lens.results import Component
 from hones_lens.tasks import Task
 
+T = TypeVar("T")
+Start = tuple[int, Tensor | None]
+"""A layer, and the clean streams that enter it [example pos d_model]; None where they begin with the prompt."""
 DEFAULT_RATIO = 0.01
 _PARTS = 20  # of the examples, for standard errors
 _HEADS_OF_A_UNIT = 4  # where others compute; each unit costs a clean pass more
@@ -94,29 +97,29 @@ def write_in(
     hooks: Sequence[Hook] = (),
     apply_ln: bool = False,
     layers: Sequence[int] | None = None,
+    start: Start = (0, None),
 ) -> Float[Tensor, "example layer d_mlp"]:
     """Each neuron's write-in towards the target at the last prompt position (HONES eq. H2).
 
     `c(l, i) = m_i · ⟨W_out[i], u_y⟩`, in float32; with `apply_ln` divided by the final norm's scale.
-    Of some layers, by default of all.
+    Of some layers, by default of all. From a start none below it runs, and none of `layers` may lie there.
     """
     layers = range(model.cfg.n_layers) if layers is None else layers
     names = [neuron_hook(layer) for layer in layers]
     watch = [*names, "ln_final.hook_scale"] if apply_ln else names
     stop = None if apply_ln else max(layers) + 1
 
-    def run(part: engine.Batch) -> dict[str, Tensor]:
+    def run(part: engine.Batch, numbers: Sequence[int]) -> dict[str, Tensor]:
         kept: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: Any) -> None:
             kept[hook.name] = x[:, -1].to(torch.float32, copy=True)  # a view would keep all positions
 
         with torch.no_grad(), model.hooks(fwd_hooks=[*hooks, *((name, keep) for name in watch)]):
-            model(part.inputs, stop_at_layer=stop, logits_to_keep=1)
+            model(**_from(start, part, numbers), stop_at_layer=stop, logits_to_keep=1)
         return kept
 
-    budget = engine.Budget(model)
-    parts = batch.in_parts(budget, budget.pass_rows(batch.inputs), run)
+    parts = _in_parts(model, batch, run)
     kept = {name: torch.cat([part[name] for part in parts]) for name in watch}
     written = []
     for layer, name in zip(layers, names, strict=True):
@@ -124,6 +127,34 @@ def write_in(
         written.append(kept[name] * towards)
     out = torch.stack(written, dim=1)
     return out / kept["ln_final.hook_scale"][:, :, None] if apply_ln else out
+
+
+def _advanced(model: HookedVLM, batch: engine.Batch, start: Start, layer: int) -> Start:
+    """The clean streams of a batch where they enter a layer, from where they enter one below."""
+
+    def run(part: engine.Batch, numbers: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            return model(**_from(start, part, numbers), stop_at_layer=layer)
+
+    return layer, torch.cat(_in_parts(model, batch, run))
+
+
+def _from(start: Start, part: engine.Batch, numbers: Sequence[int]) -> dict[str, Any]:
+    """What the model is called with, for these rows of a batch, to run from a start."""
+    layer, streams = start
+    if streams is None:
+        return {"model_input": part.inputs}
+    return {"model_input": streams[list(numbers)], "start_at_layer": layer, "inputs": part.inputs}
+
+
+def _in_parts(
+    model: HookedVLM, batch: engine.Batch, run: Callable[[engine.Batch, Sequence[int]], T]
+) -> list[T]:
+    """What comes of parts of a batch that fit into memory; `run` takes a part and its examples' numbers."""
+    budget = engine.Budget(model)
+    most, numbers = budget.pass_rows(batch.inputs), range(len(batch.examples))
+    parts = budget.in_parts(numbers, lambda rest: most, lambda part: run(batch.part(part), part))
+    return [out for _, out in parts]
 
 
 def default_ratio(model: HookedVLM) -> float:
@@ -321,16 +352,33 @@ class _Drops:
             stop = start + len(chunk)
             directions, part = self.directions[start:stop], torch.arange(start, stop) % parts
             counts.index_add_(0, part, torch.ones(len(part), dtype=torch.float64))
-            given = (model, batch, directions)
-            clean = write_in(*given, (), self.apply_ln, self.layers).double().cpu()
-            for i, head in enumerate(heads):
-                if not self.apply_ln and head.layer > self.layers[-1]:
-                    continue  # it changes nothing there
-                hook = replace_with_other_heads_mean(head.layer, head.index)
-                changed = write_in(*given, [hook], self.apply_ln, self.layers)
-                sums[i].index_add_(0, part, clean - changed.double().cpu())
+            for i, drops in self._of_batch(batch, directions, heads):
+                sums[i, :, -drops.shape[1] :].index_add_(0, part, drops)
             bar.update(before + stop * (len(heads) + 1) - bar.n)
         return sums, counts
+
+    def _of_batch(
+        self, batch: engine.Batch, directions: Float[Tensor, "example d_model"], heads: Sequence[Component]
+    ) -> Iterator[tuple[int, Float[Tensor, "example above d_mlp"]]]:
+        """What each head takes from each example's write-ins, with its number among the heads.
+
+        Only of the layers from its own on, the last of `layers`: it changes nothing below, and nothing below
+        runs again. What is divided by the final norm's scale does change there, and runs from the beginning.
+        """
+        model, layers, start = self.model, self.layers, (0, None)
+        changing = [i for i, head in enumerate(heads) if self.apply_ln or head.layer <= layers[-1]]
+        clean: Tensor | None = None
+        for i in sorted(changing, key=lambda i: heads[i].layer):
+            head = heads[i]
+            if not self.apply_ln and head.layer > start[0]:
+                start = _advanced(model, batch, start, head.layer)
+            layers = [layer for layer in layers if layer >= start[0]]
+            given = (model, batch, directions)
+            if clean is None:
+                clean = write_in(*given, (), self.apply_ln, layers, start)
+            hook = replace_with_other_heads_mean(head.layer, head.index)
+            changed = write_in(*given, [hook], self.apply_ln, layers, start)
+            yield i, (clean[:, -len(layers) :].double() - changed.double()).cpu()
 
 
 class _Portion:

@@ -182,6 +182,28 @@ def test_scores_and_errors_are_those_of_the_whole_table(
     torch.testing.assert_close(by_head, drops.mean(0).clamp(min=0), atol=1e-12, rtol=1e-10)
 
 
+def test_nothing_below_a_replaced_head_runs_again() -> None:
+    _, model = pair()
+    runs, handles = [0] * N_LAYERS, []
+    for layer, block in enumerate(model.blocks):
+        handles.append(
+            block.register_forward_pre_hook(lambda *_, layer=layer: runs.__setitem__(layer, runs[layer] + 1))
+        )
+    heads = [
+        Component(N_LAYERS - 1, 0, 1.0),
+        Component(N_LAYERS - 2, 1, 0.5),
+        Component(N_LAYERS - 1, 1, 0.1),
+    ]
+    examples = list(examples_of("vqa", 3))
+    try:
+        neurons.head_conditioned_importance(model, load_task("vqa"), examples, heads, progress=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # once on the way up; then the clean pass and one a head, from its layer on; the last two heads' way further up
+    assert runs == [1] * (N_LAYERS - 2) + [1 + 1 + 1, 1 + 1 + 2]
+
+
 def test_more_heads_take_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = random_llava.make_config(text={"intermediate_size": 4096})
     _, model = random_llava.make_pair(config, seed=3)
