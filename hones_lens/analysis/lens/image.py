@@ -72,5 +72,5 @@ def _token_values(logits: Float[Tensor, "some d_vocab"], token: int, value: str)
         return logits[:, token]
     if value == "rank":
         return 1.0 + (logits > logits[:, token, None]).sum(-1)
-    log_probs = logits.log_softmax(-1)[:, token]
+    log_probs = logits[:, token] - logits.logsumexp(-1)
     return log_probs.exp() if value == "probability" else log_probs

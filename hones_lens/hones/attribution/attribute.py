@@ -76,7 +76,8 @@ def attribute_neurons(
             distribution; or a function of your own. It is called as `method(model, task, examples,
             batch_size=..., progress=..., **keywords)` with a Task and a list of Examples, and returns a score
             for every decoder neuron, [layer d_mlp]: higher is more important. One that has a parameter
-            `journal` can be resumed (see `engine.resumed_batches`).
+            `journal` can be resumed (see `engine.resumed_batches`); one that has `layers` is told which are
+            asked for.
         layers: Score these alone, e.g. `"10-20"`: others are NaN, and `ratio` is a share of these.
         options: How it runs, as `SweepOptions`.
         keywords: `batch_size` (default 16), `progress`, `journal` of `SweepOptions`; the method's own, for
@@ -127,9 +128,10 @@ def _scores_by(
             raise ValueError("method 'hones' needs heads: pass what localize_heads returned")
         return head_conditioned_importance(model, task, examples, heads.top(), layers=layers, **keywords)
     ranking = load_ranking(method) if isinstance(method, str) else method
-    if ranking is exact_ablation:  # its cost is by the neuron
+    takes = signature(ranking).parameters
+    if "layers" in takes:
         keywords = {**keywords, "layers": layers}
-    if "journal" not in signature(ranking).parameters and ranking is not exact_ablation:
+    if "journal" not in takes and ranking is not exact_ablation:
         keywords = {name: value for name, value in keywords.items() if name != "journal"}
     return ranking(model, task, examples, **keywords), None
 

@@ -16,7 +16,13 @@ from hones_lens.analysis import activation_gradients
 from hones_lens.data import CounterfactualPair, Example
 from hones_lens.engine import LayerStep, layer_steps
 from hones_lens.hones.attribution.rankings import Journal
-from hones_lens.interventions import HeadEdit, neuron_hook, replace_with_other_heads_mean
+from hones_lens.interventions import (
+    HeadEdit,
+    Layers,
+    choose_layers,
+    neuron_hook,
+    replace_with_other_heads_mean,
+)
 from hones_lens.model import Answer, HookedVLM, VLMInputs, at_positions
 from hones_lens.tasks import Task
 
@@ -33,6 +39,7 @@ def gradient_times_activation(
     progress: bool = True,
     journal: Journal = None,
     positions: str = "all",
+    layers: Layers | None = None,
 ) -> Float[Tensor, "layer d_mlp"]:
     """`m_i · ∂P/∂m_i`, the first-order estimate of what zeroing a neuron loses (METHOD, rankings).
 
@@ -46,14 +53,19 @@ def gradient_times_activation(
         progress: Show a progress bar.
         journal: Where its sums are kept, so that it can be resumed (see `engine.resumed_batches`).
         positions: `last` takes the last prompt position alone.
+        layers: Of these alone, as `choose_layers`; the others' are zeros, and cost no memory.
 
     Raises:
-        ValueError: Unknown positions.
+        ValueError: Unknown positions, or no such layer.
     """
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
-    key, zeros = f"gradient_times_activation/{task.name}", [0.0] * model.cfg.n_layers
+    chosen, key = choose_layers(layers, model.cfg.n_layers), f"gradient_times_activation/{task.name}"
+
+    def drops(part: engine.Batch, numbers: Sequence[int]) -> Tensor:
+        return _first_order_drops(model, part, positions, chosen, [0.0] * len(chosen))
+
     for _, batch in _batches(model, task, examples, batch_size, progress, total, journal, key):
-        total += _summed(model, batch, lambda part, _: _first_order_drops(model, part, positions, zeros))
+        total[chosen] += _summed(model, batch, drops)
     return total / len(examples)
 
 
@@ -67,6 +79,7 @@ def attribution_patching(
     journal: Journal = None,
     pairs: Sequence[CounterfactualPair] = (),
     positions: str = "all",
+    layers: Layers | None = None,
 ) -> Float[Tensor, "layer d_mlp"]:
     """`(m_i − m_i^corrupt) · ∂P/∂m_i`, the first-order estimate of patching a neuron (METHOD, rankings).
 
@@ -83,9 +96,10 @@ def attribution_patching(
         journal: Where its sums are kept, so that it can be resumed (see `engine.resumed_batches`).
         pairs: What to compare, from `data.counterfactual_pairs`.
         positions: `last` takes the last prompt position alone.
+        layers: Of these alone, as `choose_layers`; the others' are zeros, and cost no memory.
 
     Raises:
-        ValueError: No pairs, or unknown positions.
+        ValueError: No pairs, unknown positions, or no such layer.
     """
     if not pairs:
         raise ValueError("attribution_patching needs counterfactual pairs: pairs=counterfactual_pairs(...)")
@@ -93,7 +107,7 @@ def attribution_patching(
     engine.check_examples(task, clean)
     corrupted = [replace(pair.clean, image_source=pair.corrupted.image_source) for pair in pairs]
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
-    key = f"attribution_patching/{task.name}"
+    chosen, key = choose_layers(layers, model.cfg.n_layers), f"attribution_patching/{task.name}"
     for start, batch in _batches(model, task, clean, batch_size, progress, total, journal, key):
         chunk = corrupted[start : start + len(batch.examples)]
         (corrupted_batch,) = engine.answer_batches(model, task, chunk, batch_size)
@@ -102,9 +116,10 @@ def attribution_patching(
             part: engine.Batch, numbers: Sequence[int], other: engine.Batch = corrupted_batch
         ) -> Tensor:
             steps = layer_steps(model, other.part(numbers).inputs)
-            return _first_order_drops(model, part, positions, (step.neurons for step in steps))
+            corrupted = (step.neurons for step in steps if step.layer in chosen)
+            return _first_order_drops(model, part, positions, chosen, corrupted)
 
-        total += _summed(model, batch, drops)
+        total[chosen] += _summed(model, batch, drops)
     return total / len(pairs)
 
 
@@ -252,12 +267,16 @@ def integrated_gradients(
 
 
 def _first_order_drops(
-    model: HookedVLM, batch: engine.Batch, positions: str, replacements: Iterable[Tensor | float]
-) -> Float[Tensor, "layer d_mlp"]:
+    model: HookedVLM,
+    batch: engine.Batch,
+    positions: str,
+    layers: Sequence[int],
+    replacements: Iterable[Tensor | float],
+) -> Float[Tensor, "chosen d_mlp"]:
     """`Σ_p (m_i − m_i') · ∂ log P/∂m_i` for every neuron, summed over rows; m' by layer in `replacements`."""
     position_mask = at_positions(batch.inputs, positions)[..., None]
     with engine.error_context(batch.ids):
-        gradients = neuron_gradients(model, batch.inputs)
+        gradients = neuron_gradients(model, batch.inputs, layers)
     drops = [
         (position_mask * (m - replacement) * gradient).sum((0, 1), dtype=torch.float64).cpu()
         for (m, gradient), replacement in zip(gradients, replacements, strict=True)
@@ -265,14 +284,19 @@ def _first_order_drops(
     return torch.stack(drops)
 
 
-def neuron_gradients(model: HookedVLM, inputs: VLMInputs) -> list[tuple[Tensor, Tensor]]:
+def neuron_gradients(
+    model: HookedVLM, inputs: VLMInputs, layers: Sequence[int] | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """Each layer's neurons m and ∂ log P/∂m for the answers' log-probability, both [row pos d_mlp].
+
+    Of all layers, or of some: what lies below the lowest of these has no graph.
 
     Raises:
         ValueError: The inputs mark no answer.
         FloatingPointError: A log-probability that is not finite.
     """
-    return _gradients_at(model, inputs, [neuron_hook(layer) for layer in range(model.cfg.n_layers)])
+    chosen = range(model.cfg.n_layers) if layers is None else layers
+    return _gradients_at(model, inputs, [neuron_hook(layer) for layer in chosen])
 
 
 def _gradients_at(model: HookedVLM, inputs: VLMInputs, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:

@@ -22,7 +22,7 @@ from hones_lens.tasks import Task
 
 T = TypeVar("T")
 Start = tuple[int, Tensor | None]
-"""A layer, and the clean streams that enter it [example pos d_model]; None where they begin with the prompt."""
+"""A layer, and the clean streams that enter it, [example pos d_model]; None: from the prompt."""
 DEFAULT_RATIO = 0.01
 _PARTS = 20  # of the examples, for standard errors
 _HEADS_OF_A_UNIT = 4  # where others compute; each unit costs a clean pass more

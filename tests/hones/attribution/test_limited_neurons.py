@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.hf_task_loops import critical_heads, examples_of, pair
 
+from hones_lens.data import counterfactual_pairs
 from hones_lens.hones import NeuronScores, attribute_neurons, evaluate_masking, head_neuron_flow
 
 FAMILIES = pytest.mark.parametrize("family", ["llava", "qwen"])
@@ -42,6 +43,23 @@ def test_some_layers_are_the_full_ranking_restricted(family: str, method: str, l
     assert {c.layer for c in some.top()} <= set(chosen) and len(some.top(n)) == n == len(some.to_dataframe())
     with pytest.raises(ValueError, match=f"{n} were scored: {len(chosen)} of 3 layers"):
         some.top(n + 1)
+
+
+@pytest.mark.parametrize("method", ["gradient_times_activation", "attribution_patching"])
+def test_below_the_lowest_layer_is_no_graph(method: str) -> None:
+    model, in_graph = pair("llava")[1], dict[int, bool]()
+    pairs = counterfactual_pairs("vqa", "color", "dev", 2) if method == "attribution_patching" else ()
+    options: dict[str, Any] = {"method": method, "progress": False} | ({"pairs": pairs} if pairs else {})
+    full = attribute_neurons(model, "vqa", examples_of("vqa", 2), **options)
+
+    def note(x: torch.Tensor, hook: Any) -> None:
+        if torch.is_grad_enabled():
+            in_graph[hook.layer()] = x.requires_grad
+
+    with model.hooks([(f"blocks.{layer}.mlp.hook_post", note) for layer in range(3)]):
+        some = attribute_neurons(model, "vqa", examples_of("vqa", 2), layers=[1, 2], **options)
+    assert in_graph == {0: False, 1: False, 2: True}  # the graph begins behind this hook of layer 1
+    torch.testing.assert_close(some.scores[1:], full.scores[1:])
 
 
 def test_what_follows_from_some_layers(tmp_path: Any) -> None:

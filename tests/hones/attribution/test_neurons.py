@@ -200,7 +200,7 @@ def test_nothing_below_a_replaced_head_runs_again() -> None:
     finally:
         for handle in handles:
             handle.remove()
-    # once on the way up; then the clean pass and one a head, from its layer on; the last two heads' way further up
+    # on the way up to the lower head, without edits, with its edit; then up to the others, with their edits
     assert runs == [1] * (N_LAYERS - 2) + [1 + 1 + 1, 1 + 1 + 2]
 
 
