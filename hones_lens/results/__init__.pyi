@@ -5,6 +5,7 @@ from .codec import to_json as to_json
 from .correlation import pearson as pearson, spearman as spearman
 from .files import (
     Component as Component,
+    largest as largest,
     naming as naming,
     ranked as ranked,
     read_json as read_json,

@@ -33,12 +33,25 @@ def ranked(scores: Tensor, k: int, positive_only: bool = False) -> list[Componen
     if bool(torch.isnan(scores).any()):
         layer, index = (int(place) for place in torch.nonzero(torch.isnan(scores))[0])
         raise ValueError(f"the score of layer {layer}, index {index} is NaN")
-    n_columns = scores.shape[1]
-    order = [int(place) for place in torch.argsort(scores.flatten(), descending=True, stable=True)[:k]]
-    components = [
-        Component(i // n_columns, i % n_columns, float(scores[i // n_columns, i % n_columns])) for i in order
-    ]
+    n_columns, flat = scores.shape[1], scores.flatten()
+    order = largest(flat, k)
+    values: list[float] = flat[order].tolist()
+    components = [Component(*divmod(i, n_columns), value) for i, value in zip(order, values, strict=True)]
     return [c for c in components if c.score > 0] if positive_only else components
+
+
+def largest(values: Tensor, k: int) -> list[int]:
+    """Where the k largest of some values [n] are, the largest first; equal ones in their order.
+
+    Faster than sorting them all: a model has half a million neurons.
+    """
+    if k < len(values):
+        candidates = (values >= values.topk(k).values[-1]).nonzero()[:, 0]
+    else:
+        candidates = torch.arange(len(values), device=values.device)
+    order = values[candidates].argsort(descending=True, stable=True)[:k]
+    places: list[int] = candidates[order].tolist()
+    return places
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from hones_lens.app.explorer.compute import Activations
 from hones_lens.app.explorer.state import Edit, LayerIndex, State
 from hones_lens.hones import HeadScores
 from hones_lens.model import HookedVLM, Pictures, leading_blanks, open_images, token_names
-from hones_lens.results import round_floats
+from hones_lens.results import largest, round_floats
 from hones_lens.viz import image_uri
 
 SECTIONS = ("answer", "map", "attention", "head", "neuron", "lens")
@@ -56,7 +56,8 @@ class ExplorerViews:
         inputs = model.prepare([self.pictures] if self.pictures else [None], [prompt])
         self.answered = compute.answer_prompt(model, inputs, max_new_tokens)
         self._passes: dict[tuple[Any, ...], Activations] = {}
-        self._texts: dict[tuple[Edit, ...], str] = {}
+        said = model.tokenizer.decode(self.answered.answer, skip_special_tokens=True).strip()
+        self._texts: dict[tuple[Edit, ...], str] = {(): said}
         self._norms = compute.neuron_output_norms(model)
         self._lock = threading.Lock()  # hooks are set on the shared model
         self.base = self.activations((), self.answered.last_prompt_position).log_probs
@@ -112,7 +113,7 @@ class ExplorerViews:
             self.model, self.activations(state.edits, state.token), state.head, state.token
         )
         written = change * self._norms
-        order = written.abs().flatten().argsort(descending=True, stable=True)[:NEURONS].tolist()
+        order = largest(written.abs().flatten(), NEURONS)
         width = change.shape[1]
         neurons = [(i // width, i % width) for i in order]
         return [[*neuron, change[neuron].item(), written[neuron].item()] for neuron in neurons]
@@ -233,7 +234,7 @@ class ExplorerViews:
         direct = compute.direct_neurons(
             self.model, self.activations(state.edits, state.token), direction, token
         )
-        order = direct.flatten().argsort(descending=True, stable=True)[:NEURONS].tolist()
+        order = largest(direct.flatten(), NEURONS)
         width = direct.shape[1]
         rows = [[i // width, i % width, direct[i // width, i % width].item()] for i in order]
         return {
@@ -308,7 +309,7 @@ class ExplorerViews:
         activations, (layer, index) = self.activations(state.edits, state.token), state.neuron
         output_row = self.model.blocks[layer].mlp.W_out[index].detach()
         feeding = compute.feeding_heads(self.model, activations, state.neuron, state.token)
-        order = feeding.abs().flatten().argsort(descending=True, stable=True)[:HEADS].tolist()
+        order = largest(feeding.abs().flatten(), HEADS)
         heads: list[LayerIndex] = [(i // feeding.shape[1], i % feeding.shape[1]) for i in order]
         target_position, direction = self._target(state)
         direct = activations.post[layer, target_position, index].float() * (output_row.float() @ direction)
