@@ -35,7 +35,7 @@ def ranked(scores: Tensor, k: int, positive_only: bool = False) -> list[Componen
         raise ValueError(f"the score of layer {layer}, index {index} is NaN")
     n_columns, flat = scores.shape[1], scores.flatten()
     order = largest(flat, k)
-    values: list[float] = flat[order].tolist()
+    values = cast("list[float]", flat[order].tolist())
     components = [Component(*divmod(i, n_columns), value) for i, value in zip(order, values, strict=True)]
     return [c for c in components if c.score > 0] if positive_only else components
 
@@ -50,8 +50,7 @@ def largest(values: Tensor, k: int) -> list[int]:
     else:
         candidates = torch.arange(len(values), device=values.device)
     order = values[candidates].argsort(descending=True, stable=True)[:k]
-    places: list[int] = candidates[order].tolist()
-    return places
+    return cast("list[int]", candidates[order].tolist())
 
 
 @contextmanager

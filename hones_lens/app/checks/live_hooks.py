@@ -60,8 +60,8 @@ def hooks_without_effect(model: HookedVLM, inputs: VLMInputs, names: Sequence[st
         inside = [name for name, place in places.items() if place == layer]
         found += without_effect(one_layer, inside)
         if inside:
-            stream = f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.hook_resid_post"
-            found += [name for name in without_effect(to_the_end, stream) if name not in found]
+            handed_on = f"blocks.{layer}.hook_resid_post"
+            found += [name for name in without_effect(to_the_end, [handed_on]) if name not in found]
         resid = one_layer()
     last = [name for name in names if name.startswith("ln_final")]
     return found + without_effect(

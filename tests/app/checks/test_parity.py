@@ -8,6 +8,7 @@ from helpers import random_llava
 from transformers import GenerationConfig
 
 from hones_lens import Decoding, HookedVLM
+from hones_lens.app.checks import parity
 from hones_lens.app.checks.live_hooks import hooks_without_effect, sample_of_hooks
 from hones_lens.app.checks.parity import check_model
 
@@ -92,6 +93,12 @@ def test_a_dead_hook_is_found(pair):
     ours.blocks[2].mlp.hook_post = torch.nn.Identity()  # the hook point is still in hook_dict, and never runs
     with pytest.raises(RuntimeError, match=r"blocks\.2\.mlp\.hook_post"):
         check_model(ours, theirs, max_new_tokens=2)
+
+
+def test_where_patches_lie_is_seen_without_the_decoder(pair):
+    ours, _ = pair
+    ours.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("the decoder ran"))
+    assert parity._geometry(ours).passed
 
 
 def test_patches_in_another_order_are_found(pair):
