@@ -72,6 +72,7 @@ def running(folder: Path) -> Iterator[None]:
         _wait_until_idle(folder)
         yield
     finally:
+        _wait_until_empty()
         for process in reversed(started):
             process.terminate()
             process.wait(20)
@@ -85,6 +86,18 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def _wait_until_empty() -> None:
+    """Let jobs end: what is stopped before them leaves them behind."""
+    queue = ["squeue", "--noheader", "--format=%i"]
+    for attempt in range(60):
+        jobs = subprocess.run(queue, capture_output=True, text=True).stdout.split()
+        if not jobs:
+            return
+        if attempt == 30:
+            subprocess.run(["scancel", *jobs], capture_output=True)
+        time.sleep(0.5)
 
 
 def _wait_until_idle(folder: Path) -> None:

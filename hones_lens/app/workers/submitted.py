@@ -140,6 +140,11 @@ class SubmittedCrew:
             _dismiss(None, self._workers, self.cluster)
             raise
 
+    def dismiss(self) -> None:
+        """Let workers end that would wait for more to do."""
+        _dismiss(self._desk, self._workers, self.cluster)
+        self._desk = None
+
     def _send(self, order: Order, shares: Mapping[int, Sequence[Unit]]) -> None:
         """Give workers their shares: those that still run by the desk, others as new jobs."""
         if self._desk is None and shares:

@@ -57,7 +57,9 @@ def crew(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Crew]:
         pytest.skip("slurmctld, slurmd and munge are not installed")
     (tmp_path / "slurm").mkdir()
     with slurm.running(tmp_path / "slurm"):
-        yield crew_of(engine)
+        crew = crew_of(engine)
+        yield crew
+        crew.dismiss()
 
 
 @dataclass(frozen=True)
