@@ -150,11 +150,11 @@ print(check_data("listed", data_file="list.txt", open_images=False))
 @pytest.mark.slow
 def test_every_command_takes_the_task_and_the_data_set(environment, tmp_path) -> None:
     data = ["--task", "count-discs", "--dataset", "discs", "--limit", "12"]
-    stages = ["--top-k", "3", "--ratio", "0.01", "--controls", "2", "--out", "run"]
+    stages = ["--top-k", "3", "--ratio", "0.01", "--out", "run"]
     commands = [
         ["evaluate", "--dataset", "discs", "--limit", "12", "--json", "evaluation.json"],  # all that it has
         ["localize", *data, *stages],
-        ["mask", *data, *stages],
+        ["mask", *data, *stages, "--controls", "2"],
         ["steer", *data, "--out", "run", "--methods", "HONES,Fixed-Amp", "--lr", "0.01", "--epochs", "1"],
         ["patch", *data, "--corrupt", "blank", "--by", "all", "--layers", "0,3", "--out", "patch"],
         ["report", "run", "patch", "--out", "report.html"],

@@ -9,6 +9,7 @@ from .explorer.views import ExplorerViews as ExplorerViews
 from .report.report import write_report as write_report
 from .report.run_folder import read_view as read_view
 from .runs.data_choice import DataChoice as DataChoice
+from .runs.machines import GPUS as GPUS, Machines as Machines
 from .runs.plan import plan as plan
 from .runs.stages import (
     find_heads as find_heads,

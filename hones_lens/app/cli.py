@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -27,7 +27,8 @@ from hones_lens.app.commands import (
     steer,
     train_tiny,
 )
-from hones_lens.app.commands.checks import check_options
+from hones_lens.app.commands.checks import check_options, option
+from hones_lens.app.commands.unused import check_unused
 from hones_lens.app.config_file import apply_config
 from hones_lens.app.guard import guarded
 from hones_lens.model import did_you_mean
@@ -74,10 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> int | None:
-        chosen = args
+        chosen, given = args, _given(argv)
         if getattr(args, "config", None):
-            apply_config(args)
+            with option(""):
+                given |= apply_config(args)
             chosen = parser.parse_args(argv)
+        check_unused(chosen, given)
         check_options(chosen)
         if getattr(chosen, "memory_budget", None) is None:
             return chosen.run(chosen)
@@ -87,6 +90,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             return chosen.run(chosen)
 
     return guarded(run, argv, args.debug)
+
+
+def _given(argv: Sequence[str] | None) -> set[str]:
+    """Names of the options that are said on the command line."""
+    parser = build_parser()
+    for command in _leaves(parser):
+        for action in command._actions:
+            action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
+
+
+def _leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers of the commands, and of the actions of a command."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from (command, *_leaves(command))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hones_lens.model import did_you_mean
 
@@ -38,6 +38,13 @@ _DTYPES = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16
 _DTYPES |= {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 
 
+class Setting(NamedTuple):
+    """A value of the file, and its key there, such as `run.task`."""
+
+    key: str
+    value: Any
+
+
 def is_hones_config(data: Any) -> bool:
     """Whether a YAML's content has HONES's sections."""
     return isinstance(data, dict) and any(isinstance(data.get(section), dict) for section in SECTIONS)
@@ -45,7 +52,7 @@ def is_hones_config(data: Any) -> bool:
 
 def read_options(
     data: Mapping[str, Any], file: str | Path, dataset: str | None = None, steers: bool = False
-) -> dict[str, Any]:
+) -> dict[str, Setting]:
     """The options that a HONES configuration gives.
 
     Args:
@@ -59,106 +66,130 @@ def read_options(
 
     Raises:
         ValueError: An unknown section or key (with the nearest valid one), a data set that the file does
-            not have, or a protocol that is not HONES's; names the file.
+            not have, a value where a section belongs, no path where one belongs, or a protocol that is not
+            HONES's; names file and key.
     """
     _check_keys(data, file)
-    root = _root(Path(file))
-    model, run = data.get("model", {}), data.get("run", {})
     for section, fixed in _FIXED.items():
         for key, wanted in fixed.items():
-            if data.get(section, {}).get(key, wanted) != wanted:
-                value = data[section][key]
+            if (value := _section(data, section).get(key, wanted)) != wanted:
                 raise ValueError(f"{file}: {section}.{key} is {value!r}; every stage here takes {wanted}")
+    read = _Reader(data, Path(file))
+    dtype = read("model.dtype")
     options = {
-        "model": model.get("model_id") or model.get("name"),
-        "dtype": _dtype(model.get("dtype", "auto"), file),
-        "device_map": model.get("device_map"),
-        "min_pixels": model.get("min_pixels"),
-        "max_pixels": model.get("max_pixels"),
-        "task": run.get("task"),
-        "top_k": run.get("top_k_heads"),
-        "ratio": run.get("top_neuron_ratio"),
-        **_data_options(data, file, root, dataset),
+        "model": read("model.model_id", "model.name"),
+        "dtype": Setting("model.dtype", _dtype("auto" if dtype is None else dtype.value, file)),
+        "device_map": read("model.device_map"),
+        "min_pixels": read("model.min_pixels"),
+        "max_pixels": read("model.max_pixels"),
+        "task": read("run.task"),
+        "top_k": read("run.top_k_heads"),
+        "ratio": read("run.top_neuron_ratio"),
+        **_data_options(read, file, dataset),
     }
     if steers:
-        options |= _steering_options(data.get("steering", {}), run.get("task"), root)
-    if run.get("output_dir"):
-        options["outputs"] = (_resolved(root, run["output_dir"]), run.get("task"))
-    return {name: value for name, value in options.items() if value is not None}
+        options |= {name: found for name, found in _steering_options(read).items() if found is not None}
+    output, task = read.path("run.output_dir"), read("run.task")
+    if output is not None:
+        options["outputs"] = Setting(output.key, (output.value, None if task is None else task.value))
+    return {name: found for name, found in options.items() if found is not None and found.value is not None}
+
+
+class _Reader:
+    """Reads values by their keys in the file, such as `data.datasets.gqa.data_file`."""
+
+    def __init__(self, data: Mapping[str, Any], file: Path):
+        self._data, self._file = data, file
+        folder = file.expanduser().resolve().parent
+        self._root = folder.parent if folder.name == "configs" else folder
+
+    def __call__(self, *keys: str) -> Setting | None:
+        """The first of these that has a value."""
+        for key in keys:
+            value: Any = self._data
+            for part in key.split("."):
+                value = (value or {}).get(part)
+            if value is not None:
+                return Setting(key, value)
+        return None
+
+    def path(self, *keys: str) -> Setting | None:
+        """The first of these that has a value, which is a path."""
+        found = self(*keys)
+        if found is None:
+            return None
+        if not isinstance(found.value, str):
+            raise ValueError(f"{self._file}: {found.key} is {found.value!r}, which is no path")
+        return Setting(found.key, str(self._root / Path(found.value).expanduser()))
+
+
+def _section(data: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """A section; empty where there is none, or nothing in it."""
+    found: Any = data
+    for name in names:
+        found = found.get(name) or {}
+    return found
 
 
 def _check_keys(data: Mapping[str, Any], file: str | Path) -> None:
     for section, values in data.items():
         _check_known(section, SECTIONS, "section", file)
+        _check_section(section, values, file)
         for key in values or {}:
             _check_known(key, _KEYS[section], f"key {section}.", file)
-    for name, entry in data.get("data", {}).get("datasets", {}).items():
-        for key in entry:
+    for key in ("data.datasets", "steering.neuron_banks"):
+        section, name = key.split(".")
+        _check_section(key, _section(data, section).get(name), file)
+    for name, entry in _section(data, "data", "datasets").items():
+        _check_section(f"data.datasets.{name}", entry, file)
+        for key in entry or {}:
             _check_known(key, _DATASET_KEYS, f"key data.datasets.{name}.", file)
 
 
-def _check_known(key: str, valid: tuple[str, ...], what: str, file: str | Path) -> None:
+def _check_section(key: str, value: Any, file: str | Path) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{file}: {key} is {value!r}, and not keys with their values")
+
+
+def _check_known(key: Any, valid: tuple[str, ...], what: str, file: str | Path) -> None:
     if key not in valid:
-        hint = did_you_mean(key, valid) or f"; valid: {', '.join(valid)}"
+        hint = did_you_mean(str(key), valid) or f"; valid: {', '.join(valid)}"
         unknown = f"{what}{key}" if what.endswith(".") else f"{what} {key!r}"
         raise ValueError(f"{file}: unknown {unknown}{hint}")
 
 
-def _root(file: Path) -> Path:
-    folder = file.expanduser().resolve().parent
-    return folder.parent if folder.name == "configs" else folder
-
-
-def _resolved(root: Path, value: str | None) -> str | None:
-    return None if value is None else str(root / Path(value).expanduser())
-
-
-def _dtype(name: str, file: str | Path) -> str | None:
+def _dtype(name: Any, file: str | Path) -> str | None:
     if str(name).lower() not in _DTYPES:
         raise ValueError(f"{file}: model.dtype is {name!r}; valid: {', '.join(_DTYPES)}")
     return _DTYPES[str(name).lower()]
 
 
-def _data_options(
-    data: Mapping[str, Any], file: str | Path, root: Path, dataset: str | None
-) -> dict[str, Any]:
-    main = data.get("data", {})
-    entry = main
+def _data_options(read: _Reader, file: str | Path, dataset: str | None) -> dict[str, Setting | None]:
+    entry = "data"
     if dataset is not None:
-        if dataset not in main.get("datasets", {}):
-            known = ", ".join(main.get("datasets", {})) or "none"
-            raise ValueError(f"{file}: data.datasets has no {dataset!r}; it has: {known}")
-        entry = main["datasets"][dataset]
-    limits = main if dataset is None else {**main, **entry}
+        known, entry = read("data.datasets"), f"data.datasets.{dataset}"
+        if known is None or dataset not in known.value:
+            names = ", ".join(map(str, known.value)) if known is not None else "none"
+            raise ValueError(f"{file}: data.datasets has no {dataset!r}; it has: {names}")
     return {
-        "dataset": dataset or "coco",
-        "data_file": _resolved(root, entry.get("data_file")),
-        "image_dir": _resolved(root, entry.get("image_dir")),
-        "discovery_split": _resolved(root, main.get("discovery_split")) if dataset is None else None,
-        "dev_split": _resolved(root, entry.get("dev_split") or entry.get("development_split")),
-        "split": _resolved(root, entry.get("test_split")),
-        "seed": main.get("seed"),
-        "discovery_limit": main.get("discovery_limit"),
-        "dev_limit": limits.get("dev_limit"),
-        "limit": main.get("eval_limit") if limits.get("test_limit") is None else limits["test_limit"],
+        "dataset": Setting("data.datasets", dataset or "coco"),
+        "data_file": read.path(f"{entry}.data_file"),
+        "image_dir": read.path(f"{entry}.image_dir"),
+        "discovery_split": read.path("data.discovery_split") if dataset is None else None,
+        "dev_split": read.path(f"{entry}.dev_split", f"{entry}.development_split"),
+        "split": read.path(f"{entry}.test_split"),
+        "seed": read("data.seed"),
+        "discovery_limit": read("data.discovery_limit"),
+        "dev_limit": read(f"{entry}.dev_limit", "data.dev_limit"),
+        "limit": read(f"{entry}.test_limit", "data.test_limit", "data.eval_limit"),
     }
 
 
-def _steering_options(steering: Mapping[str, Any], task: str | None, root: Path) -> dict[str, Any]:
-    banks = steering.get("neuron_banks") or {}
-    options = {
-        "methods": steering.get("methods"),
-        "factors": steering.get("grid_amps"),
-        "lr": None if steering.get("lr") is None else (float(steering["lr"]),),
-        "epochs": None if steering.get("epochs") is None else (int(steering["epochs"]),),
-        "accumulate": steering.get("grad_accum_steps"),
-        "kl_weight": steering.get("beta_kl"),
-        "l2_weight": steering.get("l2_weight"),
-        "clamp": steering.get("clamp"),
-        "negatives": steering.get("retrieval_train_negatives"),
-        "k": steering.get("bank_topk"),
-        "neurons": _resolved(root, banks.get(task)),
-        "dev_limit": steering.get("dev_limit"),
-        "limit": steering.get("test_limit"),
-    }
-    return {name: value for name, value in options.items() if value is not None}
+def _steering_options(read: _Reader) -> dict[str, Setting | None]:
+    task = read("run.task")
+    names = {"methods": "methods", "factors": "grid_amps", "lr": "lr", "epochs": "epochs"}
+    names |= {"accumulate": "grad_accum_steps", "kl_weight": "beta_kl", "l2_weight": "l2_weight"}
+    names |= {"clamp": "clamp", "negatives": "retrieval_train_negatives", "k": "bank_topk"}
+    names |= {"dev_limit": "dev_limit", "limit": "test_limit"}
+    options = {name: read(f"steering.{key}") for name, key in names.items()}
+    return options | {"neurons": None if task is None else read.path(f"steering.neuron_banks.{task.value}")}

@@ -23,6 +23,7 @@ from .known import (
     known_config as known_config,
     known_settings as known_settings,
     model_without_weights as model_without_weights,
+    processor_options_of as processor_options_of,
 )
 from .loadable import check_device as check_device
 from .loading import (

@@ -88,6 +88,23 @@ def model_without_weights(name: str, dtype: torch.dtype | None = None) -> Hooked
     return model
 
 
+def processor_options_of(name: str) -> tuple[str, ...]:
+    """Options of the picture processor of a model by name, as for `load_model`; no weights are read.
+
+    Raises:
+        OSError, ValueError: No such model, or its config can't be read.
+    """
+    settings = find_settings(name)
+    if settings is not None and (settings.config is not None or settings.checkpoint is not None):
+        config = known_config(name)
+    else:
+        auto: Any = AutoConfig
+        with naming(name, "config"):
+            config = auto.from_pretrained(settings.hub_id if settings else name, trust_remote_code=False)
+        check_config(name, config)
+    return load_family(config.model_type).processor_options
+
+
 def _narrow(config: Any) -> None:
     text, vision = config.text_config, config.vision_config
     text.hidden_size = _D_HEAD * text.num_attention_heads

@@ -70,7 +70,7 @@ def test_a_folder_that_can_t_be_written_to_is_refused_before_anything_runs(capsy
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["evaluate", "--data-file", "x.json", "--limit", "2"], "data_file"),
+        (["evaluate", "--dataset", "coco", "--data-file", "x.json", "--limit", "2"], "x.json"),
         (["steer", "--out", "no-run"], "no-run/neurons.json is not there"),
         (["localize", "--stage", "neurons", "--limit", "4", "--out", "o"], "no heads.json yet"),
         (["report", "no-such-run", "--out", "x.html"], "no-such-run is not a run folder"),
@@ -122,10 +122,10 @@ def test_config_file_gives_options_and_the_command_line_wins(tmp_path, capsys):
     (evaluation,) = json.loads(out.read_text())
     assert evaluation["task"] == "ocr" and len(evaluation["scores"]) == 2
     config.write_text("taks: ocr\n")
-    assert main(["evaluate", "--config", str(config)]) == 1
+    assert main(["evaluate", "--config", str(config)]) == 2
     assert "unknown key 'taks'; did you mean 'task'?" in capsys.readouterr().err
     config.write_text("task: chess\n")
-    assert main(["evaluate", "--config", str(config)]) == 1
+    assert main(["evaluate", "--config", str(config)]) == 2
     assert "task is 'chess'; valid: vqa" in capsys.readouterr().err
 
 

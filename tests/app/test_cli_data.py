@@ -112,8 +112,10 @@ def test_an_unknown_encoding_and_one_without_use_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "--encoding", "latin-99"])
     assert stop.value.code == 2 and "unknown encoding 'latin-99'" in capsys.readouterr().err
-    assert main(["evaluate", "--task", "vqa", "--encoding", "cp1252"]) == 1
-    assert "is drawn, not read from files: encoding='cp1252' has no use" in capsys.readouterr().err
+    assert main(["evaluate", "--task", "vqa", "--encoding", "cp1252"]) == 2
+    assert "--encoding: is for data from files, and this data set is drawn" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is drawn, not read from files: encoding='cp1252' has no use"):
+        hl.load_examples("shapes", "vqa", "test", 1, encoding="cp1252")
     with pytest.raises(ValueError, match="encoding='cp1252' has no use"):
         hl.load_examples("hf:lmms-lab/textvqa@validation", "vqa", "all", encoding="cp1252")
 
@@ -196,4 +198,4 @@ def test_a_check_for_a_model_sees_prompts_that_are_too_long(tmp_path, capsys):
     )
     (fault,) = json.loads((tmp_path / "found.json").read_text())["unfit"]["tasks"]["vqa"]
     assert "is too long" in fault["reason"] and "for a context of" in fault["reason"]
-    assert main([*argv, "--model", "tiny-llava", "--no-images"]) == 1
+    assert main([*argv, "--model", "tiny-llava", "--no-images"]) == 2

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from hones_lens.app.hones_config import is_hones_config, read_options
+from hones_lens.app.hones_config import is_hones_config, read_options as read_settings
 
 # The keys of `configs/llava_hones.yaml`; Qwen's has two more in `model`.
 LLAVA = {
@@ -69,6 +70,11 @@ LLAVA = {
 }
 
 
+def read_options(*args: Any, **options: Any) -> dict[str, Any]:
+    """The values alone."""
+    return {name: setting.value for name, setting in read_settings(*args, **options).items()}
+
+
 def test_localization(tmp_path: Path) -> None:
     assert is_hones_config(LLAVA) and not is_hones_config({"task": "vqa", "model": "tiny-llava"})
     found = read_options(LLAVA, tmp_path / "configs" / "llava_hones.yaml")
@@ -89,7 +95,7 @@ def test_paths_start_beside_a_file_that_is_in_no_configs_folder(tmp_path: Path) 
 def test_steering(tmp_path: Path) -> None:
     file = tmp_path / "configs" / "x.yaml"
     found = read_options(LLAVA, file, "coco", steers=True)
-    assert found["lr"] == (5e-4,) and found["epochs"] == (2,) and found["accumulate"] == 4
+    assert found["lr"] == 5e-4 and found["epochs"] == 2 and found["accumulate"] == 4
     assert found["split"] == str(tmp_path / "data/splits/test.json")
     assert (found["dev_limit"], found["limit"]) == (2000, 3000)
     other = read_options(LLAVA, file, "gqa", steers=True)
@@ -112,6 +118,10 @@ def changed(section: str, key: str, value: object) -> dict:
         (changed("run", "max_new_tokens", 30), "run.max_new_tokens is 30; every stage here takes 24"),
         (changed("run", "ndcg_k", 10), "run.ndcg_k is 10"),
         (changed("model", "dtype", "int4"), "model.dtype is 'int4'; valid: auto"),
+        (changed("data", "image_dir", 5), "data.image_dir is 5, which is no path"),
+        (changed("data", "datasets", [1]), r"data.datasets is \[1\], and not keys with their values"),
+        (changed("data", "datasets", {"coco": "x"}), "data.datasets.coco is 'x', and not keys"),
+        ({**LLAVA, "run": 3}, "run is 3, and not keys with their values"),
     ],
 )
 def test_what_cannot_be_taken(data: dict, message: str, tmp_path: Path) -> None:

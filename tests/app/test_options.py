@@ -8,10 +8,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from helpers.dataset_files import hones
 
 from hones_lens.app.cli import build_parser, main
 from hones_lens.app.commands import values
+from hones_lens.app.config_file import apply_config
 from hones_lens.app.runs.data_choice import DataChoice
+from hones_lens.app.runs.evaluate import TaskExamples
+from hones_lens.app.runs.patch import PairsChoice
+from hones_lens.data import load_examples
 from hones_lens.model import HookedVLM
 from hones_lens.model.loading import load_model
 
@@ -101,6 +106,11 @@ WRONG = [
     (["patch", "--corrupt", "blank", "--color", "reddish"], "'reddish' is not a colour"),
     (["patch", "--kind", "taste"], "no vqa pairs of kind 'taste'"),
     (["patch", "--metric", "task", "--corrupt", "blur"], "--metric: task needs counterfactual pairs"),
+    (["localize", "--max-pixels", "9999"], "--max-pixels: 'tiny-llava' sees all pictures in one size"),
+    (["explore", "--model", "llava", "--min-pixels", "9"], "--min-pixels: 'llava' sees all pictures"),
+    (["mask", "--device", "cpu", "--device-map", "auto"], "--device, --device-map: give one of the two"),
+    (["explore", "--raw-prompt"], "--raw-prompt needs --prompt"),
+    (["check", "tiny-llava", "--flips", "2", "--dtype", "float32"], "--flips compares another type"),
 ]
 AGAINST_THE_MODEL = [
     (["localize", "--top-k", "999"], "--top-k: 999 heads asked for, but only "),
@@ -144,5 +154,63 @@ def test_a_configuration_s_limit_of_0_is_refused(tmp_path: Path, capsys: pytest.
     file = tmp_path / "c.yaml"
     for text in ("limit: 0", "model: {name: llava}\ndata: {test_limit: 0, eval_limit: 9}"):
         file.write_text(text)
-        assert main(["localize", "--config", str(file)]) == 1
+        assert main(["localize", "--config", str(file)]) == 2
         assert "--limit does not take: 0 must be at least 1" in capsys.readouterr().err
+    assert main(["localize", "--config", "nowhere.yaml"]) == 2
+    assert "--config: nowhere.yaml can't be read: No such file" in capsys.readouterr().err
+
+
+IN_A_FILE = [
+    ("localize", "model: {name: llava}\ndata: {test_limit: 0}", "data.test_limit is 0, which --limit does"),
+    ("localize", "run: {task: vqa, top_k_heads: many}", "run.top_k_heads is 'many', which --top-k does"),
+    ("steer", "steering: {lr: fast}", "steering.lr is 'fast', which --lr does not take"),
+    ("steer", "steering: {epochs: [2, x]}", "steering.epochs is [2, 'x'], which --epochs does not take"),
+    ("steer", "steering: {dataset: 5}", "data.datasets has no 5; it has: none"),
+    ("patch", "box: [1, 2, 3]", "box is [1, 2, 3], which --box does not take"),
+    ("explore", "run_folder: x", "unknown key 'run_folder'; valid: "),
+    ("localize", "engine: ray", "--engine: give --workers, too"),
+    ("localize", "model: tiny-llava\nmin-pixels: 9", "--min-pixels: 'tiny-llava' sees all pictures in one"),
+]
+
+
+@pytest.mark.parametrize(("command", "text", "says"), IN_A_FILE)
+def test_what_is_wrong_in_a_file_is_wrong_usage(
+    command: str, text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    assert main([command, "--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1 and (str(file) in said or says.startswith("--"))
+
+
+def test_boxes_in_a_file_are_those_of_the_command_line(tmp_path: Path) -> None:
+    file, parser = tmp_path / "c.yaml", build_parser()
+    for text in ("[[0, 0, 9, 9], [1, 1, 5, 5]]", "['0,0,9,9', '1,1,5,5']"):
+        file.write_text(f"box: {text}")
+        apply_config(parser.parse_args(["patch", "--config", str(file)]))
+        assert parser.parse_args(["patch"]).box == [(0, 0, 9, 9), (1, 1, 5, 5)]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "overlap", "patch"])
+def test_fewer_examples_than_the_limit_are_said(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    hones(tmp_path)
+    files = {
+        "dataset": "hones",
+        "data_file": str(tmp_path / "unified.json"),
+        "image_dir": str(tmp_path / "images"),
+    }
+    there = len(load_examples(task="vqa", split="test", **files))
+    model = shipped("tiny-llava")
+    for asked, is_said in ((there, False), (there + 1, True), (None, False)):
+        if command == "evaluate":
+            options = {"on_error": "raise", "data_file": files["data_file"], "image_dir": files["image_dir"]}
+            TaskExamples.of(model, "vqa", "hones", "test", asked, 3407, **options)
+        elif command == "overlap":
+            DataChoice(n_held_out=asked, **files).test("vqa")
+        else:
+            PairsChoice(corrupt="blank", split="test", limit=asked, **files).load(model)
+        said = f"hones: {there} vqa examples of 'test' in hones, not the {there + 1} asked for: all are used"
+        assert [x for x in capsys.readouterr().err.splitlines() if x[:6] == "hones:"] == [said] * is_said

@@ -12,6 +12,7 @@ from hones_lens.app.commands.recorded import recorded_options
 if TYPE_CHECKING:
     from hones_lens.app.runs.data_choice import DataChoice
     from hones_lens.app.runs.folder import Journals, Opening, Run
+    from hones_lens.app.runs.machines import Machines
     from hones_lens.hones import HeadScores
     from hones_lens.model import HookedVLM
 
@@ -55,15 +56,25 @@ def data_from(args: argparse.Namespace, model: HookedVLM | None) -> DataChoice:
 
 
 def planned(args: argparse.Namespace, stages: Sequence[str]) -> bool:
-    """Print the plan of these stages if `--plan` is given; returns whether it is.
+    """Print the plan of these stages if `--plan` is given; returns whether it is."""
+    if not args.plan:
+        return False
+    from hones_lens.app.runs.plan import PlanKeywords, plan
+
+    model, machines = planned_for(args)
+    asked: Any = {name: vars(args)[name] for name in PlanKeywords.__annotations__ if name in args}
+    write_plan(args, plan(model, args.task, data_from(args, None), stages, machines, **asked))
+    return True
+
+
+def planned_for(args: argparse.Namespace) -> tuple[HookedVLM, Machines]:
+    """The model's sizes, against which the options are checked, and the machines that a plan is for.
 
     No weights are loaded, but those of a shipped model, to time it, where no GPU or throughput is named.
     """
-    if not args.plan:
-        return False
     import torch
 
-    from hones_lens.app.runs.plan import GPUS, Machines, plan
+    from hones_lens.app.runs.machines import GPUS, Machines
     from hones_lens.model import find_settings, model_without_weights, require_choice
 
     settings = find_settings(args.model)
@@ -78,9 +89,13 @@ def planned(args: argparse.Namespace, stages: Sequence[str]) -> bool:
         machines = Machines.of_gpus(args.gpu or "h100", args.gpus, args.mfu)
     model = model_without_weights(args.model, getattr(torch, args.dtype) if args.dtype else None)
     check_against_model(args, model)
-    for line in plan(model, args.task, data_from(args, None), stages, machines, args):
-        print(line)
-    return True
+    return model, machines
+
+
+def write_plan(args: argparse.Namespace, lines: Sequence[str]) -> None:
+    """Print the lines of a plan; with `--json`, also into its file."""
+    print(*lines, sep="\n")
+    write_result(args, {"plan": list(lines)})
 
 
 def opening_from(args: argparse.Namespace, model: HookedVLM | None = None) -> Opening:
@@ -107,14 +122,14 @@ def _journals_of_workers(args: argparse.Namespace, model: HookedVLM) -> Journals
         return hiring.journals(model, args.model, options)
 
 
-def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice) -> Run:
-    """Open the run folder of localization and masking."""
+def start_run(args: argparse.Namespace, model: HookedVLM, data: DataChoice, stages: Sequence[str]) -> Run:
+    """Open the run folder of localization and masking, for some of its stages."""
     from hones_lens.app.runs import stages as pipeline
     from hones_lens.app.runs.folder import save_left_out
 
     check_against_model(args, model)
     settings = {"opening": opening_from(args, model), **recorded_options(args)}
-    run = pipeline.start_run(model, args.task, data, run_folder(args), **settings)
+    run = pipeline.start_run(model, args.task, data, run_folder(args), stages=stages, **settings)
     save_left_out(run, data, args.task)
     return run
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hones_lens.app.commands import values
 from hones_lens.app.commands.arguments import write_result
 from hones_lens.app.commands.options import add_command, model_options
+from hones_lens.app.guard import WrongOption
 
 if TYPE_CHECKING:
     from hones_lens.app.checks.dtype_flips import DtypeFlips
@@ -40,7 +41,7 @@ def execute(args: argparse.Namespace) -> int:
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.flips is not None and dtype is torch.float32:
-        raise ValueError("--flips compares another type with float32; give --dtype bfloat16 or float16")
+        raise WrongOption("--flips compares another type with float32; give --dtype bfloat16 or float16")
     options = {"plain_greedy": args.plain_greedy, "device_map": args.device_map}
     hf_model, processor = load_hf_model(args.model_name, args.device, dtype, **options)
     hooked = hook_hf_model(hf_model, processor)

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hones_lens.app.commands.values import output_folder
 from hones_lens.app.guard import WrongOption, is_expected
@@ -54,11 +54,11 @@ def check_options(args: argparse.Namespace) -> None:
     _check_model(
         given.get("model_name") or given.get("model"), None if given.get("plan") else given.get("device")
     )
-    if given.get("min_pixels") and given.get("max_pixels") and args.min_pixels > args.max_pixels:
-        raise WrongOption(f"--min-pixels: {args.min_pixels} is more than --max-pixels, {args.max_pixels}")
+    if given.get("device") is not None and given.get("device_map") is not None:
+        raise WrongOption("--device, --device-map: give one of the two")
+    _check_pixels(args)
     if "dataset" in given:
         _check_data(args)
-    _check_workers(given)
     if given.get("methods") is not None:
         from hones_lens.app.runs.steering import steering_methods
 
@@ -67,15 +67,6 @@ def check_options(args: argparse.Namespace) -> None:
     if "outputs" in given and "task" in given:
         with option("--out"):
             output_folder(str(run_folder(args)))
-
-
-def _check_workers(given: dict[str, Any]) -> None:
-    """Options of workers that would do nothing."""
-    if given.get("slurm") and (given["workers"] is None or given["engine"] != "slurm"):
-        raise WrongOption("--slurm: give --workers and --engine slurm, too")
-    for name in ("engine", "worker_threads"):
-        if given.get(name) is not None and given["workers"] is None:
-            raise WrongOption(f"--{name.replace('_', '-')}: give --workers, too")
 
 
 def _check_model(name: str | None, device: str | None) -> None:
@@ -89,6 +80,20 @@ def _check_model(name: str | None, device: str | None) -> None:
 
         with option("--device"):
             check_device(device)
+
+
+def _check_pixels(args: argparse.Namespace) -> None:
+    """Bounds of pictures: whether the model's processor has any, and the lower one is the lower."""
+    given = [name for name in ("min_pixels", "max_pixels") if getattr(args, name, None) is not None]
+    if not given:
+        return
+    if len(given) == 2 and args.min_pixels > args.max_pixels:
+        raise WrongOption(f"--min-pixels: {args.min_pixels} is more than --max-pixels, {args.max_pixels}")
+    from hones_lens.model import processor_options_of
+
+    if unknown := [name for name in given if name not in processor_options_of(args.model)]:
+        flag = f"--{unknown[0].replace('_', '-')}"
+        raise WrongOption(f"{flag}: {args.model!r} sees all pictures in one size")
 
 
 def _check_data(args: argparse.Namespace) -> None:

@@ -38,8 +38,6 @@ def execute(args: argparse.Namespace) -> int:
 
     from hones_lens.data import check_data
 
-    if args.model and args.no_images:
-        raise ValueError("--model counts the tokens of pictures: leave out --no-images")
     reading = {"data_file": args.data_file, "image_dir": args.image_dir, "encoding": args.encoding}
     reading |= {"allow_outside": args.allow_outside, "allow_large_pictures": args.allow_large_pictures}
     options = {"seed": args.seed, "open_images": not args.no_images, "progress": tqdm}

@@ -14,14 +14,15 @@ from hones_lens.app.commands.arguments import (
     start_run,
     write_result,
 )
-from hones_lens.app.commands.options import add_stage_command
+from hones_lens.app.commands.options import add_stage_command, controls_option
 
 _MASKING = ("masking", "others")
 
 
 def add(commands: Any) -> None:
     """Add the command to the program's parser."""
-    add_stage_command(commands, "demo", execute, "heads, neurons, masking and a report, on a shipped model")
+    text = "heads, neurons, masking and a report, on a shipped model"
+    controls_option(add_stage_command(commands, "demo", execute, text))
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -39,7 +40,7 @@ def execute(args: argparse.Namespace) -> int:
     model = model_from(args)
     data = data_from(args, model)
     pipeline.require_intervals(args.task, data)
-    run = start_run(args, model, data)
+    run = start_run(args, model, data, ("heads", "neurons", "masking", "others"))
     heads = find_heads(args, model, run, data)
     pipeline.remeasure_on_held_out(model, run, args.task, data, heads)
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio, args.layers)

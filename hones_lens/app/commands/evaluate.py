@@ -16,7 +16,6 @@ from hones_lens.app.commands.options import (
     worker_options,
 )
 from hones_lens.app.commands.recorded import recorded_options
-from hones_lens.app.guard import WrongOption
 
 
 def add(commands: Any) -> None:
@@ -40,8 +39,6 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.app.runs.data_choice import FILE_OPTIONS
     from hones_lens.data import tasks_of
 
-    if args.workers and not args.out:
-        raise WrongOption("--workers: what they find is kept in a run folder: give --out, too")
     model, results = model_from(args), []
     names = ("dataset", "split", "limit", "seed", *FILE_OPTIONS)
     chosen = {name: getattr(args, name) for name in names}

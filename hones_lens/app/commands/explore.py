@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hones_lens.app.commands import values
 from hones_lens.app.commands.arguments import model_from
+from hones_lens.app.commands.checks import option
 from hones_lens.app.commands.options import add_command, model_options
 from hones_lens.tasks import task_names
 
@@ -54,7 +55,8 @@ def _views(args: argparse.Namespace) -> ExplorerViews:
     from hones_lens.hones import HeadScores
 
     given = (args.image, args.prompt, args.task)
-    picture, prompt = picture_and_prompt(*given, raw_prompt=args.raw_prompt)
+    with option(""):
+        picture, prompt = picture_and_prompt(*given, raw_prompt=args.raw_prompt)
     heads = None
     if args.run_folder:
         heads = HeadScores.load(RunFiles(args.run_folder).require("heads.json"))

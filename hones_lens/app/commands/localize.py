@@ -34,7 +34,7 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     model = model_from(args)
     data = data_from(args, model)
-    run = start_run(args, model, data)
+    run = start_run(args, model, data, ("heads",) if args.stage == "heads" else ("heads", "neurons"))
     if args.stage == "neurons" and not run.path("heads.json").exists():
         raise ValueError(f"{run.folder} has no heads.json yet: --stage heads makes it, --stage all does both")
     heads = find_heads(args, model, run, data)

@@ -13,12 +13,13 @@ from hones_lens.app.commands.arguments import (
     start_run,
     write_result,
 )
-from hones_lens.app.commands.options import add_stage_command
+from hones_lens.app.commands.options import add_stage_command, controls_option
 
 
 def add(commands: Any) -> None:
     """Add the command to the program's parser."""
-    add_stage_command(commands, "mask", execute, "mask a run's neurons beside matched random sets (H4)")
+    text = "mask a run's neurons beside matched random sets (H4)"
+    controls_option(add_stage_command(commands, "mask", execute, text))
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -32,7 +33,7 @@ def execute(args: argparse.Namespace) -> int:
     model = model_from(args)
     data = data_from(args, model)
     pipeline.require_intervals(args.task, data)
-    run = start_run(args, model, data)
+    run = start_run(args, model, data, ("heads", "neurons", "masking"))
     heads = find_heads(args, model, run, data)
     held_out = pipeline.remeasure_on_held_out(model, run, args.task, data, heads)
     neurons = pipeline.find_neurons(model, run, args.task, data, heads, args.ratio, args.layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from hones_lens.app.commands import values
@@ -26,12 +27,9 @@ def add_stage_command(commands: Any, name: str, run: Any, text: str) -> argparse
     command = add_command(commands, name, run, text)
     model_options(command)
     data_options(command)
-    split_options(command)
+    split_options(command, ("discovery",))
     command.add_argument("--top-k", type=values.positive, help="critical heads (default: model_configs/)")
     command.add_argument("--ratio", type=values.share, help="share of neurons (default: model_configs/)")
-    command.add_argument(
-        "--controls", type=values.controls, default=20, help="matched random sets (default: 20)"
-    )
     command.add_argument(
         "--positions",
         choices=["all", "last"],
@@ -150,19 +148,30 @@ def run_options(command: argparse.ArgumentParser, text: str) -> None:
     )
 
 
-def split_options(command: argparse.ArgumentParser) -> None:
-    """Add the options of the run folder, the splits and their sizes."""
+def controls_option(command: argparse.ArgumentParser) -> None:
+    """Add the number of random sets that a set of neurons is compared with."""
+    command.add_argument(
+        "--controls", type=values.controls, default=20, help="matched random sets (default: 20)"
+    )
+
+
+_USES = {"discovery": "heads and neurons are found", "dev": "scales are learned"}
+
+
+def split_options(command: argparse.ArgumentParser, splits: Sequence[str] = tuple(_USES)) -> None:
+    """Add the options of the run folder, of these splits and the one of results, and of their sizes."""
     run_options(command, "run folder (default: runs/MODEL-TASK)")
     command.set_defaults(outputs=None)
-    command.add_argument("--limit", type=values.positive, help="how many examples of each split")
     command.add_argument(
-        "--discovery-limit", type=values.positive, help="how many discovery examples, if not --limit"
+        "--limit", type=values.positive, help="how many examples of each split, as far as there are so many"
     )
-    command.add_argument("--dev-limit", type=values.positive, help="how many dev examples, if not --limit")
-    for split, use in (("discovery", "heads and neurons are found"), ("dev", "scales are learned")):
-        command.add_argument(
-            f"--{split}-split", default=split, metavar="SPLIT", help=f"where {use} (default: {split})"
-        )
+    for split, use in _USES.items():
+        command.set_defaults(**{f"{split}_limit": None, f"{split}_split": split})
+        if split in splits:
+            name, text = f"--{split}-limit", f"how many {split} examples, if not --limit"
+            command.add_argument(name, type=values.positive, help=text)
+            name, text = f"--{split}-split", f"where {use} (default: {split})"
+            command.add_argument(name, default=split, metavar="SPLIT", help=text)
     command.add_argument("--split", default="test", help="where results are measured (default: test)")
 
 

@@ -15,7 +15,6 @@ from hones_lens.app.commands.options import (
     worker_options,
 )
 from hones_lens.app.commands.recorded import recorded_options
-from hones_lens.app.guard import WrongOption
 
 
 def add(commands: Any) -> None:
@@ -43,8 +42,6 @@ def execute(args: argparse.Namespace) -> int:
 
     from hones_lens.app.runs import overlap as runs
 
-    if args.workers and not args.mask:
-        raise WrongOption("--workers: there is nothing to measure without --mask")
     name, neurons = runs.neurons_of_runs(args.runs)
     out, result = args.out or f"runs/{name}-overlap{'-masked' if args.mask else ''}", {}
     if not args.mask:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hones_lens.app.commands import values
-from hones_lens.app.commands.arguments import model_from, opening_from, write_result
+from hones_lens.app.commands.arguments import model_from, opening_from, planned_for, write_plan, write_result
 from hones_lens.app.commands.checks import check_against_model, option
 from hones_lens.app.commands.options import (
     add_command,
@@ -15,11 +15,15 @@ from hones_lens.app.commands.options import (
     limit_options,
     memory_option,
     model_options,
+    plan_options,
     run_options,
     worker_options,
 )
 from hones_lens.app.commands.recorded import recorded_options
 from hones_lens.app.guard import WrongOption
+
+if TYPE_CHECKING:
+    from hones_lens.app.runs.patch import PairsChoice
 
 CORRUPTIONS = ("noise", "blank", "blur", "shuffle", "mean")
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
@@ -65,7 +69,7 @@ def add(commands: Any) -> None:
     add("--batch-size", type=values.positive, default=32, help="pairs at a time (default: 32)")
     run_options(command, "run folder (default: runs/MODEL-TASK-patch-…)")
     add("--force", action="store_true", help="patch though the clean run does not prefer the answer")
-    add("--plan", action="store_true", help="say what would be done and stop")
+    plan_options(command)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -80,20 +84,19 @@ def execute(args: argparse.Namespace) -> int:
         choice.check()
     if args.metric == "task" and (args.image or args.corrupt):
         raise WrongOption("--metric: task needs counterfactual pairs, which know their examples")
-    model = model_from(args)
-    check_against_model(args, model)
-    pairs = choice.load(model)
     boxes = [Box(*sides) for sides in args.box or ()]
     groups = [*args.groups, *boxes] if args.groups or boxes else None
     options = {"what": args.what, "by": args.by, "groups": groups, "layers": args.layers, "units": args.units}
     options |= {} if args.heads is None else {"heads": args.heads}
     options |= {"direction": args.direction, "raw": args.raw, "batch_size": args.batch_size}
-    options["metric"] = args.metric or ("log_prob" if pairs.foil is None else "logit_diff")
-    with option(""):
-        patch_run.what_is_patched(model, pairs, options)
+    options["metric"] = args.metric or ("logit_diff" if choice.has_foil else "log_prob")
     if args.plan:
-        print(*patch_run.plan_patching(model, pairs, options), sep="\n")
-        return 0
+        return _plan(args, choice, options)
+    model = model_from(args)
+    check_against_model(args, model)
+    pairs = choice.load(model)
+    with option(""):
+        patch_run.check_patches(model, pairs, options)
     source = Path(args.image).stem if args.image else args.task
     default = f"runs/{Path(args.model).name}-{source}-patch-{args.what}-{args.by}-{args.direction}"
     asked = {"opening": opening_from(args, model), **recorded_options(args)}
@@ -105,4 +108,17 @@ def execute(args: argparse.Namespace) -> int:
     result = patch_run.run_patching(model, run, pairs, options)
     print(result, f"Run: {run.folder}", sep="\n\n")
     write_result(args, result.to_dict())
+    return 0
+
+
+def _plan(args: argparse.Namespace, choice: PairsChoice, options: dict[str, Any]) -> int:
+    """Print what it would cost."""
+    from hones_lens.app.runs.patch import patched_targets
+    from hones_lens.app.runs.plan_patching import plan_patching
+
+    model, machines = planned_for(args)
+    bounds = {name: getattr(args, name) for name in ("min_pixels", "max_pixels")}
+    with option(""):
+        patched_targets(model, options)
+    write_plan(args, plan_patching(model, choice, options, machines, args.memory_budget, **bounds))
     return 0

@@ -11,6 +11,7 @@ from hones_lens.app.commands.arguments import data_from, model_from, opening_fro
 from hones_lens.app.commands.checks import check_against_model
 from hones_lens.app.commands.options import (
     add_command,
+    controls_option,
     file_options,
     limit_options,
     model_options,
@@ -35,9 +36,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--ratios", type=values.several(values.share), default=(0.01, 0.05), help="shares of neurons to mask"
     )
-    command.add_argument(
-        "--controls", type=values.controls, default=20, help="matched random sets (default: 20)"
-    )
+    controls_option(command)
 
 
 def execute(args: argparse.Namespace) -> int:

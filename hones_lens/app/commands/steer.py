@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     )
     model_options(command)
     data_options(command)
-    split_options(command)
+    split_options(command, ("dev",))
     worker_options(command)
     add = command.add_argument
     add("--neurons", metavar="FILE", help="neurons.json or HONES's file (default: that of the run folder)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,11 @@ class DataChoice:
 
     def discovery(self, task: str | Task) -> list[Example]:
         """The examples on which heads and neurons are selected."""
-        default = DEFAULT_SIZES[as_task(task).ranks][0]
-        return self._load(task, self.discovery_split, _or_default(self.n_discovery, default))
+        return self._load(task, self.discovery_split, self.n_discovery, DEFAULT_SIZES[as_task(task).ranks][0])
 
     def dev(self, task: str | Task) -> list[Example]:
         """The examples on which scales are learned and chosen."""
-        return self._load(task, self.dev_split, _or_default(self.n_dev, DEV_SIZES[as_task(task).ranks]))
+        return self._load(task, self.dev_split, self.n_dev, DEV_SIZES[as_task(task).ranks])
 
     def test(self, task: str | Task) -> list[Example]:
         """The held-out examples on which results are measured.
@@ -71,14 +71,14 @@ class DataChoice:
             raise ValueError(
                 "neurons can't be judged on the split that selected them: choose another --split"
             )
-        default = DEFAULT_SIZES[as_task(task).ranks][1]
-        return self._load(task, self.held_out, _or_default(self.n_held_out, default))
+        return self._load(task, self.held_out, self.n_held_out, DEFAULT_SIZES[as_task(task).ranks][1])
 
-    def _load(self, task: str | Task, split: str, limit: int) -> list[Example]:
-        known = as_task(task)
+    def _load(self, task: str | Task, split: str, asked: int | None, default: int) -> list[Example]:
+        known, limit = as_task(task), default if asked is None else asked
         key = (*self._source, known.name, split, limit)
         if key not in self.checked:
             examples, faults = self._read(known, split, limit), ()
+            say_if_fewer(len(examples), asked, f"{known.name} examples of {split!r} in {self.label}")
             if self.model is not None and reads_files(self.dataset):
                 examples, faults = usable_examples(self.model, known, examples, self.on_error)
             self.checked[key] = (examples, faults)
@@ -105,5 +105,7 @@ class DataChoice:
         return load_examples(self.dataset, kind, split, limit, self.seed, **self._files)
 
 
-def _or_default(size: int | None, default: int) -> int:
-    return default if size is None else size
+def say_if_fewer(found: int, asked: int | None, what: str) -> None:
+    """Say on stderr that there are fewer than were asked for, if any number was."""
+    if asked is not None and found < asked:
+        print(f"hones: {found:,} {what}, not the {asked:,} asked for: all are used", file=sys.stderr)

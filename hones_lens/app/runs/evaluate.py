@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hones_lens.app.runs.data_choice import say_if_fewer
 from hones_lens.app.runs.folder import Opening, Run
 from hones_lens.app.runs.identity import examples_hash, model_identity
 from hones_lens.data import Example, load_examples, reads_files
@@ -50,6 +51,7 @@ class TaskExamples:
         kind = task_of_examples(known, dataset, files.get("data_file"))
         size = _SIZES[known.ranks] if limit is None else limit
         examples = load_examples(dataset, kind, split, size, seed, **files)
+        say_if_fewer(len(examples), limit, f"{task} examples of {split!r} in {dataset}")
         if reads_files(dataset):
             examples, left_out = usable_examples(model, known, examples, files["on_error"])
         return cls(known, examples, left_out)

@@ -13,7 +13,7 @@ import socket
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -85,6 +85,7 @@ class Run:
             a setting may change as long as neither the stage nor a later one has begun. `NAME.json` stands
             for the result of a stage, which may have begun before.
         opening: Whether to wait for another process, and to go on with other code.
+        others: Of these, the stages that will not be run: what decides them stays as it is in the folder.
 
     Raises:
         ValueError: The folder holds a run with other settings (names each difference), or one of an earlier
@@ -98,8 +99,9 @@ class Run:
         settings: Mapping[str, Any],
         decided: Mapping[str, Sequence[str]] | None = None,
         opening: Opening | None = None,
+        others: Collection[str] = (),
     ):
-        opening = opening or Opening()
+        opening, self._others = opening or Opening(), others
         self.folder = Path(folder)
         self.settings = json.loads(json.dumps(dict(settings)))
         self.environment, self._decided = environment(), decided or {}
@@ -131,6 +133,9 @@ class Run:
                 f"{self.folder} was made by another version of hones-lens, which recorded less of what "
                 "decides its numbers: `hones report` reads it, but it can't go on; choose another --out"
             )
+        kept = {k: v for k, v in saved["settings"].items() if self._stage_of(k) in self._others}
+        self.settings = {k: v for k, v in self.settings.items() if self._stage_of(k) not in self._others}
+        self.settings |= kept
         current = {**self.settings, **self.environment}
         stored = {**saved["settings"], **saved["environment"]}
         changed = [k for k in sorted(stored | current) if stored.get(k) != current.get(k)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from hones_lens.analysis import (
     positions_of,
     targets_of,
 )
-from hones_lens.app.runs.data_choice import FILE_OPTIONS
+from hones_lens.app.runs.data_choice import FILE_OPTIONS, say_if_fewer
 from hones_lens.app.runs.folder import Opening, Run, save_picture
 from hones_lens.app.runs.identity import model_identity
 from hones_lens.data import CounterfactualPair, Example, counterfactual_pairs, load_examples, reads_files
@@ -36,7 +35,6 @@ from hones_lens.tasks import load_task, own_prompt, takes_text, task_of_examples
 
 CORRUPTIONS = ("noise", "blank", "blur", "shuffle", "mean")
 DEFAULT_LIMIT = 64
-_N_TIMED = 8  # number of patches that a plan times
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,11 @@ class PairsChoice:
             return self._user_pair(model)
         if self.corrupt is None:
             limit = DEFAULT_LIMIT if self.limit is None else self.limit
-            return counterfactual(model, self._fact_pairs(limit), load_task(self.task))
+            facts = self._fact_pairs(limit)
+            say_if_fewer(len(facts), self.limit, f"{self.task} pairs of {self.split!r}")
+            return counterfactual(model, facts, load_task(self.task))
         task, examples = load_task(self.task), self._examples()
+        say_if_fewer(len(examples), self.limit, f"{self.task} examples of {self.split!r} in {self.dataset}")
         if reads_files(self.dataset):
             examples, _ = usable_examples(model, task, examples, self.on_error)
         prompts = [task.target_prompt(example) for example in examples]
@@ -130,6 +131,24 @@ class PairsChoice:
             return clean.image, corrupted.image, task.target_prompt(clean)
         example = self._examples()[0]
         return example.image, None, task.target_prompt(example)
+
+    @property
+    def has_foil(self) -> bool:
+        """Whether there is another answer."""
+        return self.foil is not None or (self.image is None and self.corrupt is None)
+
+    def first_of(self) -> tuple[int, tuple[int, int], str, str]:
+        """Number of pairs, and of the first one the picture's width and height, prompt and answer."""
+        if self.image is not None:
+            return 1, open_image(self.image).size, self.asked(self.prompt), str(self.answer)
+        task = load_task(self.task)
+        if self.corrupt is None:
+            facts = self._fact_pairs(DEFAULT_LIMIT if self.limit is None else self.limit)
+            first, n, answer = facts[0].clean, len(facts), facts[0].answers[0]
+        else:
+            examples = self._examples()
+            first, n, answer = examples[0], len(examples), task.answer(examples[0])
+        return n, first.image.size, task.target_prompt(first), answer
 
     def asked(self, text: str | None) -> str:
         """What the model is asked for a text of the user: the task's prompt around it, or the text alone.
@@ -315,44 +334,27 @@ def run_patching(model: HookedVLM, run: Run, pairs: PatchPairs, options: dict[st
     return run.stage("patch", Labelled, patch, beside=["patch.png", "patch.svg"])
 
 
-def what_is_patched(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) -> tuple[Targets, int]:
-    """What the options name, and in how many groups of positions each.
+def patched_targets(model: HookedVLM, options: dict[str, Any]) -> Targets:
+    """What the options of `patch_activations` name in a model, or in its sizes.
+
+    Raises:
+        ValueError: A layer, head or unit that is not there.
+    """
+    site = as_patch_site(options["what"])
+    wanted = heads_as_units(site, options.get("heads"), options.get("layers"), options.get("units"))
+    return targets_of(site, model.cfg, *wanted)
+
+
+def check_patches(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) -> None:
+    """Check that the model and the pairs have what the options name.
 
     Raises:
         ValueError: A layer, head, unit, token group or box that is not there, or positions of pairs that
             have several prompts.
     """
+    patched_targets(model, options)
     site = as_patch_site(options["what"])
-    wanted = heads_as_units(site, options.get("heads"), options.get("layers"), options.get("units"))
-    targets = targets_of(site, model.cfg, *wanted)
-    return targets, len(positions_of(model, pairs, site, options["by"], options.get("groups")))
-
-
-def plan_patching(model: HookedVLM, pairs: PatchPairs, options: dict[str, Any]) -> list[str]:
-    """Lines that give the number of patches and an estimate of the time, from a few patches timed here."""
-    targets, n_groups = what_is_patched(model, pairs, options)
-    middle = len(targets.cells) // 2
-    timed_cells = targets.cells[middle : middle + _N_TIMED]
-    sets = {
-        str(i): [(n, unit) for n, units in cell for unit in units or ()] for i, cell in enumerate(timed_cells)
-    }
-    if all(sets.values()):
-        chosen: dict[str, Any] = {"layers": None, "units": sets}
-    else:  # whole layers
-        chosen = {"layers": sorted({layer for cell in timed_cells for layer, _ in cell})}
-    batch = pairs[: options.get("batch_size", 32)]
-    timed: dict[str, Any] = {**options, **chosen, "heads": None, "progress": False, "draws": 0, "raw": True}
-    started = time.perf_counter()
-    patch_activations(model, batch, **timed)
-    seconds_per_row = (time.perf_counter() - started) / (len(timed_cells) * n_groups * len(batch))
-    patches = len(targets.cells) * n_groups
-    rows, tokens = patches * len(pairs), pairs.clean.input_ids.shape[1]
-    return [
-        f"{model.cfg.model_name}: {options['what']} by {options['by']}, {len(pairs)} pairs of up to {tokens} "
-        "tokens",
-        f"  {patches:,} patches × {len(pairs)} pairs = {rows:,} rows, {1000 * seconds_per_row:.2g} ms each "
-        f"as timed in the middle, about {rows * seconds_per_row:.0f} s",
-    ]
+    positions_of(model, pairs, site, options["by"], options.get("groups"))
 
 
 def pairs_hash(pairs: PatchPairs, whole: bool = False) -> str:

@@ -2,103 +2,56 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from transformers import AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from hones_lens.app.runs import stages as pipeline
-from hones_lens.app.runs.operations import Operations, Segment
-from hones_lens.data import Example
-from hones_lens.engine import MAX_NEW_TOKENS, Budget
+from hones_lens.app.runs.lengths import Lengths
+from hones_lens.app.runs.machines import Machines, duration, memory_of, total_of
+from hones_lens.app.runs.operations import Operations
+from hones_lens.engine import MAX_NEW_TOKENS, as_task
 from hones_lens.hones import RATIOS, default_top_k
-from hones_lens.interventions import choose_heads, choose_layers
-from hones_lens.model import HookedVLM, checkpoint_path, find_settings, takes_iterables
-from hones_lens.tasks import Task, load_task
+from hones_lens.interventions import Heads, Layers, choose_heads, choose_layers
+from hones_lens.model import HookedVLM, model_without_weights, require_choice, takes_iterables
+from hones_lens.tasks import Task
 
 if TYPE_CHECKING:
     from hones_lens.app.runs.data_choice import DataChoice
 
-# TFLOP/s in dense bfloat16 and GB of memory, as their makers publish them.
-GPUS = {
-    "a100": (312, 80),
-    "h100": (989, 80),
-    "h200": (989, 141),
-    "b200": (2250, 180),
-    "l40s": (362, 48),
-    "l4": (121, 24),
-    "rtx4090": (165, 24),
-}
-MFU = 0.4  # assumed share of these that is reached
-_MEMORY_SHARE = 0.4  # of what the weights leave free, as of `Budget`
-_CHAT_TOKENS = 16  # of a chat template, and of the system prompt that some have
+STAGES = ("heads", "held out", "neurons", "masking", "others")
 _CELL_BYTES = 60  # of an example under an arm, in the journal and in the result
-_QUARTER = 4  # characters of English a token, where there is no tokenizer
-_BOUNDS = {"min_pixels": 3136, "max_pixels": 12845056}  # of a picture, where a family resizes it
+
+
+class PlanKeywords(TypedDict, total=False):
+    """What stages are asked for, by keyword; see `plan`."""
+
+    heads: Heads | None
+    layers: Layers | None
+    top_k: int | None
+    controls: int
+    positions: str
+    prefilter: int | None
+    race: float | None
+    memory_budget: float | None
+    min_pixels: int | None
+    max_pixels: int | None
 
 
 @dataclass(frozen=True)
-class Machines:
-    """What the run is planned for.
+class _Asked:
+    """`PlanKeywords` with their defaults."""
 
-    Attributes:
-        name: How to name it.
-        throughput: FLOP/s that one of them reaches.
-        count: How many work at once.
-        memory: GB of one; None where it is not known.
-    """
-
-    name: str
-    throughput: float
-    count: int = 1
-    memory: float | None = None
-
-    @classmethod
-    def of_gpus(cls, name: str, count: int = 1, mfu: float = MFU) -> Machines:
-        """GPUs of the table, at a share of what their maker publishes."""
-        peak, memory = GPUS[name]
-        said = f"{name}, {mfu:.0%} of its {peak} dense bf16 TFLOP/s assumed"
-        return cls(said, mfu * peak * 1e12, count, memory)
-
-    @classmethod
-    @torch.no_grad()
-    def this_one(cls, model: HookedVLM, tokens: int = 64) -> Machines:
-        """This machine, timed over a batch through the decoder, after one warm-up pass."""
-        rows, seconds = Budget(model).rows(tokens), 0.0
-        ids = torch.full((rows, tokens), model.cfg.eos_token_ids[0], device=model.cfg.device)
-        for _ in range(2):
-            started = time.perf_counter()
-            model(ids, stop_at_layer=model.cfg.n_layers).sum().item()
-            seconds = time.perf_counter() - started
-        operations = rows * model.cfg.n_layers * Operations(model).block(tokens)
-        return cls("this machine, as measured now", operations / seconds)
-
-
-@dataclass(frozen=True)
-class Row:
-    """Sizes of an example: its picture in patches, its prompts as the engine runs them.
-
-    Attributes:
-        grid: Rows and columns of patches.
-        answered: Prompt and answer, or prefix and candidates.
-        asked: The prompt that the target follows.
-        target: Prompt and right answer.
-    """
-
-    grid: tuple[int, int]
-    answered: tuple[Segment, ...]
-    asked: int
-    target: Segment
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that an arm runs."""
-        return sum(segment.rows * segment.tokens for segment in self.answered)
+    heads: Heads | None = None
+    layers: Layers | None = None
+    top_k: int | None = None
+    controls: int = 20
+    positions: str = "all"
+    prefilter: int | None = None
+    race: float | None = None
+    memory_budget: float | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +66,12 @@ class Stage:
 
 @takes_iterables
 def plan(
-    model: HookedVLM,
-    task: str,
+    model: HookedVLM | str,
+    task: str | Task,
     data: DataChoice,
-    stages: Sequence[str],
-    machines: Machines,
-    options: Any,
+    stages: Sequence[str] = STAGES[:3],
+    machines: Machines | None = None,
+    **asked: Unpack[PlanKeywords],
 ) -> list[str]:
     """Lines that give rows, operations, memory, disk and time of each stage, at most.
 
@@ -128,32 +81,37 @@ def plan(
     where it is at hand, else a quarter of its characters.
 
     Args:
-        model: The model, or its sizes.
-        task, data, stages: What will run.
-        machines: On what.
-        options: `heads`, `layers`, `top_k`, `controls`, `positions`, `prefilter`, `race`,
-            `memory_budget`, `min_pixels` and `max_pixels`, as the command line has them.
+        model: The model, its sizes (`model_without_weights`), or its name, for which no weights are loaded.
+        task, data: What will run.
+        stages: Of `heads`, `held out`, `neurons`, `masking` and `others`.
+        machines: On what; default: one H100.
+        asked: `heads`, `layers`, `top_k`, `positions`, `prefilter` and `memory_budget` of `find_heads`;
+            `race`: the epsilon of its racing; `controls`: matched random sets of masking (default 20);
+            `min_pixels` and `max_pixels` of a picture.
+
+    Raises:
+        ValueError: An unknown model, task, stage, head or layer.
     """
-    costs = _Costs(model, load_task(task), data, options)
-    cfg, found = model.cfg, {stage: costs.of(stage) for stage in stages}
-    chosen = load_task(task)
+    if isinstance(model, str):
+        model = model_without_weights(model)
+    machines, options = machines or Machines.of_gpus("h100"), _Asked(**asked)
+    chosen = as_task(task)
+    costs = _Costs(model, chosen, data, options)
+    found = {stage: costs.of(stage) for stage in stages}
     lines = [
-        f"{cfg.model_name}, {task}: {len(data.discovery(chosen))} discovery and {len(data.test(chosen))} "
-        f"held-out examples of ~{costs.row.tokens} tokens, on {machines.name}"
+        f"{model.cfg.model_name}, {chosen.name}: {len(data.discovery(chosen))} discovery and "
+        f"{len(data.test(chosen))} held-out examples of ~{costs.row.tokens} tokens, on {machines.name}"
     ]
     for name, stage in found.items():
         rows = stage.arms * stage.examples
         lines.append(
             f"  {name}: {stage.arms:,} arms × {stage.examples:,} examples = {rows:,} rows, "
-            f"{stage.operations:.2g} FLOP, about {_duration(stage.operations / machines.throughput)}"
+            f"{stage.operations:.2g} FLOP, about {duration(stage.operations / machines.throughput)}"
         )
-    lines.append(f"  memory: {costs.memory(machines, options.memory_budget)}")
+    lines.append(f"  memory: {memory_of(model, costs.row.tokens, machines, options.memory_budget)}")
     disk = sum(stage.cells for stage in found.values()) * _CELL_BYTES
     lines.append(f"  disk: about {disk / 1e6:,.1f} MB for the run folder")
-    total = sum(stage.operations for stage in found.values()) / machines.throughput
-    lines.append(f"  in all at most {_duration(total)} on one")
-    if machines.count > 1:
-        lines[-1] += f", {_duration(total / machines.count)} on {machines.count} that share the examples"
+    lines.append(f"  {total_of(sum(stage.operations for stage in found.values()), machines)}")
     if options.race is not None:
         lines.append("  a race ends sooner: how soon is not known before")
     return lines
@@ -162,29 +120,20 @@ def plan(
 class _Costs:
     """The stages' costs; see `plan`."""
 
-    def __init__(self, model: HookedVLM, task: Task, data: DataChoice, options: Any):
-        self.model, self.task, self.options, self.count = model, task, options, Operations(model)
+    def __init__(self, model: HookedVLM, task: Task, data: DataChoice, asked: _Asked):
+        self.model, self.task, self.options, self.count = model, task, asked, Operations(model)
         discovery, test = data.discovery(task), data.test(task)
         self.n_discovery, self.n_test = len(discovery), len(test)
-        tokens_of, bounds = _tokenizer(model), {}
-        for name in ("min_pixels", "max_pixels"):
-            if getattr(options, name, None) is not None:
-                bounds[name] = getattr(options, name)
-        self.row = _row(model, task, discovery[0], tokens_of, bounds)
-        self.heads = choose_heads(model, options.heads, options.layers)
-        self.layers = choose_layers(options.layers, model.cfg.n_layers)
-        top_k = default_top_k(model) if options.top_k is None else options.top_k
+        self.row = Lengths(model, asked.min_pixels, asked.max_pixels).row(task, discovery[0])
+        self.heads = choose_heads(model, asked.heads, asked.layers)
+        self.layers = choose_layers(asked.layers, model.cfg.n_layers)
+        top_k = default_top_k(model) if asked.top_k is None else asked.top_k
         self.n_critical = min(top_k, len(self.heads))
 
     def of(self, name: str) -> Stage:
         """One stage's."""
-        return {
-            "heads": self._heads,
-            "held out": self._held_out,
-            "neurons": self._neurons,
-            "masking": self._masking,
-            "others": self._others,
-        }[name]()
+        require_choice("stage", name, STAGES)
+        return getattr(self, f"_{name.replace(' ', '_')}")()
 
     def _heads(self) -> Stage:
         measured, first = self.heads, 0.0
@@ -249,70 +198,3 @@ class _Costs:
 
     def _picture(self) -> float:
         return self.count.picture(*self.row.grid)
-
-    def memory(self, machines: Machines, budget: float | None) -> str:
-        """Of weights, and of rows at a time."""
-        cfg, free = Budget(self.model, 1.0), None
-        weights = sum(p.numel() for p in self.model.parameters()) * self.model.cfg.dtype.itemsize
-        said = f"{weights / 1e9:.2f} GB of weights"
-        if machines.memory is not None:
-            free = machines.memory - weights / 1e9
-            if free <= 0:
-                return f"{said} do not fit into {machines.memory} GB: choose another --gpu"
-        gigabytes = budget or (None if free is None else _MEMORY_SHARE * free)
-        per_row = self.row.tokens * cfg.bytes_per_token / 1e9
-        if gigabytes is None:
-            return f"{said}, {per_row:.2f} GB for each row at a time"
-        rows = max(1, int(gigabytes // per_row))
-        return f"{said}, {rows * per_row:.2f} GB for {rows} rows at a time"
-
-
-def _tokenizer(model: HookedVLM) -> Callable[[str], int]:
-    """How many tokens a text has: of the folder's tokenizer, or a guess."""
-    settings, folder = find_settings(model.cfg.model_name), Path(model.cfg.model_name)
-    if settings is not None and settings.checkpoint is not None:
-        folder = checkpoint_path(settings.checkpoint)
-    if settings is not None and settings.checkpoint is None:
-        return lambda text: -(-len(text) // _QUARTER)
-    auto: Any = AutoTokenizer
-    tokenizer = auto.from_pretrained(folder)
-    return lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _row(
-    model: HookedVLM,
-    task: Task,
-    example: Example,
-    tokens_of: Callable[[str], int],
-    bounds: dict[str, int],
-) -> Row:
-    vision = model.cfg.vision
-    grid = _grid(model, example.image.size, bounds)
-    image = grid[0] * grid[1] // vision.merge_size**2 + int(vision.keep_class_token)
-    asked = image + _CHAT_TOKENS + tokens_of(task.target_prompt(example))
-    right = max(1, tokens_of(task.answer(example)))
-    target = Segment(1, asked + right - 1, 0, right)
-    if not task.ranks:
-        answered = (Segment(1, asked + MAX_NEW_TOKENS - 1, 0, MAX_NEW_TOKENS),)
-        return Row(grid, answered, asked, target)
-    prompts = [tokens_of(prompt) for prompt in task.prompts(example)]
-    behind = _CHAT_TOKENS // 2 + sum(prompts) // len(prompts)
-    shared = image + _CHAT_TOKENS // 2
-    return Row(grid, (Segment(1, shared, 0, 0), Segment(len(prompts), behind, shared, 1)), asked, target)
-
-
-def _grid(model: HookedVLM, size: tuple[int, int], bounds: dict[str, int]) -> tuple[int, int]:
-    """Rows and columns of patches of a picture (width, height)."""
-    vision, settings = model.cfg.vision, find_settings(model.cfg.model_name)
-    if vision.image_size is not None:
-        return vision.patches_per_side, vision.patches_per_side
-    known = settings.images if settings is not None and settings.images else {}
-    limits = {**_BOUNDS, **known, **bounds}
-    height, width = smart_resize(size[1], size[0], vision.patch_size * vision.merge_size, **limits)
-    return height // vision.patch_size, width // vision.patch_size
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -26,7 +26,7 @@ from hones_lens.hones import (
     save_neurons,
 )
 from hones_lens.interventions import Layers
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import Component
 from hones_lens.tasks import Task
 
@@ -46,6 +46,7 @@ DECIDED = {
     "masking": ("controls",),
     "others": ("rankings",),
 }
+_LATER = ("neurons", "masking", "others")  # stages that some commands leave out
 # Number of matched random sets for each of the other rankings.
 OTHERS_CONTROLS = 5
 
@@ -63,6 +64,7 @@ class MaskingResults(list[MaskingResult]):
         return cls(load_masking(file))
 
 
+@takes_iterables
 def start_run(
     model: HookedVLM,
     task: str | Task,
@@ -70,9 +72,16 @@ def start_run(
     out: str | Path,
     *,
     opening: Opening | None = None,
+    stages: Sequence[str] | None = None,
     **settings: Any,
 ) -> Run:
     """Open a run folder whose settings identify model, weights and examples by hashes.
+
+    Args:
+        model, task, data, out: What is run, and where it is kept.
+        opening: As for `Run`.
+        stages: Which of `heads`, `neurons`, `masking` and `others` are to come; default: all.
+        settings: All else that decides numbers.
 
     Raises:
         ValueError: The folder holds a run with other settings, or an example is in both splits.
@@ -95,6 +104,7 @@ def start_run(
         },
         {**DECIDED, "heads": (*DECIDED["heads"], "top_k")} if raced else DECIDED,
         opening,
+        others=[] if stages is None else [s for s in _LATER if s not in stages],
     )
 
 

@@ -42,9 +42,7 @@ HARMLESS = {
     "memory_budget",
 }
 # Options that a command takes, since commands share them, and does not read.
-NOT_READ = {name: {"dev_split", "dev_limit"} for name in ("localize", "mask", "demo")}
-NOT_READ |= {"steer": {"discovery_split", "discovery_limit"}}
-NOT_READ["steer"] |= {"dataset", "neurons"}  # it names the folder; and they are given below
+NOT_READ = {"steer": {"dataset", "neurons"}}  # it names the folder; and they are given below
 NOT_READ |= {"reproduce": {"dev_split", "dev_limit"}}  # of its first folder: that of steering refuses
 # What is no change here: no data from files, and no other device.
 NO_CHANGE = {"on_error", "allow_outside", "allow_large_pictures", "device"}
@@ -179,3 +177,15 @@ def test_of_a_race_more_heads_are_other_measurements(tmp_path: Path) -> None:
         Path(f"run-{race}", "heads.journal.jsonl").touch()
         said = told([*start, "--top-k", "3"])
         assert says in said and bool(said) == bool(says)
+
+
+def test_what_decides_a_stage_that_a_command_does_not_run_stays_as_it_is() -> None:
+    masked = ["mask", "--limit", "2", "--ratio", "0.1", "--out", "run", "--controls"]
+    assert told([*masked, "3"]) == ""
+    for stage in ("neurons", "masking"):
+        Path("run", f"{stage}.json").touch()
+    localized = ["localize", "--limit", "2", "--out", "run"]
+    assert told([*localized, "--ratio", "0.1"]) == "" == told([*localized, "--stage", "heads"])
+    assert "ratio: 0.1 there" in told(localized)
+    assert "controls: 3 there, 4 now, which decides the stage masking" in told([*masked, "4"])
+    assert told([*masked, "3"]) == ""

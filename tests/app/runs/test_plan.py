@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hones_lens.analysis import patch_activations
+from hones_lens.app import DataChoice, Machines, plan
 from hones_lens.app.cli import main
+from hones_lens.app.runs.patch import PairsChoice
+from hones_lens.app.runs.plan_patching import plan_patching
 from hones_lens.data import load_examples
 from hones_lens.hones import localize_heads
 from hones_lens.model import HookedVLM, checkpoint_path, loading, model_without_weights
+from hones_lens.tasks import load_task
 
 
 @pytest.fixture
@@ -81,6 +88,78 @@ def test_numbers_out_of_range_are_wrong_usage(option):
     with pytest.raises(SystemExit) as stop:
         main(["localize", "--plan", option])
     assert stop.value.code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_weights")
+def test_a_plan_in_python_is_that_of_the_command(capsys):
+    argv = ["mask", "--model", "llava", "--limit", "2", "--gpu", "a100", "--gpus", "2", "--controls", "3"]
+    said = planned(capsys, *argv, "--layers", "10-12", "--memory-budget", "2")["said"]
+    data, machines = DataChoice(n_discovery=2, n_held_out=2), Machines.of_gpus("a100", 2)
+    stages = ("heads", "held out", "neurons", "masking")
+    lines = plan("llava", "vqa", data, stages, machines, controls=3, layers="10-12", memory_budget=2)
+    assert said == "\n".join(lines) + "\n"
+    assert plan("llava", load_task("vqa"), data, stages)[0].endswith(
+        "h100, 40% of its 989 dense bf16 TFLOP/s assumed"
+    )
+    with pytest.raises(ValueError, match="did you mean 'masking'"):
+        plan("llava", "vqa", data, ["maskng"])
+
+
+def test_a_plan_is_also_written_to_a_file(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    said = planned(capsys, "localize", "--model", "llava", "--limit", "1", "--json", str(file))["said"]
+    assert json.loads(file.read_text())["plan"] == said.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_weights")
+def test_a_patching_is_planned_without_weights(capsys, tmp_path):
+    base = ["patch", "--model", "llava", "--what", "z", "--by", "all", "--limit", "5"]
+    whole = planned(capsys, *base)
+    assert whole["patch"][0] == 1024 * 5 and "14.10 GB of weights" in whole["said"]
+    one_pass = 2 * 6.6e9 * (576 + 30)  # over the prompt a patch costs the layers above it: half of that
+    assert 0.9 < whole["patch"][1] / (1024 * 5 * one_pass / 2) < 1.3
+    two = planned(capsys, *base, "--layers", "3,4", "--gpu", "a100", "--gpus", "2")
+    assert two["patch"][0] == 64 * 5 and "on 2 that share the examples" in two["said"]
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    own = [
+        "--image",
+        str(tmp_path / "x.png"),
+        "--prompt",
+        "is it red?",
+        "--answer",
+        "yes",
+        "--corrupt",
+        "blur",
+    ]
+    assert planned(capsys, *base[:-2], *own)["patch"][0] == 1024
+    assert planned(capsys, *base, "--corrupt", "blur", "--dataset", "shapes-varied")["patch"][0] == 1024 * 5
+    assert main([*base, "--layers", "32", "--plan"]) == 2 and "--layers: layer 32" in capsys.readouterr().err
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "metric", "most"),
+    [
+        ("tiny-llava", "z", "logit_diff", 2.5),
+        pytest.param("tiny-qwen2.5-vl", "z", "logit_diff", 2.5, marks=SLOW),
+        pytest.param("tiny-llava", "resid_pre", "log_prob", 2.5, marks=SLOW),
+        pytest.param("tiny-llava", "resid_mid", "logit_diff", 2.5, marks=SLOW),
+        pytest.param("tiny-llava", "vision_z", "logit_diff", 1.5, marks=SLOW),
+        pytest.param("tiny-llava", "mlp_out", "task", 20, marks=SLOW),  # answers are short here
+    ],
+)
+def test_a_plan_of_a_patching_is_an_upper_bound_of_what_runs(name, what, metric, most):
+    options = {"what": what, "by": "all", "groups": None, "metric": metric}
+    model, choice = HookedVLM.from_pretrained(name), PairsChoice(limit=2, kind="color")
+    (line,) = [x for x in plan_patching(model, choice, options, Machines("", 1.0)) if "FLOP" in x]
+    flop = float(re.findall(r"([\d.e+]+) FLOP", line)[0])
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        patch_activations(model, choice.load(model), progress=False, **options)
+    assert counter.get_total_flops() < flop < most * counter.get_total_flops()
 
 
 @pytest.mark.parametrize("task", ["vqa", "retrieval"])
