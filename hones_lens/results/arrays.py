@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,13 +20,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hones_lens.results.files import nan_to_none, read_json, replaced_atomically, write_json
+from hones_lens.results.files import as_list, nan_to_none, read_json, replaced_atomically, write_json
 
 MOST_IN_JSON = 65_536  # numbers of a result
 _MOST_OF_ONE = 1024  # numbers of an array that is never put aside
 _KEY = "array"
 _files: Any = safetensors.torch  # its types are partly unknown
-as_list: Callable[[Tensor], Any] = methodcaller("tolist")  # PyTorch types it as a list of unknowns
 Numbers = Tensor | Sequence[Any]
 _aside: ContextVar[dict[str, Numbers] | None] = ContextVar("_aside", default=None)
 

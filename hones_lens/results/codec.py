@@ -12,8 +12,8 @@ import torch
 from jaxtyping import AbstractArray
 from torch import Tensor
 
-from hones_lens.results.arrays import as_list, nested_list, put_aside
-from hones_lens.results.files import none_to_nan
+from hones_lens.results.arrays import nested_list, put_aside
+from hones_lens.results.files import as_list, none_to_nan
 
 
 def to_json(value: Any) -> Any:

@@ -6,13 +6,16 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+as_list: Callable[[Tensor], Any] = methodcaller("tolist")  # PyTorch types it as a list of unknowns
 
 
 # Not as annotations of a class: there `index` would be said to override the method of tuples.
@@ -35,7 +38,7 @@ def ranked(scores: Tensor, k: int, positive_only: bool = False) -> list[Componen
         raise ValueError(f"the score of layer {layer}, index {index} is NaN")
     n_columns, flat = scores.shape[1], scores.flatten()
     order = largest(flat, k)
-    values = cast("list[float]", flat[order].tolist())
+    values = cast("list[float]", as_list(flat[order]))
     components = [Component(*divmod(i, n_columns), value) for i, value in zip(order, values, strict=True)]
     return [c for c in components if c.score > 0] if positive_only else components
 
@@ -50,7 +53,7 @@ def largest(values: Tensor, k: int) -> list[int]:
     else:
         candidates = torch.arange(len(values), device=values.device)
     order = values[candidates].argsort(descending=True, stable=True)[:k]
-    return cast("list[int]", candidates[order].tolist())
+    return cast("list[int]", as_list(candidates[order]))
 
 
 @contextmanager
