@@ -15,7 +15,7 @@ from hones_lens import HookedVLM, load_examples, load_task
 from hones_lens.engine import prompt_batches
 from hones_lens.engine.speculation import near_tie
 from hones_lens.engine.sweep import Sweep
-from hones_lens.model.nn import unembed as module
+from hones_lens.model.nn import linear as module
 from hones_lens.model.nn.placed import PlacedLinear
 from hones_lens.model.nn.unembed import Unembed
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hones_lens.model.nn.hook_point import HookPoint, is_hooked
+from hones_lens.model.nn.linear import Linear
 from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.rotary import rotate
 from hones_lens.model.typed import bias_of, bias_or_none
@@ -119,10 +120,10 @@ class Attention(nn.Module):
             n_key_value_heads,
             d_head,
         )
-        self.q = nn.Linear(d_model, n_heads * d_head, bias=qkv_bias)
-        self.k = nn.Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
-        self.v = nn.Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
-        self.o = nn.Linear(n_heads * d_head, d_model, bias=out_bias)
+        self.q = Linear(d_model, n_heads * d_head, bias=qkv_bias)
+        self.k = Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
+        self.v = Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
+        self.o = Linear(n_heads * d_head, d_model, bias=out_bias)
         self.use_split_qkv_input = False
         self.hook_q_input = HookPoint()  # [batch pos head d_model], before the norm
         self.hook_k_input = HookPoint()  # [batch pos kv_head d_model]

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hones_lens.model.nn.hook_point import HookPoint
+from hones_lens.model.nn.linear import Linear
 from hones_lens.model.typed import activation, bias_of
 
 
@@ -48,9 +49,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, d_model: int, d_mlp: int, act: str, bias: bool = False):
         super().__init__()
-        self.gate = nn.Linear(d_model, d_mlp, bias=bias)
-        self.up = nn.Linear(d_model, d_mlp, bias=bias)
-        self.down = nn.Linear(d_mlp, d_model, bias=bias)
+        self.gate = Linear(d_model, d_mlp, bias=bias)
+        self.up = Linear(d_model, d_mlp, bias=bias)
+        self.down = Linear(d_mlp, d_model, bias=bias)
         self.act = activation(act)
         self.hook_pre = HookPoint()  # [batch pos d_mlp], the gate before its activation
         self.hook_pre_linear = HookPoint()  # [batch pos d_mlp]
@@ -98,8 +99,8 @@ class MLP(nn.Module):
 
     def __init__(self, d_model: int, d_mlp: int, act: str, bias: bool = True):
         super().__init__()
-        self.up = nn.Linear(d_model, d_mlp, bias=bias)
-        self.down = nn.Linear(d_mlp, d_model, bias=bias)
+        self.up = Linear(d_model, d_mlp, bias=bias)
+        self.down = Linear(d_mlp, d_model, bias=bias)
         self.act = activation(act)
         self.hook_pre = HookPoint()  # [batch pos d_mlp]
         self.hook_post = HookPoint()  # [batch pos d_mlp], the neurons

@@ -13,6 +13,7 @@ from hones_lens.model.config import VisionConfig
 from hones_lens.model.nn.attention import AttentionContext
 from hones_lens.model.nn.block import Block
 from hones_lens.model.nn.hook_point import HookPoint
+from hones_lens.model.nn.linear import Linear
 from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.patches import PatchLayout, PatchShape
 
@@ -84,8 +85,8 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.ln = ln
         self.hook_in = HookPoint()  # [image_token merge² · d_vision], raster order, image after image
-        self.linear_1 = nn.Linear(d_vision * merge**2, d_vision * merge**2)
-        self.linear_2 = nn.Linear(d_vision * merge**2, d_out)
+        self.linear_1 = Linear(d_vision * merge**2, d_vision * merge**2)
+        self.linear_2 = Linear(d_vision * merge**2, d_out)
         self.hook_out = HookPoint()  # [image_token d_model]
 
     def forward(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hones_lens.model.nn.linear import linear
 from hones_lens.model.typed import named_modules
 
 Readers = Mapping[str, Callable[[], Tensor]]
@@ -117,7 +118,7 @@ class PlacedLinear(_Placed, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Computed where the weights are, if they are in the memory of an accelerator, else at home."""
-        return self.run(F.linear, input)
+        return self.run(linear, input)
 
     def run(self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], input: Tensor) -> Tensor:
         """`function(input, weight, bias)` in the place where `forward` computes, on the input's device."""

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hones_lens.model.nn.hook_point import HookPoint
+from hones_lens.model.nn.linear import Linear
 from hones_lens.model.typed import activation
 
 
@@ -15,9 +16,9 @@ class Projector(nn.Module):
     def __init__(self, d_in: int, d_out: int, act: str, bias: bool):
         super().__init__()
         self.hook_in = HookPoint()  # [image token features]
-        self.linear_1 = nn.Linear(d_in, d_out, bias=bias)
+        self.linear_1 = Linear(d_in, d_out, bias=bias)
         self.act = activation(act)
-        self.linear_2 = nn.Linear(d_out, d_out, bias=bias)
+        self.linear_2 = Linear(d_out, d_out, bias=bias)
         self.hook_out = HookPoint()  # [image token d_model]
 
     def forward(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hones_lens.model.nn.linear import Linear, linear_in_float32
 from hones_lens.model.nn.placed import PlacedLinear
-
-_CHUNK = 2**24  # elements of the weights that are in float32 at a time: 64 MiB
 
 
 class Unembedding(Protocol):
@@ -40,45 +38,6 @@ class Unembedding(Protocol):
         ...
 
 
-def _linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    assert bias is None
-    function: Any = _LinearInFloat32  # PyTorch leaves `apply` untyped
-    return function.apply(x, weight)
-
-
-class _LinearInFloat32(torch.autograd.Function):
-    """`x Wᵀ` in float32; of the weights a part at a time is in float32, also for gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        wide = x.float()
-        out = wide.new_empty(*x.shape[:-1], len(weight))
-        for rows in _row_slices(weight):
-            out[..., rows] = F.linear(wide, weight[rows].float())
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        (grad,) = grads
-        grad_x = torch.zeros(x.shape, device=x.device) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for rows in _row_slices(weight):
-            if grad_x is not None:
-                grad_x += grad[..., rows] @ weight[rows].float()
-            if grad_weight is not None:
-                grad_weight[rows] = (grad[..., rows].flatten(0, -2).T @ x.float().flatten(0, -2)).to(
-                    weight.dtype
-                )
-        return None if grad_x is None else grad_x.to(x.dtype), grad_weight
-
-
-def _row_slices(weight: Tensor) -> list[slice]:
-    step = max(1, _CHUNK // weight.shape[1])
-    return [slice(start, start + step) for start in range(0, len(weight), step)]
-
-
 class Unembed(nn.Module):
     """Logits of a normalised residual stream; there is no bias, so `b_U` is zeros.
 
@@ -88,7 +47,7 @@ class Unembed(nn.Module):
 
     def __init__(self, d_model: int, d_vocab: int):
         super().__init__()
-        self.linear = nn.Linear(d_model, d_vocab, bias=False)
+        self.linear = Linear(d_model, d_vocab, bias=False)
         self.in_float32 = True
 
     def forward(self, x: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_vocab"]:
@@ -96,8 +55,8 @@ class Unembed(nn.Module):
         if not self.in_float32 or x.dtype not in (torch.bfloat16, torch.float16):
             return self.linear(x)
         if isinstance(self.linear, PlacedLinear):
-            return self.linear.run(_linear_in_float32, x)
-        return _linear_in_float32(x, self.linear.weight)
+            return self.linear.run(linear_in_float32, x)
+        return linear_in_float32(x, self.linear.weight)
 
     def tie(self, embed: nn.Embedding) -> None:
         """Share the weights of the token embedding."""
