@@ -134,8 +134,8 @@ class Run:
                 "decides its numbers: `hones report` reads it, but it can't go on; choose another --out"
             )
         kept = {k: v for k, v in saved["settings"].items() if self._stage_of(k) in self._others}
-        self.settings = {k: v for k, v in self.settings.items() if self._stage_of(k) not in self._others}
-        self.settings |= kept
+        own = {k: v for k, v in self.settings.items() if k in kept or self._stage_of(k) not in self._others}
+        self.settings = own | kept
         current = {**self.settings, **self.environment}
         stored = {**saved["settings"], **saved["environment"]}
         changed = [k for k in sorted(stored | current) if stored.get(k) != current.get(k)]

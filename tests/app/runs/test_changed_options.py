@@ -189,3 +189,7 @@ def test_what_decides_a_stage_that_a_command_does_not_run_stays_as_it_is() -> No
     assert "ratio: 0.1 there" in told(localized)
     assert "controls: 3 there, 4 now, which decides the stage masking" in told([*masked, "4"])
     assert told([*masked, "3"]) == ""
+    heads = ["localize", "--limit", "2", "--stage", "heads", "--out", "heads"]
+    assert told(heads) == ""
+    settings = Path("heads", "settings.json").read_bytes()
+    assert told(heads) == "" and Path("heads", "settings.json").read_bytes() == settings

@@ -21,7 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[KillServe
     started.close()
 
 
-@pytest.mark.by_hand
+@pytest.mark.exhaustive
 def test_a_disk_that_fills_up_anywhere_ends_in_one_line_and_spoils_nothing(server):
     """No file may be larger than so many bytes: too few for each of the files in turn."""
     started, folder = server
