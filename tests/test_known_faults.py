@@ -17,8 +17,9 @@ from transformer_lens import ActivationCache, patching
 
 from hones_lens.model.hooked_vlm import HookedVLM
 from hones_lens.model.inputs import VLMInputs
-from hones_lens.model.nn.attention import Attention, AttentionContext
+from hones_lens.model.nn.attention import Attention
 from hones_lens.model.nn.block import Block
+from hones_lens.model.nn.context import AttentionContext
 
 TOLERANCE = 5e-5
 

@@ -64,11 +64,9 @@ class Cells:
         self, pattern: Float[Tensor, "*lead query key"], image: int
     ) -> Float[Tensor, "*lead cell rows columns"]:
         """Attention from each cell to each token of an image's grid, averaged over the cell's queries."""
-        rows, columns = self.inputs.grids[0][image]
-        (span,) = [s for s, which in zip(self.spans, self.images, strict=True) if which == image]
-        grid = list(span[self.inputs.leading_tokens :])
-        by_cell = self.fold(pattern[..., grid].transpose(-1, -2), "mean").transpose(-1, -2)
-        return by_cell.unflatten(-1, (rows, columns))
+        positions = self.inputs.cell_positions(0, image)
+        by_cell = self.fold(pattern[..., positions.flatten()].transpose(-1, -2), "mean").transpose(-1, -2)
+        return by_cell.unflatten(-1, positions.shape).masked_fill(positions < 0, torch.nan)
 
 
 def fold_tokens(
@@ -119,12 +117,10 @@ def fold_tokens(
 
 def _image_spans(inputs: VLMInputs) -> dict[int, tuple[int, int]]:
     """By an image's first position: its index and the position after it; the inputs have one row."""
-    positions = inputs.image_mask[0].nonzero()[:, 0].tolist()
     spans: dict[int, tuple[int, int]] = {}
-    for image, (rows, columns) in enumerate(inputs.grids[0] if inputs.grids else ()):
-        n = rows * columns + inputs.leading_tokens
-        image_positions, positions = positions[:n], positions[n:]
-        if image_positions[-1] - image_positions[0] != n - 1:
+    for image in range(len(inputs.grids[0]) if inputs.grids else 0):
+        image_positions: list[int] = inputs.image_positions(0, image).tolist()
+        if image_positions[-1] - image_positions[0] != len(image_positions) - 1:
             raise ValueError(f"the tokens of image {image} do not lie side by side")
         spans[image_positions[0]] = (image, image_positions[-1] + 1)
     return spans

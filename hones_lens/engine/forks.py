@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from hones_lens.engine.arms import Arm, ForkPoint, fork_point_of, stack_hooks
 from hones_lens.engine.segments import Segment
 from hones_lens.interventions import HeadEdit, Hook, Scale
-from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, attention_mask, rotate
+from hones_lens.model import AttentionContext, GatedMLP, HookedVLM, KVCache, RMSNorm, VLMInputs, bias_or_none
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def fork(
         rows, length = segment.resid.shape[:2]
         keep = segment.keep if last_positions_only else length
         context = segment.context(len(arms), outputs[0].cache if segment.prefixed else None, above=layer)
-        skip = 1 if arms[0].shortcut else 0
+        skip = 1 if _has_shortcut(model, arms[0]) else 0
         with model.hooks(fwd_hooks=stack_hooks([(rows, arm.hooks[skip:]) for arm in arms])):
             top_step = step.last(keep) if layer == top else step
             resid = _block_output(model, top_step, arms, context)
@@ -174,13 +174,32 @@ def _is_above_attention(top: int, name: str) -> bool:
     return point is not None and (point[0] < top or point[1] != ForkPoint.BLOCK)
 
 
+def _has_shortcut(model: HookedVLM, arm: Arm) -> bool:
+    """Whether the difference alone that an arm makes in its lowest block gives what leaves it.
+
+    Not so behind a norm of what the block writes; nor, for heads, where the neurons read another norm or
+    have biases.
+    """
+    edit = arm.shortcut
+    if edit is None or arm.start is None:
+        return False
+    block = model.blocks[arm.start[0]]
+    if block.has_post_norms or not isinstance(edit, HeadEdit):
+        return not block.has_post_norms
+    mlp = block.mlp
+    gated = isinstance(mlp, GatedMLP) and bias_or_none(mlp.gate) is None
+    return gated and isinstance(block.ln2, RMSNorm)
+
+
 def _block_output(
     model: HookedVLM, step: LayerStep, arms: Sequence[Arm], context: AttentionContext
 ) -> Tensor:
     """The stream that leaves the layer where the arms start, [arm·row pos d_model]."""
-    edits = [arm.shortcut for arm in arms]
+    edits = [arm.shortcut for arm in arms] if _has_shortcut(model, arms[0]) else [None]
     if isinstance(edits[0], HeadEdit):
-        return _output_with_changed_heads(model, step, [e for e in edits if isinstance(e, HeadEdit)])
+        after = _output_with_changed_heads(model, step, [e for e in edits if isinstance(e, HeadEdit)])
+        deep = context.deepstack.get(step.layer)
+        return after if deep is None else after + deep
     if isinstance(edits[0], Scale):
         return _output_with_scaled_neurons(model, step, [e for e in edits if isinstance(e, Scale)])
     block, times = model.blocks[step.layer], len(arms)
@@ -189,10 +208,13 @@ def _block_output(
     if place == ForkPoint.BLOCK:
         return block(_repeat(step.before, times), context)
     if place == ForkPoint.POST:
-        return block.after_mlp(_repeat(step.mid, times), block.mlp.write(_repeat(step.neurons, times)))
-    wrote = step.attn_out
-    wrote = block.attn.write(_repeat(step.z, times)) if place == ForkPoint.Z else _repeat(wrote, times)
-    return block.after_attention(_repeat(step.before, times), wrote)
+        return block.after_mlp(
+            _repeat(step.mid, times), block.mlp.write(_repeat(step.neurons, times)), context
+        )
+    before = _repeat(step.before, times)
+    if place == ForkPoint.Z:
+        return block.after_attention(before, block.attn.write(_repeat(step.z, times)), context)
+    return block.after_attn_out(before, _repeat(step.attn_out, times), context)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
@@ -253,18 +275,11 @@ def _run_to_top(model: HookedVLM, resid: Tensor, layer: int, context: AttentionC
     if keep == length:
         return block(resid, context)
     early = length - keep
-    x = block.ln1(resid[:, :early])
-    k, v = (project(x).unflatten(-1, (-1, attn.d_head)) for project in (attn.k, attn.v))
-    cos, sin, cache = context.cos, context.sin, context.kv_cache
-    assert cos is not None and sin is not None and cache is not None
-    k, v = cache.extend(top, rotate(k, cos[:, :early], sin[:, :early]), v)
+    assert context.kv_cache is not None
+    k, _ = context.kv_cache.extend(
+        top, *attn.keys_and_values(block.ln1(resid[:, :early]), context[:, :early])
+    )
     if keep == 0:
         return resid[:, :0]
-    mask = context.mask
-    if mask is None:
-        seen = torch.ones(1, k.shape[1] + keep, dtype=torch.bool, device=resid.device)
-        mask = attention_mask(seen, keep)
-    else:
-        mask = mask[:, :, early:]
-    late = replace(context, cos=cos[:, early:], sin=sin[:, early:], mask=mask)
+    late = context.last(keep, k.shape[1] + keep)
     return block(resid[:, early:], late)

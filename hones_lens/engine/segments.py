@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hones_lens.engine.memory import Budget
-from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, attention_mask, to_list
+from hones_lens.model import AttentionContext, HookedVLM, KVCache, VLMInputs, to_list
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,14 @@ class Segment:
 
     Attributes:
         resid: The stream that enters block 0, [row pos d_model].
-        cos, sin: Rotation of their positions, [row pos d_head].
-        mask: True where query may see key, [row or 1, 1, pos, key]; None: causality is all.
+        attention: Rotations of their positions, and masks.
         keep: At how many of the last positions logits are wanted.
         prefixed: Whether the first segment, which then has one row, is in front of every row of this one.
         past: Keys and values of other tokens in front of each row, which no arm changes.
     """
 
     resid: Float[Tensor, "row pos d_model"]
-    cos: Float[Tensor, "row pos d_head"]
-    sin: Float[Tensor, "row pos d_head"]
-    mask: Tensor | None
+    attention: AttentionContext
     keep: int
     prefixed: bool = False
     past: KVCache | None = None
@@ -38,16 +35,13 @@ class Segment:
     def of(cls, model: HookedVLM, inputs: VLMInputs, keep: int) -> Segment:
         """One segment of whole inputs."""
         with torch.no_grad():
-            cos, sin = model.rotary(model.positions(inputs), model.cfg.dtype)
-            mask = attention_mask(inputs.attention_mask.bool(), inputs.input_ids.shape[1])
-            return cls(model.embed_inputs(inputs), cos, sin, mask, keep)
+            inputs = model.with_image_embeds(inputs)
+            return cls(model.embed_inputs(inputs), model.attention_context(inputs), keep)
 
     def late(self, past: KVCache) -> Segment:
         """The positions whose logits are wanted alone, behind the keys and values of those before."""
-        n_keys = past.keys[0].shape[1] + self.keep
-        seen = torch.ones(1, n_keys, dtype=torch.bool, device=self.resid.device)
-        parts = (x[:, x.shape[1] - self.keep :] for x in (self.resid, self.cos, self.sin))
-        return Segment(*parts, mask=attention_mask(seen, self.keep), keep=self.keep, past=past)
+        attention = self.attention.last(self.keep, past.keys[0].shape[1] + self.keep)
+        return Segment(self.resid[:, -self.keep :], attention, self.keep, past=past)
 
     def context(self, times: int, prefix: KVCache | None = None, above: int = -1) -> AttentionContext:
         """For the rows repeated so many times.
@@ -57,18 +51,14 @@ class Segment:
             prefix: Where prefixed: with one row for each repetition.
             above: Of `past`, layers above this one are needed.
         """
-        rows, mask = len(self.resid), self.mask
-        if mask is not None and len(mask) > 1:
-            mask = mask.repeat(times, 1, 1, 1)
-        cos, sin = self.cos.repeat(times, 1, 1), self.sin.repeat(times, 1, 1)
         cache = KVCache()
         if self.prefixed:
             assert prefix is not None
-            cache = _BehindPrefix(prefix=prefix, rows=rows)
+            cache = _BehindPrefix(prefix=prefix, rows=len(self.resid))
         if self.past is not None:
             for target, source in ((cache.keys, self.past.keys), (cache.values, self.past.values)):
                 target |= {n: x.repeat(times, 1, 1, 1) for n, x in source.items() if n > above}
-        return AttentionContext(cos, sin, mask, causal=True, kv_cache=cache)
+        return replace(self.attention.repeated(times), kv_cache=cache)
 
 
 @dataclass
@@ -126,12 +116,14 @@ def split_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segme
     if any(bool(mask[pad + shared :].any()) for mask, pad in zip(inputs.image_mask, pads, strict=True)):
         shared = 0
     with torch.no_grad():
-        resid = model.embed_inputs(inputs)
-        cos, sin = model.rotary(model.positions(inputs), model.cfg.dtype)
+        inputs = model.with_image_embeds(inputs)
+        resid, tokens = model.embed_inputs(inputs), model.token_context(inputs)
 
-    def cut(rows: list[int], first: int, last: int, keep: int, mask: Tensor | None = None) -> Segment:
-        parts = [x[rows, first:last] for x in (resid, cos, sin)]
-        return Segment(*parts, mask=mask, keep=keep, prefixed=shared > 0 and keep > 0)
+    def cut(rows: list[int], first: int, last: int, keep: int) -> Segment:
+        n_keys = last - first + (shared if keep else 0)
+        seen = torch.ones(1, n_keys, dtype=torch.bool, device=resid.device)
+        attention = tokens[rows, first:last].masked(seen, last - first)
+        return Segment(resid[rows, first:last], attention, keep, prefixed=shared > 0 and keep > 0)
 
     segments: list[Segment] = []
     members: list[list[int]] = []
@@ -140,9 +132,7 @@ def split_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segme
         members.append([0])
     for length in sorted(set(lengths)):
         rows = [row for row, n in enumerate(lengths) if n == length]
-        seen = torch.ones(1, length, dtype=torch.bool, device=resid.device)
-        mask = attention_mask(seen, length - shared)
-        segments.append(cut(rows, width - length + shared, width, 1, mask))
+        segments.append(cut(rows, width - length + shared, width, 1))
         members.append(rows)
     return segments, members
 

@@ -6,7 +6,7 @@ The tokens are those of `generate` under the same hooks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -143,7 +143,7 @@ class ExpectedAnswers:
         rows: The row numbers by which `Answers.found` names its rows.
         ids: The names of its rows in errors.
         wanted: The tokens, −1 behind them, [row longest].
-        cos, sin: Rotation of every position that an answer can reach, [row pos d_head].
+        tokens: Rotations of every position that an answer can reach, by row.
         process: What the model's decoding makes of logits, see `Decoding.processors`.
     """
 
@@ -151,8 +151,7 @@ class ExpectedAnswers:
     rows: Sequence[int]
     ids: Sequence[str]
     wanted: Tensor
-    cos: Tensor
-    sin: Tensor
+    tokens: AttentionContext
     process: Any
 
     @classmethod
@@ -163,9 +162,9 @@ class ExpectedAnswers:
         prompts = draft.inputs
         filler = torch.full((len(draft.tokens), max_new_tokens), model.cfg.pad_token_id)
         longest = prompts.extended(filler.to(prompts.input_ids.device))
-        cos, sin = model.rotary(model.positions(longest), model.cfg.dtype)
+        tokens = model.rotations(longest)
         process = model.decoding.processors(prompts.attention_mask, model.cfg.eos_token_ids, max_new_tokens)
-        return cls(draft, rows, ids, draft.padded(-1), cos, sin, process)
+        return cls(draft, rows, ids, draft.padded(-1), tokens, process)
 
     def likeliest(
         self, logits: Float[Tensor, "arm row longest d_vocab"], dtype: torch.dtype
@@ -341,10 +340,9 @@ class Answers:
 
 
 def _context(rows: Sequence[_DecodingRow], slots: _Slots) -> AttentionContext:
-    cos = torch.stack([row.expected.cos[row.row, row.position] for row in rows])[:, None]
-    sin = torch.stack([row.expected.sin[row.row, row.position] for row in rows])[:, None]
-    seen = torch.arange(slots.length, device=slots.at.device) <= slots.at[:, None]
-    return AttentionContext(cos, sin, seen[:, None, None], causal=True, kv_cache=slots)
+    """For each row's last token, which sees what its slot holds."""
+    tokens = AttentionContext.of_text([(row.expected.tokens, row.row, row.position) for row in rows])
+    return replace(tokens.seeing(slots.at, slots.length), kv_cache=slots)
 
 
 def _scores(rows: Sequence[_DecodingRow], logits: Float[Tensor, "row d_vocab"]) -> Tensor:

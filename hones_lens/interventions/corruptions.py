@@ -378,7 +378,7 @@ def _box_pixels(
 def _embeds_by_image(encoded: VLMInputs) -> list[Float[Tensor, "token d_model"]]:
     """The embeddings of each image, from inputs with `image_embeds`."""
     assert encoded.image_embeds is not None
-    sizes = [rows * columns + encoded.leading_tokens for row in encoded.grids for rows, columns in row]
+    sizes = [n for row in encoded.image_tokens for n in row]
     return list(torch.split(encoded.image_embeds.flatten(0, -2), sizes))
 
 

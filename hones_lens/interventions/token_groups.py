@@ -101,10 +101,9 @@ def _box_mask(inputs: VLMInputs, row: int, box: Box) -> Tensor:
     if box.outside:
         touched = ~touched
     mask = torch.zeros_like(inputs.image_mask[row])
-    image_positions = inputs.image_mask[row].nonzero()[:, 0]
-    sizes = [r * c + inputs.leading_tokens for r, c in inputs.grids[row]]
-    grid_positions = torch.split(image_positions, sizes)[box.image][inputs.leading_tokens :]
-    mask[grid_positions] = touched.to(mask.device)
+    positions = inputs.cell_positions(row, box.image).flatten()
+    has_token = positions >= 0
+    mask[positions[has_token]] = touched.to(mask.device)[has_token]
     return mask
 
 

@@ -25,6 +25,7 @@ from .known import (
     model_without_weights as model_without_weights,
     processor_options_of as processor_options_of,
 )
+from .layout import ImageLayout as ImageLayout
 from .loadable import check_device as check_device
 from .loading import (
     hook_hf_model as hook_hf_model,
@@ -39,11 +40,13 @@ from .memory import (
     is_out_of_memory as is_out_of_memory,
 )
 from .names import did_you_mean as did_you_mean
-from .nn.attention import (
+from .nn.context import (
     AttentionContext as AttentionContext,
     KVCache as KVCache,
     attention_mask as attention_mask,
 )
+from .nn.mlp import GatedMLP as GatedMLP
+from .nn.norm import RMSNorm as RMSNorm
 from .nn.placed import weights_of as weights_of
 from .nn.rotary import rotate as rotate
 from .pictures import (
@@ -61,4 +64,4 @@ from .tokens import (
     pad_left as pad_left,
     token_names as token_names,
 )
-from .typed import to_list as to_list
+from .typed import bias_or_none as bias_or_none, to_list as to_list

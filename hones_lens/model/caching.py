@@ -77,6 +77,8 @@ class VLMCache(ActivationCache):
         model: The model that they are from.
         image_tokens: Number of tokens of every image, by row (`VLMInputs.image_tokens`).
         has_batch_dim: Whether the decoder's entries have a batch axis; without it there is one row.
+        tower_entries: How many of the vision tower's images each image is (`VLMInputs.tower_entries`);
+            default: one.
     """
 
     def __init__(
@@ -85,9 +87,12 @@ class VLMCache(ActivationCache):
         model: Any,
         image_tokens: Sequence[Sequence[int]],
         has_batch_dim: bool = True,
+        tower_entries: Sequence[Sequence[int]] | None = None,
     ):
         super().__init__(cache_dict, model, has_batch_dim)
         self.image_tokens = tuple(tuple(row) for row in image_tokens)
+        entries = [[1] * len(row) for row in self.image_tokens] if tower_entries is None else tower_entries
+        self.tower_entries = tuple(tuple(row) for row in entries)
 
     def _batch_size(self) -> int:
         return len(self.image_tokens)
@@ -129,14 +134,17 @@ class VLMCache(ActivationCache):
         batch_slice = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
         if not self.has_batch_dim:
             if batch_slice.mode == "identity":
-                return VLMCache(dict(self.cache_dict), self.model, self.image_tokens, has_batch_dim=False)
+                return VLMCache(
+                    dict(self.cache_dict), self.model, self.image_tokens, False, self.tower_entries
+                )
             raise ValueError("the cache has no batch axis to take rows from")
         rows = batch_slice.apply(torch.arange(self._batch_size())).reshape(-1)
         if not len(rows):
             raise IndexError(f"{batch_slice.slice} selects none of the cache's {self._batch_size()} rows")
         taken = {name: self._take_rows(name, entry, rows) for name, entry in self.cache_dict.items()}
         numbers: list[int] = to_list(rows)
-        cache = VLMCache(taken, self.model, [self.image_tokens[row] for row in numbers])
+        tokens, entries = ([of[row] for row in numbers] for of in (self.image_tokens, self.tower_entries))
+        cache = VLMCache(taken, self.model, tokens, tower_entries=entries)
         return cache.remove_batch_dim() if batch_slice.mode == "int" else cache
 
     def _take_rows(self, name: str, entry: Tensor, rows: Tensor) -> Tensor:
@@ -153,10 +161,10 @@ class VLMCache(ActivationCache):
 
     def _sizes(self, name: str, entry: Tensor) -> Sequence[Sequence[int]]:
         """How much of the entry's first axis each image has, by row."""
-        for sizes in ([[1] * len(row) for row in self.image_tokens], self.image_tokens):
+        for sizes in (self.tower_entries, self.image_tokens):
             if sum(map(sum, sizes)) == len(entry):
                 return sizes
-        images, tokens = sum(map(len, self.image_tokens)), sum(map(sum, self.image_tokens))
+        images, tokens = sum(map(sum, self.tower_entries)), sum(map(sum, self.image_tokens))
         raise ValueError(
             f"{name} has {len(entry)} entries; the cache is of {images} images, {tokens} tokens in all"
         )

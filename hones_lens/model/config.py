@@ -26,7 +26,10 @@ class VisionConfig:
         patch_size: Side of a patch in pixels.
         image_size: Side of every image in pixels; None where images keep their own size.
         feature_layers: Hidden states that are read; 0 is the input of the first block.
-        keep_class_token: Whether the class token is among the image tokens.
+        has_class_token: Whether the tower's first token is a class token.
+        keep_class_token: Whether it is among the image tokens.
+        drop_first_patch: Whether the first patch is not among them: what leaves out CLIP's class token,
+            `vision_feature_select_strategy="default"`, does so with SigLIP.
         merge_size: Side, in patches, of the square of patches that one image token stands for.
         window_size: Side in pixels of the attention windows; None without windows.
         full_attention_layers: Blocks that attend over the whole image even if there are windows.
@@ -40,7 +43,9 @@ class VisionConfig:
     patch_size: int
     image_size: int | None
     feature_layers: tuple[int, ...]
+    has_class_token: bool = False
     keep_class_token: bool = False
+    drop_first_patch: bool = False
     merge_size: int = 1
     window_size: int | None = None
     full_attention_layers: tuple[int, ...] = ()
@@ -60,6 +65,8 @@ class VLMConfig:
         normalization_type: "RMS" or "LN": `ln*.hook_scale` divides, the weight follows.
         n_ctx: Longest sequence that the checkpoint was made for.
         eos_token_ids: Any of them ends a generation.
+        sliding_window: How many keys a query sees in the layers whose attention slides; None where none does.
+        n_deepstack: How many of the lowest blocks add image embeddings of their own to the stream.
         use_split_qkv_input: Set through `HookedVLM.set_use_split_qkv_input`.
         unembed_in_float32: Set through `HookedVLM.set_unembed_in_float32`.
         default_prepend_bos: Whether the tokenizer puts a beginning-of-sequence token before a text by itself.
@@ -85,6 +92,8 @@ class VLMConfig:
     dtype: torch.dtype
     normalization_type: str = "RMS"
     attn_only: bool = False
+    sliding_window: int | None = None
+    n_deepstack: int = 0
     use_split_qkv_input: bool = False
     unembed_in_float32: bool = True
     default_prepend_bos: bool = False

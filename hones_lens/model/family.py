@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from hones_lens.model.config import VLMConfig
-from hones_lens.model.inputs import Region, VLMInputs
+from hones_lens.model.inputs import ImageText, Region, VLMInputs
+from hones_lens.model.typed import to_list
 from hones_lens.model.weights import WeightMap
 
 
@@ -54,8 +55,20 @@ class Family(ABC):
         """Fill in `image_mask` and `grids`; raise where images and image tokens disagree."""
 
     @abstractmethod
-    def process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[int]]:
-        """Pixel inputs of the vision tower for these pictures, and the number of image tokens of each."""
+    def process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], Sequence[ImageText]]:
+        """Pixel inputs of the vision tower for these pictures, and what stands for each in a prompt.
+
+        That is a number of image tokens, or a text with image tokens in it.
+        """
+
+    def pixel_rows(self, pixels: Mapping[str, Tensor]) -> list[int]:
+        """How many rows of `pixel_values` each picture has, of what `process_images` returns."""
+        grid_thw = pixels.get("image_grid_thw")
+        return [1] * len(pixels["pixel_values"]) if grid_thw is None else to_list(grid_thw.prod(-1))
+
+    def shown_regions(self, width: int, height: int) -> list[Region]:
+        """The part of a picture that each of its grids covers, where a picture may have several."""
+        return [self.shown_region(width, height)]
 
     @abstractmethod
     def pictures(self, inputs: VLMInputs) -> list[Float[Tensor, "channel _ _"]]:

@@ -11,7 +11,7 @@ from hones_lens.model.choices import require_choice
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.decoding import SAMPLING, Decoding
 from hones_lens.model.inputs import ModelInput, VLMInputs
-from hones_lens.model.nn.attention import KVCache
+from hones_lens.model.nn.context import KVCache
 from hones_lens.model.tokens import tokenizer_of
 
 

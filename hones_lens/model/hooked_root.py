@@ -220,7 +220,9 @@ class HookedRoot(HookedRootModule):
         if not return_cache_object:
             return output, store
         assert located is not None  # or the model would not have run
-        return output, VLMCache(store, self, located.image_tokens, not remove_batch_dim)
+        return output, VLMCache(
+            store, self, located.image_tokens, not remove_batch_dim, located.tower_entries
+        )
 
     def get_caching_hooks(
         self,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hones_lens.model.layout import PLAIN, ImageLayout
 from hones_lens.model.typed import to_list
 
 _FROM_HF = (
@@ -32,6 +33,7 @@ _BY_ROW_AND_POSITION = (
 )
 _POSITIONS = ("position_ids", "counted_position_ids")
 Region = tuple[float, float, float, float]
+ImageText = int | str  # what stands for a picture in a prompt: so many image tokens, or a text with some
 _UNSEEN_MASK = "which tokens are padding is the model's to say: use model.as_inputs(inputs)"
 _UNREAD_BY_HF = ("token_type_ids",)  # some tokenizers return it; no family's forward reads it
 
@@ -53,7 +55,8 @@ class VLMInputs:
         regions: `regions[row][image]` = (left, top, right, bottom): the part of the picture that its grid
             covers, in pixels of the upright picture; filled in by `prepare`. Smaller than the picture if the
             processor crops it.
-        leading_tokens: Number of image tokens before the grid's first (1 if the class token is kept).
+        layouts: `layouts[row][image]`: how the tokens of the image lie around its grid; empty where there are
+            no others than the grid's.
         question_mask: True at the tokens of the user's own prompt, [batch pos], if prepared.
         answer_mask: True at the tokens of the answer, [batch pos], if prepared with answers.
         image_embeds: Image embeddings as the decoder reads them, if computed already (see
@@ -74,7 +77,7 @@ class VLMInputs:
     image_mask_or_none: Tensor | None = field(default=None, repr=False)
     grids: tuple[tuple[tuple[int, int], ...], ...] = ()
     regions: tuple[tuple[Region, ...], ...] = ()
-    leading_tokens: int = 0
+    layouts: tuple[tuple[ImageLayout, ...], ...] = ()
     question_mask: Tensor | None = field(default=None, repr=False)
     answer_mask: Tensor | None = field(default=None, repr=False)
     image_embeds: Tensor | None = field(default=None, repr=False)
@@ -177,8 +180,44 @@ class VLMInputs:
     @property
     def image_tokens(self) -> tuple[tuple[int, ...], ...]:
         """Number of tokens of every image, by row; no images where no model has located any."""
-        grids = self.grids or ((),) * self.batch_size
-        return tuple(tuple(r * c + self.leading_tokens for r, c in row) for row in grids)
+        return tuple(
+            tuple(self.layout(row, i).n_tokens(grid) for i, grid in enumerate(grids))
+            for row, grids in enumerate(self.grids or ((),) * self.batch_size)
+        )
+
+    def layout(self, row: int, image: int) -> ImageLayout:
+        """How the tokens of an image lie around its grid."""
+        return self.layouts[row][image] if self.layouts else PLAIN
+
+    @property
+    def tower_entries(self) -> tuple[tuple[int, ...], ...]:
+        """By row, how many entries of the vision tower's activations each image has."""
+        return tuple(
+            tuple(self.layout(row, i).entries for i in range(len(grids)))
+            for row, grids in enumerate(self.grids or ((),) * self.batch_size)
+        )
+
+    def image_positions(self, row: int, image: int) -> Tensor:
+        """The positions of an image's tokens, its grid's and others, [token].
+
+        Raises:
+            IndexError: No such row or image.
+        """
+        if row >= len(self.grids) or image >= len(self.grids[row]):
+            n_images = len(self.grids[row]) if row < len(self.grids) else 0
+            raise IndexError(f"row {row} has {n_images} images; there is no image {image}")
+        of_row = self.image_mask[row].nonzero()[:, 0]
+        return torch.split(of_row, list(self.image_tokens[row]))[image]
+
+    def cell_positions(self, row: int, image: int) -> Tensor:
+        """The position of each cell of an image's grid, [rows columns]; −1 where a cell has no token.
+
+        Raises:
+            IndexError: No such row or image.
+        """
+        positions = self.image_positions(row, image)
+        cells = self.layout(row, image).cells(self.grids[row][image]).to(positions.device)
+        return torch.where(cells < 0, -1, positions[cells])
 
     @property
     def batch_size(self) -> int:
@@ -223,8 +262,9 @@ class VLMInputs:
             selected.update(self._take_images(row_numbers))
         elif len(self.grids) == self.batch_size:
             selected["grids"] = tuple(self.grids[row] for row in row_numbers)
-        if len(self.regions) == self.batch_size:
-            selected["regions"] = tuple(self.regions[row] for row in row_numbers)
+        for name in ("regions", "layouts"):
+            if len(by_row := getattr(self, name)) == self.batch_size:
+                selected[name] = tuple(by_row[row] for row in row_numbers)
         return replace(self, **selected)
 
     def _take_images(self, rows: list[int]) -> dict[str, object]:
@@ -236,7 +276,9 @@ class VLMInputs:
         images = [i for row in rows for i in range(starts[row], starts[row + 1])]
         pixels, grid_thw = self.pixel_values, self.image_grid_thw
         assert pixels is not None
-        sizes: list[int] = [1] * len(pixels) if grid_thw is None else to_list(grid_thw.prod(-1))
+        sizes = [n for row in self.tower_entries for n in row]
+        if grid_thw is not None:
+            sizes = to_list(grid_thw.prod(-1))
         return {
             "pixel_values": _take_images_of(pixels, sizes, images) if images else None,
             "image_embeds": self._take_embeds(images),
@@ -341,7 +383,10 @@ class VLMInputs:
     def patch_grids(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """As `grids`, in patches of the vision tower: larger if the tower merges patches into tokens."""
         if self.image_grid_thw is None:
-            return self.grids
+            return tuple(
+                tuple(self.layout(row, i).patches or grid for i, grid in enumerate(grids))
+                for row, grids in enumerate(self.grids)
+            )
         sizes: Iterator[list[int]] = iter(to_list(self.image_grid_thw[:, 1:]))
         return tuple(tuple((r, c) for r, c in (next(sizes) for _ in row)) for row in self.grids)
 
@@ -363,29 +408,29 @@ class VLMInputs:
                 cell.
 
         Returns:
-            [rows columns], or [height width]; detached.
+            [rows columns], or [height width]; detached. NaN at a cell that has no token.
 
         Raises:
             IndexError: No such row or image.
             ValueError: Another number of values.
         """
-        if row >= len(self.grids) or image >= len(self.grids[row]):
-            n_images = len(self.grids[row]) if row < len(self.grids) else 0
-            raise IndexError(f"row {row} has {n_images} images; there is no image {image}")
-        sizes = list(self.image_tokens[row])
+        positions = self.image_positions(row, image)
         if values.shape == self.input_ids.shape[1:]:
-            values = torch.split(values[self.image_mask[row].to(values.device)], sizes)[image]
+            values = values[positions.to(values.device)]
         grid, patches = self.grids[row][image], self.patch_grids[row][image]
         n_patches = patches[0] * patches[1]
         longest = max(r * c for row_grids in self.patch_grids for r, c in row_grids)
-        if values.shape == (sizes[image],):
-            values = values[self.leading_tokens :]
-        elif patches != grid and values.shape in ((n_patches,), (longest,)):
+        if values.shape == positions.shape:
+            cells = self.layout(row, image).cells(grid).to(values.device)
+            values = (
+                torch.where(cells < 0, torch.nan, values[cells]) if bool((cells < 0).any()) else values[cells]
+            )
+        elif values.shape in ((n_patches,), (longest,)):
             grid, values = patches, values[:n_patches]
         else:
             raise ValueError(
                 f"{tuple(values.shape)} values fit neither the {self.input_ids.shape[1]} positions "
-                f"nor the {sizes[image]} tokens of image {image}"
+                f"nor the {len(positions)} tokens of image {image}"
             )
         grid_values = values.detach().reshape(grid)
         if pixels is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,11 +13,10 @@ from torch import Tensor
 
 from hones_lens.model.chat import ChatFormat
 from hones_lens.model.config import VLMConfig
-from hones_lens.model.inputs import Region, VLMInputs
+from hones_lens.model.inputs import ImageText, Region, VLMInputs
 from hones_lens.model.iterables import takes_iterables
 from hones_lens.model.pictures import Pictures, listed, open_images
 from hones_lens.model.tokens import image_token_of, pad_left, text_ids, text_ids_and_spans, tokenizer_of
-from hones_lens.model.typed import to_list
 
 MOST_IMAGE_TOKENS = 2000  # of a picture, above which `prepare` warns
 
@@ -35,12 +34,16 @@ class ReadsPrompts(Protocol):
         """Context length and padding id."""
         ...
 
-    def process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[int]]:
-        """Pixel inputs of the vision tower for these pictures, and the number of image tokens of each."""
+    def process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], Sequence[ImageText]]:
+        """Pixel inputs of the vision tower for these pictures, and what stands for each in a prompt."""
         ...
 
-    def shown_region(self, width: int, height: int) -> Region:
-        """The part of a picture that reaches the vision tower."""
+    def pixel_rows(self, pixels: Mapping[str, Tensor]) -> list[int]:
+        """How many rows of `pixel_values` each picture has."""
+        ...
+
+    def shown_regions(self, width: int, height: int) -> list[Region]:
+        """The part of a picture that each of its grids covers."""
         ...
 
     def as_inputs(self, model_input: VLMInputs) -> VLMInputs:
@@ -92,21 +95,17 @@ def pair_images_with_prompts(
     return rows
 
 
-def _processed(model: ReadsPrompts, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[int]]:
+def _processed(model: ReadsPrompts, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[ImageText]]:
     """As `process_images`, but that one picture at several places is processed once."""
     distinct = {id(image): image for image in images}
-    pixels, counts = model.process_images(list(distinct.values()))
+    pixels, texts = model.process_images(list(distinct.values()))
     if len(distinct) == len(images):
-        return pixels, counts
+        return pixels, list(texts)
     numbers = {key: number for number, key in enumerate(distinct)}
     index = [numbers[id(image)] for image in images]
-    values, grid_thw = pixels["pixel_values"], pixels.get("image_grid_thw")
-    sizes: list[int] = [1] * len(distinct) if grid_thw is None else to_list(grid_thw.prod(-1))
-    parts = torch.split(values, sizes)
-    repeated = {"pixel_values": torch.cat([parts[i] for i in index])}
-    if grid_thw is not None:
-        repeated["image_grid_thw"] = grid_thw[index]
-    return repeated, [counts[i] for i in index]
+    parts = torch.split(pixels["pixel_values"], model.pixel_rows(pixels))
+    repeated = {name: of_pictures[index] for name, of_pictures in pixels.items() if name != "pixel_values"}
+    return repeated | {"pixel_values": torch.cat([parts[i] for i in index])}, [texts[i] for i in index]
 
 
 @takes_iterables
@@ -144,15 +143,15 @@ def prepare(
     answer_texts = [answers] if isinstance(answers, str) else answers
     if answer_texts is not None and len(answer_texts) != len(rows):
         raise ValueError(f"{len(answer_texts)} answers for {len(rows)} prompts")
-    pixels, counts = _processed(model, [image for pictures, _ in rows for image in pictures])
-    _warn_of_large_pictures(counts)
+    pixels, image_texts = _processed(model, [image for pictures, _ in rows for image in pictures])
+    _warn_of_large_pictures(model, image_texts)
     chat = ChatFormat(model)
     texts: list[tuple[str, str]] = []
     n_images = 0
     for pictures, prompt in rows:
-        image_tokens = counts[n_images : n_images + len(pictures)]
+        of_row = image_texts[n_images : n_images + len(pictures)]
         n_images += len(pictures)
-        texts.append((_write_out(model, chat, prompt, image_tokens), prompt))
+        texts.append((_write_out(model, chat, prompt, of_row), prompt))
     ids_of_answers: list[list[int]] | None = None
     if answer_texts is not None:
         separator = chat.before_answer()
@@ -166,13 +165,17 @@ def prepare(
         attention_mask=encoded.attention_mask,
         question_mask=encoded.question,
         answer_mask=encoded.answer,
-        regions=tuple(tuple(model.shown_region(*image.size) for image in pictures) for pictures, _ in rows),
+        regions=tuple(
+            tuple(region for image in pictures for region in model.shown_regions(*image.size))
+            for pictures, _ in rows
+        ),
         **pixels,
     )
     return model.as_inputs(inputs)
 
 
-def _warn_of_large_pictures(counts: Sequence[int]) -> None:
+def _warn_of_large_pictures(model: ReadsPrompts, texts: Sequence[ImageText]) -> None:
+    counts = [text if isinstance(text, int) else text.count(image_token_of(model)) for text in texts]
     if counts and max(counts) > MOST_IMAGE_TOKENS:
         warnings.warn(
             f"a picture becomes {max(counts):,} tokens, more than {MOST_IMAGE_TOKENS:,}: "
@@ -182,7 +185,7 @@ def _warn_of_large_pictures(counts: Sequence[int]) -> None:
 
 
 @takes_iterables
-def render(model: ReadsPrompts, prompt: str, image_tokens: Sequence[int]) -> str:
+def render(model: ReadsPrompts, prompt: str, image_tokens: Sequence[ImageText]) -> str:
     """The text that is tokenized: chat format applied, each image token repeated.
 
     Raises:
@@ -210,24 +213,24 @@ def prompt_lengths(model: ReadsPrompts, image: Image.Image, prompts: Sequence[st
     return lengths
 
 
-def _write_out(model: ReadsPrompts, chat: ChatFormat, prompt: str, image_tokens: Sequence[int]) -> str:
+def _write_out(model: ReadsPrompts, chat: ChatFormat, prompt: str, image_tokens: Sequence[ImageText]) -> str:
     text = chat.user_turn(prompt, len(image_tokens))
     return expand_images(text, image_token_of(model), image_tokens) if image_tokens else text
 
 
-def expand_images(text: str, image_token: str, counts: Sequence[int]) -> str:
-    """Repeat each image token as often as its image has tokens.
+def expand_images(text: str, image_token: str, texts: Sequence[ImageText]) -> str:
+    """Write each image token as often as its image has tokens, or as the text that stands for the image.
 
     Raises:
         ValueError: More or fewer image tokens than images; names both counts.
     """
     segments = text.split(image_token)
-    if len(segments) - 1 != len(counts):
+    if len(segments) - 1 != len(texts):
         raise ValueError(
-            f"{len(segments) - 1} image tokens {image_token!r} in the prompt for {len(counts)} images"
+            f"{len(segments) - 1} image tokens {image_token!r} in the prompt for {len(texts)} images"
         )
-    expanded = [segment + image_token * n for segment, n in zip(segments, counts, strict=False)]
-    return "".join(expanded) + segments[-1]
+    written = [image_token * text if isinstance(text, int) else text for text in texts]
+    return "".join(a + b for a, b in zip(segments, [*written, ""], strict=True))
 
 
 def continuation(model: ReadsPrompts, prompt: str, answer: str, n_images: int) -> list[int]:

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
+    CONFIG_MAPPING,
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    SiglipImageProcessorPil,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 from hones_lens import HookedVLM, VLMInputs
@@ -29,28 +31,34 @@ QUESTIONS = (
 
 
 def make_processor(
-    image_size: int = SIZE, patch_size: int = PATCH, strategy: str = "default", n_ctx: int = 512
+    image_size: int = SIZE,
+    patch_size: int = PATCH,
+    strategy: str = "default",
+    n_ctx: int = 512,
+    tower: str = "clip_vision_model",
 ) -> LlavaProcessor:
     """A processor for pictures of `image_size` pixels; unlike tiny-llava's, it begins texts with <s>."""
+    square = {"height": image_size, "width": image_size}
+    pictures = SiglipImageProcessorPil(size=square)
+    if tower == "clip_vision_model":
+        pictures = CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
     tokenizer = build_llava_tokenizer(n_ctx)
     tokenizer.add_bos_token = True
     tokenizer.update_post_processor()
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-        ),
+        image_processor=pictures,
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(tower == "clip_vision_model"),
         chat_template=tokenizer.chat_template,
     )
 
 
 def make_config(
-    text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any
+    text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, vip: bool = False, **top: Any
 ) -> LlavaConfig:
-    """A LlavaConfig of tiny sizes; arguments overrule them."""
+    """A LlavaConfig of tiny sizes; arguments overrule them, `model_type` the kind of a part."""
     tokenizer = build_llava_tokenizer(512)
     text_config = {
         "vocab_size": len(tokenizer) + 3,
@@ -76,9 +84,11 @@ def make_config(
         "projection_dim": 24,
         "layer_norm_eps": 1e-3,
     }
-    return LlavaConfig(
-        text_config=LlamaConfig(**{**text_config, **(text or {})}),
-        vision_config=CLIPVisionConfig(**{**vision_config, **(vision or {})}),
+    text_config = {"model_type": "llama", **text_config, **(text or {})}
+    vision_config = {"model_type": "clip_vision_model", **vision_config, **(vision or {})}
+    return (VipLlavaConfig if vip else LlavaConfig)(
+        text_config=CONFIG_MAPPING[text_config["model_type"]](**text_config),
+        vision_config=CONFIG_MAPPING[vision_config["model_type"]](**vision_config),
         image_token_index=tokenizer.image_token_id,
         **top,
     )
@@ -96,7 +106,9 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 def make_hf(config: LlavaConfig | None = None, seed: int = 0) -> LlavaForConditionalGeneration:
     """A random Hugging Face model in eval mode."""
-    model = LlavaForConditionalGeneration(config or make_config()).eval()
+    config = config or make_config()
+    vip = isinstance(config, VipLlavaConfig)
+    model = (VipLlavaForConditionalGeneration if vip else LlavaForConditionalGeneration)(config).eval()
     randomise(model, seed)
     return model
 
@@ -107,8 +119,9 @@ def processor_for(config: LlavaConfig) -> LlavaProcessor:
     return make_processor(
         vision.image_size,
         vision.patch_size,
-        config.vision_feature_select_strategy,
+        getattr(config, "vision_feature_select_strategy", "default"),
         config.text_config.max_position_embeddings,
+        vision.model_type,
     )
 
 

@@ -23,7 +23,7 @@ from hones_lens.app.cli import main
 from hones_lens.app.runs.identity import weights_hash
 from hones_lens.interventions import fold_head_scales, fold_neuron_scales
 from hones_lens.model.dispatch import check_device_map
-from hones_lens.model.nn.attention import AttentionContext
+from hones_lens.model.nn.context import AttentionContext
 from hones_lens.model.nn.placed import PlacedEmbedding, PlacedLinear, place
 
 FAMILIES = {"llava": random_llava, "qwen": random_qwen}

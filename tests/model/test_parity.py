@@ -82,6 +82,65 @@ CONFIGS = {
 }
 
 
+SIGLIP = {"model_type": "siglip_vision_model"}
+# LLaVA with other parts; those of well-known checkpoints are named.
+CONFIGS |= {
+    "mistral, sliding, two kv heads (BakLLaVA)": {
+        "text": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 11},
+    },
+    "mistral without a window, head_dim set": {
+        "text": {"model_type": "mistral", "sliding_window": None, "head_dim": 10, "num_key_value_heads": 1},
+    },
+    "qwen2, siglip, all patches (llava-interleave-qwen)": {
+        "text": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 2},
+        "vision": SIGLIP,
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1,
+        "tie_word_embeddings": True,
+    },
+    "qwen2, sliding in the top layer": {
+        "text": {
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 2,
+        },
+    },
+    "siglip without its first patch, pixels over the last": {
+        "vision": {**SIGLIP, "image_size": 25, "patch_size": 6, "hidden_act": "gelu_pytorch_tanh"},
+    },
+    "llama with biases, dynamic rope, siglip, two layers": {
+        "text": {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        },
+        "vision": SIGLIP,
+        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": [-2, 1],
+    },
+    "vip, five layers": {"vip": True, "vision_feature_layer": [-2, -1, 0, 1, 2]},
+    "vip, one layer, two kv heads, other eps": {
+        "vip": True,
+        "vision_feature_layer": -2,
+        "projector_layernorm_eps": 0.1,
+        "text": {"num_key_value_heads": 2},
+    },
+    "vip, mistral, siglip": {
+        "vip": True,
+        "vision_feature_layer": [-2, 1],
+        "text": {"model_type": "mistral", "sliding_window": 9},
+        "vision": SIGLIP,
+    },
+    "vip, tied, head_dim set": {
+        "vip": True,
+        "vision_feature_layer": [1, 2],
+        "text": {"head_dim": 10, "tie_word_embeddings": True},
+        "tie_word_embeddings": True,
+    },
+}
+
+
 QWEN_CONFIGS = {
     "qwen, two kv heads": {},
     "qwen, one kv head, windows that do not divide the grid": {
@@ -130,7 +189,7 @@ class Case:
     """One random model, twice, and a left-padded batch for it."""
 
     def __init__(self, config: LlavaConfig | Qwen2_5_VLConfig, seed: int):
-        made = random_llava if isinstance(config, LlavaConfig) else random_qwen
+        made = random_qwen if isinstance(config, Qwen2_5_VLConfig) else random_llava
         self.hf, self.ours = made.make_pair(config, seed)
         self.inputs = made.mixed_batch(self.ours)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
@@ -23,7 +22,7 @@ from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.sites import PatchSite, as_patch_site, positions_of, targets_of, vision_mask
 from hones_lens.engine import BatchKeywords, Budget, SweepOptions, split_keywords
 from hones_lens.interventions import Group, Layers
-from hones_lens.model import HookedVLM, VLMInputs, attention_mask, did_you_mean, takes_iterables
+from hones_lens.model import HookedVLM, VLMInputs, did_you_mean, takes_iterables
 from hones_lens.results import Labelled
 
 STEPS = 20
@@ -93,7 +92,8 @@ class _AttributionBatch:
         ]
         by_image = torch.einsum("ipc,gip->icg", by_position, torch.stack(masks).double())
         row = torch.tensor(
-            [row for row, grids in enumerate(base.grids) for _ in grids], device=by_position.device
+            [row for row, entries in enumerate(base.tower_entries) for _ in range(sum(entries))],
+            device=by_position.device,
         )
         return by_position.new_zeros(len(base), *by_image.shape[1:]).index_add(0, row, by_image)
 
@@ -232,43 +232,52 @@ def _softmax_recomputed(job: _AttributionBatch) -> list[Float[Tensor, "batch com
     source, base = job.activations(read, source=True), job.activations(read, source=False)
     gradients = job.gradients([prefixes[n] + "hook_z" for n in prefixes])
     effects = []
-    for name in prefixes.values():
+    context = job.model.attention_context(job.batch.base)
+    for layer, name in prefixes.items():
+        attn = job.model.blocks[layer].attn
         q, k, v = (base[name + part] for part in ("hook_rot_q", "hook_rot_k", "hook_v"))
         gradient = gradients[name + "hook_z"][1]
         pattern_gradient = torch.einsum("bqhd,bkhd->bhqk", gradient, _repeat_kv_heads(v, gradient.shape[2]))
         replacement = source[name + ("hook_rot_q" if job.site.what == "q" else "hook_rot_k")]
-        effects.append(_pattern_effect(job, q, k, replacement, pattern_gradient))
+        mixing = _Mixing(attn, attn.own(context).mask)
+        effects.append(_pattern_effect(job, mixing, q, k, replacement, pattern_gradient))
     return effects
+
+
+@dataclass(frozen=True)
+class _Mixing:
+    """The pattern of a layer's attention, from its rotated queries and keys."""
+
+    attn: Any
+    mask: Tensor | None
+
+    def __call__(self, q: Tensor, k: Tensor) -> Float[Tensor, "batch head query key"]:
+        n_heads, visible = q.shape[2], self.mask
+        scores = torch.einsum("bqhd,bkhd->bhqk", self.attn.scaled(q), _repeat_kv_heads(k, n_heads))
+        if visible is None:
+            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        return scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
 
 
 def _pattern_effect(
     job: _AttributionBatch,
+    pattern: _Mixing,
     q: Float[Tensor, "batch pos head d_head"],
     k: Float[Tensor, "batch pos kv_head d_head"],
     replacement: Float[Tensor, "batch pos component d_head"],
     pattern_gradient: Float[Tensor, "batch head pos pos"],
 ) -> Float[Tensor, "batch component sum"]:
     """Change of the pattern with other queries or keys, all rotated, times the pattern's gradient."""
-    visible = attention_mask(job.batch.base.attention_mask.bool(), q.shape[1])
-    if visible is None:
-        visible = torch.ones(pattern_gradient.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    before = _pattern(q, k, visible)
+    before = pattern(q, k)
     if job.site.what == "q":  # a query's change is its own
-        effect = ((_pattern(replacement, k, visible) - before) * pattern_gradient).sum(
-            -1, dtype=torch.float64
-        )
+        effect = ((pattern(replacement, k) - before) * pattern_gradient).sum(-1, dtype=torch.float64)
         return torch.einsum("bhp,gbp->bhg", effect, job.masks)
     effects = []
     for mask in job.where.values():  # keys compete: those of a group change together
-        after = _pattern(q, torch.where(mask[..., None, None], replacement, k), visible)
+        after = pattern(q, torch.where(mask[..., None, None], replacement, k))
         effect = ((after - before) * pattern_gradient).sum((-1, -2), dtype=torch.float64)
         effects.append(effect.unflatten(1, (k.shape[2], -1)).sum(-1))
     return torch.stack(effects, dim=-1)
-
-
-def _pattern(q: Tensor, k: Tensor, visible: Bool[Tensor, "..."]) -> Float[Tensor, "batch head query key"]:
-    scores = torch.einsum("bqhd,bkhd->bhqk", q / math.sqrt(q.shape[-1]), _repeat_kv_heads(k, q.shape[2]))
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
 
 
 def _repeat_kv_heads(x: Tensor, n_heads: int) -> Float[Tensor, "batch pos head d_head"]:

@@ -188,5 +188,5 @@ class PatchBatch:
 
     def _stacked_arms(self, base: VLMInputs, arms: list[list[Hook]]) -> tuple[VLMInputs, list[Hook]]:
         """The rows repeated for each arm, and hooks that apply each arm to its own copy."""
-        rows = sum(map(len, base.grids)) if self.site.vision else len(base)
+        rows = sum(map(sum, base.tower_entries)) if self.site.vision else len(base)
         return base[list(range(len(base))) * len(arms)], stack_hooks([(rows, arm) for arm in arms])

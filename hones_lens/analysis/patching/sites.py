@@ -279,14 +279,13 @@ def position_labels(model: HookedVLM, pairs: PatchPairs) -> tuple[str, ...]:
             )
     before, after = (model.to_str_tokens(inputs.input_ids[0]) for inputs in (clean, corrupted))
     names = [a if a == b else f"{a}→{b}" for a, b in zip(before, after, strict=True)]
-    image_positions = clean.image_mask[0].nonzero()[:, 0].tolist()
-    cells = []
-    for image, (rows, columns) in enumerate(clean.grids[0]):
+    for image in range(len(clean.grids[0])):
         which = f"image {image}" if len(clean.grids[0]) > 1 else "image"
-        cells += [f"{which} class"] * clean.leading_tokens
-        cells += [f"{which} {row},{column}" for row in range(rows) for column in range(columns)]
-    for position, cell in zip(image_positions, cells, strict=True):
-        names[position] = cell
+        for position in clean.image_positions(0, image).tolist():
+            names[position] = f"{which} class" if clean.layout(0, image).leading else f"{which} newline"
+        for row, columns in enumerate(clean.cell_positions(0, image).tolist()):
+            for column, position in enumerate(columns):
+                names[position] = f"{which} {row},{column}"
     return tuple(f"{i} {name}" for i, name in enumerate(names))
 
 
@@ -315,10 +314,10 @@ def vision_mask(
             raise ValueError(
                 f"token group {group!r} has no image token in row {row}, and the vision tower no other"
             )
-        sizes = [rows * columns + inputs.leading_tokens for rows, columns in grids]
-        for grid, tokens in zip(grids, image_tokens.split(sizes), strict=True):
-            cells = tokens[inputs.leading_tokens :]
-            patches = cells.view(grid).repeat_interleave(merge, 0).repeat_interleave(merge, 1).flatten()
+        for image in range(len(grids)):
+            positions = inputs.cell_positions(row, image)
+            cells = mask[row][positions] & (positions >= 0)
+            patches = cells.repeat_interleave(merge, 0).repeat_interleave(merge, 1).flatten()
             out = torch.full((width,), bool(cells.all()), dtype=torch.bool, device=mask.device)
             out[lead : lead + len(patches)] = patches
             masks.append(out)

@@ -154,7 +154,7 @@ def _geometry(hooked: HookedVLM) -> Check:
         _, cache = hooked.run_with_cache(inputs, names_filter="vision_encoder.hook_embed", stop_at_layer=0)
         embeds = cache["vision_encoder.hook_embed"].float()
         change = (embeds[1] - embeds[0]).norm(dim=-1)[-rows * columns :]
-        grid = inputs.heatmap(torch.nn.functional.pad(change, (inputs.leading_tokens, 0)))
+        grid = inputs.heatmap(change)
         if divmod(int(grid.argmax()), columns) != (row, column):
             misplaced.append((row, column))
     figure = f"grid of {rows} × {columns}, {len(misplaced)} of {len(_corners(rows, columns))} marks misplaced"

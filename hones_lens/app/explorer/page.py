@@ -226,6 +226,7 @@ def static_html(views: ExplorerViews, state: State) -> str:
 def _attention_overlay(views: ExplorerViews, image: int, pattern: Any) -> Image.Image:
     """The part of a picture that the model sees, with a head's attention over it."""
     grid = views.answered.sequence.heatmap(pattern.cpu(), 0, image)
-    picture = views.pictures[image]
+    shown = views.answered.prompt.layout(0, image).picture
+    picture = views.pictures[image if shown is None else shown]
     left, top, right, bottom = (round(side) for side in views.answered.prompt.regions[0][image])
     return plot_image(attention_over_image(picture.crop((left, top, right, bottom)), grid, bare=True))

@@ -140,13 +140,10 @@ class ExplorerViews:
 
     def _images(self) -> list[dict[str, Any]]:
         inputs, images = self.answered.prompt, []
-        positions = inputs.image_mask[0].nonzero()[:, 0].tolist()
-        for i, picture in enumerate(self.pictures):
-            rows, columns = inputs.grids[0][i]
-            image_positions, positions = (
-                positions[: (n := rows * columns + inputs.leading_tokens)],
-                positions[n:],
-            )
+        for i, (rows, columns) in enumerate(inputs.grids[0]):
+            shown = inputs.layout(0, i).picture
+            picture = self.pictures[i if shown is None else shown]
+            cells: list[int] = inputs.cell_positions(0, i).flatten().tolist()
             left, top, right, bottom = inputs.regions[0][i]
             width, height = picture.size
             images.append(
@@ -157,8 +154,8 @@ class ExplorerViews:
                     "region": [left / width, top / height, right / width, bottom / height],
                     "rows": rows,
                     "columns": columns,
-                    "first": image_positions[inputs.leading_tokens],
-                    "leading": inputs.leading_tokens,
+                    "start": int(inputs.image_positions(0, i)[0]),
+                    "cells": [None if position < 0 else position for position in cells],
                 }
             )
         return images
@@ -182,8 +179,8 @@ class ExplorerViews:
         if not bool(inputs.image_mask[0, position]):
             return f"“{self.readable(int(inputs.input_ids[0, position]))}”"
         for image in self._images():
-            patch = position - image["first"]
-            if 0 <= patch < image["rows"] * image["columns"]:
+            if position in image["cells"]:
+                patch = image["cells"].index(position)
                 return f"patch ({patch // image['columns']}, {patch % image['columns']})"
         return "an image token outside of the grid"
 

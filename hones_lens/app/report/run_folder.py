@@ -25,7 +25,7 @@ from hones_lens.hones import (
     SteeringTable,
     load_masking,
 )
-from hones_lens.model import VLMInputs, open_image
+from hones_lens.model import ImageLayout, VLMInputs, open_image
 from hones_lens.results import Interval, Labelled, read_json
 from hones_lens.tasks import load_task, task_names
 from hones_lens.viz import join_words
@@ -195,7 +195,7 @@ def _pair(files: RunFiles, answers: dict[str, Any]) -> PairView | None:
         image_mask_or_none=mask,
         grids=(tuple((rows, columns) for rows, columns in data["grids"]),),
         regions=(tuple((left, top, right, bottom) for left, top, right, bottom in data["regions"]),),
-        leading_tokens=data["leading_tokens"],
+        layouts=(tuple(ImageLayout(**layout) for layout in data["layouts"]),) if data["layouts"] else (),
     )
     texts = {name: data[name] for name in ("id", "prompt", "answer", "foil")}
     texts |= {f"{side}_answer": answers.get(side, "") for side in ("clean", "corrupted")}

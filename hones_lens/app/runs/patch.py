@@ -307,7 +307,7 @@ def _save_first_pair(model: HookedVLM, run: Run, pairs: PatchPairs, choice: Pair
         "image_mask": "".join(str(int(is_image)) for is_image in inputs.image_mask[0]),
         "grids": inputs.grids[0],
         "regions": inputs.regions[0],
-        "leading_tokens": inputs.leading_tokens,
+        "layouts": [asdict(layout) for layout in inputs.layouts[0]] if inputs.layouts else [],
     }
     write_json(run.path("pair.json"), {"kind": "patch-pair", **files, **fields})
     return [*written, run.path("pair.json")]

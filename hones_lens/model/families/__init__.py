@@ -10,6 +10,7 @@ from hones_lens.model.choices import require_choice
 # Hugging Face's `model_type`: module and class.
 FAMILIES = {
     "llava": "hones_lens.model.families.llava:HookedLlava",
+    "vipllava": "hones_lens.model.families.vipllava:HookedVipLlava",
     "qwen2_5_vl": "hones_lens.model.families.qwen2_5_vl:HookedQwen2_5_VL",
 }
 

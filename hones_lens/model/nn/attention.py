@@ -4,94 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from hones_lens.model.nn.context import AttentionContext
 from hones_lens.model.nn.hook_point import HookPoint, is_hooked
 from hones_lens.model.nn.linear import Linear
 from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.rotary import rotate
 from hones_lens.model.typed import bias_of, bias_or_none
-
-
-@dataclass
-class KVCache:
-    """Keys (rotated) and values of all tokens seen so far, [batch pos kv_head d_head] a layer."""
-
-    keys: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-    values: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new keys and values of one layer and return all of them."""
-        if layer in self.keys:
-            k = torch.cat((self.keys[layer], k), dim=1)
-            v = torch.cat((self.values[layer], v), dim=1)
-        self.keys[layer], self.values[layer] = k, v
-        return k, v
-
-
-# q, k, v and mask to z
-Mix = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Windows of tokens that attend only to one another, e.g. in a vision tower.
-
-    Attributes:
-        members: The tokens of each window, padding tokens excluded, as indices into the flattened
-            [batch pos]; filled up with index 0 where a window is smaller, or a row has fewer windows.
-        real: False at such filling.
-    """
-
-    members: Int[Tensor, "batch window size"]
-    real: Bool[Tensor, "batch window size"]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mix: Mix | None = None) -> Tensor:
-        """Attention [batch pos head d_head] within each window; zero at padding.
-
-        Args:
-            q, k, v: [batch pos head d_head].
-            mix: Attention of [batch window head size d_head] under a mask in which filling attends to itself;
-                default: a fused kernel, over the windows alone that have tokens.
-        """
-        members, real = self.members, self.real
-        if mix is None:
-            has_tokens = real.any(-1)
-            members, real = members[has_tokens], real[has_tokens]
-        q_in, k_in, v_in = (x.flatten(0, 1)[members].transpose(-3, -2) for x in (q, k, v))
-        if mix is None:
-            mask = None if bool(real.all()) else real[:, None, None]
-            mixed = F.scaled_dot_product_attention(q_in, k_in, v_in, attn_mask=mask)
-        else:
-            itself = torch.eye(real.shape[-1], dtype=torch.bool, device=real.device)
-            mixed = mix(q_in, k_in, v_in, real[..., None, None, :] | itself)
-        z = torch.zeros_like(q).flatten(0, 1)
-        return z.index_copy(0, members[real], mixed.transpose(-3, -2)[real]).view_as(q)
-
-
-@dataclass(frozen=True)
-class AttentionContext:
-    """Arguments of a forward pass for the attention of every layer.
-
-    Attributes:
-        cos, sin: Rotation of the queries' positions, [batch pos d_head]; None: no rotation.
-        mask: True where a query may attend to a key, [batch 1 query key]; None: all, or causal.
-        causal: Without a mask: whether a query attends only to itself and earlier positions.
-        windows: Instead of a mask: tokens attend only to their own window.
-        kv_cache: Filled and read during generation.
-    """
-
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    mask: Tensor | None = None
-    causal: bool = False
-    kv_cache: KVCache | None = None
-    windows: Windows | None = None
 
 
 class Attention(nn.Module):
@@ -101,7 +25,19 @@ class Attention(nn.Module):
     and `W_O` [head d_head d_model] are views of them. Scores and pattern are computed only when a
     hook or a cache asks for them; otherwise `scaled_dot_product_attention` runs. The split inputs
     and `hook_result` cost n_heads residual streams, so they too are made only when asked for.
+
+    Args:
+        layer: Its number.
+        d_model, n_heads, n_key_value_heads, d_head: Sizes.
+        qkv_bias, out_bias: Whether the projections have biases.
+        scale: Factor on the scores; default: 1 / √d_head.
+        sliding: It reads the rotation and the mask of `AttentionContext.sliding`.
+        head_norm: Makes the norms of each head's queries and keys before their rotation (QK-norm), whose
+            outputs are `hook_q_norm` and `hook_k_norm`.
     """
+
+    q_norm: Norm
+    k_norm: Norm
 
     def __init__(
         self,
@@ -112,6 +48,9 @@ class Attention(nn.Module):
         d_head: int,
         qkv_bias: bool = False,
         out_bias: bool = False,
+        scale: float | None = None,
+        sliding: bool = False,
+        head_norm: Callable[[int], Norm] | None = None,
     ):
         super().__init__()
         self.layer, self.n_heads, self.n_key_value_heads, self.d_head = (
@@ -124,6 +63,7 @@ class Attention(nn.Module):
         self.k = Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
         self.v = Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
         self.o = Linear(n_heads * d_head, d_model, bias=out_bias)
+        self.scale, self.sliding, self.has_head_norms = scale, sliding, head_norm is not None
         self.use_split_qkv_input = False
         self.hook_q_input = HookPoint()  # [batch pos head d_model], before the norm
         self.hook_k_input = HookPoint()  # [batch pos kv_head d_model]
@@ -131,6 +71,10 @@ class Attention(nn.Module):
         self.hook_q = HookPoint()  # [batch pos head d_head]
         self.hook_k = HookPoint()  # [batch pos kv_head d_head]
         self.hook_v = HookPoint()  # [batch pos kv_head d_head]
+        if head_norm is not None:
+            self.q_norm, self.k_norm = head_norm(d_head), head_norm(d_head)
+            self.hook_q_norm = HookPoint()  # [batch pos head d_head]
+            self.hook_k_norm = HookPoint()  # [batch pos kv_head d_head]
         self.hook_rot_q = HookPoint()  # [batch pos head d_head]
         self.hook_rot_k = HookPoint()  # [batch pos kv_head d_head]
         self.hook_attn_scores = HookPoint()  # [batch head query key], scaled and masked
@@ -142,14 +86,29 @@ class Attention(nn.Module):
         self, resid: Float[Tensor, "batch pos d_model"], norm: Norm, context: AttentionContext
     ) -> Float[Tensor, "batch pos d_model"]:
         """Output of the attention layer, for a residual stream that `norm` normalises first."""
+        here = self.own(context)
         q, k, v = self._project(resid, norm)
-        if context.cos is not None and context.sin is not None:
-            q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        q, k = self.hook_rot_q(q), self.hook_rot_k(k)
+        if self.has_head_norms:
+            q, k = self.hook_q_norm(self.q_norm(q)), self.hook_k_norm(self.k_norm(k))
+        q, k = self.hook_rot_q(_rotated(q, here)), self.hook_rot_k(_rotated(k, here))
         if context.kv_cache is not None:
             k, v = context.kv_cache.extend(self.layer, k, v)
-        z = self._attend(q, k, v, context)
-        return self.write(z)
+        return self.write(self._attend(q, k, v, here))
+
+    def scaled(self, q: Tensor) -> Tensor:
+        """Queries times the factor on scores."""
+        return q / math.sqrt(self.d_head) if self.scale is None else q * self.scale
+
+    def own(self, context: AttentionContext) -> AttentionContext:
+        """What this layer reads of a context."""
+        return context.sliding if self.sliding and context.sliding is not None else context
+
+    def keys_and_values(
+        self, x: Float[Tensor, "batch pos d_model"], context: AttentionContext
+    ) -> tuple[Float[Tensor, "batch pos kv_head d_head"], Float[Tensor, "batch pos kv_head d_head"]]:
+        """Rotated keys, and values, of a normalised residual stream; runs no hooks but a key norm's."""
+        k, v = (project(x).unflatten(-1, (-1, self.d_head)) for project in (self.k, self.v))
+        return _rotated(self.k_norm(k) if self.has_head_norms else k, self.own(context)), v
 
     def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
         """Output of the attention layer, from the heads' z."""
@@ -182,13 +141,12 @@ class Attention(nn.Module):
             k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         has_hooks = is_hooked(self.hook_attn_scores, self.hook_pattern)
         if context.windows is not None:
-            return context.windows.attend(q, k, v, self._mix if has_hooks else None)
+            return context.windows.attend(q, k, v, self._mix if has_hooks else None, self.scale)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = context.mask
         if not has_hooks:
-            z = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=context.causal and mask is None
-            )
+            is_causal = context.causal and mask is None
+            z = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=self.scale)
             return z.transpose(1, 2)
         if mask is None and context.causal:
             mask = torch.ones((q.shape[2], k.shape[2]), dtype=torch.bool, device=q.device).tril()
@@ -196,7 +154,7 @@ class Attention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention [... head pos d_head] by scores and pattern, for their hooks."""
-        scores = (q / math.sqrt(self.d_head)) @ k.transpose(-1, -2)
+        scores = self.scaled(q) @ k.transpose(-1, -2)
         if mask is not None:
             scores.masked_fill_(~mask, -torch.inf)
         scores = self.hook_attn_scores(scores)
@@ -244,20 +202,7 @@ class Attention(nn.Module):
         return bias_of(self.o)
 
 
-def attention_mask(
-    key_is_token: Bool[Tensor, "batch key"], n_queries: int
-) -> Bool[Tensor, "batch 1 query key"] | None:
-    """Causal mask for the last `n_queries` positions that hides padding; None where causality is all.
-
-    A padding query attends to itself, so that no row of the softmax is empty.
-    """
-    n_keys = key_is_token.shape[1]
-    if bool(key_is_token.all()):
-        if n_queries == n_keys:
-            return None
-        if n_queries == 1:
-            return key_is_token[:, None, None]
-    shape = (n_queries, n_keys)
-    causal = torch.ones(shape, dtype=torch.bool, device=key_is_token.device).tril(n_keys - n_queries)
-    itself = causal ^ causal.tril(n_keys - n_queries - 1)
-    return (causal & key_is_token[:, None, None]) | itself
+def _rotated(x: Tensor, context: AttentionContext) -> Tensor:
+    if context.cos is None or context.sin is None:
+        return x
+    return rotate(x, context.cos, context.sin)

@@ -26,6 +26,7 @@ class Decoder:
         blocks: From the lowest to the highest, with any norms and any feed-forward network.
         ln_final: The norm before the unembedding.
         unembed: From the normalised residual stream to logits.
+        rotary_local: Rotation angles in layers whose attention slides; None: those of `rotary`.
     """
 
     embed: nn.Embedding
@@ -33,18 +34,35 @@ class Decoder:
     blocks: Sequence[Block]
     ln_final: Norm
     unembed: Unembedding
+    rotary_local: Rotary | None = None
 
 
-def llama_decoder(cfg: VLMConfig, rotary: Rotary, qkv_bias: bool = False) -> Decoder:
-    """RMSNorm before attention and before a gated MLP, as LLaMA, Mistral and Qwen2 (`qkv_bias`) have it."""
+def llama_decoder(
+    cfg: VLMConfig,
+    rotary: Rotary,
+    *,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    mlp_bias: bool = False,
+    sliding: Sequence[bool] = (),
+) -> Decoder:
+    """RMSNorm before attention and before a gated MLP, as LLaMA, Mistral and Qwen2 have it.
+
+    Args:
+        cfg: Sizes.
+        rotary: Rotation angles.
+        qkv_bias, out_bias, mlp_bias: Where there are biases.
+        sliding: For each layer whether its attention slides; default: nowhere.
+    """
     heads = (cfg.n_heads, cfg.n_key_value_heads, cfg.d_head)
+    slides = sliding or (False,) * cfg.n_layers
     return Decoder(
         embed=nn.Embedding(cfg.d_vocab, cfg.d_model),
         rotary=rotary,
         blocks=[
             Block(
-                Attention(layer, cfg.d_model, *heads, qkv_bias=qkv_bias),
-                GatedMLP(cfg.d_model, cfg.d_mlp, cfg.act_fn),
+                Attention(layer, cfg.d_model, *heads, qkv_bias, out_bias, sliding=slides[layer]),
+                GatedMLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, mlp_bias),
                 RMSNorm(cfg.d_model, cfg.eps),
                 RMSNorm(cfg.d_model, cfg.eps),
             )

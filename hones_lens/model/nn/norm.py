@@ -15,12 +15,15 @@ class Norm(Protocol):
     """Interface of a norm of the residual stream.
 
     Attributes:
-        weight: Factor on the normalised stream, [d].
         eps: Added under the root.
     """
 
-    weight: nn.Parameter
     eps: float
+
+    @property
+    def weight(self) -> Tensor:
+        """Factor on the normalised stream, [d]."""
+        ...
 
     def __call__(self, x: Tensor, /) -> Tensor:
         """Normalise the last axis."""

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hones_lens.model.config import VisionConfig
-from hones_lens.model.nn.attention import AttentionContext
 from hones_lens.model.nn.block import Block
+from hones_lens.model.nn.context import AttentionContext
 from hones_lens.model.nn.hook_point import HookPoint
 from hones_lens.model.nn.linear import Linear
 from hones_lens.model.nn.norm import Norm

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hones_lens.model.nn.attention import Windows
+from hones_lens.model.nn.context import Windows
 from hones_lens.model.typed import to_list
 
 

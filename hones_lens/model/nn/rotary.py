@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 
 
 class Rotary(nn.Module):
@@ -21,6 +21,7 @@ class Rotary(nn.Module):
         scaling: Factor on cosine and sine (1 but for YaRN).
         sections: Where positions come in streams: how many frequencies in a row read stream 0, 1, 2,
             and 0 again where there are more (mRoPE of Qwen2-VL, `mrope_section`). None: one stream.
+        limit: How many positions these frequencies hold for; None: any number.
     """
 
     inv_freq: Tensor
@@ -30,8 +31,10 @@ class Rotary(nn.Module):
         inv_freq: Float[Tensor, " half"],
         scaling: float = 1.0,
         sections: Sequence[int] | None = None,
+        limit: int | None = None,
     ):
         super().__init__()
+        self.limit = limit
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.scaling = scaling
         self.streams = None
@@ -54,7 +57,15 @@ class Rotary(nn.Module):
         Args:
             positions: [batch pos], or with `sections` [3 batch pos].
             dtype: Of the result.
+
+        Raises:
+            ValueError: A position beyond `limit`.
         """
+        if self.limit is not None and positions.numel() and (last := int(positions.max())) >= self.limit:
+            raise ValueError(
+                f"position {last} is beyond the {self.limit} of the checkpoint, where the angles of its "
+                "rope_type='dynamic' depend on the length of the sequence: not handled"
+            )
         steps = positions[..., None] if self.streams is None else positions[self.streams].movedim(0, -1)
         angles = steps.float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)
@@ -65,13 +76,14 @@ def rotary_frequencies(hf_config: Any, d_head: int) -> tuple[Tensor, float]:
     """Frequencies [d_head / 2] and scaling that a Hugging Face text config asks for.
 
     Raises:
-        ValueError: A rope type whose frequencies depend on the sequence length, or an unknown one.
+        ValueError: A rope type that is not handled. (Those of `dynamic` are the default ones up to the length
+            that the checkpoint was made for: give `Rotary` that limit.)
     """
     parameters = hf_config.rope_parameters
     rope_type = parameters["rope_type"]
     if rope_type not in STATIC_ROPE_TYPES:
         raise ValueError(f"config value rope_type={rope_type!r} is not handled; handled: {STATIC_ROPE_TYPES}")
-    if rope_type == "default":
+    if rope_type in ("default", "dynamic"):
         steps = torch.arange(0, d_head, 2, dtype=torch.float) / d_head
         return 1.0 / parameters["rope_theta"] ** steps, 1.0
     return ROPE_INIT_FUNCTIONS[rope_type](hf_config)

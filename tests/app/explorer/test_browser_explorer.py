@@ -53,7 +53,7 @@ class Made:
     def scene(self) -> dict[str, Any]:
         cell = [{"text": text, "raw": text, "id": i} for i, text in enumerate(self.texts)]
         picture = {"src": "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="}
-        grid = {"rows": 2, "columns": 3, "first": 1, "leading": 0, "region": [0, 0, 1, 1]}
+        grid = {"rows": 2, "columns": 3, "start": 1, "cells": [1, 2, 3, 4, 5, 6], "region": [0, 0, 1, 1]}
         sizes = {"layers": 2, "heads": 2, "neurons": 5, "first": 9, "text": "</b>", "scores": None}
         return {
             "model": "<i>made</i>",

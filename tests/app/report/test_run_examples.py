@@ -213,7 +213,7 @@ def test_a_picture_of_patching_is_the_saved_one(tmp_path: Path) -> None:
     run.path("pair.json").write_text(
         '{"kind": "patch-pair", "clean": "pair-clean.png", "corrupted": null, "id": "a", "prompt": "p", '
         '"answer": "red", "foil": null, "image_mask": "0110", "grids": [[1, 2]], '
-        '"regions": [[2.0, 0.0, 22.0, 20.0]], "leading_tokens": 0}'
+        '"regions": [[2.0, 0.0, 22.0, 20.0]], "layouts": []}'
     )
     run.record("pair", [run.path("pair.json"), run.path("pair-clean.png")])
     pair = read_view(run.folder).patching.pair

@@ -88,7 +88,7 @@ def written(run: Run, kind: str, name: str = "", **data: object) -> Path:
 
 def first_pair(run: Run, seed: int) -> list[Path]:
     picture = save_picture(made.image((24, 20 + seed)), run.path("pair-clean.png"))
-    pair = {"clean": "pair-clean.png", "corrupted": None, "id": f"p{seed}", "leading_tokens": 0}
+    pair = {"clean": "pair-clean.png", "corrupted": None, "id": f"p{seed}", "layouts": []}
     pair |= {"prompt": "p", "answer": "red", "foil": None, "image_mask": "0110", "grids": [[1, 2]]}
     regions = [[2.0, 0.0, 22.0, 20.0]]
     return [picture, written(run, "patch-pair", "pair.json", **pair, regions=regions)]

@@ -10,6 +10,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 from hones_lens import HookedVLM, VLMInputs
+from hones_lens.model import ImageLayout
 
 
 def test_token_groups(batch: VLMInputs) -> None:
@@ -192,7 +193,7 @@ def test_encoded_images_of_several_sizes_follow_their_rows() -> None:
         pixel_values=torch.zeros(3, 3, 2, 2),
         image_mask_or_none=ids.bool(),
         grids=(((1, 2),), (), ((2, 2), (1, 1))),
-        leading_tokens=1,
+        layouts=((ImageLayout(leading=1),), (), (ImageLayout(leading=1),) * 2),
         image_embeds=torch.arange(10.0)[:, None],
     )
     assert inputs[[2, 0]].image_embeds.flatten().tolist() == [3, 4, 5, 6, 7, 8, 9, 0, 1, 2]

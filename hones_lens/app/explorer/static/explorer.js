@@ -94,8 +94,8 @@ export function mount(el, backend) {
 
   const label = (position) => {
     for (const [i, image] of scene.images.entries()) {
-      const at = position - image.first;
-      if (at >= 0 && at < image.rows * image.columns) {
+      const at = image.cells.indexOf(position);
+      if (at >= 0) {
         const which = scene.images.length > 1 ? ` of picture ${i + 1}` : "";
         return `patch (${Math.floor(at / image.columns)}, ${at % image.columns})${which}`;
       }
@@ -128,11 +128,11 @@ export function mount(el, backend) {
 
   function patches(image, where) {
     const cells = [];
-    for (let i = 0; i < image.rows * image.columns; i++) {
+    for (const position of image.cells) { // null: the patch has no token
       cells.push(
         h("button", {
-          class: "hx-patch", type: "button", tabindex: -1, "data-patch": image.first + i,
-          on: { click: () => change({ lens: image.first + i }) },
+          class: "hx-patch", type: "button", tabindex: -1, "data-patch": position, disabled: position === null,
+          on: { click: () => change({ lens: position }) },
         }),
       );
     }
@@ -145,9 +145,11 @@ export function mount(el, backend) {
     return { image, grid, cells, where };
   }
 
+  const onPatches = (image, all) => image.cells.filter((position) => position !== null).map((position) => all[position]);
+
   function drawPatches({ image, cells, where }, all) {
-    const mine = all ? all.slice(image.first, image.first + cells.length) : null;
-    const most = all ? Math.max(...scene.images.flatMap((m) => all.slice(m.first, m.first + m.rows * m.columns).map(Math.abs)), 1e-12) : 1;
+    const mine = all ? image.cells.map((position) => all[position]) : null;
+    const most = all ? Math.max(...scene.images.flatMap((m) => onPatches(m, all).map(Math.abs)), 1e-12) : 1;
     cells.forEach((cell, i) => {
       const value = mine ? mine[i] : null;
       const share = value === null ? 0 : value / most;
@@ -156,7 +158,7 @@ export function mount(el, backend) {
       else if (where === "over" && state.show === "head") cell.style.background = `rgb(10 13 18 / ${(0.68 * (1 - share)).toFixed(3)})`;
       else tint(cell, where === "over" ? 0.9 * share : share);
       if (value !== null && Math.abs(share) === 1 && where === "over") cell.classList.add("hx-most");
-      const chosen = image.first + i === state.lens;
+      const chosen = image.cells[i] !== null && image.cells[i] === state.lens;
       cell.classList.toggle("hx-chosen", chosen);
       cell.setAttribute("aria-pressed", String(chosen));
       const said = value === null || value === undefined ? "" : `: ${state.show === "head" ? percent(value) + " of the attention" : "activation " + number(value)}`;
@@ -243,7 +245,7 @@ export function mount(el, backend) {
     const [note, scale] = [body.lastChild, body.lastChild.previousSibling];
     scale.hidden = !all;
     if (!all) { note.textContent = "Click a patch for its logit lens."; return; }
-    const spans = scene.images.map((m) => all.slice(m.first, m.first + m.rows * m.columns));
+    const spans = scene.images.map((m) => onPatches(m, all));
     const flat = spans.flat(), most = flat.reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a), 0);
     scale.className = `hx-scale hx-of-${state.show}`;
     if (state.show === "head") {
@@ -294,7 +296,7 @@ export function mount(el, backend) {
     const section = card("prompt", "Prompt", h("span", { class: "hx-hint" }, "click a token to look from it"));
     const cells = [];
     for (let position = 0; position <= scene.first; position++) {
-      const here = scene.images.findIndex((m) => m.first - m.leading === position);
+      const here = scene.images.findIndex((m) => m.start === position);
       if (here >= 0) {
         const image = scene.images[here], grid = patches(image, "fold"), share = h("output");
         const fold = h("button", { type: "button", class: "hx-token hx-fold", "aria-expanded": "false", key: `fold-${here}`, title: "open the patches" }, h("span", {}, `${image.rows} ${TIMES} ${image.columns} patches`), share);
@@ -329,7 +331,7 @@ export function mount(el, backend) {
       element.title = `${cell.raw}, position ${position}` + (value === null ? "" : state.show === "head" ? `: ${percent(value)} of the attention` : `: activation ${number(value)}`);
     });
     folds.forEach(({ grid, share, image }) => {
-      const mine = all ? all.slice(image.first, image.first + image.rows * image.columns) : null;
+      const mine = all ? onPatches(image, all) : null;
       share.textContent = !mine ? "" : state.show === "head" ? percent(mine.reduce((a, b) => a + b, 0)) : `up to ${number(Math.max(...mine), 2)}`;
       drawPatches(grid, all);
     });

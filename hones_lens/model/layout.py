@@ -1,0 +1,54 @@
+"""Where the cells of an image's grid lie among its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """The tokens of a grid in order: `leading`, its rows with `row_end` behind each, `trailing`.
+
+    A picture that is cut into tiles has several grids, each an image of its row.
+
+    Attributes:
+        leading: Tokens before the first cell, such as a class token.
+        missing: How many of the first cells have no token.
+        row_end: Tokens behind each row of the grid (newline).
+        trailing: Tokens behind the last row.
+        picture: The picture that the grid shows, among those of its row; None: as many pictures as grids.
+        entries: How many entries the vision tower's activations, and the pixels, have of it.
+        patches: Rows and columns of patches of the vision tower; None: as many as cells.
+    """
+
+    leading: int = 0
+    missing: int = 0
+    row_end: int = 0
+    trailing: int = 0
+    picture: int | None = None
+    entries: int = 1
+    patches: tuple[int, int] | None = None
+
+    def n_tokens(self, grid: tuple[int, int]) -> int:
+        """How many tokens a grid of so many rows and columns has in all."""
+        rows, columns = grid
+        return self.leading + rows * (columns + self.row_end) - self.missing + self.trailing
+
+    def cells(self, grid: tuple[int, int]) -> Int[Tensor, "rows columns"]:
+        """The number of each cell's token among those of the grid; −1 where it has none."""
+        rows, columns = grid
+        row_starts = torch.arange(rows)[:, None] * (columns + self.row_end)
+        numbers = row_starts + torch.arange(columns) - self.missing
+        return torch.where(numbers < 0, -1, numbers + self.leading)
+
+    def between(self, grid: tuple[int, int]) -> Int[Tensor, " n"]:
+        """The numbers of the tokens that are no cell's: class token, newlines."""
+        numbers = torch.arange(self.n_tokens(grid))
+        return numbers[~torch.isin(numbers, self.cells(grid))]
+
+
+PLAIN = ImageLayout()

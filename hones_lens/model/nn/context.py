@@ -1,0 +1,207 @@
+"""What attention reads of the tokens besides the residual stream: rotations, masks, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass
+class KVCache:
+    """Keys (rotated) and values of all tokens seen so far, [batch pos kv_head d_head] a layer."""
+
+    keys: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    values: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new keys and values of one layer and return all of them."""
+        if layer in self.keys:
+            k = torch.cat((self.keys[layer], k), dim=1)
+            v = torch.cat((self.values[layer], v), dim=1)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+
+# q, k, v and mask to z
+Mix = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of tokens that attend only to one another, e.g. in a vision tower.
+
+    Attributes:
+        members: The tokens of each window, padding tokens excluded, as indices into the flattened
+            [batch pos]; filled up with index 0 where a window is smaller, or a row has fewer windows.
+        real: False at such filling.
+    """
+
+    members: Int[Tensor, "batch window size"]
+    real: Bool[Tensor, "batch window size"]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mix: Mix | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attention [batch pos head d_head] within each window; zero at padding.
+
+        Args:
+            q, k, v: [batch pos head d_head].
+            mix: Attention of [batch window head size d_head] under a mask in which filling attends to itself;
+                default: a fused kernel, over the windows alone that have tokens.
+            scale: Of the fused kernel's scores.
+        """
+        members, real = self.members, self.real
+        if mix is None:
+            has_tokens = real.any(-1)
+            members, real = members[has_tokens], real[has_tokens]
+        q_in, k_in, v_in = (x.flatten(0, 1)[members].transpose(-3, -2) for x in (q, k, v))
+        if mix is None:
+            mask = None if bool(real.all()) else real[:, None, None]
+            mixed = F.scaled_dot_product_attention(q_in, k_in, v_in, attn_mask=mask, scale=scale)
+        else:
+            itself = torch.eye(real.shape[-1], dtype=torch.bool, device=real.device)
+            mixed = mix(q_in, k_in, v_in, real[..., None, None, :] | itself)
+        z = torch.zeros_like(q).flatten(0, 1)
+        return z.index_copy(0, members[real], mixed.transpose(-3, -2)[real]).view_as(q)
+
+
+_BY_TOKEN = ("cos", "sin", "images")
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """Arguments of a forward pass for the attention of every layer.
+
+    Attributes:
+        cos, sin: Rotation of the queries' positions, [batch pos d_head]; None: no rotation.
+        mask: True where a query may attend to a key, [batch 1 query key]; None: all, or causal.
+        causal: Without a mask: whether a query attends only to itself and earlier positions.
+        windows: Instead of a mask: tokens attend only to their own window.
+        kv_cache: Filled and read during generation.
+        window: How many keys a query may attend to, itself and those before it; None: all.
+        images: Where the tokens of an image see one another both ways: the number of each token's image, −1
+            at text, [batch pos].
+        sliding: For layers whose attention slides: their own rotation, mask and window.
+        deepstack: By layer, what is added to the stream behind the block's MLP, [batch pos d_model].
+    """
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    kv_cache: KVCache | None = None
+    windows: Windows | None = None
+    window: int | None = None
+    images: Tensor | None = None
+    sliding: AttentionContext | None = None
+    deepstack: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+    def __getitem__(self, index: Any) -> AttentionContext:
+        """Some rows and positions, as tensors [batch pos …] are indexed; without masks (see `masked`)."""
+        taken = {name: x[index] for name in _BY_TOKEN if (x := getattr(self, name)) is not None}
+        return replace(
+            self,
+            **taken,
+            mask=None,
+            sliding=None if self.sliding is None else self.sliding[index],
+            deepstack={layer: x[index] for layer, x in self.deepstack.items()},
+        )
+
+    def masked(self, key_is_token: Bool[Tensor, "batch key"], n_queries: int) -> AttentionContext:
+        """With masks for the last `n_queries` positions, see `attention_mask`."""
+        return replace(
+            self,
+            mask=attention_mask(key_is_token, n_queries, self.window, self.images),
+            sliding=None if self.sliding is None else self.sliding.masked(key_is_token, n_queries),
+        )
+
+    def last(self, n_queries: int, n_keys: int) -> AttentionContext:
+        """For the last queries alone, of a context that has this mask for all of them."""
+        assert self.cos is not None
+        cut = self[:, self.cos.shape[1] - n_queries :]
+        seen = torch.ones(1, n_keys, dtype=torch.bool, device=self.cos.device)
+        mask = attention_mask(seen, n_queries) if self.mask is None else self.mask[:, :, -n_queries:]
+        sliding = None if self.sliding is None else self.sliding.last(n_queries, n_keys)
+        return replace(cut, mask=mask, sliding=sliding)
+
+    def seeing(self, at: Int[Tensor, " batch"], n_keys: int) -> AttentionContext:
+        """For one query a row, at the place `at` among its keys, which are as many as the longest row's."""
+        keys = torch.arange(n_keys, device=at.device)
+        mask = keys <= at[:, None]
+        if self.window is not None:
+            mask &= keys > at[:, None] - self.window
+        sliding = None if self.sliding is None else self.sliding.seeing(at, n_keys)
+        return replace(self, mask=mask[:, None, None], sliding=sliding)
+
+    @classmethod
+    def of_text(cls, tokens: Sequence[tuple[AttentionContext, int, int]]) -> AttentionContext:
+        """Single text tokens, [token 1 …], each given as a context, a row of it and a position."""
+        first = tokens[0][0]
+        cos, sin = (
+            torch.stack([getattr(of, name)[row, position] for of, row, position in tokens])[:, None]
+            for name in ("cos", "sin")
+        )
+        sliding = None
+        if first.sliding is not None:
+            sliding = cls.of_text([(of.sliding, row, at) for of, row, at in tokens if of.sliding is not None])
+        return cls(cos, sin, causal=True, window=first.window, sliding=sliding)
+
+    def repeated(self, times: int) -> AttentionContext:
+        """For the rows repeated so many times, one repetition after the other."""
+        if times == 1:
+            return self
+        by_token = {name: x for name in _BY_TOKEN if (x := getattr(self, name)) is not None}
+        taken = {name: x.repeat(times, *[1] * (x.ndim - 1)) for name, x in by_token.items()}
+        mask = self.mask
+        if mask is not None and len(mask) > 1:
+            mask = mask.repeat(times, 1, 1, 1)
+        return replace(
+            self,
+            **taken,
+            mask=mask,
+            sliding=None if self.sliding is None else self.sliding.repeated(times),
+            deepstack={layer: x.repeat(times, 1, 1) for layer, x in self.deepstack.items()},
+        )
+
+
+def attention_mask(
+    key_is_token: Bool[Tensor, "batch key"],
+    n_queries: int,
+    window: int | None = None,
+    images: Int[Tensor, "batch query"] | None = None,
+) -> Bool[Tensor, "batch 1 query key"] | None:
+    """Causal mask for the last `n_queries` positions that hides padding; None where causality is all.
+
+    A padding query attends to itself, so that no row of the softmax is empty.
+
+    Args:
+        key_is_token: False at padding.
+        n_queries: How many of the positions, the last, are queries.
+        window: How many keys a query sees at most, itself included; None: all before it.
+        images: The image that a query is in, −1: none; tokens of one image see one another. An image is
+            among the queries whole or not at all.
+    """
+    n_keys = key_is_token.shape[1]
+    slides = window is not None and n_keys > window
+    if images is not None and not bool((images >= 0).any()):
+        images = None
+    if not slides and images is None and bool(key_is_token.all()):
+        if n_queries == n_keys:
+            return None
+        if n_queries == 1:
+            return key_is_token[:, None, None]
+    shape, diagonal = (n_queries, n_keys), n_keys - n_queries
+    causal = torch.ones(shape, dtype=torch.bool, device=key_is_token.device).tril(diagonal)
+    itself = causal ^ causal.tril(diagonal - 1)
+    seen = causal ^ causal.tril(diagonal - window) if slides and window is not None else causal
+    mask = seen & key_is_token[:, None, None]
+    if images is not None:
+        together = (images[:, :, None] == images[:, None]) & (images[:, None] >= 0)
+        mask = mask | F.pad(together, (diagonal, 0))[:, None]
+    return mask | itself
