@@ -165,13 +165,19 @@ def prepare(
         attention_mask=encoded.attention_mask,
         question_mask=encoded.question,
         answer_mask=encoded.answer,
-        regions=tuple(
-            tuple(region for image in pictures for region in model.shown_regions(*image.size))
-            for pictures, _ in rows
-        ),
+        regions=_regions(model, [pictures for pictures, _ in rows]),
         **pixels,
     )
     return model.as_inputs(inputs)
+
+
+def _regions(
+    model: ReadsPrompts, pictures: Sequence[Sequence[Image.Image]]
+) -> tuple[tuple[Region, ...], ...]:
+    """Which part of its picture each grid shows, by row."""
+    return tuple(
+        tuple(region for picture in row for region in model.shown_regions(*picture.size)) for row in pictures
+    )
 
 
 def _warn_of_large_pictures(model: ReadsPrompts, texts: Sequence[ImageText]) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from hones_lens.model.config import VLMConfig, require, special_ids
 from hones_lens.model.nn.decoder import Decoder, llama_decoder
-from hones_lens.model.nn.rotary import Rotary, rotary_frequencies
+from hones_lens.model.nn.rotary import STATIC_ROPE_TYPES, Rotary, rotary_frequencies
 from hones_lens.model.typed import activation_names
 
 # By `model_type`: the keys that the decoder reads, or that must have these values.
@@ -62,7 +62,7 @@ def decoder_sizes(text: Any) -> dict[str, Any]:
 
 def text_decoder(text: Any, cfg: VLMConfig) -> Decoder:
     """The decoder's modules; made on the meta device, but for the rotary frequencies."""
-    frequencies, scaling = rotary_frequencies(text, cfg.d_head)
+    frequencies, scaling = rotary_frequencies(text, cfg.d_head, (*STATIC_ROPE_TYPES, "dynamic"))
     limit = cfg.n_ctx if text.rope_parameters["rope_type"] == "dynamic" else None
     attention_bias = bool(getattr(text, "attention_bias", False))
     rotary = Rotary(frequencies.to(cfg.device), scaling, limit=limit)

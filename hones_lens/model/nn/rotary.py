@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class Rotary(nn.Module):
@@ -72,7 +72,9 @@ class Rotary(nn.Module):
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
 
-def rotary_frequencies(hf_config: Any, d_head: int) -> tuple[Tensor, float]:
+def rotary_frequencies(
+    hf_config: Any, d_head: int, handled: Sequence[str] = STATIC_ROPE_TYPES
+) -> tuple[Tensor, float]:
     """Frequencies [d_head / 2] and scaling that a Hugging Face text config asks for.
 
     Raises:
@@ -81,8 +83,8 @@ def rotary_frequencies(hf_config: Any, d_head: int) -> tuple[Tensor, float]:
     """
     parameters = hf_config.rope_parameters
     rope_type = parameters["rope_type"]
-    if rope_type not in STATIC_ROPE_TYPES:
-        raise ValueError(f"config value rope_type={rope_type!r} is not handled; handled: {STATIC_ROPE_TYPES}")
+    if rope_type not in handled:
+        raise ValueError(f"config value rope_type={rope_type!r} is not handled; handled: {handled}")
     if rope_type in ("default", "dynamic"):
         steps = torch.arange(0, d_head, 2, dtype=torch.float) / d_head
         return 1.0 / parameters["rope_theta"] ** steps, 1.0

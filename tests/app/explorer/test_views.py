@@ -33,7 +33,7 @@ def test_the_scene_has_every_token_of_the_prompt(one: ExplorerViews) -> None:
     (rows, columns), (image,) = inputs.grids[0][0], scene["images"]
     assert (image["rows"], image["columns"], image["region"]) == (rows, columns, [0, 0, 1, 1])
     places = inputs.image_mask[0].nonzero()[:, 0].tolist()
-    assert places == list(range(image["first"], image["first"] + rows * columns))
+    assert places == image["cells"]
     assert [p for p, cell in enumerate(scene["tokens"]) if cell.get("image")] == places
     ids = [cell["id"] for cell in scene["tokens"][: scene["first"] + 1] if "id" in cell]
     assert ids == inputs.input_ids[0][~inputs.image_mask[0]].tolist()
@@ -176,7 +176,7 @@ def test_a_prompt_without_picture_and_one_with_two() -> None:
     )
     first, second = two.scene()["images"]
     mask = two.answered.prompt.image_mask[0].nonzero()[:, 0].tolist()
-    assert (first["first"], second["first"]) == (mask[0], mask[64])
+    assert (first["cells"][0], second["cells"][0]) == (mask[0], mask[64])
     left, top, right, bottom = two.answered.prompt.regions[0][1]
     assert second["region"] == [left / 112, top / 60, right / 112, bottom / 60]
     for name in SECTIONS:

@@ -45,7 +45,8 @@ class Batch:
         self.inputs: VLMInputs = self.model.prepare(images, prompts)
         self.counts = counts
         grids = [r * c for row in self.inputs.grids for r, c in row]
-        self.tokens = grids if made is random_qwen else [n + self.inputs.layout(0, 0).leading for n in grids]
+        leading = 0 if made is random_qwen else int(self.model.cfg.vision.keep_class_token)
+        self.tokens = [n + leading for n in grids]
 
     def expected(self, name: str, entry: Tensor, rows: list[int]) -> Tensor:
         """The rows of an entry, sliced by counting the images, or their tokens, row by row."""
