@@ -61,7 +61,7 @@ class Family(ABC):
         That is a number of image tokens, or a text with image tokens in it.
         """
 
-    def pixel_rows(self, pixels: Mapping[str, Tensor]) -> list[int]:
+    def pixel_rows(self, pixels: Mapping[str, Tensor], texts: Sequence[ImageText]) -> list[int]:
         """How many rows of `pixel_values` each picture has, of what `process_images` returns."""
         grid_thw = pixels.get("image_grid_thw")
         return [1] * len(pixels["pixel_values"]) if grid_thw is None else to_list(grid_thw.prod(-1))

@@ -175,7 +175,10 @@ class HookedVLM(HookedRoot, Family):
         if inputs.mask_is_assumed:
             mask = find_attention_mask(self, inputs.input_ids)
             inputs = replace(inputs, attention_mask=mask, mask_is_assumed=False)
-        return self.locate_images(inputs)
+        located = self.locate_images(inputs)
+        if located.pixel_attention_mask is not None:
+            raise ValueError(f"inputs key 'pixel_attention_mask' is not read by {self.family}")
+        return located
 
     def bind(self, inputs: ModelInput) -> bound.BoundModel:
         """This model with the pictures of `inputs`, for functions that pass tokens alone."""

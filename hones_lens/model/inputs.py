@@ -17,6 +17,7 @@ _FROM_HF = (
     "input_ids",
     "attention_mask",
     "pixel_values",
+    "pixel_attention_mask",
     "image_grid_thw",
     "position_ids",
     "mm_token_type_ids",
@@ -46,6 +47,8 @@ class VLMInputs(ImageGrids):
         input_ids: Token ids, [batch pos].
         attention_mask: 1 at tokens, 0 at padding, [batch pos].
         pixel_values: What the vision tower reads; images of all rows in order. None without images.
+        pixel_attention_mask: 1 at the pixels of pictures that are not padding, as Hugging Face's processor
+            returns it (Idefics3); None once a model has seen the inputs.
         image_grid_thw: Patch counts (time, height, width) of each image, [n_images 3] (Qwen).
         position_ids: Rotary positions, [batch pos], or [3 batch pos] (Qwen); None where they follow from the
             mask.
@@ -65,11 +68,13 @@ class VLMInputs(ImageGrids):
             known yet: `attention_mask` is 1 everywhere until a model has seen them (`HookedVLM.as_inputs`).
         counted_position_ids: The positions that the model counted itself, [3 batch pos] (Qwen); other
             `position_ids` were given.
+        pixels_by_row: Hugging Face's model takes `pixel_values` with a first axis of rows; `to_hf` adds one.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     pixel_values: Tensor | None = None
+    pixel_attention_mask: Tensor | None = field(default=None, repr=False)
     image_grid_thw: Tensor | None = None
     position_ids: Tensor | None = None
     mm_token_type_ids: Tensor | None = field(default=None, repr=False)
@@ -83,6 +88,7 @@ class VLMInputs(ImageGrids):
     image_embeds: Tensor | None = field(default=None, repr=False)
     mask_is_assumed: bool = field(default=False, repr=False)
     counted_position_ids: Tensor | None = field(default=None, repr=False)
+    pixels_by_row: bool = field(default=False, repr=False)
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Tensor | None]) -> VLMInputs:
@@ -114,6 +120,7 @@ class VLMInputs(ImageGrids):
             input_ids=ids,
             attention_mask=torch.ones_like(ids) if mask is None else _as_mask(mask, ids),
             pixel_values=mapping.get("pixel_values"),
+            pixel_attention_mask=mapping.get("pixel_attention_mask"),
             image_grid_thw=mapping.get("image_grid_thw"),
             position_ids=mapping.get("position_ids"),
             labels=mapping.get("labels"),
@@ -127,7 +134,10 @@ class VLMInputs(ImageGrids):
         names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
         if self.positions_are_given:
             names = (*names, "position_ids")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.pixels_by_row and self.pixel_values is not None:
+            given["pixel_values"] = self.pixel_values[None]
+        return given
 
     @property
     def positions_are_given(self) -> bool:

@@ -38,7 +38,7 @@ class ReadsPrompts(Protocol):
         """Pixel inputs of the vision tower for these pictures, and what stands for each in a prompt."""
         ...
 
-    def pixel_rows(self, pixels: Mapping[str, Tensor]) -> list[int]:
+    def pixel_rows(self, pixels: Mapping[str, Tensor], texts: Sequence[ImageText]) -> list[int]:
         """How many rows of `pixel_values` each picture has."""
         ...
 
@@ -103,7 +103,7 @@ def _processed(model: ReadsPrompts, images: Sequence[Image.Image]) -> tuple[dict
         return pixels, list(texts)
     numbers = {key: number for number, key in enumerate(distinct)}
     index = [numbers[id(image)] for image in images]
-    parts = torch.split(pixels["pixel_values"], model.pixel_rows(pixels))
+    parts = torch.split(pixels["pixel_values"], model.pixel_rows(pixels, texts))
     repeated = {name: of_pictures[index] for name, of_pictures in pixels.items() if name != "pixel_values"}
     return repeated | {"pixel_values": torch.cat([parts[i] for i in index])}, [texts[i] for i in index]
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 WeightMap = dict[str, str | tuple[str, ...] | None]
 """Hugging Face name → ours; several of ours split its rows evenly; None drops the weight on purpose."""
 
-_TOP = {
-    "model.language_model.embed_tokens": "embed",
-    "model.language_model.norm": "ln_final",
-    "lm_head": "unembed.linear",
-}
+_TOP = {"embed_tokens": "embed", "norm": "ln_final"}
 _BLOCK = {
     "input_layernorm": "ln1",
     "self_attn.q_proj": "attn.q",
@@ -33,11 +29,17 @@ _VIT_BLOCK = {
 }
 
 
-def decoder_weights(n_layers: int) -> WeightMap:
-    """The map for a decoder that is laid out as LLaMA's, as most families' are."""
-    return parameters(_TOP) | parameters(
+def decoder_weights(n_layers: int, prefix: str = "model.language_model") -> WeightMap:
+    """The map for a decoder that is laid out as LLaMA's, as most families' are.
+
+    Args:
+        n_layers: Number of blocks.
+        prefix: Name of the decoder in Hugging Face's model.
+    """
+    top = {f"{prefix}.{hf_name}": name for hf_name, name in _TOP.items()} | {"lm_head": "unembed.linear"}
+    return parameters(top) | parameters(
         {
-            f"model.language_model.layers.{layer}.{hf_name}": f"blocks.{layer}.{name}"
+            f"{prefix}.layers.{layer}.{hf_name}": f"blocks.{layer}.{name}"
             for layer in range(n_layers)
             for hf_name, name in _BLOCK.items()
         }

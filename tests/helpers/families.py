@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from helpers import random_llava, random_qwen
+from helpers import random_llava, random_qwen, random_smolvlm
 from hones_lens import HookedVLM, VLMInputs
 from hones_lens.model.weights import WeightMap
 
@@ -40,6 +40,8 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"text": {"attention_bias": True, "mlp_bias": True}, "vision": {"num_hidden_layers": 2}},
     ),
     "vipllava": (random_llava, {"vip": True, "vision_feature_layer": [-1, 1, 2]}),
+    "smolvlm": (random_smolvlm, {"tiles": 1}),
+    "idefics3 with tiles": (random_smolvlm, {"kind": "idefics3"}),
     "qwen2_5_vl": (random_qwen, {"vision": {"depth": 2, "window_size": 28}}),
 }
 

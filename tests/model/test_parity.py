@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
-from helpers import random_llava, random_qwen
-from transformers import LlavaConfig, Qwen2_5_VLConfig
+from helpers import random_llava, random_qwen, random_smolvlm
+from transformers import Idefics3Config, LlavaConfig, Qwen2_5_VLConfig, SmolVLMConfig, VipLlavaConfig
 
 from hones_lens import HookedVLM, VLMInputs
 
@@ -185,11 +186,54 @@ QWEN_CONFIGS = {
 }
 
 
+SMOLVLM_CONFIGS = {
+    "smolvlm, tiles, tied": {"text": {"tie_word_embeddings": True}, "tie_word_embeddings": True},
+    "smolvlm, no tiles, mha, one layer each, gelu, sixteen patches a token": {
+        "tiles": 1,
+        "scale_factor": 4,
+        "text": {"num_key_value_heads": 4, "num_hidden_layers": 1},
+        "vision": {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_act": "gelu"},
+    },
+    "idefics3, tiles, one kv head, pixels that fill no patch, odd sizes": {
+        "kind": "idefics3",
+        "scale_factor": 3,
+        "text": {
+            "hidden_size": 30,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 10,
+            "intermediate_size": 37,
+        },
+        "vision": {"image_size": 44, "hidden_size": 15, "num_attention_heads": 5},
+    },
+    "idefics3, three tiles a side, llama3 rope, biases, no merging": {
+        "kind": "idefics3",
+        "tiles": 3,
+        "scale_factor": 1,
+        "text": {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True, "head_dim": 10},
+        "vision": {"image_size": 14},
+    },
+    "smolvlm, positions whose buckets fall together, other eps": {
+        "tiles": 1,
+        "scale_factor": 7,
+        "text": {"rms_norm_eps": 0.1},
+        "vision": {"image_size": 98, "patch_size": 2, "layer_norm_eps": 0.1},
+    },
+}
+MADE = {
+    LlavaConfig: random_llava,
+    VipLlavaConfig: random_llava,
+    Qwen2_5_VLConfig: random_qwen,
+    SmolVLMConfig: random_smolvlm,
+    Idefics3Config: random_smolvlm,
+}
+
+
 class Case:
     """One random model, twice, and a left-padded batch for it."""
 
-    def __init__(self, config: LlavaConfig | Qwen2_5_VLConfig, seed: int):
-        made = random_qwen if isinstance(config, Qwen2_5_VLConfig) else random_llava
+    def __init__(self, config: Any, seed: int):
+        made = MADE[type(config)]
         self.hf, self.ours = made.make_pair(config, seed)
         self.inputs = made.mixed_batch(self.ours)
 
@@ -203,11 +247,14 @@ class Case:
         return tokens[:, inputs.input_ids.shape[1] :]
 
 
-@pytest.fixture(scope="module", params=[*CONFIGS, *QWEN_CONFIGS])
+@pytest.fixture(scope="module", params=[*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS])
 def case(request: pytest.FixtureRequest) -> Case:
-    names = [*CONFIGS, *QWEN_CONFIGS]
+    names = [*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS]
     if request.param in CONFIGS:
         return Case(random_llava.make_config(**CONFIGS[request.param]), names.index(request.param))
+    if request.param in SMOLVLM_CONFIGS:
+        config = random_smolvlm.make_config(**SMOLVLM_CONFIGS[request.param])
+        return Case(config, names.index(request.param))
     # Other seeds than above: at one of those two tokens of the odd sizes are equally likely.
     return Case(random_qwen.make_config(**QWEN_CONFIGS[request.param]), 20 + names.index(request.param))
 
@@ -219,7 +266,11 @@ def no_grad():
 
 
 def test_batch_is_the_hard_one(case: Case) -> None:
-    assert [len(row) for row in case.inputs.grids] == [1, 2, 0]
+    shown = [
+        [case.inputs.layout(row, i).picture for i in range(len(g))] for row, g in enumerate(case.inputs.grids)
+    ]
+    pictures = [[i if at is None else at for i, at in enumerate(row)] for row in shown]
+    assert [sorted(set(row)) for row in pictures] == [[0], [0, 1], []]
     assert case.inputs.attention_mask[:, 0].sum() < 3, "no row is padded"
 
 

@@ -139,26 +139,39 @@ def _hooks(hooked: HookedVLM, inputs: VLMInputs, quick: bool) -> Check:
 
 @torch.no_grad()
 def _geometry(hooked: HookedVLM) -> Check:
-    """Check that a mark on one patch of a blank picture changes the embedding of that patch most."""
+    """Check that a mark on one patch of a blank picture changes the embedding of that patch most.
+
+    In the first and the last grid of the picture, where it has several.
+    """
     side = hooked.cfg.vision.image_size
-    width, height = (side, side) if side else (140, 112)
-    blank = Image.new("RGB", (width, height), (114, 114, 114))
-    rows, columns = hooked.prepare(blank, "Look.").patch_grids[0][0]
-    misplaced: list[tuple[int, int]] = []
-    for row, column in _corners(rows, columns):
-        marked = blank.copy()
-        x_range = [round(width * c / columns) for c in (column, column + 1)]
-        y_range = [round(height * r / rows) for r in (row, row + 1)]
-        marked.paste((255, 255, 255), (x_range[0], y_range[0], x_range[1], y_range[1]))
-        inputs = hooked.prepare([blank, marked], ["Look.", "Look."])
-        _, cache = hooked.run_with_cache(inputs, names_filter="vision_encoder.hook_embed", stop_at_layer=0)
-        embeds = cache["vision_encoder.hook_embed"].float()
-        change = (embeds[1] - embeds[0]).norm(dim=-1)[-rows * columns :]
-        grid = inputs.heatmap(change)
-        if divmod(int(grid.argmax()), columns) != (row, column):
-            misplaced.append((row, column))
-    figure = f"grid of {rows} × {columns}, {len(misplaced)} of {len(_corners(rows, columns))} marks misplaced"
-    return Check("patches lie where the picture has them", not misplaced, figure)
+    blank = Image.new("RGB", (side, side) if side else (140, 112), (114, 114, 114))
+    grids = hooked.prepare(blank, "Look.").patch_grids[0]
+    placed = [
+        _mark_is_placed(hooked, blank, image, place)
+        for image in sorted({0, len(grids) - 1})
+        for place in _corners(*grids[image])
+    ]
+    rows, columns = grids[0]
+    shape = f"grid of {rows} × {columns}" if len(grids) == 1 else f"{len(grids)} grids of {rows} × {columns}"
+    figure = f"{shape}, {placed.count(False)} of {len(placed)} marks misplaced"
+    return Check("patches lie where the picture has them", all(placed), figure)
+
+
+def _mark_is_placed(hooked: HookedVLM, blank: Image.Image, image: int, place: tuple[int, int]) -> bool:
+    """Whether a mark on a patch of one of the picture's grids changes the embedding of that patch most."""
+    clean = hooked.prepare(blank, "Look.")
+    (rows, columns), (row, column) = clean.patch_grids[0][image], place
+    left, top, right, bottom = clean.regions[0][image]
+    x_range = [round(left + (right - left) * c / columns) for c in (column, column + 1)]
+    y_range = [round(top + (bottom - top) * r / rows) for r in (row, row + 1)]
+    marked = blank.copy()
+    marked.paste((255, 255, 255), (x_range[0], y_range[0], x_range[1], y_range[1]))
+    inputs = hooked.prepare([blank, marked], ["Look.", "Look."])
+    _, cache = hooked.run_with_cache(inputs, names_filter="vision_encoder.hook_embed", stop_at_layer=0)
+    entries, before = inputs.tower_entries, sum(clean.tower_entries[0][:image])
+    embeds = cache["vision_encoder.hook_embed"].float()
+    change = (embeds[sum(entries[0]) + before] - embeds[before]).norm(dim=-1)[-rows * columns :]
+    return divmod(int(change.argmax()), columns) == place
 
 
 def _corners(rows: int, columns: int) -> Sequence[tuple[int, int]]:

@@ -72,7 +72,7 @@ class Operations:
         vision, model = self.cfg.vision, self._model
         patches = rows * columns
         tower = 2 * patches * _matrices(model.vision_encoder.patch_embedding)
-        tokens = patches + (0 if vision.image_size is None else 1)  # the class token
+        tokens = patches + int(vision.has_class_token)
         for layer in range(vision.n_layers):
             seen = tokens
             if vision.window_size is not None and layer not in vision.full_attention_layers:
