@@ -107,6 +107,18 @@ def test_image_tokens_lie_on_their_grid(made, value: str) -> None:
                 assert float(found.values[layer, row, column]) == pytest.approx(float(expected), abs=1e-4)
 
 
+def test_of_many_layers_some_are_read_evenly_spaced() -> None:
+    both = Twin(random_qwen)
+    inputs = random_qwen.mixed_batch(both.model)[:1]
+    every = image_token_lens(both.model, inputs, 33)
+    for most, kept in ((2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])):
+        some = image_token_lens(both.model, inputs, 33, most_layers=most)
+        assert torch.equal(some.values, every.values[kept])
+        assert list(some.labels["layer"]) == [every.labels["layer"][i] for i in kept]
+    with pytest.raises(ValueError, match="most_layers must be at least 2, not 1"):
+        image_token_lens(both.model, inputs, 33, most_layers=1)
+
+
 def test_image_lens_by_name_and_under_hooks() -> None:
     both = Twin(random_qwen)
     inputs = random_qwen.mixed_batch(both.model)

@@ -26,6 +26,7 @@ def image_token_lens(
     row: int = 0,
     image: int = 0,
     value: str = "log_prob",
+    most_layers: int | None = None,
     hooks: Sequence[Hook] = (),
 ) -> Labelled:
     """Logit-lens value of one vocabulary token at each image token, after every layer.
@@ -36,6 +37,7 @@ def image_token_lens(
         token: Text that is one token, or an id.
         row, image: Index of the row, and of the image in it.
         value: `log_prob` (nats), `probability`, `logit`, or `rank` (1 where no token is more likely).
+        most_layers: Of more layers so many are read, evenly spaced, the first and last among them.
         hooks: Hooks of an intervention, active during the run.
 
     Returns:
@@ -43,10 +45,12 @@ def image_token_lens(
         columns are those of the image-token grid, in raster order.
 
     Raises:
-        ValueError: Text of several tokens, no such id or value.
+        ValueError: Text of several tokens, no such id or value, or fewer than two layers.
         IndexError: No such image.
     """
     require_choice("value", value, VALUES)
+    if most_layers is not None and most_layers < 2:
+        raise ValueError(f"most_layers must be at least 2, not {most_layers}")
     chosen = model.to_single_token(token) if isinstance(token, str) else token
     if not 0 <= chosen < model.cfg.d_vocab:
         raise ValueError(f"token id {chosen} is not in 0 … {model.cfg.d_vocab - 1}")
@@ -56,14 +60,17 @@ def image_token_lens(
     mask = torch.zeros_like(inputs.image_mask)
     mask[row] = inputs.image_mask[row]
     inputs.heatmap(mask[row].float(), row, image)  # raises where there is no such image
-    maps = []
-    for stream in residual_streams(model, inputs, mask, hooks):
+    names, maps = layer_names(model), []
+    read = range(len(names))
+    if most_layers is not None and most_layers < len(names):
+        read = [round(i * (len(names) - 1) / (most_layers - 1)) for i in range(most_layers)]
+    for stream in residual_streams(model, inputs, mask, hooks)[list(read)]:
         values = torch.cat([_token_values(logits, chosen, value) for logits in lens_logits(model, stream)])
         by_position = torch.zeros(mask.shape[1], device=values.device).masked_scatter(mask[row], values)
         maps.append(inputs.heatmap(by_position, row, image))
     (name,) = token_names(model, [chosen])
     what = f"{value.replace('_', '-')} of {name!r} by the logit lens at each image token"
-    labels = {"layer": layer_names(model)}
+    labels = {"layer": tuple(names[i] for i in read)}
     return Labelled(what, torch.stack(maps), ("layer", "row", "column"), labels)
 
 

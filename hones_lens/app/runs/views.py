@@ -20,6 +20,7 @@ from hones_lens.tasks import Task
 _EXAMPLE_TEXTS = ("prompt", "target", "answer", "answer_masked", "head", "masked_label", "region")
 _MOST_HEADS = 64  # models with at most this many heads show all of them
 _LENS_TOKENS = 5
+_LENS_LAYERS = 12  # of the lens on image tokens: each costs the whole vocabulary at all of them
 _FLOW_EXAMPLES = 96
 
 
@@ -60,6 +61,7 @@ def example_views(
         attention_maps = dict(zip(attention.names, attention.on_image(), strict=True))
         prompt, target = chosen.target_prompt(example), chosen.answer(example)
         target_ids = model.continuation(prompt, target)
+        said = target_ids[leading_blanks(model, target_ids)]
         views.append(
             ExampleView(
                 image=example.image,
@@ -72,7 +74,7 @@ def example_views(
                 region=inputs.regions[0][0],
                 looks=attention_maps,
                 lens=logit_lens(model, inputs, k=_LENS_TOKENS),
-                image_lens=image_token_lens(model, inputs, target_ids[leading_blanks(model, target_ids)]),
+                image_lens=image_token_lens(model, inputs, said, most_layers=_LENS_LAYERS),
             )
         )
     return views
