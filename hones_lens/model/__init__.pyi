@@ -17,7 +17,7 @@ from .families import load_family as load_family
 from .families.qwen2_5_vl import QwenProcessor as QwenProcessor
 from .generation import decode as decode
 from .hooked_vlm import HookedVLM as HookedVLM
-from .inputs import ModelInput as ModelInput, Region as Region, VLMInputs as VLMInputs
+from .inputs import ImageText as ImageText, ModelInput as ModelInput, Region as Region, VLMInputs as VLMInputs
 from .iterables import takes_iterables as takes_iterables
 from .known import (
     known_config as known_config,

@@ -113,15 +113,18 @@ def write_arrays(file: Path, data: dict[str, Any], arrays: Mapping[str, Numbers]
 def _tensor(numbers: Numbers) -> Tensor:
     if isinstance(numbers, Tensor):
         return numbers.clone()
-    array = np.array(numbers)
-    return torch.from_numpy(array if array.dtype.kind == "i" else array.astype(np.float64))
+    array: Any = np.array(numbers)
+    return torch.tensor(array if array.dtype.kind == "i" else array.astype(np.float64))
 
 
 def nested_list(numbers: Numbers) -> Any:
     """A tensor or sequence as nested lists, with None for NaN in a tensor."""
     if isinstance(numbers, Tensor):
         return nan_to_none(as_list(numbers))
-    return [nested_list(each) if isinstance(each, tuple | list) else each for each in numbers]
+    return [
+        nested_list(cast("Sequence[Any]", each)) if isinstance(each, tuple | list) else each
+        for each in numbers
+    ]
 
 
 def read_arrays(file: Path, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from hones_lens.data import (
     random_question,
     random_scene,
 )
-from hones_lens.model import AttentionContext, HookedVLM, VLMInputs
+from hones_lens.model import AttentionContext, HookedVLM, ImageText, VLMInputs
 from hones_lens.tasks import load_task
 
 _VQA_PAIRS = 4
@@ -210,7 +210,7 @@ class _Row:
     answers: list[tuple[int, float, str]]  # column whose next token is an answer token; weight; kind
 
 
-def _tokenize(model: HookedVLM, turns: list[Turn], image_tokens: int) -> _Row:
+def _tokenize(model: HookedVLM, turns: list[Turn], image_tokens: ImageText) -> _Row:
     tokenizer = model.tokenizer
     row = _Row([], [], [], [])
     for segment, (kind, prompt, answer) in enumerate(turns, start=1):
