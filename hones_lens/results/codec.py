@@ -22,11 +22,12 @@ def to_json(value: Any) -> Any:
     Raises:
         TypeError: A value of another kind.
     """
-    if isinstance(value, Tensor | tuple | list) and (reference := put_aside(value)) is not None:
+    numbers: Any = value
+    if isinstance(numbers, Tensor | tuple | list) and (reference := put_aside(numbers)) is not None:
         return reference
     if isinstance(value, Tensor):
         return nested_list(value)
-    if is_dataclass(cast("Any", value)):
+    if is_dataclass(value):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         entries = cast("Mapping[str, Any]", value)
