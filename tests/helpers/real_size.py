@@ -1,7 +1,7 @@
 """Random checkpoints of known models through every stage, as commands: seconds, peak memory, sizes of files.
 
 The labels are the model's own answers, so that a random model is right, and has something to lose: some heads
-write so much that an answer depends on each. Answers end early, since what takes time is the stages.
+write so much that an answer depends on each. Every token ends an answer, since what counts is the stages.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ QUESTION = "what color is the circle?"
 LAYERS = {"llava": (30, 31), "qwen": (26, 27)}
 RANKINGS = ("direct", "gradient_times_activation", "random")
 _TIMES = 1024  # what the planted heads write is so much larger
-_CONTINUE = 4  # after one in so many tokens an answer goes on
 # Freed arrays stay with the process. Otherwise each new one is zeroed page by page, in a third of all time.
 _KEEP_MEMORY = {f"MALLOC_{name}_": str(2**32) for name in ("MMAP_THRESHOLD", "TRIM_THRESHOLD")}
 # Imported once, by the process that those of the stages are forked from.
@@ -118,7 +117,7 @@ def hones(stage: str, folder: Path, *argv: str, threads: int = 1) -> Usage:
 
 
 def plant(checkpoint: Path, heads: Sequence[tuple[int, int]]) -> None:
-    """Let heads write much more, and let most tokens end an answer, in a checkpoint's own files."""
+    """Let heads write much more, and let every token end an answer, in a checkpoint's own files."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     text = config["text_config"]
     width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
@@ -131,8 +130,7 @@ def plant(checkpoint: Path, heads: Sequence[tuple[int, int]]) -> None:
                     with _in_place(file, key) as weight:
                         weight[:, head * width : (head + 1) * width] *= _TIMES
     special = json.loads((checkpoint / "generation_config.json").read_text(encoding="utf-8"))
-    ends = {i for i in range(text["vocab_size"]) if i % _CONTINUE} | {special["eos_token_id"]}
-    special["eos_token_id"] = sorted(ends)
+    special["eos_token_id"] = list(range(text["vocab_size"]))
     (checkpoint / "generation_config.json").write_text(json.dumps(special), encoding="utf-8")
 
 
