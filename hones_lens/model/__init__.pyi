@@ -58,6 +58,7 @@ from .pictures import (
     read_image as read_image,
 )
 from .prompting import prompt_lengths as prompt_lengths
+from .tiles import n_tiles as n_tiles
 from .tokens import (
     bare_text_ids as bare_text_ids,
     leading_blanks as leading_blanks,

@@ -173,7 +173,8 @@ class ModelSettings:
         ratio: Share of all decoder neurons that are task neurons (METHOD H3).
         paper: Source of these numbers.
         config: The values of its public `config.json` that decide its sizes (see `known_config`).
-        images: Bounds of its image processor: `side`, or `min_pixels` and `max_pixels`.
+        images: Bounds of its image processor: `side`, `side` of tiles and `longest_edge` of a picture, or
+            `min_pixels` and `max_pixels`.
     """
 
     name: str

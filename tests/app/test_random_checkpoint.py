@@ -20,6 +20,8 @@ from hones_lens.model import all_settings, hook_hf_model, known_config, load_hf_
 # Parameters as the model pages and the index files of the repositories give them.
 PARAMETERS = {
     "llava-1.5-7b": 7_063_427_072,
+    "smolvlm-256m": 256_484_928,
+    "smolvlm2-500m": 507_482_304,
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2.5-vl-7b": 8_292_166_656,
     "qwen2.5-vl-72b": 73_410_777_344,

@@ -7,7 +7,12 @@ from typing import Any
 
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, Qwen2VLImageProcessorPil
 
-from hones_lens.app.tiny.tiny_tokenizer import build_llava_tokenizer, build_qwen_tokenizer
+from hones_lens.app.tiny.tiny_tokenizer import (
+    SMOLVLM_MARKERS,
+    build_llava_tokenizer,
+    build_qwen_tokenizer,
+    build_smolvlm_tokenizer,
+)
 from hones_lens.model import ModelSettings, QwenProcessor, checkpoint_path, load_family
 
 LLAVA_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}
@@ -16,6 +21,11 @@ _QWEN_TOKENS = (
     "vision_start vision_end vision_pad image_pad video_pad"
 )
 QWEN_IDS = {f"<|{name}|>": 151643 + i for i, name in enumerate(_QWEN_TOKENS.split())}
+
+SMOLVLM_IDS = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2} | {
+    token: 49152 + i for i, token in enumerate(SMOLVLM_MARKERS[:-1])
+}
+SMOLVLM_IDS["<end_of_utterance>"] = 49279
 
 
 def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path | None = None) -> Any:
@@ -38,6 +48,8 @@ def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path 
     build, ids = {
         "llava": (build_llava_tokenizer, LLAVA_IDS),
         "qwen2_5_vl": (build_qwen_tokenizer, QWEN_IDS),
+        "idefics3": (build_smolvlm_tokenizer, SMOLVLM_IDS),
+        "smolvlm": (build_smolvlm_tokenizer, SMOLVLM_IDS),
     }[settings.family]
     made = build(config.text_config.max_position_embeddings, ids)
     template = made.chat_template
@@ -47,6 +59,8 @@ def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path 
         made.chat_template = made.chat_template or template
     if settings.family == "llava":
         return _llava(settings.images["side"], made, config)
+    if "longest_edge" in settings.images:
+        return _of_tiles(settings, made, config)
     bounds: dict[str, Any] = dict(settings.images)
     return QwenProcessor(Qwen2VLImageProcessorPil(**bounds), made, made.chat_template)
 
@@ -63,6 +77,17 @@ def _llava(side: int, tokenizer: Any, config: Any) -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=tokenizer.chat_template,
     )
+
+
+def _of_tiles(settings: ModelSettings, tokenizer: Any, config: Any) -> Any:
+    assert settings.images is not None
+    parts: Any = load_family(settings.family).processor_class
+    side, vision = settings.images["side"], config.vision_config
+    pictures = parts.pictures(
+        size={"longest_edge": settings.images["longest_edge"]}, max_image_size={"longest_edge": side}
+    )
+    tokens = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+    return parts(pictures, tokenizer, tokenizer.chat_template, image_seq_len=tokens)
 
 
 def _check_ids(tokenizer: Any, ids: dict[str, int], folder: str | Path) -> None:

@@ -197,4 +197,4 @@ class _Costs:
         return self.count.forward(tokens) + self._picture()
 
     def _picture(self) -> float:
-        return self.count.picture(*self.row.grid)
+        return self.row.n_grids * self.count.picture(*self.row.grid)

@@ -49,20 +49,21 @@ def plan_patching(
     targets, lengths = patched_targets(model, options), Lengths(model, **bounds)
     asked, keep = lengths.asked(size, prompt), max(1, lengths.of_text(answer))
     tokens, metric = asked + keep - 1, options["metric"]
-    count, grid = Operations(model), lengths.grid(size)
+    count = Operations(model)
+    picture = lengths.n_grids(size) * count.picture(*lengths.grid(size))
     segment = Segment(1, tokens, 0, keep)
 
     def patch(layer: int) -> float:
         if metric == "task":
             decoded = count.forward(asked) + count.decode(asked, MAX_NEW_TOKENS - 1)
-            return decoded + count.picture(*grid)
+            return decoded + picture
         if site.vision:
-            return count.forward(tokens, keep) + count.picture(*grid)
+            return count.forward(tokens, keep) + picture
         return count.fork(layer, [segment], heads=site.what == "z") + count.block(tokens)
 
     n_groups = _n_groups(options, tokens, site.vision)
     patches = len(targets.cells) * n_groups
-    unpatched = _PASSES * count.forward(tokens, keep) + _PICTURES * count.picture(*grid)
+    unpatched = _PASSES * count.forward(tokens, keep) + _PICTURES * picture
     operations = pairs * (n_groups * sum(patch(cell[0][0]) for cell in targets.cells) + unpatched)
     rows, seconds = patches * pairs, operations / machines.throughput
     return [

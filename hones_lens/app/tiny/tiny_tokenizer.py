@@ -53,6 +53,23 @@ QWEN_CHAT = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SMOLVLM_MARKERS = (
+    "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+    "<fake_token_around_image>",
+    "<image>",
+    "<end_of_utterance>",
+)
+SMOLVLM_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *SMOLVLM_MARKERS)
+SMOLVLM_CHAT = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
 _LINE_STARTS = ("Question", "Answer", "Transcribe", "Output", "Candidate", "Describe", "Does")
 _WORDS = """
 a an and answer the question with short phrase text inside blue box only image in one sentence
@@ -142,13 +159,9 @@ def build_qwen_tokenizer(
         model_max_length: Longest text, in tokens.
         special_ids: Ids of all special tokens, if the vocabulary is to reach up to these.
     """
-    words = [*_LINE_STARTS, *_WORDS.split(), *"system user assistant You are helpful".split()]
-    words += [*COLORS, *SHAPES, *NUMBER_WORDS, *THING_NAMES.values()]
-    merges: Any = _byte_merges(words)
-    pieces = [*bytes_to_unicode().values(), *(left + right for left, right in merges), *QWEN_SPECIAL]
+    vocabulary = _bytes_and_words("system user assistant You are helpful", QWEN_SPECIAL, special_ids)
     tokenizer = Qwen2Tokenizer(
-        vocab=_numbered(pieces, special_ids),
-        merges=merges,
+        **vocabulary,
         unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
@@ -163,3 +176,42 @@ def build_qwen_tokenizer(
     )
     tokenizer.chat_template = QWEN_CHAT
     return tokenizer
+
+
+def build_smolvlm_tokenizer(
+    model_max_length: int, special_ids: Mapping[str, int] | None = None
+) -> Qwen2Tokenizer:
+    """Make a byte-level tokenizer with the markers and the chat template of SmolVLM.
+
+    Args:
+        model_max_length: Longest text, in tokens.
+        special_ids: Ids of all special tokens, if the vocabulary is to reach up to these.
+    """
+    tokenizer = Qwen2Tokenizer(
+        **_bytes_and_words("User Assistant", SMOLVLM_SPECIAL, special_ids),
+        unk_token="<|endoftext|>",
+        bos_token="<|im_start|>",
+        pad_token="<|im_end|>",
+        eos_token="<end_of_utterance>",
+        extra_special_tokens={
+            "image_token": "<image>",
+            "fake_image_token": "<fake_token_around_image>",
+            "global_image_token": "<global-img>",
+            "end_of_utterance_token": "<end_of_utterance>",
+        },
+        model_max_length=model_max_length,
+    )
+    tokenizer.add_tokens(list(SMOLVLM_MARKERS), special_tokens=True)
+    tokenizer.chat_template = SMOLVLM_CHAT
+    return tokenizer
+
+
+def _bytes_and_words(
+    of_chat: str, special: Iterable[str], special_ids: Mapping[str, int] | None
+) -> dict[str, Any]:
+    """Vocabulary and merges of a byte-level tokenizer that knows the world's words and those of the chat."""
+    words = [*_LINE_STARTS, *_WORDS.split(), *of_chat.split()]
+    words += [*COLORS, *SHAPES, *NUMBER_WORDS, *THING_NAMES.values()]
+    merges: Any = _byte_merges(words)
+    pieces = [*bytes_to_unicode().values(), *(left + right for left, right in merges), *special]
+    return {"vocab": _numbered(pieces, special_ids), "merges": merges}

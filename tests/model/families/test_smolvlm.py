@@ -15,7 +15,9 @@ from transformers import AutoModelForImageTextToText
 
 from hones_lens import HookedVLM
 from hones_lens.app.checks.parity import check_model
+from hones_lens.app.runs.lengths import Lengths
 from hones_lens.interventions import Box, token_mask
+from hones_lens.model import model_without_weights
 from hones_lens.model.tiles import n_tiles
 
 KINDS = ("smolvlm", "idefics3")
@@ -274,3 +276,19 @@ def test_every_check_passes(kind: str) -> None:
     checks = check_model(model, hf, 6)
     assert [check.name for check in checks if not check.passed] == []
     assert any("5 grids of 4 × 4, 0 of 10 marks" in check.figure for check in checks)
+
+
+def test_a_plan_counts_tiles(tmp_path: Path) -> None:
+    """As many tokens as the prompt has, by a folder's picture processor or a known model's settings."""
+    model = random_smolvlm.make_pair()[1]
+    folder = model.save_pretrained(tmp_path / "saved")
+    model.cfg = replace(model.cfg, model_name=str(folder))
+    lengths = Lengths(model)
+    for picture in random_smolvlm.make_images():
+        inputs = model.prepare(picture, "what is it?")
+        assert lengths.n_grids(picture.size) == len(inputs.grids[0])
+        others = int((inputs.token_groups["text"] & ~inputs.question_mask).sum())
+        assert 0 <= lengths.of_picture(picture.size) - int(inputs.image_mask.sum()) <= others
+    known = Lengths(model_without_weights("smolvlm-256m"))
+    assert known.n_grids((640, 480)) == 3 * 4 + 1 and known.of_picture((640, 480)) == 13 * (64 + 3)
+    assert Lengths(random_llava.make_pair()[1]).n_grids((640, 480)) == 1
