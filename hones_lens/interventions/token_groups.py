@@ -18,7 +18,7 @@ class Box:
 
     Attributes:
         left, top, right, bottom: The sides; right and bottom are the first pixels outside.
-        image: Index of the image in its row.
+        image: Index of the image in its row; each tile of a picture, and its whole, is one.
         outside: Select the image tokens that the rectangle does not touch, instead of those that it does.
     """
 
