@@ -18,6 +18,8 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) --constrai
 
 # The caller's PYTHONPATH must not hide what is installed here.
 unexport PYTHONPATH
+# Modules that every process compiles anew cost it many seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # pyright otherwise asks the net whether there is a newer one.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 

@@ -12,7 +12,7 @@ import torch
 from helpers import random_llava
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, SiglipVisionConfig
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PhiConfig, PixtralVisionConfig
 
 from hones_lens import HookedVLM, checkpoint_path
 from hones_lens.model.config import find_settings
@@ -54,13 +54,10 @@ def rope(kind: str, **values: Any) -> Callable:
 
 
 REFUSED = {
-    r"text_config\.attention_bias=True": set_text(attention_bias=True),
-    r"text_config\.mlp_bias=True": set_text(mlp_bias=True),
     r"text_config\.pretraining_tp=2": set_text(pretraining_tp=2),
     r"text_config\.hidden_act='nonsense'": set_text(hidden_act="nonsense"),
     r"text_config\.sliding_window=128": set_text(sliding_window=128),
     r"text_config\.attention_dropout=0\.1": set_text(attention_dropout=0.1),
-    r"rope_type='dynamic'": rope("dynamic"),
     r"rope_type='longrope'": rope("longrope", short_factor=[1.0], long_factor=[1.0]),
     r"rope_type='nonsense'": rope("nonsense"),
     r"vision_config\.hidden_act='nonsense'": set_vision(hidden_act="nonsense"),
@@ -85,20 +82,36 @@ def test_unsupported_config_values_name_themselves(message: str) -> None:
 
 def test_other_towers_and_decoders_are_refused() -> None:
     config = random_llava.make_config()
-    config.text_config = MistralConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1)
+    config.text_config = PhiConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1)
     with pytest.raises(
-        ValueError, match=r"text_config\.model_type='mistral' is not handled; handled: 'llama'"
+        ValueError,
+        match=r"text_config\.model_type='phi' is not handled; handled: 'llama', 'mistral', 'qwen2'",
     ):
         HookedLlava.from_config(config, "tiny", torch.device("cpu"), torch.float32)
     config = random_llava.make_config()
-    config.vision_config = SiglipVisionConfig(hidden_size=24, num_attention_heads=3, num_hidden_layers=2)
-    with pytest.raises(ValueError, match=r"vision_config\.model_type='siglip_vision_model' is not handled"):
+    config.vision_config = PixtralVisionConfig(hidden_size=24, num_attention_heads=3, num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"vision_config\.model_type='pixtral' is not handled"):
         HookedLlava.from_config(config, "tiny", torch.device("cpu"), torch.float32)
 
 
-def test_an_in_memory_model_with_biases_is_refused() -> None:
+def test_an_in_memory_model_with_a_value_that_hf_ignores_is_refused() -> None:
+    """Mistral's attention has no biases, whatever its config says."""
+    text = {"model_type": "mistral", "attention_bias": True}
     with pytest.raises(ValueError, match=r"text_config\.attention_bias=True is not handled"):
-        HookedVLM.from_hf(random_llava.make_hf(random_llava.make_config(text={"attention_bias": True})))
+        HookedVLM.from_hf(random_llava.make_hf(random_llava.make_config(text=text)))
+    with pytest.raises(ValueError, match="num_key_value_heads=3 does not divide the 4 heads"):
+        HookedVLM.from_hf(random_llava.make_hf(random_llava.make_config(text={"num_key_value_heads": 3})))
+
+
+def test_dynamic_rope_is_refused_beyond_its_limit() -> None:
+    """Up to there its angles are the plain ones; behind, they depend on the length of the sequence."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    _, model = random_llava.make_pair(random_llava.make_config(text={"rope_parameters": rope}))
+    inputs = model.prepare(None, "is it red?")
+    places = torch.arange(inputs.input_ids.shape[1])[None]
+    model({**inputs.to_hf(), "position_ids": places + 512 - places.shape[1]})
+    with pytest.raises(ValueError, match="position 512 is beyond the 512 of the checkpoint"):
+        model({**inputs.to_hf(), "position_ids": places + 513 - places.shape[1]})
 
 
 # -- checkpoints ---------------------------------------------------------------------------------
@@ -217,9 +230,9 @@ def test_a_weight_of_another_shape(saved: Saved, tmp_path: Path) -> None:
 def test_an_unsupported_value_in_a_checkpoint(saved: Saved, tmp_path: Path) -> None:
     folder = saved.changed(tmp_path, lambda weights: None)
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    config["text_config"]["pretraining_tp"] = 2
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="rope_type='dynamic' is not handled"):
+    with pytest.raises(ValueError, match="pretraining_tp=2 is not handled"):
         HookedVLM.from_pretrained(str(folder))
 
 

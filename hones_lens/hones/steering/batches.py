@@ -21,11 +21,11 @@ from hones_lens.hones.masking import Neurons
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.questions import LabelledPrompt, labelled_prompts, prepare_batch
 from hones_lens.hones.steering.scales import scaling_hooks
-from hones_lens.model import Answer, HookedVLM, free_bytes, summed_log_probs
+from hones_lens.model import Answer, AttentionContext, HookedVLM, free_bytes, summed_log_probs
 from hones_lens.tasks import Task
 
 _SHARE = 0.5  # of free memory, for cached clean activations
-_PARTS = {"segment": ("resid", "cos", "sin", "mask"), "answer": ("positions", "ids", "mask")}
+_ANSWER = ("positions", "ids", "mask")
 
 
 @dataclass(frozen=True)
@@ -48,36 +48,29 @@ class CleanBatch:
 
     def to(self, device: torch.device) -> CleanBatch:
         """Copy the batch to another device."""
-        moved = {name: _tensors_to(getattr(self, name), device) for name in ("segment", "answer")}
-        return replace(self, **moved, log_probs=self.log_probs.to(device), weights=self.weights.to(device))
+        moved = {name: tensor.to(device) for name, tensor in self.to_tensors().items()}
+        return CleanBatch.from_tensors(self.ids, moved)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that its largest tensors take."""
-        tensors = [self.log_probs, *(v for v in vars(self.segment).values() if isinstance(v, Tensor))]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        """Bytes that its tensors take."""
+        return sum(x.numel() * x.element_size() for x in self.to_tensors().values())
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All but the ids, by name."""
-        parts = {
-            f"{part}.{name}": getattr(getattr(self, part), name) for part in _PARTS for name in _PARTS[part]
-        }
-        parts |= {"log_probs": self.log_probs, "weights": self.weights}
-        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+        named = {f"attention.{name}": tensor for name, tensor in self.segment.attention.tensors().items()}
+        named |= {f"answer.{name}": getattr(self.answer, name) for name in _ANSWER}
+        return {**named, "resid": self.segment.resid, "log_probs": self.log_probs, "weights": self.weights}
 
     @classmethod
     def from_tensors(cls, ids: list[str], tensors: Mapping[str, Tensor]) -> CleanBatch:
         """The batch that `to_tensors` told."""
-        segment, answer = (
-            {name: tensors.get(f"{part}.{name}") for name in names} for part, names in _PARTS.items()
-        )
-        keep: dict[str, Any] = {**segment, "keep": len(tensors["answer.positions"]) + 1}
-        answers: dict[str, Any] = answer
-        return cls(ids, Segment(**keep), Answer(**answers), tensors["log_probs"], tensors["weights"])
-
-
-def _tensors_to(fields: Any, device: torch.device) -> Any:
-    return replace(fields, **{n: v.to(device) for n, v in vars(fields).items() if isinstance(v, Tensor)})
+        prefix = "attention."
+        attention = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+        answer = Answer(**{name: tensors[f"answer.{name}"] for name in _ANSWER})
+        keep = len(answer.positions) + 1
+        segment = Segment(tensors["resid"], AttentionContext.of_tensors(attention), keep)
+        return cls(ids, segment, answer, tensors["log_probs"], tensors["weights"])
 
 
 class TrainingBatches:

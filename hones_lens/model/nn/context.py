@@ -113,6 +113,28 @@ class AttentionContext:
             deepstack={layer: x[index] for layer, x in self.deepstack.items()},
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors but those of caches and windows, by name; `of_tensors` takes them."""
+        own = {name: x for name in (*_BY_TOKEN, "mask") if (x := getattr(self, name)) is not None}
+        own |= {f"deepstack.{layer}": x for layer, x in self.deepstack.items()}
+        sliding = {} if self.sliding is None else self.sliding.tensors()
+        return own | {f"sliding.{name}": x for name, x in sliding.items()}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> AttentionContext:
+        """The context of a decoder that `tensors` told; its masks are made, so it has no windows."""
+        parts: dict[str, dict[str, Tensor]] = {"sliding": {}, "deepstack": {}}
+        own: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            part, dot, rest = name.partition(".")
+            if dot:
+                parts[part][rest] = tensor
+            else:
+                own[name] = tensor
+        sliding = cls.of_tensors(parts["sliding"]) if parts["sliding"] else None
+        deepstack = {int(layer): tensor for layer, tensor in parts["deepstack"].items()}
+        return cls(**own, causal=True, sliding=sliding, deepstack=deepstack)
+
     def masked(self, key_is_token: Bool[Tensor, "batch key"], n_queries: int) -> AttentionContext:
         """With masks for the last `n_queries` positions, see `attention_mask`."""
         return replace(
