@@ -74,7 +74,6 @@ class VLMInputs(ImageGrids):
     input_ids: Tensor
     attention_mask: Tensor
     pixel_values: Tensor | None = None
-    pixel_attention_mask: Tensor | None = field(default=None, repr=False)
     image_grid_thw: Tensor | None = None
     position_ids: Tensor | None = None
     mm_token_type_ids: Tensor | None = field(default=None, repr=False)
@@ -88,6 +87,7 @@ class VLMInputs(ImageGrids):
     image_embeds: Tensor | None = field(default=None, repr=False)
     mask_is_assumed: bool = field(default=False, repr=False)
     counted_position_ids: Tensor | None = field(default=None, repr=False)
+    pixel_attention_mask: Tensor | None = field(default=None, repr=False)
     pixels_by_row: bool = field(default=False, repr=False)
 
     @classmethod
