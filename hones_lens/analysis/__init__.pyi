@@ -19,6 +19,7 @@ from .patching.activation import patch_activations as patch_activations
 from .patching.agreement import Agreement as Agreement, atp_against_measured as atp_against_measured
 from .patching.gradient import attribute_patching as attribute_patching
 from .patching.metrics import kl as kl, log_prob as log_prob, logit_diff as logit_diff
+from .patching.noise import patching_noise as patching_noise
 from .patching.pair_answers import PairAnswers as PairAnswers, pair_answers as pair_answers
 from .patching.pairs import (
     PatchPairs as PatchPairs,

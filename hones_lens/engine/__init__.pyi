@@ -33,6 +33,12 @@ from .preflight import (
     usable_examples as usable_examples,
 )
 from .resumable import TensorJournal as TensorJournal, resumed_batches as resumed_batches
+from .rounding import (
+    MOST_COMPARED as MOST_COMPARED,
+    dtype_name as dtype_name,
+    type_noise as type_noise,
+    values_in_float32 as values_in_float32,
+)
 from .segments import Segment as Segment, split_shared_prefix as split_shared_prefix
 from .speculation import Tally as Tally
 from .sweep import Sweep as Sweep, logits_under as logits_under

@@ -9,6 +9,7 @@ from .attribution.head_scores import (
 )
 from .attribution.heads import default_top_k as default_top_k, localize_heads as localize_heads
 from .attribution.held_out import (
+    HeldOutHead as HeldOutHead,
     HeldOutHeads as HeldOutHeads,
     random_head_sets as random_head_sets,
     remeasure_heads as remeasure_heads,
@@ -26,7 +27,7 @@ from .masking_result import (
     MaskingResult as MaskingResult,
     load_masking as load_masking,
     masking_measure as masking_measure,
-    rounding_legend as rounding_legend,
+    measures_legend as measures_legend,
     save_masking as save_masking,
 )
 from .overlap.group_masking import GroupMasking as GroupMasking, mask_groups as mask_groups

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import numpy as np
@@ -27,7 +27,6 @@ from hones_lens.results import (
 from hones_lens.tasks import Task
 
 RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1)
-_ROUNDING_EXAMPLES = 64  # that a model in few bits runs one by one to know its rounding
 Neurons = Sequence[tuple[int, int]]
 
 
@@ -146,50 +145,26 @@ def masking_curve(
             for s in matched_random_sets(chosen, *shape, n_controls, seed)
         ]
     label = "masking log-probabilities"
-    _announce(model, examples, options)
+    _announce(examples, options)
     arm_outcomes = engine.measure(model, task, examples, arms, options, label="masking")
     log_probs = engine.measure_log_probs(model, task, examples, arms, options, label=label)
     outcomes = [_Outcome(task, arm, np.array(lp)) for arm, lp in zip(arm_outcomes, log_probs, strict=True)]
     base, n_arms = outcomes[0], n_controls + 1
-    rounding = _rounding(model, task, examples, log_probs[0], options)
+    measured = model, task, examples, arm_outcomes[0], log_probs[0], options
+    noise = engine.type_noise(*measured, label="masking")
     results = []
     for i, chosen in enumerate(sets):
         metadata = {"method": method or "given", "model_name": model.cfg.model_name, "n_neurons": len(chosen)}
-        metadata |= {"ratio": len(chosen) / model.cfg.n_neurons, "rounding": rounding}
+        metadata |= {"ratio": len(chosen) / model.cfg.n_neurons, "noise": noise}
         set_outcomes = outcomes[1 + i * n_arms : 1 + (i + 1) * n_arms]
         results.append(_result(task, examples, metadata, base, set_outcomes, seed))
     return results
 
 
-def _announce(model: HookedVLM, examples: Sequence[Example], options: SweepOptions) -> None:
+def _announce(examples: Sequence[Example], options: SweepOptions) -> None:
     """Tell the journal of all that will be measured, before the first of it is."""
     for label in ("masking", "masking log-probabilities"):
         engine.expect(options.journal, label, len(examples), options.batch_size)
-    if _has_few_bits(model):
-        engine.expect(options.journal, "masking rounding", len(examples[:_ROUNDING_EXAMPLES]), 1)
-
-
-def _has_few_bits(model: HookedVLM) -> bool:
-    return model.cfg.dtype.itemsize <= 2
-
-
-def _rounding(
-    model: HookedVLM,
-    task: Task,
-    examples: Sequence[Example],
-    log_probs: Sequence[float],
-    options: SweepOptions,
-) -> float | None:
-    """Mean distance, in nats, of the clean model's log-probabilities from those of examples run one by one.
-
-    Over the first examples; None for float32 and wider types, whose rounding no table shows.
-    """
-    if not _has_few_bits(model):
-        return None
-    first = examples[:_ROUNDING_EXAMPLES]
-    one_by_one = replace(options, batch_size=1, tally=None)
-    (again,) = engine.measure_log_probs(model, task, first, [[]], one_by_one, label="masking rounding")
-    return float(np.abs(np.array(again) - np.array(log_probs[: len(first)])).mean())
 
 
 @dataclass

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from hones_lens.model import did_you_mean, require_choice, takes_iterables
-from hones_lens.results import Interval, Result, load_json, not_above_chance, save_json, to_json
+from hones_lens.results import (
+    Interval,
+    Noise,
+    Result,
+    load_json,
+    noise_mark,
+    not_above_chance,
+    save_json,
+    to_json,
+)
 
 MEASURES = ("metric", "log_prob")
-BELOW_ROUNDING = "~"  # behind a drop that the model's type may have made
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,7 @@ class MaskingResult(Result):
         kinds: The same by kind of question.
         example_ids: Which examples, in the order of `drops`.
         metric_p, log_prob_p: Of no drop: two-sided paired permutation tests; None where not tested.
-        rounding: By how many nats the log-probability of an answer moves when examples run one by one and not
-            in batches: what a model in bfloat16 or float16 can't tell. None in wider types.
+        noise: What a model in bfloat16 or float16 can't tell; None in wider types.
         chance: The metric of guessing.
     """
 
@@ -102,8 +109,18 @@ class MaskingResult(Result):
     example_ids: tuple[str, ...]
     metric_p: float | None = None
     log_prob_p: float | None = None
-    rounding: float | None = None
+    noise: Noise | None = None
     chance: float = 0.0
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MaskingResult:
+        """From what `to_dict` gave, also through JSON; of earlier versions, too.
+
+        Raises:
+            ValueError: A field is missing.
+        """
+        result, rounding = super().from_dict(data), data.get("rounding")
+        return result if rounding is None else replace(result, noise=Noise.of_batches(rounding))
 
     @property
     def problem(self) -> str:
@@ -159,16 +176,16 @@ class MaskingResult(Result):
         return frame
 
     def __str__(self) -> str:
-        count = len(self.controls)
+        count, measures = len(self.controls), {name: masking_measure(self, name) for name in MEASURES}
         lines = [
             f"{self.model_name}, {self.task}: {self.n_neurons} neurons ({100 * self.ratio:.2g} %) "
             f"by {self.method}, {len(self.example_ids)} examples",
             *([f"  of the metric {self.problem}"] if self.problem else []),
             f"  {self.metric_name}: {self.baseline_interval:.3f} → {self.masked_interval:.3f}, drop "
-            f"{self.metric_interval}{_tested(self.metric_p)}",
+            f"{self.metric_interval}{measures['metric'].mark}{_tested(self.metric_p)}",
             f"  log-probability of the answer: {self.baseline_log_prob_interval:.3f} → "
             f"{self.masked_log_prob_interval:.3f}, drop {self.log_prob_interval}"
-            f"{_tested(self.log_prob_p)}",
+            f"{measures['log_prob'].mark}{_tested(self.log_prob_p)}",
         ]
         if count:
             drops = [self.baseline - c.metric for c in self.controls]
@@ -179,8 +196,8 @@ class MaskingResult(Result):
             lines.append(
                 f"  larger drop than {self.beats('metric')} (metric) and {self.beats()} (log-probability)"
             )
-        if masking_measure(self, "log_prob").below_rounding:
-            lines.append(f"  {BELOW_ROUNDING} the drop of log-probability is {_below(self.rounding)}")
+        if legend := measures_legend(measures.values()):
+            lines.append(f"  {legend}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -188,16 +205,14 @@ class MaskingResult(Result):
 
 
 @takes_iterables
-def rounding_legend(measures: Iterable[MaskingMeasure]) -> str:
-    """What the mark behind a drop says, if some drop has it, else nothing."""
-    marked = [m.rounding for m in measures if m.below_rounding]
-    return f"{BELOW_ROUNDING} {_below(max(filter(None, marked)))}" if marked else ""
-
-
-def _below(rounding: float | None) -> str:
-    return (
-        f"smaller than rounding, by which answers run one by one or in batches differ ({rounding:.2g} nats)"
-    )
+def measures_legend(measures: Iterable[MaskingMeasure]) -> str:
+    """What the mark behind a drop says, if some drop has it, else nothing; of each measure, the largest."""
+    largest: dict[tuple[str, bool], tuple[float, str]] = {}
+    for m in measures:
+        if m.noise is not None and m.mark:
+            key, value = (m.measure, m.noise.against == "float32"), m.noise.of(m.measure) or 0.0
+            largest[key] = max(largest.get(key, (0.0, "")), (value, m.noise.legend(m.measure)))
+    return "; ".join(text for _, text in largest.values())
 
 
 def _range(values: Sequence[float]) -> str:
@@ -237,7 +252,7 @@ class MaskingMeasure:
         controls: The measure under each random set.
         beaten: How many random sets lose strictly less than the selected neurons.
         p: Of no drop; None where it was not tested.
-        rounding: What the model's type rounds away, in nats; None where it is not known.
+        noise: Of the model's type; None where it is not known.
     """
 
     name: str
@@ -251,7 +266,7 @@ class MaskingMeasure:
     controls: tuple[float, ...]
     beaten: int
     p: float | None = None
-    rounding: float | None = None
+    noise: Noise | None = None
 
     @property
     def drop(self) -> float:
@@ -259,14 +274,14 @@ class MaskingMeasure:
         return self.baseline - self.masked
 
     @property
-    def below_rounding(self) -> bool:
-        """The drop is smaller than what the model's type rounds away."""
-        return self.rounding is not None and abs(self.drop) < self.rounding
+    def measure(self) -> str:
+        """Its name in `MEASURES`."""
+        return "log_prob" if self.unit else "metric"
 
     @property
     def mark(self) -> str:
-        """What is put behind a drop that is below rounding, else nothing."""
-        return BELOW_ROUNDING if self.below_rounding else ""
+        """What is put behind a drop that is below the noise of the model's type, else nothing."""
+        return noise_mark(self.drop, self.noise, bool(self.unit))
 
     @property
     def random_mean(self) -> float:
@@ -300,7 +315,7 @@ def masking_measure(result: MaskingResult, measure: str = "metric") -> MaskingMe
         arms = (result.baseline, result.masked, result.metric_interval)
         arms += (result.baseline_interval, result.masked_interval)
         return MaskingMeasure(
-            result.metric_name, result.metric_name, "", *arms, controls, beaten, result.metric_p
+            result.metric_name, result.metric_name, "", *arms, controls, beaten, result.metric_p, result.noise
         )
     if measure == "log_prob":
         controls, beaten = tuple(c.log_prob for c in result.controls), result.beats("log_prob")
@@ -308,7 +323,7 @@ def masking_measure(result: MaskingResult, measure: str = "metric") -> MaskingMe
         arms += (result.baseline_log_prob_interval, result.masked_log_prob_interval)
         name = "log-probability"
         long_name = f"{name} of the right answer"
-        given = (*arms, controls, beaten, result.log_prob_p, result.rounding)
+        given = (*arms, controls, beaten, result.log_prob_p, result.noise)
         return MaskingMeasure(long_name, name, " nats", *given)
     raise ValueError(
         f"unknown measure {measure!r}; valid: {', '.join(MEASURES)}{did_you_mean(measure, MEASURES)}"

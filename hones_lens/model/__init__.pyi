@@ -66,3 +66,4 @@ from .tokens import (
     token_names as token_names,
 )
 from .typed import bias_or_none as bias_or_none, to_list as to_list
+from .widened import in_float32 as in_float32

@@ -14,6 +14,14 @@ from .files import (
     write_json as write_json,
 )
 from .labelled import Labelled as Labelled
+from .noise import (
+    BELOW_NOISE as BELOW_NOISE,
+    Noise as Noise,
+    is_below as is_below,
+    noise_legend as noise_legend,
+    noise_mark as noise_mark,
+    with_marks as with_marks,
+)
 from .racing import Race as Race, RaceResult as RaceResult, Racing as Racing
 from .statistics import (
     DRAWS as DRAWS,

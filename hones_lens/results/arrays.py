@@ -78,7 +78,7 @@ def _count(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel()
     entries = cast("Sequence[Any]", value)
-    if type(value) not in (tuple, list) or not entries:  # a named tuple has fields of its own types
+    if type(value) not in (tuple, list) or not entries:  # text; or a named tuple has fields of its own types
         return 0
     if type(entries[0]) in (int, float):
         return len(entries) if all(type(entry) in (int, float) for entry in entries) else 0

@@ -27,7 +27,7 @@ def to_json(value: Any) -> Any:
         return reference
     if isinstance(value, Tensor):
         return nested_list(value)
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         entries = cast("Mapping[str, Any]", value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hones_lens.results.base import Result
 from hones_lens.results.codec import from_json
+from hones_lens.results.noise import Noise, noise_legend, with_marks
 
 _OPTIONAL = ("low", "high", "p")
 
@@ -35,6 +36,7 @@ class Labelled(Result):
         low, high: Ends of 95 % intervals, shaped as `values`, if there are any.
         p: P-values, one-sided or two-sided as `what` states, shaped as `values`, if there are any.
         notes: Lines that are printed below the values, e.g. baselines.
+        noise: What a model in bfloat16 or float16 can't tell, in the unit of the values.
     """
 
     kind: ClassVar[str] = "labelled"
@@ -48,6 +50,7 @@ class Labelled(Result):
     high: Tensor | None = None
     p: Tensor | None = None
     notes: tuple[str, ...] = ()
+    noise: Noise | None = None
 
     def __post_init__(self) -> None:
         if len(self.axes) != self.values.ndim or len(set(self.axes)) < len(self.axes):
@@ -151,9 +154,19 @@ class Labelled(Result):
         title = self.what + (f" [{sizes}]" if sizes else "") + (f", n = {self.n}" if self.n else "")
         frame = self.to_dataframe().drop(columns="n", errors="ignore")
         largest = frame.iloc[np.argsort(-frame["value"].abs().to_numpy(), kind="stable")[:10]]
-        body = (largest if math.prod(self.shape) > 10 else frame).to_string(index=False, float_format="%.4g")
+        shown = largest if math.prod(self.shape) > 10 else frame
+        body = with_marks(shown, "value", self.noise).to_string(index=False, float_format="%.4g")
         omitted = [f"(the 10 largest of {len(frame)})"] if len(frame) > 10 else []
-        return "\n".join([title, body, *omitted, *self.notes])
+        legend = self.noise_legend(shown["value"])
+        return "\n".join([title, body, *omitted, *([legend] if legend else []), *self.notes])
+
+    def noise_legend(self, shown: Iterable[float]) -> str:
+        """What the mark behind some of these values says; empty where none has it."""
+        return noise_legend(self.noise, *shown)
 
     def _repr_html_(self) -> str:
-        return f"<p>{escape(self.what)}</p>{self.top().to_html(index=False)}"
+        top = self.top()
+        legend = self.noise_legend(top["value"])
+        more = f"<p>{escape(legend)}</p>" if legend else ""
+        table = with_marks(top, "value", self.noise).to_html(index=False)
+        return f"<p>{escape(self.what)}</p>{table}{more}"

@@ -8,6 +8,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,16 +28,16 @@ from helpers.hf_task_loops import (
 from hypothesis import given, strategies as st
 
 from hones_lens import HookedVLM
-from hones_lens.engine import SweepOptions, measure_log_probs
 from hones_lens.hones.attribution.neuron_scores import NeuronScores
 from hones_lens.hones.masking import evaluate_masking, masking_curve, matched_random_sets
 from hones_lens.hones.masking_result import (
     MaskingResult,
     load_masking,
     masking_measure,
-    rounding_legend,
+    measures_legend,
     save_masking,
 )
+from hones_lens.results import Noise
 from hones_lens.tasks.registry import load_task
 
 CHOSEN = [(0, 3), (1, 5), (1, 7), (2, 0), (2, 11), (2, 19)]
@@ -214,37 +215,38 @@ def test_random_sets_reach_every_neuron_evenly() -> None:
     assert (abs(counts / 2000 - 0.3) < 0.04).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_is_how_answers_one_by_one_differ_from_batches(dtype: torch.dtype) -> None:
-    model = HookedVLM.from_hf(copy.deepcopy(pair()[0]).to(dtype), pair()[1].processor)
+def test_what_a_model_in_few_bits_cannot_tell_is_kept_with_the_result(tmp_path: Path) -> None:
+    model = HookedVLM.from_hf(copy.deepcopy(pair()[0]).to(torch.bfloat16), pair()[1].processor)
     examples = list(examples_of("vqa"))
     found = evaluate_masking(model, "vqa", examples, CHOSEN, n_controls=0, batch_size=3, progress=False)
-    if dtype is torch.float32:
-        assert found.rounding is None
-        return
-    task = load_task("vqa")
-    one_by_one, together = (
-        [
-            value
-            for start in range(0, len(examples), size)
-            for value in measure_log_probs(
-                model, task, examples[start : start + size], [[]], SweepOptions(progress=False)
-            )[0]
-        ]
-        for size in (1, 3)
-    )
-    assert found.rounding == pytest.approx(np.abs(np.subtract(one_by_one, together)).mean(), abs=1e-6)
-    assert MaskingResult.from_dict(found.to_dict()).rounding == found.rounding
+    assert found.noise is not None and found.noise.n == 3 and (found.noise.log_prob or 0) > 0
+    save_masking(tmp_path / "masking.json", [found])
+    assert load_masking(tmp_path / "masking.json")[0].noise == found.noise
+    wide = evaluate_masking(pair()[1], "vqa", examples, CHOSEN, n_controls=0, batch_size=3, progress=False)
+    assert wide.noise is None
 
 
-def test_a_drop_below_rounding_is_marked_with_its_value_kept() -> None:
+def test_a_drop_below_noise_is_marked_with_its_value_kept() -> None:
     result = example_results.masking(0.92, -0.25)
-    drop = masking_measure(result, "log_prob").drop
-    for rounding, marked in ((None, False), (0.99 * abs(drop), False), (1.01 * abs(drop), True)):
-        rounded = replace(result, rounding=rounding)
-        m = masking_measure(rounded, "log_prob")
-        assert (m.below_rounding, m.mark, m.drop) == (marked, "~" if marked else "", drop)
-        assert not masking_measure(rounded, "metric").below_rounding
-        legend = "~ smaller than rounding, by which answers run one by one or in batches differ"
-        assert rounding_legend([m]) == (f"{legend} ({rounding:.2g} nats)" if marked else "")
-        assert ("~" in str(rounded)) == marked
+    for measure, unit in (("metric", ""), ("log_prob", " nats")):
+        drop = masking_measure(result, measure).drop
+        for size, marked in ((None, False), (0.99 * abs(drop), False), (1.01 * abs(drop), True)):
+            values = {"metric": None, "log_prob": None, measure: size}
+            noisy = replace(result, noise=Noise(**values, n=24, dtype="bfloat16"))
+            m = masking_measure(noisy, measure)
+            assert (m.mark, m.drop) == ("~" if marked else "", drop)
+            legend = "~ smaller than the noise of bfloat16: twice the mean distance of 24 unchanged runs"
+            assert measures_legend([m]) == (f"{legend} from float32 ({size:.2g}{unit})" if marked else "")
+            assert str(noisy).count("~") == 2 * marked
+            other = "metric" if unit else "log_prob"
+            assert not masking_measure(noisy, other).mark
+
+
+def test_the_estimate_of_earlier_versions_is_read_and_told_as_what_it_is() -> None:
+    result = example_results.masking(0.92, -0.25)
+    old = {name: value for name, value in result.to_dict().items() if name != "noise"}
+    read = MaskingResult.from_dict({**old, "rounding": 9.0})
+    m = masking_measure(read, "log_prob")
+    assert m.mark == "~" and measures_legend([m]).endswith("one by one or in batches differ (9 nats)")
+    assert not masking_measure(read, "metric").mark
+    assert MaskingResult.from_dict(read.to_dict()) == read

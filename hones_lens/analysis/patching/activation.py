@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 from hones_lens.analysis.patching.metrics import Metric, as_metric, reads_whole_answer
+from hones_lens.analysis.patching.noise import patching_noise
 from hones_lens.analysis.patching.outcome import PatchingKeywords, Summary, SummaryKeywords, metric_name
 from hones_lens.analysis.patching.pair_answers import pair_answers
 from hones_lens.analysis.patching.pairs import PatchPairs, measured_note, measured_tokens
@@ -67,8 +69,7 @@ def patch_activations(
         intervals; the baselines and what was run are in `notes`.
 
     Raises:
-        ValueError: An unknown name, layer or unit, an empty group, a box outside of an image, pairs that
-            don't serve the metric, or whose two runs don't differ by it.
+        ValueError: An unknown name, layer, unit or group, or pairs that the metric can't tell apart or read.
         FloatingPointError: A metric that is not finite; names the pair.
     """
     (own, sweep), site = split_keywords(keywords, SummaryKeywords.__annotations__), as_patch_site(what)
@@ -82,6 +83,7 @@ def patch_activations(
     settings |= {"axes": axes, "labels": labels, "of": what, "notes": _notes(model, pairs, measured, metric)}
     again = (model, given, options.batch_size, options.journal)
     settings["answers"] = pair_answers(*again) if metric == "task" else measured.answers
+    summary = replace(summary, noise=patching_noise(model, pairs, metric, options))
     change = measured.change(direction).T.reshape(-1, *shape)
     return summary.result(change, measured.gap(direction), pairs, **settings)
 

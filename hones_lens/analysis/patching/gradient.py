@@ -16,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 from hones_lens.analysis.gradients import activation_gradients
 from hones_lens.analysis.patching.batches import PairBatch, check_batches, check_no_hooks, pair_batch
 from hones_lens.analysis.patching.metrics import Metric, as_metric
+from hones_lens.analysis.patching.noise import patching_noise
 from hones_lens.analysis.patching.outcome import Summary, SummaryKeywords, outcome_notes
 from hones_lens.analysis.patching.pair_answers import answers_of_batch, joined_answers
 from hones_lens.analysis.patching.pairs import PatchPairs
@@ -155,8 +156,7 @@ def attribute_patching(
         As `patch_activations`, with 95 % intervals.
 
     Raises:
-        ValueError: An unknown name, a layer that is not there, an empty group, steps below 1, or for `atp*`
-            hooks of the model's own on scores or pattern.
+        ValueError: An unknown name, layer or group, steps below 1, or for `atp*` hooks on scores or pattern.
         FloatingPointError: A metric that is not finite; names the pair.
     """
     own, sweep = split_keywords(keywords, ("steps", *SummaryKeywords.__annotations__))
@@ -174,6 +174,7 @@ def attribute_patching(
         estimate = job.estimates(method)[:, order].cpu()
         return estimate, batch.gap(model, measure).cpu(), answers_of_batch(batch)
 
+    summary = replace(summary, noise=patching_noise(model, pairs, metric, options))
     estimates, gaps, answers = zip(*_run_in_parts(model, pairs, run, options, what), strict=True)
     (shape, axes, labels), gap = targets.layout(by, tuple(masks)), torch.cat(gaps)
     settings: dict[str, Any] = {"metric": metric, "direction": direction, "axes": axes, "labels": labels}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import numpy as np
@@ -17,7 +17,7 @@ from hones_lens.analysis.patching.pair_answers import PairAnswers
 from hones_lens.analysis.patching.pairs import PatchPairs, measured_note, measured_tokens
 from hones_lens.engine import SweepKeywords
 from hones_lens.model import HookedVLM
-from hones_lens.results import DRAWS, Labelled, bootstrap_ends, mean_over_pairs
+from hones_lens.results import DRAWS, Labelled, Noise, bootstrap_ends, mean_over_pairs
 
 _VERBS = {"denoise": "restored", "noise": "lost"}
 _ROUNDING = 1e-6  # two passes over the same inputs differ by as much in our own metrics, in nats or logits
@@ -44,6 +44,7 @@ class Summary:
         raw: Whether to give the mean change of the metric instead of its share of the whole effect (a ratio
             of means over pairs).
         by_pair: Whether to keep each pair's change, on a first axis `pair`, without intervals.
+        noise: Of the metric in the model's type, where tables show it.
         draws, seed: Of the bootstrap over pairs (paired: a draw takes all runs of a pair together); 0 draws
             for no intervals.
 
@@ -55,6 +56,7 @@ class Summary:
     by_pair: bool = False
     draws: int = DRAWS
     seed: int = 0
+    noise: Noise | None = None
 
     def __post_init__(self) -> None:
         if self.draws < 0:
@@ -89,21 +91,24 @@ class Summary:
         Raises:
             ValueError: A mean gap of 0, of which there is no share.
         """
-        name = metric_name(metric)
+        name, noise = metric_name(metric), self.noise
         change, gap = change.double(), gap.double()
         first, *others = notes
         answers.warn()
         notes = (first, str(answers), *others)
         description = f"change of {name}, {of}, {DIRECTIONS[direction]}"
         if self.by_pair:
-            return Labelled(description, change, ("pair", *axes), labels | {"pair": pairs.ids}, notes=notes)
+            labels = labels | {"pair": pairs.ids}
+            return Labelled(description, change, ("pair", *axes), labels, notes=notes, noise=noise)
         if self.raw:
             values = mean_over_pairs(change, self.draws, seed=self.seed)
         else:
             least = _ROUNDING if isinstance(metric, str) else 0.0
             description = f"share of {name} {_VERBS[direction]}, {of}, {DIRECTIONS[direction]}"
             values = share_of_gap(change.movedim(0, -1), gap, self.draws, self.seed, least)
-        return Labelled(description, axes=axes, labels=labels, notes=notes, **values)
+            if noise is not None and noise.metric is not None:
+                noise = replace(noise, metric=noise.metric / abs(float(gap.mean())))
+        return Labelled(description, axes=axes, labels=labels, notes=notes, noise=noise, **values)
 
 
 def outcome_notes(

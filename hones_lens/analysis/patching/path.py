@@ -8,6 +8,7 @@ every component as a receiver this is activation patching of the senders.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -19,6 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from hones_lens import engine
 from hones_lens.analysis.patching.batches import PairBatch, check_no_hooks, pair_batches
 from hones_lens.analysis.patching.metrics import Metric, as_metric
+from hones_lens.analysis.patching.noise import patching_noise
 from hones_lens.analysis.patching.outcome import PatchingKeywords, Summary, SummaryKeywords, outcome_notes
 from hones_lens.analysis.patching.pair_answers import PairAnswers, answers_of_batch, joined_answers
 from hones_lens.analysis.patching.pairs import PatchPairs
@@ -83,6 +85,7 @@ def path_patching(
     how: dict[str, Any] = {"metric": metric, "direction": direction, "of": f"along paths from {sent}"}
     how["notes"] = outcome_notes(model, pairs, gap, metric, direction)
     how["answers"] = answers
+    summary = replace(summary, noise=patching_noise(model, pairs, metric, options))
     return summary.result(change[:, 0], gap, pairs, axes=("receiver",), labels=labels, **how)
 
 
@@ -126,6 +129,7 @@ def path_patching_matrix(
     how: dict[str, Any] = {"metric": metric, "direction": direction, "of": "along paths from each sender"}
     how["notes"] = outcome_notes(model, pairs, gap, metric, direction)
     how["answers"] = answers
+    summary = replace(summary, noise=patching_noise(model, pairs, metric, options))
     return summary.result(change, gap, pairs, axes=axes, labels=labels, **how)
 
 

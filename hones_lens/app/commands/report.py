@@ -20,6 +20,8 @@ def add(commands: Any) -> None:
         type=values.output_file,
         help="the page to write (default: report.html in the first RUN)",
     )
+    text = "size of the page at most, though headline numbers are always in it (default: as it comes)"
+    command.add_argument("--max-size", type=values.above_zero, metavar="MB", help=text)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -28,5 +30,7 @@ def execute(args: argparse.Namespace) -> int:
     from hones_lens.app.report.run_folder import read_view
 
     out = Path(args.out or Path(args.runs[0]) / "report.html")
-    print(f"Report: {write_report(out, [read_view(run) for run in args.runs]).resolve()}")
+    most = None if args.max_size is None else round(args.max_size * 1e6)
+    page = write_report(out, [read_view(run) for run in args.runs], most_bytes=most)
+    print(f"Report: {page.resolve()}, {page.stat().st_size / 1e6:.2f} MB")
     return 0

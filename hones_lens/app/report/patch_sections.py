@@ -10,7 +10,7 @@ import torch
 
 from hones_lens.app.report.run_view import PatchView
 from hones_lens.app.report.tables import Bold, Cell, Table
-from hones_lens.results import Labelled
+from hones_lens.results import Labelled, noise_mark
 from hones_lens.viz import Plot, brackets, labelled, number, on_image, significant
 
 _SITES = {
@@ -199,7 +199,8 @@ def values_table(result: Labelled) -> Table:
 
 
 def _cell(result: Labelled, index: tuple[int, ...], is_significant: torch.Tensor | None) -> Cell:
-    text = f"{number(float(result.values[index]))} {interval_text(result, index)}".rstrip()
+    value = float(result.values[index])
+    text = f"{number(value)}{noise_mark(value, result.noise)} {interval_text(result, index)}".rstrip()
     return Bold(text) if is_significant is not None and bool(is_significant[index]) else text
 
 
@@ -207,6 +208,8 @@ def _values_note(result: Labelled, left_out: int) -> str:
     note = f"{capitalized(result.what)}; n = {result.n:,}."
     if result.low is not None:
         note += " 95 % bootstrap intervals over pairs; bold: the interval lies away from 0."
+    legend = result.noise_legend(result.values.flatten().tolist())
+    note += f" {legend}." if legend else ""
     return note + (f" {left_out:,} more are not shown." if left_out else "")
 
 

@@ -13,7 +13,8 @@ from hones_lens import viz
 from hones_lens.app.report import patch_sections
 from hones_lens.app.report.run_view import PatchView, RunView
 from hones_lens.app.report.sections import Section, page_figure, sections
-from hones_lens.app.report.tables import Bold, Cell, Table, rounding_note
+from hones_lens.app.report.size import fit
+from hones_lens.app.report.tables import Bold, Cell, Table, measures_note
 from hones_lens.app.report.verdict import verdict
 from hones_lens.hones import MEASURES, NeuronScores, masking_measure
 from hones_lens.model import takes_iterables
@@ -33,13 +34,17 @@ class Tile:
 
 
 @takes_iterables
-def write_report(path: str | Path, runs: Sequence[RunView], title: str = "") -> Path:
+def write_report(
+    path: str | Path, runs: Sequence[RunView], title: str = "", most_bytes: int | None = None
+) -> Path:
     """Write one HTML file that needs no other file, no network and no JavaScript.
 
     Args:
         path: The file to write; its folder is created if it does not exist.
         runs: The runs, in their order on the page.
         title: Title of the page; default: the run's title, or the number of runs.
+        most_bytes: Size of the file at most; what leaves no room is left out, and told (see `size.fit`).
+            Titles, headline numbers and findings are always there, also where they take more.
 
     Returns:
         The file's path.
@@ -58,12 +63,22 @@ def write_report(path: str | Path, runs: Sequence[RunView], title: str = "") -> 
         lstrip_blocks=True,
     )
     environment.filters["tie"] = nonbreaking
-    page = environment.get_template("report.html").render(
-        title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
-        colours=viz.reader_css(":root", *map(_variables, (0, 1))),
-        together=_comparison(runs),
-        runs=[_run(run, f"run{i}") for i, run in enumerate(runs, start=1)],
-    )
+    template, together = environment.get_template("report.html"), _comparison(runs)
+    heads = [_run(run, f"run{i}") for i, run in enumerate(runs, start=1)]
+    first = [] if together is None else [together]
+
+    def rendered(parts: Sequence[Sequence[Section]]) -> str:
+        return template.render(
+            title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
+            colours=viz.reader_css(":root", *map(_variables, (0, 1))),
+            together=next(iter(parts[0]), None),
+            runs=[{**head, "sections": part} for head, part in zip(heads, parts[1:], strict=True)],
+        )
+
+    parts = [first, *(sections(run, f"run{i}") for i, run in enumerate(runs, start=1))]
+    if most_bytes is not None:
+        parts = fit(parts, most_bytes, lambda parts: len(rendered(parts).encode()))
+    page = rendered(parts)
     with replaced_atomically(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
@@ -81,7 +96,6 @@ def _run(run: RunView, name: str) -> dict[str, Any]:
         "story": story(run),
         "tiles": _tiles(run),
         "verdict": verdict(run.masking, run.share).split("\n") if run.masking else [],
-        "sections": sections(run, name),
     }
 
 
@@ -123,7 +137,9 @@ def _headline_table(runs: Sequence[RunView]) -> Table:
         rows.append(tuple(cells))
     note = "Drops when the neurons are masked, with bootstrap intervals; beats: how many random sets lose "
     note += "less. Bold: larger than with every random set, and the interval lies above 0."
-    note += rounding_note(masking_measure(run.main, "log_prob") for run in runs if run.main is not None)
+    note += measures_note(
+        masking_measure(run.main, measure) for run in runs for measure in MEASURES if run.main is not None
+    )
     return Table("Neurons masked", columns, tuple(rows), note)
 
 

@@ -32,7 +32,10 @@ class PageFigure:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a run's page; if `stacked`, each figure and table has the full width."""
+    """A section of a run's page; if `stacked`, each figure and table has the full width.
+
+    `left_out` says what the page's size left no room for (see `size.fit`).
+    """
 
     id: str
     title: str
@@ -41,6 +44,7 @@ class Section:
     tables: Sequence[Table] = ()
     pictures: Sequence[Card] = ()
     stacked: bool = False
+    left_out: Sequence[str] = ()
 
 
 def sections(run: RunView, name: str) -> list[Section]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from hones_lens.analysis import LensDifference, LensToken
-from hones_lens.app.report.tables import Bold, Cell, Table, Tokens, rounding_note
+from hones_lens.app.report.tables import Bold, Cell, Table, Tokens, measures_note
 from hones_lens.hones import (
+    MEASURES,
     GroupMasking,
     HeldOutHeads,
     MaskingResult,
@@ -25,9 +26,9 @@ from hones_lens.viz import level, number, p_value, span
 _MOST_TOKENS = 6  # a cell
 
 
-def gain(interval: Interval) -> str:
-    """A gain with its sign and interval."""
-    return f"{number(interval.value, sign=True)} {span(interval)}"
+def gain(interval: Interval, mark: str = "") -> str:
+    """A gain with its sign, the mark behind it, and its interval."""
+    return f"{number(interval.value, sign=True)}{mark} {span(interval)}"
 
 
 def held_out_heads(held_out: HeldOutHeads) -> Table:
@@ -43,7 +44,7 @@ def held_out_heads(held_out: HeldOutHeads) -> Table:
     )
     rows: list[tuple[Cell, ...]] = []
     for head in held_out.heads:
-        drop = number(head.drop.value)
+        drop = number(head.drop.value) + held_out.mark(head)
         cell = Bold(drop) if head.holds else drop
         stands = "–" if head.significant is None else "yes" if head.significant else "no"
         score = f"{number(head.score)} {span(head.selected_on) if head.selected_on else ''}".rstrip()
@@ -67,6 +68,7 @@ def held_out_heads(held_out: HeldOutHeads) -> Table:
         note += f"of {len(held_out.random)} random sets"
         note += f" of other heads {number(float(np.mean(held_out.random)))} on average, "
         note += f"{number(min(held_out.random))} to {number(max(held_out.random))}."
+    note += f" {held_out.noise_legend}." if held_out.noise_legend else ""
     return Table("Critical heads on held-out examples", columns, tuple(rows), note)
 
 
@@ -87,6 +89,7 @@ def steering(table: SteeringTable, title: str, summary: str = "") -> Table:
     note += (
         f"{level(base_gain)} bootstrap intervals, paired permutation tests. Bold: the interval lies above 0."
     )
+    note += f" {table.noise_legend}." if table.noise_legend else ""
     return Table(title, columns, rows, note.strip())
 
 
@@ -94,13 +97,14 @@ def _steering_row(table: SteeringTable, row: SteeringRow) -> tuple[Cell, ...]:
     name = f"RandNeuron {row.draw + 1}" if row.method == "RandNeuron" else row.method
     if row.method == "Base":
         return (name, _metric(table, row), *("–",) * 8)
+    of_metric, of_log_prob = table.marks(row)
     return (
         name,
         _metric(table, row),
-        _signed_cell(row.gain),
+        _signed_cell(row.gain, of_metric),
         span(row.gain),
         p_value(row.p),
-        _signed_cell(row.log_prob_gain),
+        _signed_cell(row.log_prob_gain, of_log_prob),
         span(row.log_prob_gain),
         p_value(table.log_prob_p(row)),
         f"{row.max_abs:.3g}",
@@ -113,8 +117,8 @@ def _metric(table: SteeringTable, row: SteeringRow) -> str:
     return f"{number(row.metric)} {span(interval)}"
 
 
-def _signed_cell(interval: Interval) -> Cell:
-    text = number(interval.value, sign=True)
+def _signed_cell(interval: Interval, mark: str) -> Cell:
+    text = number(interval.value, sign=True) + mark
     return Bold(text) if interval.low > 0 else text
 
 
@@ -159,7 +163,7 @@ def group_masking(groups: GroupMasking) -> Table:
     note = f"{groups.size:,} neurons of each group masked; n = {n} held-out examples; "
     note += f"{level(first.metric_interval)} bootstrap intervals; {draws} random sets for each group. Bold: "
     note += "larger than with every random set, and the interval lies above 0."
-    note += rounding_note(masking_measure(result, "log_prob") for result in groups.results)
+    note += measures_note(masking_measure(r, measure) for r in groups.results for measure in MEASURES)
     return Table("Groups masked at one size", columns, rows, note)
 
 
@@ -181,7 +185,7 @@ def side_effects(effects: SideEffects, title: str) -> Table:
     rows = []
     for owner in owners:
         cells = [effects.cell(owner, task) for task in tasks]
-        texts = [f"{gain(c.gain)}, p = {p_value(c.p)}" for c in cells]
+        texts = [f"{gain(c.gain, effects.mark(c))}, p = {p_value(c.p)}" for c in cells]
         rows.append((owner, *(Bold(t) if c.gain.low > 0 else t for t, c in zip(texts, cells, strict=True))))
     first_cells = [effects.cell(owners[0], task) for task in tasks]
     bases = "; ".join(
@@ -190,6 +194,7 @@ def side_effects(effects: SideEffects, title: str) -> Table:
     )
     note = f"Without scales: {bases}. {level(first_cells[0].gain)} bootstrap intervals, "
     note += "paired permutation tests."
+    note += "".join(f" {legend}." for legend in effects.noise_legends)
     return Table(title, ("scales of", *tasks), tuple(rows), f"{note} Bold: the interval lies above 0.")
 
 

@@ -15,9 +15,9 @@ from hones_lens.hones import (
     MaskingResult,
     NeuronScores,
     masking_measure,
-    rounding_legend,
+    measures_legend,
 )
-from hones_lens.results import Interval
+from hones_lens.results import Interval, noise_legend, noise_mark
 from hones_lens.viz import level, number, p_value, percent, span
 
 _MOST_ROWS = 15
@@ -74,7 +74,7 @@ def top_heads(heads: HeadScores) -> Table:
             int((drops < 0).sum()),
             int(heads.counts[layer, head]),
         )
-        bar = Bar(number(score), 100 * score / top[0].score)
+        bar = Bar(number(score) + noise_mark(score, heads.noise), 100 * score / top[0].score)
         rows.append(
             (
                 f"L{layer}H{head}",
@@ -101,6 +101,7 @@ def top_heads(heads: HeadScores) -> Table:
         note += f" Drops are of {heads.metric_name} over all examples, verdicts of the score of each."
     if heads.near_ties:
         note += f" Choices between tokens that rounding may settle: {heads.near_ties:,}."
+    note += f" {heads.noise_legend}." if heads.noise_legend else ""
     if not top:
         note += " No head lowers the metric when it is changed."
     return Table("Critical heads", columns, tuple(rows), note + _not_shown(len(top)))
@@ -162,14 +163,14 @@ def masking(results: Sequence[MaskingResult], measure: str) -> Table:
     note += f"; {len(m.controls)} random sets." if m.controls else "; no random sets were run."
     if any(m.clear for m in (masking_measure(r, measure) for r in results)):
         note += " Bold: larger than with every random set, and the interval lies above 0."
-    note += rounding_note(masking_measure(r, measure) for r in results)
+    note += measures_note(masking_measure(r, measure) for r in results)
     title = f"{m.name[0].upper()}{m.name[1:]}{' (nats)' if m.unit else ''} with neurons masked"
     return Table(title, columns, rows, note)
 
 
-def rounding_note(measures: Iterable[MaskingMeasure]) -> str:
+def measures_note(measures: Iterable[MaskingMeasure]) -> str:
     """The sentence below a table that says what the mark behind a drop means; empty where none has it."""
-    legend = rounding_legend(measures)
+    legend = measures_legend(measures)
     return f" {legend}." if legend else ""
 
 
@@ -201,6 +202,7 @@ def kinds(results: Sequence[MaskingResult]) -> Table:
         for result in ordered:
             kind_result = result.kinds[kind]
             drop = number(kind_result.baseline - kind_result.masked)
+            drop += noise_mark(kind_result.baseline - kind_result.masked, result.noise)
             text = f"{drop} {_interval_text(kind_result.interval)}".rstrip()
             text += "" if kind_result.p is None else f", p = {p_value(kind_result.p)}"
             if result.controls:
@@ -210,6 +212,9 @@ def kinds(results: Sequence[MaskingResult]) -> Table:
     note = f"Of {ordered[0].metric_name}, with {level(ordered[0].metric_interval)} bootstrap intervals."
     if ordered[0].controls:
         note += " In brackets: how many random sets lose less; bold: all of them."
+    drops = [drop.baseline - drop.masked for result in ordered for drop in result.kinds.values()]
+    legend = noise_legend(ordered[0].noise, *drops)
+    note += f" {legend}." if legend else ""
     return Table("Drop by kind of question", columns, tuple(rows), note)
 
 
@@ -233,7 +238,7 @@ def rankings(results: Mapping[str, MaskingResult]) -> Table:
         rows.append(tuple(cells))
     interval = next(iter(results.values())).metric_interval
     note = f"{level(interval)} bootstrap interval of the drop, n = {interval.n:,}."
-    note += rounding_note(masking_measure(r, measure) for r in results.values() for measure in MEASURES)
+    note += measures_note(masking_measure(r, measure) for r in results.values() for measure in MEASURES)
     return Table("Rankings", tuple(columns), tuple(rows), note)
 
 

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from hones_lens.app.report.run_view import RunView
 from hones_lens.app.report.verdict import verdict
-from hones_lens.hones import MEASURES, masking_measure, rounding_legend
+from hones_lens.hones import MEASURES, HeldOutHead, masking_measure, measures_legend
+from hones_lens.results import noise_mark
 from hones_lens.viz import level, number, percent, span
 
 _MOST_HEADS = 10
@@ -61,10 +62,10 @@ def _print_heads(console: Console, run: RunView) -> None:
         interval, remeasured = run.heads.interval(layer, head), held_out.get((layer, head))
         table.add_row(
             f"L{layer}H{head}",
-            number(score),
+            number(score) + noise_mark(score, run.heads.noise),
             Text(span(interval)),
             "–" if significant is None else "yes" if (layer, head) in significant else "no",
-            Text("–" if remeasured is None else f"{number(remeasured.drop.value)} {span(remeasured.drop)}"),
+            Text(_remeasured(run, remeasured)),
             "–" if remeasured is None else "yes" if remeasured.holds else "no",
         )
     if len(top) > _MOST_HEADS:
@@ -84,7 +85,15 @@ def _print_heads(console: Console, run: RunView) -> None:
         note += f"; not exact: {run.heads.traded}"
     if run.heads.near_ties:
         note += f"; near-ties between tokens that rounding may settle: {run.heads.near_ties}"
+    legends = [run.heads.noise_legend, run.held_out.noise_legend if run.held_out else ""]
+    note += "".join(f"; {legend}" for legend in dict.fromkeys(filter(None, legends)))
     _print(console, title, table, note)
+
+
+def _remeasured(run: RunView, head: HeldOutHead | None) -> str:
+    if head is None or run.held_out is None:
+        return "–"
+    return f"{number(head.drop.value)}{run.held_out.mark(head)} {span(head.drop)}"
 
 
 def _print_neurons(console: Console, run: RunView) -> None:
@@ -121,6 +130,6 @@ def _print_masking(console: Console, run: RunView, measure: str) -> None:
     note += f"n = {first.interval.n:,}"
     if first.controls:
         note += f"; random: mean of {len(first.controls)} sets"
-    if legend := rounding_legend(masking_measure(result, measure) for result in results):
+    if legend := measures_legend(masking_measure(result, measure) for result in results):
         note += f"; {legend}"
     _print(console, title, table, note)

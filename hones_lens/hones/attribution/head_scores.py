@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,13 +17,17 @@ from hones_lens.model import HookedVLM
 from hones_lens.results import (
     Component,
     Interval,
+    Noise,
     RaceResult,
     Result,
     benjamini_hochberg,
     html_table,
+    noise_legend,
+    noise_mark,
     not_above_chance,
     ranked,
     sign_flip_p,
+    with_marks,
 )
 
 LEVEL = 0.95  # of the scores' intervals
@@ -63,6 +68,7 @@ class HeadScores(Result):
         chosen: The heads that were asked for, as (layer, head); None for all. Others were not measured:
             their scores and drops are NaN, they are never critical, and no test counts them.
         chance: The metric of guessing; None where no metric of a task is measured (`patch`).
+        noise: What a model in bfloat16 or float16 can't tell; None in wider types.
     """
 
     kind: ClassVar[str] = "heads"
@@ -86,6 +92,7 @@ class HeadScores(Result):
     score_ends: Tensor | None = None
     chosen: tuple[tuple[int, int], ...] | None = None
     chance: float | None = 0.0
+    noise: Noise | None = None
 
     @property
     def problem(self) -> str:
@@ -210,6 +217,8 @@ class HeadScores(Result):
             f"critical heads ({done}), on the examples that select them:",
         ]
         lines += [self._line(c) for c in self.top()]
+        if legend := self.noise_legend:
+            lines.append(legend)
         if self.limits:
             lines.append(self.limits)
         if self.traded:
@@ -220,6 +229,7 @@ class HeadScores(Result):
 
     def _line(self, c: Component) -> str:
         line = f"  L{c.layer}H{c.index:<3} {self.interval(c.layer, c.index) or f'{c.score:+.4f}'}"
+        line += noise_mark(c.score, self.noise)
         if self.discoveries is None or self.p_values is None:
             return line
         significant = (c.layer, c.index) in self.discoveries
@@ -237,7 +247,14 @@ class HeadScores(Result):
 
     def _repr_html_(self) -> str:
         best = self.to_dataframe().sort_values("score", ascending=False, kind="stable")
-        return html_table(best.dropna(subset="score"), self.top_k, len(best))
+        shown = with_marks(best.dropna(subset="score").head(self.top_k), "score", self.noise)
+        legend = f"<p>{escape(self.noise_legend)}</p>" if self.noise_legend else ""
+        return html_table(shown, self.top_k, len(best)) + legend
+
+    @property
+    def noise_legend(self) -> str:
+        """What the mark behind critical heads' scores says; empty where none has it."""
+        return noise_legend(self.noise, *(c.score for c in self.top()))
 
 
 def significant_heads(

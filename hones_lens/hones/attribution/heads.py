@@ -10,7 +10,15 @@ import numpy as np
 import torch
 
 from hones_lens import engine
-from hones_lens.analysis import SITES, PatchPairs, counterfactual, measure_patches, positions_of, targets_of
+from hones_lens.analysis import (
+    SITES,
+    PatchPairs,
+    counterfactual,
+    measure_patches,
+    patching_noise,
+    positions_of,
+    targets_of,
+)
 from hones_lens.data import CounterfactualPair, Example
 from hones_lens.engine import SweepKeywords, SweepOptions, Tally, split_keywords
 from hones_lens.hones.attribution.gradients import first_order_head_drops
@@ -178,6 +186,7 @@ def _localize_by_mean(
         score_ends=all_scores[..., 1:],
         chosen=_limited(model, chosen),
         chance=engine.chance_of(task, examples),
+        noise=engine.type_noise(model, task, examples, base, None, options, label="heads"),
     )
 
 
@@ -275,6 +284,7 @@ def _localize_by_patching(
         score_ends=ends,
         chosen=chosen,
         chance=None,
+        noise=patching_noise(model, pairs, "logit_diff", options),
     )
 
 

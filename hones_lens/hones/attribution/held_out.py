@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import ClassVar, Unpack
 
 import numpy as np
@@ -22,13 +23,18 @@ from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import (
     Component,
     Interval,
+    Noise,
     Result,
     benjamini_hochberg,
     bootstrap_interval,
+    html_table,
     mean_difference_interval,
     metric_interval,
+    noise_legend,
+    noise_mark,
     not_above_chance,
     permutation_p,
+    with_marks,
 )
 from hones_lens.tasks import Task
 
@@ -74,6 +80,7 @@ class HeldOutHeads(Result):
         q: The false discovery rate.
         example_ids: The held-out examples.
         chance: The metric of guessing.
+        noise: What a model in bfloat16 or float16 can't tell; None in wider types.
     """
 
     kind: ClassVar[str] = "held-out heads"
@@ -89,6 +96,7 @@ class HeldOutHeads(Result):
     q: float
     example_ids: tuple[str, ...]
     chance: float = 0.0
+    noise: Noise | None = None
 
     @property
     def problem(self) -> str:
@@ -116,16 +124,29 @@ class HeldOutHeads(Result):
             *([f"  {self.problem}"] if self.problem else []),
         ]
         for head in self.heads:
-            verdict = "holds" if head.holds else "does not hold"
+            verdict, drop = "holds" if head.holds else "does not hold", f"{head.drop}{self.mark(head)}"
             lines.append(
-                f"  L{head.layer}H{head.head:<3} drop {head.drop}, p = {head.p:.3g}, {verdict} (FDR "
+                f"  L{head.layer}H{head.head:<3} drop {drop}, p = {head.p:.3g}, {verdict} (FDR "
                 f"{100 * self.q:g} %); where it was selected {head.selected_on or f'{head.score:.3f}'}"
             )
         mean = f"  mean drop {self.mean_drop}"
         if self.random:
             mean += f"; of {len(self.random)} random sets of other heads {np.mean(self.random):.3f}"
             mean += f" (from {min(self.random):.3f} to {max(self.random):.3f}), n = {len(self.example_ids)}"
-        return "\n".join([*lines, mean])
+        return "\n".join([*lines, mean, *([f"  {self.noise_legend}"] if self.noise_legend else [])])
+
+    def mark(self, head: HeldOutHead) -> str:
+        """What is put behind a drop that is below the noise of the model's type, else nothing."""
+        return noise_mark(head.drop.value, self.noise)
+
+    @property
+    def noise_legend(self) -> str:
+        """What the mark says; empty where no drop has it."""
+        return noise_legend(self.noise, *(head.drop.value for head in self.heads))
+
+    def _repr_html_(self) -> str:
+        legend = f"<p>{escape(self.noise_legend)}</p>" if self.noise_legend else ""
+        return html_table(with_marks(self.to_dataframe(), "drop", self.noise)) + legend
 
 
 @takes_iterables
@@ -144,8 +165,7 @@ def remeasure_heads(
 ) -> HeldOutHeads:
     """Measure the selected heads on examples that did not select them, beside random other heads.
 
-    Each head alone is replaced by the mean of its layer's others (HONES eq. H1), where it was replaced when
-    it was selected.
+    Each head alone is replaced by the mean of its layer's others (HONES eq. H1), where it was when selected.
 
     Args:
         model: The model.
@@ -188,6 +208,7 @@ def remeasure_heads(
         q=q,
         example_ids=ids,
         chance=engine.chance_of(task, examples),
+        noise=engine.type_noise(model, task, examples, base, None, options, label="held-out heads"),
     )
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from hones_lens.data import Example
 from hones_lens.engine import SweepKeywords, SweepOptions
 from hones_lens.hones.masking import masking_curve
-from hones_lens.hones.masking_result import MaskingResult
+from hones_lens.hones.masking_result import MEASURES, MaskingResult, masking_measure, measures_legend
 from hones_lens.hones.overlap.groups import Neuron, Overlap
 from hones_lens.model import HookedVLM, did_you_mean, takes_iterables
 from hones_lens.results import Result
@@ -72,7 +72,15 @@ class GroupMasking(Result):
         columns += ["log_prob_drop", "log_prob_drop_low", "log_prob_drop_high", "random_log_prob_drop"]
         table = self.to_dataframe()[columns].to_string(index=False, float_format="%.3f")
         sets = "/".join(str(count) for count in sorted({len(r.controls) for r in self.results}))
-        return f"{self.size} neurons masked of every group; random: mean of {sets} sets each\n{table}"
+        title = f"{self.size} neurons masked of every group; random: mean of {sets} sets each"
+        marks = [[masking_measure(result, name) for name in MEASURES] for result in self.results]
+        marked = ", ".join(
+            f"{result.task} {result.method} ({' and '.join(m.short for m in measures if m.mark)})"
+            for result, measures in zip(self.results, marks, strict=True)
+            if any(m.mark for m in measures)
+        )
+        legend = measures_legend(m for measures in marks for m in measures)
+        return "\n".join([title, table, *([f"{legend}: {marked}"] if legend else [])])
 
 
 @takes_iterables

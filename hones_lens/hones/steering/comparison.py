@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -28,7 +29,7 @@ from hones_lens.hones.steering.questions import (
 from hones_lens.hones.steering.scales import NeuronScales, neurons_to_steer
 from hones_lens.hones.steering.table import SteeringRow, SteeringTable
 from hones_lens.model import HookedVLM, did_you_mean, takes_iterables
-from hones_lens.results import bootstrap_interval, mean_interval, metric_interval, permutation_p
+from hones_lens.results import Noise, bootstrap_interval, mean_interval, metric_interval, permutation_p
 from hones_lens.tasks import Task
 
 METHODS = ("Base", "Fixed-Amp", "Grid-Search", "RandNeuron", "HONES without KL", "HONES")
@@ -129,6 +130,13 @@ class _Experiment:
         size = log_prob_examples(self.task, size, self.config.negatives)
         engine.expect(self.options.journal, f"{label} log-probabilities", n, size)
 
+    def noise(self, base: engine.Outcome, log_probs: np.ndarray) -> Noise | None:
+        """What the model's type can't tell of the test examples, from what they give unsteered."""
+        of_answers = partial(answer_log_probs, negatives=self.config.negatives, seed=self.config.seed)
+        measured = self.model, self.task, self.test, base, log_probs.tolist()
+        sweeps = replace(self.options, memory_budget=None)
+        return engine.type_noise(*measured, sweeps, label="steered", measure_log_probs=of_answers)
+
 
 @takes_iterables
 def compare_steering(
@@ -188,8 +196,8 @@ def compare_steering(
     data = _Experiment(model, task, *parts, test, config, options, tuning)
     _announce(data, methods)
     fitted = [*_fit_uniform(data, chosen, methods), *_fit_learned(data, chosen, methods)]
-    rows = _test_rows(data, sorted(fitted, key=lambda fit: METHODS.index(fit.method)))
-    return _table(data, neurons, len(chosen), rows)
+    rows, noise = _test_rows(data, sorted(fitted, key=lambda fit: METHODS.index(fit.method)))
+    return replace(_table(data, neurons, len(chosen), rows), noise=noise)
 
 
 def _announce(data: _Experiment, methods: Sequence[str]) -> None:
@@ -362,12 +370,15 @@ def transfer_steering(
     engine.check_examples(task, examples)
     config = SteeringConfig(seed=table.seed, negatives=table.negatives)
     fitted = [_FittedMethod(row.method, row.draw, row.chosen, row.scales) for row in table.rows]
-    rows = _test_rows(_Experiment(model, task, (), (), examples, config, options), fitted)
-    return replace(table, rows=rows, example_ids=tuple(example.id for example in examples))
+    rows, noise = _test_rows(_Experiment(model, task, (), (), examples, config, options), fitted)
+    ids = tuple(example.id for example in examples)
+    return replace(table, rows=rows, example_ids=ids, noise=noise)
 
 
-def _test_rows(data: _Experiment, fitted: Sequence[_FittedMethod]) -> tuple[SteeringRow, ...]:
-    """Everything measured on test, in one sweep, against the base, which comes first."""
+def _test_rows(
+    data: _Experiment, fitted: Sequence[_FittedMethod]
+) -> tuple[tuple[SteeringRow, ...], Noise | None]:
+    """Everything measured on test, in one sweep, against the base, which comes first; and its noise."""
     arms = [[] if fit.scales is None else fit.scales.hooks() for fit in fitted]
     outcomes, all_log_probs = data.measured(data.test, arms, "steered")
     base = np.array(outcomes[0].statistics)
@@ -392,4 +403,4 @@ def _test_rows(data: _Experiment, fitted: Sequence[_FittedMethod]) -> tuple[Stee
             metric_interval=metric_interval(data.task, statistics, seed=seed),
         )
         rows.append(row)
-    return tuple(rows)
+    return tuple(rows), data.noise(outcomes[0], all_log_probs[0])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from html import escape
 from typing import Any, ClassVar, Unpack
 
 import numpy as np
@@ -17,10 +18,13 @@ from hones_lens.hones.steering.scales import NeuronScales
 from hones_lens.model import HookedVLM, takes_iterables
 from hones_lens.results import (
     Interval,
+    Noise,
     Result,
     bootstrap_interval,
+    html_table,
     mean_interval,
     metric_interval,
+    noise_mark,
     permutation_p,
     two_sided_p,
 )
@@ -49,12 +53,18 @@ class SideEffects(Result):
     """Every task under the scales of every task.
 
     `plot()` draws bars of every task's gain under every task's scales, with intervals.
+
+    Attributes:
+        model_name: Whose.
+        cells: One a task and a task's scales.
+        noise: By task, what a model in bfloat16 or float16 can't tell; empty in wider types.
     """
 
     kind: ClassVar[str] = "side effects"
 
     model_name: str
     cells: tuple[SideEffect, ...]
+    noise: dict[str, Noise] = field(default_factory=dict[str, Noise])
 
     def cell(self, scales_of: str, task: str) -> SideEffect:
         """One task under one task's scales.
@@ -83,10 +93,26 @@ class SideEffects(Result):
         lines = [f"{self.model_name}: what scales of one task do to every task"]
         lines += [
             f"  {c.task:<10} under the scales of {c.scales_of:<10} {c.metric_name} {c.base:.3f} → "
-            f"{c.steered:.3f}, gain {c.gain}, p = {c.p:.2g}"
+            f"{c.steered:.3f}, gain {c.gain}{self.mark(c)}, p = {c.p:.2g}"
             for c in self.cells
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {legend}" for legend in self.noise_legends)])
+
+    def mark(self, cell: SideEffect) -> str:
+        """What is put behind a gain that is below the noise of the model's type, else nothing."""
+        return noise_mark(cell.gain.value, self.noise.get(cell.task))
+
+    @property
+    def noise_legends(self) -> list[str]:
+        """What the mark says, by task; none where no gain has it."""
+        marked = dict.fromkeys(cell.task for cell in self.cells if self.mark(cell))
+        return [f"{task}: {self.noise[task].legend('metric')}" for task in marked]
+
+    def _repr_html_(self) -> str:
+        frame, marks = self.to_dataframe(), [self.mark(cell) for cell in self.cells]
+        if any(marks):
+            frame.insert(frame.columns.tolist().index("gain") + 1, "gain below noise", marks)
+        return html_table(frame) + "".join(f"<p>{escape(legend)}</p>" for legend in self.noise_legends)
 
 
 @takes_iterables
@@ -118,7 +144,8 @@ def side_effects(
     if not scales_by_task or not examples_by_task:
         raise ValueError("side effects need scales and examples of at least one task")
     arms = [[], *(scales.hooks() for scales in scales_by_task.values())]
-    tasks, cells = {name: engine.as_task(name) for name in examples_by_task}, []
+    tasks = {name: engine.as_task(name) for name in examples_by_task}
+    cells, noises = [], dict[str, Noise]()
     for name, examples in examples_by_task.items():
         engine.check_examples(tasks[name], examples)
         size = log_prob_examples(tasks[name], options.batch_size, negatives)
@@ -129,6 +156,8 @@ def side_effects(
         base, *outcomes = engine.measure(model, task, examples, arms, options, label=label)
         prompt_options = {"negatives": negatives, "seed": seed, "label": f"{label} log-probabilities"}
         all_log_probs = answer_log_probs(model, task, examples, arms, options, **prompt_options)
+        noise = engine.type_noise(model, task, examples, base, None, options, label=label)
+        noises |= {} if noise is None else {name: noise}
         for scales_of, outcome, log_probs in zip(scales_by_task, outcomes, all_log_probs[1:], strict=True):
             statistics = np.array(outcome.statistics), np.array(base.statistics)
             cell = SideEffect(
@@ -143,7 +172,7 @@ def side_effects(
                 log_prob_p=two_sided_p(log_probs - all_log_probs[0], seed=seed),
             )
             cells.append(cell)
-    return SideEffects(model.cfg.model_name, tuple(cells))
+    return SideEffects(model.cfg.model_name, tuple(cells), noises)
 
 
 def _label(task: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from typing import ClassVar
 
 import numpy as np
@@ -11,11 +12,15 @@ import pandas as pd
 from hones_lens.hones.steering.scales import NeuronScales
 from hones_lens.results import (
     Interval,
+    Noise,
     Result,
     bootstrap_interval,
+    html_table,
     metric_interval,
+    noise_mark,
     permutation_p,
     two_sided_p,
+    with_marks,
 )
 from hones_lens.tasks import Task, load_task
 
@@ -71,6 +76,7 @@ class SteeringTable(Result):
         example_ids: The test examples, in the order of the rows' values.
         seed, negatives: Of the intervals, and of a ranking task's log-probability (see `labelled_prompts`).
         rows: One a method, one a draw of RandNeuron; the base comes first.
+        noise: What a model in bfloat16 or float16 can't tell; None in wider types.
     """
 
     kind: ClassVar[str] = "steering"
@@ -86,6 +92,7 @@ class SteeringTable(Result):
     seed: int
     negatives: int
     rows: tuple[SteeringRow, ...]
+    noise: Noise | None = None
 
     def row(self, method: str, draw: int = 0) -> SteeringRow:
         """One row.
@@ -163,7 +170,8 @@ class SteeringTable(Result):
         for row in self.rows:
             name = f"RandNeuron {row.draw + 1}" if row in draws else row.method
             metric = f"{self.metric_of(row):.3f}"
-            gain, log_prob_gain = f"{row.gain:+.3f}", f"{row.log_prob_gain:+.3f}"
+            marks = self.marks(row)
+            gain, log_prob_gain = f"{row.gain:+.3f}{marks[0]}", f"{row.log_prob_gain:+.3f}{marks[1]}"
             lines.append(
                 f"  {name:<17} {metric:<20}  {gain:<24} {row.p:>6.3f}  "
                 f"{log_prob_gain:<24} {self.log_prob_p(row):>6.3f} {row.max_abs:>8.3g}  {row.settings}"
@@ -175,4 +183,24 @@ class SteeringTable(Result):
                 f"  {len(draws)} random sets: mean gain {np.mean(gains):+.3f} (from {min(gains):+.3f} to "
                 f"{max(gains):+.3f}), mean log-probability gain {log_prob_gain:+.3f}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"  {self.noise_legend}"] if self.noise_legend else [])])
+
+    def marks(self, row: SteeringRow) -> tuple[str, str]:
+        """What is put behind a row's gains, of metric and log-probability: a mark for those below noise."""
+        if row.scales is None:
+            return "", ""
+        of_log_prob = noise_mark(row.log_prob_gain.value, self.noise, log_prob=True)
+        return noise_mark(row.gain.value, self.noise), of_log_prob
+
+    @property
+    def noise_legend(self) -> str:
+        """What the mark says; empty where no gain has it."""
+        marks = [self.marks(row) for row in self.rows]
+        marked = [name for i, name in enumerate(("metric", "log_prob")) if any(m[i] for m in marks)]
+        return self.noise.legend(*marked) if self.noise is not None and marked else ""
+
+    def _repr_html_(self) -> str:
+        frame = with_marks(self.to_dataframe(), "gain", self.noise)
+        frame = with_marks(frame, "log_prob_gain", self.noise, log_prob=True)
+        legend = f"<p>{escape(self.noise_legend)}</p>" if self.noise_legend else ""
+        return html_table(frame) + legend

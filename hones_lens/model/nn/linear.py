@@ -31,8 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     many = weight.numel() >= _SMALLEST and x.numel() >= _FEWEST_ROWS * x.shape[-1]
     if not many or x.device.type != "cpu" or x.dtype != weight.dtype or not _is_slow(x.dtype):
         return F.linear(x, weight, bias)
-    wide = linear_in_float32(x, weight)
-    return (wide if bias is None else wide + bias.float()).to(x.dtype)
+    return linear_in_float32(x, weight, bias).to(x.dtype)
 
 
 @cache
@@ -45,10 +44,10 @@ def _is_slow(dtype: torch.dtype) -> bool:
 
 
 def linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x weightᵀ` in float32, whatever the types; there is no bias."""
-    assert bias is None
+    """`x weightᵀ + bias` in float32, whatever the types."""
     function: Any = _LinearInFloat32  # PyTorch leaves `apply` untyped
-    return function.apply(x, weight)
+    out = function.apply(x, weight)
+    return out if bias is None else out + bias.float()
 
 
 class _LinearInFloat32(torch.autograd.Function):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 
 import pytest
 from helpers import example_results as made
 from helpers.example_comparisons import held_out
 from rich.console import Console
 
-from hones_lens.app.report import tables
 from hones_lens.app.report.run_view import RunView
 from hones_lens.app.report.terminal import print_summary
 from hones_lens.app.report.verdict import verdict
@@ -66,23 +64,6 @@ def test_masking_is_the_results(measure):
     m = masking_measure(run.masking[0], measure)
     said = f"before: {number(m.baseline)} {span(m.before)}; 95 % intervals, n = 200; random: mean of 20 sets"
     assert said in " ".join(lines)
-
-
-def test_drops_below_rounding_are_marked_and_the_mark_is_explained():
-    run = made.run()
-    first = masking_measure(run.masking[0], "log_prob")
-    marked = replace(run, masking=[replace(r, rounding=1.01 * abs(first.drop)) for r in run.masking])
-    text, plain = (" ".join(printed(each).split()) for each in (marked, run))
-    assert f"{number(first.drop)}~ {span(first.interval)}" in text and text.count("~") == 2
-    assert "~ smaller than rounding" in text and "~" not in plain
-    table = tables.masking(marked.masking, "log_prob")
-    drops = [str(getattr(row[4], "text", row[4])) for row in table.rows]
-    assert [drop.endswith("~") for drop in drops] == [True, False, False, False, False]
-    assert "~ smaller than rounding" in table.note
-    assert (
-        "~"
-        not in tables.masking(marked.masking, "metric").note + tables.masking(run.masking, "log_prob").note
-    )
 
 
 def test_the_finding_ends_it():

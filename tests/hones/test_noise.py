@@ -1,0 +1,64 @@
+"""Stages of a model in bfloat16 say what its type can't tell, those of one in float32 nothing."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import hones_lens as hl
+from hones_lens.analysis import PatchPairs, logit_diff
+from hones_lens.hones import NeuronScales, remeasure_heads, side_effects
+
+QUIET: dict[str, Any] = {"progress": False, "batch_size": 4}
+
+
+@cache
+def model(dtype: torch.dtype) -> hl.HookedVLM:
+    """tiny-llava in bfloat16, or with the same weights in float32."""
+    return hl.HookedVLM.from_pretrained("tiny-llava", dtype=torch.bfloat16).to(dtype)
+
+
+def pairs(of: hl.HookedVLM) -> PatchPairs:
+    return hl.counterfactual(of, hl.counterfactual_pairs("vqa", limit=4), "vqa")
+
+
+def ends(of: hl.HookedVLM) -> torch.Tensor:
+    """The metric of both runs of each pair, [2 pair], of pictures as the model in bfloat16 was given them."""
+    prepared = pairs(model(torch.bfloat16))
+    with torch.no_grad():
+        clean, corrupted = (of(side)[:, -1] for side in (prepared.clean, prepared.corrupted))
+    return torch.stack([logit_diff(logits, prepared, clean) for logits in (clean, corrupted)]).double()
+
+
+@pytest.mark.slow
+def test_patching() -> None:
+    narrow, wide = model(torch.bfloat16), model(torch.float32)
+    expected = 2 * float((ends(narrow) - ends(wide)).abs().mean())
+    how: dict[str, Any] = {"layers": [1], "progress": False}
+    raw = hl.patch_activations(narrow, pairs(narrow), raw=True, **how).noise
+    share = hl.patch_activations(narrow, pairs(narrow), **how).noise
+    assert raw is not None and share is not None and raw.n == 4
+    assert raw.metric == pytest.approx(expected, rel=1e-3) and expected > 1e-3
+    gap = abs(float((ends(narrow)[0] - ends(narrow)[1]).mean()))
+    assert share.metric == pytest.approx(expected / gap, rel=1e-2)
+    estimated = hl.attribute_patching(narrow, pairs(narrow), raw=True, layers=[1], progress=False)
+    assert estimated.noise == raw
+    assert hl.patch_activations(wide, pairs(wide), **how).noise is None
+
+
+@pytest.mark.slow
+def test_heads_and_steering() -> None:
+    examples = [hl.load_examples("shapes", "vqa", split, limit=6) for split in ("discovery", "test")]
+    scales = {"vqa": NeuronScales.uniform([(1, 3), (2, 5)], 2.0)}
+    for dtype, known in ((torch.bfloat16, True), (torch.float32, False)):
+        of = model(dtype)
+        heads = hl.localize_heads(of, "vqa", examples[0], 2, heads=["L1H0", "L3H1", "L2H2"], **QUIET)
+        patched = hl.localize_heads(of, "vqa", intervention="patch", pairs=pairs(of), layers=[1], **QUIET)
+        effects = side_effects(of, {"vqa": examples[1]}, scales, **QUIET)
+        found = [heads.noise, patched.noise, effects.noise.get("vqa")]
+        if heads.top():
+            found.append(remeasure_heads(of, "vqa", examples[1], heads, draws=0, **QUIET).noise)
+        assert [noise is not None and noise.dtype == "bfloat16" for noise in found] == [known] * len(found)
