@@ -48,7 +48,7 @@ def patching_noise(
 ) -> Noise | None:
     """The noise of a metric of patching, in the model's type (see `Noise`).
 
-    Over the two unpatched runs of the first 64 pairs. Pictures stay as the pairs hold them, in pixels or encoded.
+    Over the two unpatched runs of the first 64 pairs. Pictures stay as the pairs hold them.
 
     Args:
         model, pairs, metric: What is measured; `task` is the task's own score.
