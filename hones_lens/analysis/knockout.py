@@ -102,7 +102,7 @@ class _Plan:
     ) -> Labelled:
         """The result, from values (and interval ends) by arm."""
         shape = (len(self.windows), len(self.edges))
-        fields = {
+        fields: dict[str, Any] = {
             name: torch.as_tensor(statistics[name]).reshape(shape) for name in statistics if name != "n"
         }
         widest, answers = max(map(len, self.windows)), []
