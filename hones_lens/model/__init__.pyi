@@ -14,7 +14,6 @@ from .config import (
 )
 from .decoding import Decoding as Decoding
 from .families import load_family as load_family
-from .families.qwen2_5_vl import QwenProcessor as QwenProcessor
 from .generation import decode as decode
 from .hooked_vlm import HookedVLM as HookedVLM
 from .inputs import ImageText as ImageText, ModelInput as ModelInput, Region as Region, VLMInputs as VLMInputs
@@ -58,6 +57,7 @@ from .pictures import (
     read_image as read_image,
 )
 from .prompting import prompt_lengths as prompt_lengths
+from .qwen_like import QwenProcessor as QwenProcessor
 from .tiles import n_tiles as n_tiles
 from .tokens import (
     bare_text_ids as bare_text_ids,

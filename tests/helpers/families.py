@@ -42,6 +42,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "vipllava": (random_llava, {"vip": True, "vision_feature_layer": [-1, 1, 2]}),
     "smolvlm": (random_smolvlm, {"tiles": 1}),
     "idefics3 with tiles": (random_smolvlm, {"kind": "idefics3"}),
+    "qwen2_vl": (random_qwen, {"kind": "qwen2_vl", "vision": {"depth": 2}}),
     "qwen2_5_vl": (random_qwen, {"vision": {"depth": 2, "window_size": 28}}),
 }
 

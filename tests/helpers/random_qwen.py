@@ -5,19 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from PIL import Image
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
 from helpers import random_llava
 from hones_lens import HookedVLM, VLMInputs
 from hones_lens.app.tiny.tiny_tokenizer import build_qwen_tokenizer
-from hones_lens.model.families.qwen2_5_vl import QwenProcessor
+from hones_lens.model.qwen_like import QwenProcessor
 
 PATCH = 7
 SIZES = ((40, 31), (70, 28), (28, 84))  # width, height: grids of tokens (2, 3), (2, 5), (6, 2)
 
 
-def make_processor(config: Qwen2_5_VLConfig) -> QwenProcessor:
+def make_processor(config: Qwen2_5_VLConfig | Qwen2VLConfig) -> QwenProcessor:
     """The processor that fits a config; pictures become 4 to 40 tokens."""
     tokenizer = build_qwen_tokenizer(config.text_config.max_position_embeddings)
     vision = config.vision_config
@@ -45,9 +51,12 @@ def hugging_faces_processor(parts: QwenProcessor) -> Qwen2_5_VLProcessor:
 
 
 def make_config(
-    text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **top: Any
-) -> Qwen2_5_VLConfig:
-    """A Qwen2_5_VLConfig of tiny sizes; arguments overrule them."""
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    kind: str = "qwen2_5_vl",
+    **top: Any,
+) -> Any:
+    """A config of tiny sizes, of Qwen2.5-VL or (`qwen2_vl`) Qwen2-VL; arguments overrule them."""
     tokenizer = build_qwen_tokenizer(512)
     text_config = {
         "vocab_size": len(tokenizer) + 3,
@@ -74,6 +83,10 @@ def make_config(
         "fullatt_block_indexes": [1],
         "out_hidden_size": (text or {}).get("hidden_size", 32),
     }
+    if kind == "qwen2_vl":
+        width = (text or {}).get("hidden_size", 32)
+        vision_config = {"depth": 3, "embed_dim": 24, "hidden_size": width, "mlp_ratio": 2, "num_heads": 3}
+        vision_config["patch_size"] = PATCH
     ids = {
         name: tokenizer.convert_tokens_to_ids(token)
         for name, token in (
@@ -83,7 +96,7 @@ def make_config(
             ("vision_end_token_id", "<|vision_end|>"),
         )
     }
-    return Qwen2_5_VLConfig(
+    return (Qwen2VLConfig if kind == "qwen2_vl" else Qwen2_5_VLConfig)(
         text_config={**text_config, **(text or {})},
         vision_config={**vision_config, **(vision or {})},
         **ids,
@@ -91,16 +104,16 @@ def make_config(
     )
 
 
-def make_hf(config: Qwen2_5_VLConfig | None = None, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def make_hf(config: Any = None, seed: int = 0) -> Any:
     """A random Hugging Face model in eval mode."""
-    model = Qwen2_5_VLForConditionalGeneration(config or make_config()).eval()
+    config = config or make_config()
+    two = isinstance(config, Qwen2VLConfig)
+    model = (Qwen2VLForConditionalGeneration if two else Qwen2_5_VLForConditionalGeneration)(config).eval()
     random_llava.randomise(model, seed)
     return model
 
 
-def make_pair(
-    config: Qwen2_5_VLConfig | None = None, seed: int = 0
-) -> tuple[Qwen2_5_VLForConditionalGeneration, HookedVLM]:
+def make_pair(config: Any = None, seed: int = 0) -> tuple[Any, HookedVLM]:
     """A random Hugging Face model, and the same model hooked."""
     hf_model = make_hf(config, seed)
     return hf_model, HookedVLM.from_hf(hf_model, make_processor(hf_model.config))

@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedModel
 
 from helpers import random_llava, random_qwen, real_tokenizers
 from hones_lens import HookedVLM
-from hones_lens.model.families.qwen2_5_vl import QwenProcessor
+from hones_lens.model.qwen_like import QwenProcessor
 
 
 @cache

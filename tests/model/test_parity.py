@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_llava, random_qwen, random_smolvlm
-from transformers import Idefics3Config, LlavaConfig, Qwen2_5_VLConfig, SmolVLMConfig, VipLlavaConfig
+from transformers import (
+    Idefics3Config,
+    LlavaConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    SmolVLMConfig,
+    VipLlavaConfig,
+)
 
 from hones_lens import HookedVLM, VLMInputs
 
@@ -220,10 +227,34 @@ SMOLVLM_CONFIGS = {
         "vision": {"image_size": 98, "patch_size": 2, "layer_norm_eps": 0.1},
     },
 }
+QWEN2_CONFIGS = {
+    "qwen2-vl, two kv heads": {},
+    "qwen2-vl, mha, tied, odd sizes": {
+        "text": {
+            "hidden_size": 30,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "intermediate_size": 37,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [3, 1, 1]},
+        },
+        "vision": {"embed_dim": 40, "num_heads": 5, "mlp_ratio": 3, "patch_size": 6},
+        "tie_word_embeddings": True,
+    },
+    "qwen2-vl, three patches merged, one layer, gelu": {
+        "text": {"num_hidden_layers": 1, "hidden_act": "gelu", "num_key_value_heads": 1},
+        "vision": {"depth": 1, "spatial_merge_size": 3, "hidden_act": "gelu", "num_heads": 1},
+    },
+    "qwen2-vl, yarn, one patch of merging": {
+        "text": {"rope_parameters": {**YARN, "mrope_section": [2, 1, 1]}},
+        "vision": {"spatial_merge_size": 1, "temporal_patch_size": 1},
+    },
+}
 MADE = {
     LlavaConfig: random_llava,
     VipLlavaConfig: random_llava,
     Qwen2_5_VLConfig: random_qwen,
+    Qwen2VLConfig: random_qwen,
     SmolVLMConfig: random_smolvlm,
     Idefics3Config: random_smolvlm,
 }
@@ -247,13 +278,16 @@ class Case:
         return tokens[:, inputs.input_ids.shape[1] :]
 
 
-@pytest.fixture(scope="module", params=[*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS])
+@pytest.fixture(scope="module", params=[*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS, *QWEN2_CONFIGS])
 def case(request: pytest.FixtureRequest) -> Case:
-    names = [*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS]
+    names = [*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS, *QWEN2_CONFIGS]
     if request.param in CONFIGS:
         return Case(random_llava.make_config(**CONFIGS[request.param]), names.index(request.param))
     if request.param in SMOLVLM_CONFIGS:
         config = random_smolvlm.make_config(**SMOLVLM_CONFIGS[request.param])
+        return Case(config, names.index(request.param))
+    if request.param in QWEN2_CONFIGS:
+        config = random_qwen.make_config(kind="qwen2_vl", **QWEN2_CONFIGS[request.param])
         return Case(config, names.index(request.param))
     # Other seeds than above: at one of those two tokens of the odd sizes are equally likely.
     return Case(random_qwen.make_config(**QWEN_CONFIGS[request.param]), 20 + names.index(request.param))

@@ -13,6 +13,7 @@ FAMILIES = {
     "vipllava": "hones_lens.model.families.vipllava:HookedVipLlava",
     "idefics3": "hones_lens.model.families.idefics3:HookedIdefics3",
     "smolvlm": "hones_lens.model.families.smolvlm:HookedSmolVLM",
+    "qwen2_vl": "hones_lens.model.families.qwen2_vl:HookedQwen2VL",
     "qwen2_5_vl": "hones_lens.model.families.qwen2_5_vl:HookedQwen2_5_VL",
 }
 

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 
 from hones_lens import HookedVLM
 from hones_lens.app.tiny.tiny_tokenizer import LLAVA_CHAT, build_llava_tokenizer
-from hones_lens.model.families.qwen2_5_vl import QwenProcessor
+from hones_lens.model.qwen_like import QwenProcessor
 
 PROMPT = "is it red?"
 PICTURE = random_llava.make_images(1)[0]

@@ -13,7 +13,7 @@ from helpers import chat_templates, random_llava as llava, random_qwen as qwen, 
 from PIL import Image
 
 from hones_lens import HookedVLM
-from hones_lens.model.families.qwen2_5_vl import QwenProcessor
+from hones_lens.model.qwen_like import QwenProcessor
 
 pytestmark = [pytest.mark.network]
 
