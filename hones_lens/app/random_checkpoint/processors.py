@@ -47,6 +47,7 @@ def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path 
     auto: Any = AutoTokenizer
     build, ids = {
         "llava": (build_llava_tokenizer, LLAVA_IDS),
+        "qwen2_vl": (build_qwen_tokenizer, QWEN_IDS),
         "qwen2_5_vl": (build_qwen_tokenizer, QWEN_IDS),
         "idefics3": (build_smolvlm_tokenizer, SMOLVLM_IDS),
         "smolvlm": (build_smolvlm_tokenizer, SMOLVLM_IDS),
