@@ -110,7 +110,12 @@ def _narrow(config: Any) -> None:
     text.hidden_size = _D_HEAD * text.num_attention_heads
     if getattr(text, "head_dim", None) is not None:
         text.head_dim = _D_HEAD
-    vision.hidden_size = _D_HEAD * getattr(vision, "num_attention_heads", getattr(vision, "num_heads", 0))
+    width = _D_HEAD * getattr(vision, "num_attention_heads", getattr(vision, "num_heads", 0))
+    if getattr(vision, "embed_dim", None) is not None:  # `hidden_size` is then the decoder's
+        vision.mlp_ratio = vision.embed_dim * vision.mlp_ratio // width
+        vision.embed_dim, vision.hidden_size = width, text.hidden_size
+    else:
+        vision.hidden_size = width
     if getattr(vision, "out_hidden_size", None) is not None:
         vision.out_hidden_size = text.hidden_size
     if "mrope_section" in text.rope_parameters:
