@@ -78,7 +78,7 @@ ALWAYS |= {"positions", "prefilter", "race", "heads", "layers", "memory_budget",
 ALWAYS |= {"k", "methods", "neurons", "mask", "runs"}
 ALWAYS |= {"image", "prompt", "corrupt", "what", "by", "units", "direction", "metric", "raw", "batch_size"}
 ALWAYS |= {"model_name", "quick", "folder", "run_folder", "no_images", "family", "steps", "naming_steps"}
-ALWAYS |= {"shape_steps", "threads", "flips", "name", "scale", "tokenizer", "shard_size"}
+ALWAYS |= {"shape_steps", "threads", "flips", "name", "scale", "tokenizer", "shard_size", "max_size"}
 
 
 def commands(parser: argparse.ArgumentParser, words: str = "") -> dict[str, argparse.ArgumentParser]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.families import SHAPES, family_pair
+from helpers.families import SHAPE_PARAMS, family_pair
 from helpers.hf_task_loops import plain_examples
 
 from hones_lens import engine
@@ -17,7 +17,7 @@ from hones_lens.interventions.hooks import position_wise
 from hones_lens.model import HookedVLM
 from hones_lens.tasks import Task, load_task
 
-NAMES = [name for name in SHAPES if name not in ("llava", "qwen2_5_vl")]
+NAMES = [param for param in SHAPE_PARAMS if param.values[0] not in ("llava", "qwen2_5_vl")]
 
 
 @position_wise
@@ -45,13 +45,7 @@ def spoken(model: HookedVLM, task: Task, example: Example) -> Example:
     return replace(example, answers=(said[0] or "nothing",))
 
 
-@pytest.mark.parametrize(
-    "task_name",
-    [
-        pytest.param("vqa", marks=pytest.mark.exhaustive),
-        pytest.param("retrieval", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("task_name", [pytest.param("vqa", marks=pytest.mark.exhaustive), "retrieval"])
 @pytest.mark.parametrize("name", NAMES)
 def test_all_cells_equal_the_naive_loop(name: str, task_name: str) -> None:
     model, task = family_pair(name).model, load_task(task_name)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 from helpers import random_llava, random_qwen, random_smolvlm
@@ -45,6 +46,14 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen2_vl": (random_qwen, {"kind": "qwen2_vl", "vision": {"depth": 2}}),
     "qwen2_5_vl": (random_qwen, {"vision": {"depth": 2, "window_size": 28}}),
 }
+
+
+# Tests of these run always, though they are slow; those of the others are exhaustive.
+_ALWAYS = ("llava of mistral and siglip", "idefics3 with tiles", "qwen2_vl")
+SHAPE_PARAMS = [
+    pytest.param(name, marks=pytest.mark.slow if name in _ALWAYS else pytest.mark.exhaustive)
+    for name in SHAPES
+]
 
 
 @dataclass

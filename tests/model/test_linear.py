@@ -40,7 +40,7 @@ def test_values_and_gradients_are_the_exact_ones_rounded(slow: None, dtype: torc
 def test_only_many_rows_of_large_weights_are_widened(slow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     widened = list[tuple[int, ...]]()
 
-    def note(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def note(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         widened.append((*x.shape, *weight.shape))
         return F.linear(x.float(), weight.float())
 

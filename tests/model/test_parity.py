@@ -260,6 +260,15 @@ MADE = {
 }
 
 
+FIRST = ("mistral, sliding", "qwen2, siglip", "vip, five", next(iter(SMOLVLM_CONFIGS)), "qwen2-vl, two")
+KNOWN = [*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS, *QWEN2_CONFIGS]
+SELDOM = [*list(CONFIGS)[10:], *SMOLVLM_CONFIGS, *QWEN2_CONFIGS]  # not once more for each kind of kernels
+PARAMS = [
+    pytest.param(name, marks=pytest.mark.slow if name in SELDOM and not name.startswith(FIRST) else ())
+    for name in KNOWN
+]
+
+
 class Case:
     """One random model, twice, and a left-padded batch for it."""
 
@@ -278,9 +287,9 @@ class Case:
         return tokens[:, inputs.input_ids.shape[1] :]
 
 
-@pytest.fixture(scope="module", params=[*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS, *QWEN2_CONFIGS])
+@pytest.fixture(scope="module", params=PARAMS)
 def case(request: pytest.FixtureRequest) -> Case:
-    names = [*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS, *QWEN2_CONFIGS]
+    names = KNOWN
     if request.param in CONFIGS:
         return Case(random_llava.make_config(**CONFIGS[request.param]), names.index(request.param))
     if request.param in SMOLVLM_CONFIGS:

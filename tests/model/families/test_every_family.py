@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.families import SHAPES, FamilyPair, family_pair, forget_positions
+from helpers.families import SHAPE_PARAMS, FamilyPair, family_pair, forget_positions
 from helpers.hooked_pairs import BY_HEAD_PAIR, COSTLY, hf_edited, identity, noise_hook
 from torch import Tensor
 
@@ -29,7 +29,7 @@ SITES = {
 }
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=SHAPE_PARAMS)
 def pair(request: pytest.FixtureRequest) -> FamilyPair:
     return family_pair(request.param)
 
