@@ -56,7 +56,9 @@ def test_there_is_none_in_float32() -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2.5-vl"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.by_hand)], ids=str
+)
 def test_unmarked_effects_keep_their_sign_in_float32_on_the_shipped_models(
     name: str, dtype: torch.dtype
 ) -> None:

@@ -33,7 +33,7 @@ def ends(of: hl.HookedVLM) -> torch.Tensor:
     return torch.stack([logit_diff(logits, prepared, clean) for logits in (clean, corrupted)]).double()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_patching() -> None:
     narrow, wide = model(torch.bfloat16), model(torch.float32)
     expected = 2 * float((ends(narrow) - ends(wide)).abs().mean())
@@ -49,7 +49,7 @@ def test_patching() -> None:
     assert hl.patch_activations(wide, pairs(wide), **how).noise is None
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_heads_and_steering() -> None:
     examples = [hl.load_examples("shapes", "vqa", split, limit=6) for split in ("discovery", "test")]
     scales = {"vqa": NeuronScales.uniform([(1, 3), (2, 5)], 2.0)}

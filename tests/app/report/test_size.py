@@ -60,7 +60,7 @@ def test_the_least_useful_goes_first_from_the_end_and_is_told() -> None:
     assert [look.head for look in fit(whole, size(whole) - 1, size)[1][0].pictures[0].looks] == ["L0H2"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_headline_numbers_are_there_at_any_size(tmp_path) -> None:
     def page_of(most: int | None) -> tuple[int, Page]:
         file = write_report(tmp_path / "r.html", [made.run()], most_bytes=most)
