@@ -70,7 +70,7 @@ test: $(VENV)/.dev
 
 # `make notebooks` runs that of the notebooks.
 test-exhaustive: $(VENV)/.dev
-	$(PYTEST) -m exhaustive --ignore tests/test_notebooks.py --durations 15 $(TEST_ARGS)
+	$(PYTEST) -m "exhaustive and not by_hand" --ignore tests/test_notebooks.py --durations 15 $(TEST_ARGS)
 
 test-all: $(VENV)/.dev
 	$(PYTEST) $(TEST_ARGS)
