@@ -15,6 +15,8 @@ from submitit.core.utils import cloudpickle_dump, pickle_load
 from hones_lens.app.workers import submitted
 from hones_lens.app.workers.submitted import Shift
 
+pytestmark = pytest.mark.wrong_types  # words stand for orders and units
+
 
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
