@@ -55,7 +55,7 @@ class HeadAttention(Plottable):
         return len(self.inputs.grids[0]) if self.inputs.grids else 0
 
     def on_image(self, image: int = 0) -> Float[Tensor, "head rows columns"]:
-        """Attention to each image token, on the image's grid in raster order.
+        """Attention to each image token, on the image's grid in raster order; 0 where a cell has no token.
 
         Raises:
             IndexError: No such image.
@@ -63,10 +63,11 @@ class HeadAttention(Plottable):
         """
         mask = torch.zeros(self.weights.shape[1])
         mask[list(self.positions)] = 1.0
-        first = int(self._grid(torch.arange(len(mask)).float(), image)[0, 0])
+        maps = torch.stack([self._grid(weights, image) for weights in self.weights])
+        first = int(self.inputs.image_positions(0, image)[0])
         if not mask[first:].any():
             raise ValueError(f"{self.source} comes before image {image} and sees nothing of it")
-        return torch.stack([self._grid(weights, image) for weights in self.weights])
+        return maps
 
     def sinks(self, image: int = 0, times: float = SINK_RATIO) -> Bool[Tensor, "rows columns"]:
         """Attention sinks: image tokens that receive much attention whatever the prompt asks.

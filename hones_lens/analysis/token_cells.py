@@ -66,7 +66,7 @@ class Cells:
         """Attention from each cell to each token of an image's grid, averaged over the cell's queries."""
         positions = self.inputs.cell_positions(0, image)
         by_cell = self.fold(pattern[..., positions.flatten()].transpose(-1, -2), "mean").transpose(-1, -2)
-        return by_cell.unflatten(-1, positions.shape).masked_fill(positions < 0, torch.nan)
+        return by_cell.unflatten(-1, positions.shape).masked_fill(positions < 0, 0.0)
 
 
 def fold_tokens(

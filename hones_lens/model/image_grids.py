@@ -96,7 +96,7 @@ class ImageGrids:
                 cell.
 
         Returns:
-            [rows columns], or [height width]; detached. NaN at a cell that has no token.
+            [rows columns], or [height width]; detached. 0 at a cell that has no token (see `cell_positions`).
 
         Raises:
             IndexError: No such row or image.
@@ -110,9 +110,7 @@ class ImageGrids:
         longest = max(r * c for row_grids in self.patch_grids for r, c in row_grids)
         if values.shape == positions.shape:
             cells = self.layout(row, image).cells(grid).to(values.device)
-            values = (
-                torch.where(cells < 0, torch.nan, values[cells]) if bool((cells < 0).any()) else values[cells]
-            )
+            values = torch.where(cells < 0, 0, values[cells]) if bool((cells < 0).any()) else values[cells]
         elif values.shape in ((n_patches,), (longest,)):
             grid, values = patches, values[:n_patches]
         else:
