@@ -219,11 +219,11 @@ def patching_as_text(case: Case, patch: Patch) -> None:
 def no_skip_path(case: Case, patch: Patch) -> None:
     """Only the neurons read the edited stream."""
 
-    def after_attn_out(self: Block, pre: Tensor, attn_out: Tensor, context: AttentionContext) -> Tensor:
+    def after_attention(self: Block, pre: Tensor, attn_out: Tensor) -> Tensor:
         mid = pre + self.hook_attn_out(attn_out)
-        return self.after_mlp(mid, self.mlp(self.ln2(self.hook_resid_mid(mid))), context)
+        return self.after_mlp(mid, self.mlp(self.ln2(self.hook_resid_mid(mid))))
 
-    patch.setattr(Block, "after_attn_out", after_attn_out)
+    patch.setattr(Block, "after_attention", after_attention)
 
 
 def read_only_pattern(case: Case, patch: Patch) -> None:

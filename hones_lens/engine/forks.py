@@ -177,17 +177,15 @@ def _is_above_attention(top: int, name: str) -> bool:
 def _has_shortcut(model: HookedVLM, arm: Arm) -> bool:
     """Whether the difference alone that an arm makes in its lowest block gives what leaves it.
 
-    Not so behind a norm of what the block writes; nor, for heads, where the neurons read another norm or
-    have biases.
+    Not so for heads where the neurons read another norm than RMSNorm, or have biases.
     """
     edit = arm.shortcut
     if edit is None or arm.start is None:
         return False
+    if not isinstance(edit, HeadEdit):
+        return True
     block = model.blocks[arm.start[0]]
-    if block.has_post_norms or not isinstance(edit, HeadEdit):
-        return not block.has_post_norms
-    mlp = block.mlp
-    gated = isinstance(mlp, GatedMLP) and bias_or_none(mlp.gate) is None
+    gated = isinstance(block.mlp, GatedMLP) and bias_or_none(block.mlp.gate) is None
     return gated and isinstance(block.ln2, RMSNorm)
 
 
@@ -197,9 +195,7 @@ def _block_output(
     """The stream that leaves the layer where the arms start, [arm·row pos d_model]."""
     edits = [arm.shortcut for arm in arms] if _has_shortcut(model, arms[0]) else [None]
     if isinstance(edits[0], HeadEdit):
-        after = _output_with_changed_heads(model, step, [e for e in edits if isinstance(e, HeadEdit)])
-        deep = context.deepstack.get(step.layer)
-        return after if deep is None else after + deep
+        return _output_with_changed_heads(model, step, [e for e in edits if isinstance(e, HeadEdit)])
     if isinstance(edits[0], Scale):
         return _output_with_scaled_neurons(model, step, [e for e in edits if isinstance(e, Scale)])
     block, times = model.blocks[step.layer], len(arms)
@@ -208,13 +204,10 @@ def _block_output(
     if place == ForkPoint.BLOCK:
         return block(_repeat(step.before, times), context)
     if place == ForkPoint.POST:
-        return block.after_mlp(
-            _repeat(step.mid, times), block.mlp.write(_repeat(step.neurons, times)), context
-        )
-    before = _repeat(step.before, times)
-    if place == ForkPoint.Z:
-        return block.after_attention(before, block.attn.write(_repeat(step.z, times)), context)
-    return block.after_attn_out(before, _repeat(step.attn_out, times), context)
+        return block.after_mlp(_repeat(step.mid, times), block.mlp.write(_repeat(step.neurons, times)))
+    wrote = step.attn_out
+    wrote = block.attn.write(_repeat(step.z, times)) if place == ForkPoint.Z else _repeat(wrote, times)
+    return block.after_attention(_repeat(step.before, times), wrote)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:

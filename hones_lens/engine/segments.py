@@ -35,7 +35,6 @@ class Segment:
     def of(cls, model: HookedVLM, inputs: VLMInputs, keep: int) -> Segment:
         """One segment of whole inputs."""
         with torch.no_grad():
-            inputs = model.with_image_embeds(inputs)
             return cls(model.embed_inputs(inputs), model.attention_context(inputs), keep)
 
     def late(self, past: KVCache) -> Segment:
@@ -116,8 +115,7 @@ def split_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segme
     if any(bool(mask[pad + shared :].any()) for mask, pad in zip(inputs.image_mask, pads, strict=True)):
         shared = 0
     with torch.no_grad():
-        inputs = model.with_image_embeds(inputs)
-        resid, tokens = model.embed_inputs(inputs), model.token_context(inputs)
+        resid, tokens = model.embed_inputs(inputs), model.rotations(inputs)
 
     def cut(rows: list[int], first: int, last: int, keep: int) -> Segment:
         n_keys = last - first + (shared if keep else 0)

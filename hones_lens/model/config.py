@@ -66,7 +66,6 @@ class VLMConfig:
         n_ctx: Longest sequence that the checkpoint was made for.
         eos_token_ids: Any of them ends a generation.
         sliding_window: How many keys a query sees in the layers whose attention slides; None where none does.
-        n_deepstack: How many of the lowest blocks add image embeddings of their own to the stream.
         use_split_qkv_input: Set through `HookedVLM.set_use_split_qkv_input`.
         unembed_in_float32: Set through `HookedVLM.set_unembed_in_float32`.
         default_prepend_bos: Whether the tokenizer puts a beginning-of-sequence token before a text by itself.
@@ -93,7 +92,6 @@ class VLMConfig:
     normalization_type: str = "RMS"
     attn_only: bool = False
     sliding_window: int | None = None
-    n_deepstack: int = 0
     use_split_qkv_input: bool = False
     unembed_in_float32: bool = True
     default_prepend_bos: bool = False
@@ -143,6 +141,17 @@ def require(config_name: str, config: Any, handled: Mapping[str, Sequence[object
             raise ValueError(
                 f"{config_name}.{key}={value!r} is not handled; handled: {', '.join(map(repr, values))}"
             )
+
+
+def require_integers(config_name: str, config: Any, keys: Sequence[str]) -> None:
+    """Raise for config values that are no single integer, e.g. sides of a picture that differ.
+
+    Raises:
+        ValueError: Names the key and its value.
+    """
+    for key in keys:
+        if not isinstance(value := getattr(config, key), int):
+            raise ValueError(f"{config_name}.{key}={value!r} is not handled; handled: one integer")
 
 
 def token_ids(ids: int | Sequence[int] | None) -> tuple[int, ...]:

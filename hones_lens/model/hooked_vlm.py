@@ -61,7 +61,6 @@ class HookedVLM(HookedRoot, Family):
         self.vision_projector = projector
         self.embed = decoder.embed
         self.rotary = decoder.rotary
-        self.rotary_local = decoder.rotary_local
         self.hook_text_embed = HookPoint()  # [batch pos d_model]
         self.hook_image_embed = HookPoint()  # [image token d_model], or [image_token d_model] at many sizes
         self.hook_embed = HookPoint()  # [batch pos d_model], images merged in
@@ -257,7 +256,6 @@ class HookedVLM(HookedRoot, Family):
                 raise ValueError("inputs= goes with start_at_layer and a residual stream [batch pos d_model]")
             located = self.as_inputs(model_input)
             self.check_last_positions(located)
-            located = self.encoded(located)
             return located, self.embed_inputs(located)
         if inputs is None or not isinstance(model_input, Tensor) or not model_input.is_floating_point():
             raise ValueError("start_at_layer takes a residual stream [batch pos d_model] and inputs=")
@@ -269,24 +267,19 @@ class HookedVLM(HookedRoot, Family):
             )
         return located, model_input
 
-    def encoded(self, inputs: VLMInputs) -> VLMInputs:
-        """The same inputs with `image_embeds`, if they have images; runs the vision hooks."""
-        if inputs.pixel_values is None:
-            self.note_skipped("vision", "the inputs have no pictures")
-        elif inputs.image_embeds is None:
-            return replace(inputs, image_embeds=self.encode_images(inputs))
-        else:
-            self.note_skipped(
-                "vision", "the pictures were encoded before (image_embeds), so the vision tower did not run"
-            )
-        return inputs
-
     def embed_inputs(self, inputs: VLMInputs) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that enters block 0: text embedded, images encoded and merged in."""
         embeds = self.hook_text_embed(self.embed(inputs.input_ids))
-        images = self.encoded(inputs).image_embeds if inputs.image_embeds is None else inputs.image_embeds
-        if inputs.pixel_values is not None and images is not None:
-            images = self.hook_image_embed(images[..., : self.cfg.d_model]).to(embeds.dtype)
+        if inputs.pixel_values is None:
+            self.note_skipped("vision", "the inputs have no pictures")
+        else:
+            if inputs.image_embeds is not None:
+                self.note_skipped(
+                    "vision",
+                    "the pictures were encoded before (image_embeds), so the vision tower did not run",
+                )
+            images = self.encode_images(inputs) if inputs.image_embeds is None else inputs.image_embeds
+            images = self.hook_image_embed(images).to(embeds.dtype)
             embeds = embeds.masked_scatter(inputs.image_mask[..., None], images)
         return self.hook_embed(embeds)
 
@@ -295,33 +288,15 @@ class HookedVLM(HookedRoot, Family):
     ) -> AttentionContext:
         """Rotations and masks for the last `n_queries` positions of these inputs (default: for all)."""
         n_queries = inputs.input_ids.shape[1] if n_queries is None else n_queries
-        context = self.token_context(inputs)[:, -n_queries:]
+        context = self.rotations(inputs)[:, -n_queries:]
         return replace(context.masked(inputs.attention_mask.bool(), n_queries), kv_cache=kv_cache)
 
-    def token_context(self, inputs: VLMInputs) -> AttentionContext:
-        """What the blocks read of all tokens besides the stream; without masks, see `attention_context`."""
-        return replace(self.rotations(inputs), deepstack=self.deepstack(inputs))
-
     def rotations(self, inputs: VLMInputs) -> AttentionContext:
-        """The part of `token_context` that does not depend on what the images show."""
-        positions, dtype = self.positions(inputs), self.cfg.dtype
-        cos, sin = self.rotary(positions, dtype)
-        window, sliding = self.cfg.sliding_window, None
-        if window is not None:
-            rotation = (cos, sin) if self.rotary_local is None else self.rotary_local(positions, dtype)
-            sliding = AttentionContext(*rotation, causal=True, window=window)
+        """What the blocks read of all tokens besides the stream; without masks, see `attention_context`."""
+        cos, sin = self.rotary(self.positions(inputs), self.cfg.dtype)
+        window = self.cfg.sliding_window
+        sliding = None if window is None else AttentionContext(cos, sin, causal=True, window=window)
         return AttentionContext(cos, sin, causal=True, sliding=sliding)
-
-    def deepstack(self, inputs: VLMInputs) -> dict[int, Float[Tensor, "batch pos d_model"]]:
-        """What the lowest blocks add to the stream behind their MLPs, by layer: further image embeddings."""
-        n, width = self.cfg.n_deepstack, self.cfg.d_model
-        if not n or inputs.pixel_values is None:
-            return {}
-        assert inputs.image_embeds is not None, "images are encoded first, see `encoded`"
-        parts = list(torch.split(inputs.image_embeds, width, dim=-1))[1:]
-        nothing = parts[0].new_zeros(*inputs.input_ids.shape, width)
-        mask = inputs.image_mask[..., None]
-        return {layer: nothing.masked_scatter(mask, part) for layer, part in enumerate(parts)}
 
     def run_blocks(
         self,
@@ -349,12 +324,10 @@ class HookedVLM(HookedRoot, Family):
         """
         extended = inputs.extended(said)
         if kv_cache is None or said.shape[1] == 0:
-            extended = self.encoded(extended)
             resid, context = self.embed_inputs(extended), self.attention_context(extended, kv_cache=kv_cache)
         else:
             resid = self.hook_embed(self.hook_text_embed(self.embed(said[:, -1:])))
-            context = self.rotations(extended)[:, -1:].masked(extended.attention_mask.bool(), 1)
-            context = replace(context, kv_cache=kv_cache)
+            context = self.attention_context(extended, 1, kv_cache)
         return self._logits(self.run_blocks(resid, context, 0, self.cfg.n_layers), 1)[:, -1]
 
     def _logits(self, resid: Tensor, logits_to_keep: int | Tensor) -> Tensor:

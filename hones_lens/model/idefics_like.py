@@ -20,7 +20,8 @@ from hones_lens.model.positions import expand_positions, text_positions
 from hones_lens.model.text_decoders import decoder_sizes, text_decoder
 from hones_lens.model.tiles import n_tiles
 from hones_lens.model.tokens import image_token_of
-from hones_lens.model.typed import activation_names, to_list
+from hones_lens.model.typed import to_list
+from hones_lens.model.vision_towers import vit_sizes
 from hones_lens.model.weights import WeightMap, decoder_weights, parameters, vit_weights
 
 _MODULES = {
@@ -266,25 +267,8 @@ def _tower_sizes(hf_config: Any) -> VisionConfig:
     Raises:
         ValueError: A value that the code does not handle; names the key.
     """
-    vision, merge = hf_config.vision_config, hf_config.scale_factor
-    require("vision_config", vision, {"model_type": _VISION_TYPES, "num_channels": (3,)})
-    require("vision_config", vision, {"hidden_act": activation_names(), "attention_dropout": (0, 0.0, None)})
-    for key in ("image_size", "patch_size"):
-        if not isinstance(getattr(vision, key), int):
-            raise ValueError(
-                f"vision_config.{key}={getattr(vision, key)!r} is not handled; handled: one integer"
-            )
-    side = vision.image_size // vision.patch_size
+    sizes, merge = vit_sizes(hf_config.vision_config, _VISION_TYPES), hf_config.scale_factor
+    side = sizes.patches_per_side
     if not side or side % merge:
         raise ValueError(f"config.scale_factor={merge} does not divide the {side} patches of a tile's side")
-    return VisionConfig(
-        n_layers=vision.num_hidden_layers,
-        n_heads=vision.num_attention_heads,
-        d_model=vision.hidden_size,
-        d_head=vision.hidden_size // vision.num_attention_heads,
-        d_mlp=vision.intermediate_size,
-        patch_size=vision.patch_size,
-        image_size=vision.image_size,
-        feature_layers=(vision.num_hidden_layers,),
-        merge_size=merge,
-    )
+    return replace(sizes, merge_size=merge)

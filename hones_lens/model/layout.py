@@ -45,10 +45,5 @@ class ImageLayout:
         numbers = row_starts + torch.arange(columns) - self.missing
         return torch.where(numbers < 0, -1, numbers + self.leading)
 
-    def between(self, grid: tuple[int, int]) -> Int[Tensor, " n"]:
-        """The numbers of the tokens that are no cell's: class token, newlines."""
-        numbers = torch.arange(self.n_tokens(grid))
-        return numbers[~torch.isin(numbers, self.cells(grid))]
-
 
 PLAIN = ImageLayout()

@@ -19,7 +19,8 @@ class PilProcessor:
 
     Attributes:
         pictures: Class of the image processor.
-        processor_class: Name of Hugging Face's own processor.
+        processor_class: Name of Hugging Face's own processor, written into `processor_config.json`; empty: no
+            such file is written.
     """
 
     pictures: Any = None
@@ -48,7 +49,8 @@ class PilProcessor:
         """Write both parts in Hugging Face's format, and the chat template if it is not the tokenizer's."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-        written = json.dumps({"processor_class": self.processor_class, **self.settings}, indent=2)
-        (Path(folder) / "processor_config.json").write_text(written + "\n", encoding="utf-8")
+        if self.processor_class:
+            written = json.dumps({"processor_class": self.processor_class, **self.settings}, indent=2)
+            (Path(folder) / "processor_config.json").write_text(written + "\n", encoding="utf-8")
         if isinstance(self.chat_template, str) and self.chat_template != self.tokenizer.chat_template:
             (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")

@@ -8,18 +8,17 @@ windows) is undone on the way in, so every hook has raster order, whatever atten
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, ProcessorMixin, Qwen2VLImageProcessorPil
+from transformers import Qwen2VLImageProcessorPil
 
-from hones_lens.model.config import VisionConfig, VLMConfig, require, special_ids
+from hones_lens.model.config import VisionConfig, VLMConfig, require, require_integers, special_ids
 from hones_lens.model.hooked_vlm import HookedVLM
 from hones_lens.model.inputs import ModelInput, VLMInputs
 from hones_lens.model.nn.block import Block
@@ -29,6 +28,7 @@ from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.patch_tower import PatchMerger, PatchTower
 from hones_lens.model.nn.patches import PatchLayout, PatchShape, pack_pictures, unpack_patches
 from hones_lens.model.nn.rotary import Rotary, rotary_frequencies
+from hones_lens.model.pil_processor import PilProcessor
 from hones_lens.model.positions import check_token_types, expand_positions
 from hones_lens.model.typed import activation_names, to_list
 from hones_lens.model.weights import WeightMap, decoder_weights, parameters
@@ -43,35 +43,10 @@ _TOP = {
 }
 
 
-class QwenProcessor:
-    """Tokenizer and PIL image processor of a Qwen checkpoint.
+class QwenProcessor(PilProcessor):
+    """Tokenizer and PIL image processor of a Qwen checkpoint; its options bound the size of a picture."""
 
-    Hugging Face's own processor can't be built without torchvision, which its video part needs.
-    """
-
-    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: Any = None):
-        self.image_processor, self.tokenizer, self.chat_template = image_processor, tokenizer, chat_template
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, revision: str | None = None, trust_remote_code: bool = False, **sizes: Any
-    ) -> QwenProcessor:
-        """Read both parts; `min_pixels` and `max_pixels` overrule the checkpoint's bounds on image size."""
-        text: Any = AutoTokenizer
-        pictures: Any = Qwen2VLImageProcessorPil
-        processor: Any = ProcessorMixin
-        revision = revision or "main"
-        tokenizer = text.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
-        images = pictures.from_pretrained(folder, revision=revision, **sizes)
-        settings, _ = processor.get_processor_dict(folder, revision=revision)
-        return cls(images, tokenizer, settings.get("chat_template") or tokenizer.chat_template)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write both parts in Hugging Face's format, and the chat template if it is not the tokenizer's."""
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
-        if isinstance(self.chat_template, str) and self.chat_template != self.tokenizer.chat_template:
-            (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+    pictures = Qwen2VLImageProcessorPil
 
 
 class QwenLike(HookedVLM):
@@ -84,7 +59,7 @@ class QwenLike(HookedVLM):
 
     text_type: ClassVar[str]
     vision_type: ClassVar[str]
-    tower_weights: ClassVar[Mapping[str, tuple[str, ...]]]
+    tower_weights: ClassVar[dict[str, tuple[str, ...]]]
     processor_class = QwenProcessor
     processor_options = ("min_pixels", "max_pixels")
     video_token_id: int
@@ -155,11 +130,7 @@ class QwenLike(HookedVLM):
         require("text_config", text, {"head_dim": (None, d_head)})
         require("vision_config", vision, {"model_type": (cls.vision_type,), "hidden_act": activation_names()})
         require("vision_config", vision, {"in_channels": (3,)})
-        for key in ("patch_size", "temporal_patch_size"):
-            if not isinstance(getattr(vision, key), int):
-                raise ValueError(
-                    f"vision_config.{key}={getattr(vision, key)!r} is not handled; handled: one integer"
-                )
+        require_integers("vision_config", vision, ("patch_size", "temporal_patch_size"))
         rope: dict[str, Any] = vision.rope_parameters or {}
         if rope.get("rope_type") != "axial" or rope.get("rope_theta") != _VISION_THETA:
             raise ValueError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from hones_lens.model.config import VisionConfig, require
+from hones_lens.model.config import VisionConfig, require, require_integers
 from hones_lens.model.nn.clip import ClipEncoder
 from hones_lens.model.nn.siglip import SiglipEncoder
 from hones_lens.model.typed import activation_names
@@ -28,12 +29,7 @@ def tower_sizes(vision: Any, feature_layers: int | Sequence[int], select_strateg
     Raises:
         ValueError: A value that the code does not handle; names the key.
     """
-    require("vision_config", vision, {"model_type": tuple(_CLASS_TOKEN), "num_channels": (3,)})
-    require("vision_config", vision, {"hidden_act": activation_names(), "attention_dropout": (0, 0.0, None)})
-    if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
-        raise ValueError(
-            f"vision_config.image_size={vision.image_size!r} is not handled; handled: one integer"
-        )
+    sizes = vit_sizes(vision, tuple(_CLASS_TOKEN))
     layers = [feature_layers] if isinstance(feature_layers, int) else list(feature_layers)
     if not layers:
         raise ValueError("config.vision_feature_layer=[] is not handled; handled: one layer or more")
@@ -42,18 +38,34 @@ def tower_sizes(vision: Any, feature_layers: int | Sequence[int], select_strateg
         if not -n_states <= layer < n_states:
             raise ValueError(f"config.vision_feature_layer={layer} is outside the {n_states} hidden states")
     has_class_token, full = _CLASS_TOKEN[vision.model_type], select_strategy == "full"
-    return VisionConfig(
+    return replace(
+        sizes,
         n_layers=max(layer % n_states for layer in layers),
+        feature_layers=tuple(layer % n_states for layer in layers),
+        has_class_token=has_class_token,
+        keep_class_token=has_class_token and full,
+        drop_first_patch=not has_class_token and not full,
+    )
+
+
+def vit_sizes(vision: Any, model_types: Sequence[str]) -> VisionConfig:
+    """The sizes of a whole tower that is laid out as CLIP's and SigLIP's are, whose images have one size.
+
+    Raises:
+        ValueError: A value that the code does not handle, another `model_type`, say; names the key.
+    """
+    require("vision_config", vision, {"model_type": model_types, "num_channels": (3,)})
+    require("vision_config", vision, {"hidden_act": activation_names(), "attention_dropout": (0, 0.0, None)})
+    require_integers("vision_config", vision, ("image_size", "patch_size"))
+    return VisionConfig(
+        n_layers=vision.num_hidden_layers,
         n_heads=vision.num_attention_heads,
         d_model=vision.hidden_size,
         d_head=vision.hidden_size // vision.num_attention_heads,
         d_mlp=vision.intermediate_size,
         patch_size=vision.patch_size,
         image_size=vision.image_size,
-        feature_layers=tuple(layer % n_states for layer in layers),
-        has_class_token=has_class_token,
-        keep_class_token=has_class_token and full,
-        drop_first_patch=not has_class_token and not full,
+        feature_layers=(vision.num_hidden_layers,),
     )
 
 

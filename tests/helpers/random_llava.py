@@ -141,7 +141,12 @@ def make_images(n: int, seed: int = 0, size: tuple[int, int] = (40, 31)) -> list
 
 def mixed_batch(model: HookedVLM, answers: list[str] | None = None) -> VLMInputs:
     """Three rows of different lengths: one image, two images in a row, text alone."""
-    one, two, three = make_images(3)
+    return batch_of(model, make_images(3), answers)
+
+
+def batch_of(model: HookedVLM, pictures: list[Image.Image], answers: list[str] | None = None) -> VLMInputs:
+    """Three rows: the first of three pictures, the two others, and text alone."""
+    one, two, three = pictures
     return model.prepare([one, [two, three], None], list(QUESTIONS), answers)
 
 

@@ -126,5 +126,4 @@ def make_images(seed: int = 0) -> list[Image.Image]:
 
 def mixed_batch(model: HookedVLM, answers: list[str] | None = None) -> VLMInputs:
     """Three rows of different lengths: one image, two images of other sizes, text alone."""
-    one, two, three = make_images()
-    return model.prepare([one, [two, three], None], list(random_llava.QUESTIONS), answers)
+    return random_llava.batch_of(model, make_images(), answers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from hones_lens.model.config import VisionConfig, require
 from hones_lens.model.nn.attention import Attention
@@ -18,7 +18,7 @@ class HookedQwen2_5_VL(QwenLike):
     family = "qwen2_5_vl"
     text_type = "qwen2_5_vl_text"
     vision_type = "qwen2_5_vl_vision"
-    tower_weights = {  # noqa: RUF012
+    tower_weights: ClassVar[dict[str, tuple[str, ...]]] = {
         "norm1": ("ln1",),
         "attn.qkv": ("attn.q", "attn.k", "attn.v"),
         "attn.proj": ("attn.o",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from hones_lens.model.config import VisionConfig
 from hones_lens.model.nn.block import Block
@@ -17,7 +17,7 @@ class HookedQwen2VL(QwenLike):
     family = "qwen2_vl"
     text_type = "qwen2_vl_text"
     vision_type = "qwen2_vl_vision"
-    tower_weights = {  # noqa: RUF012
+    tower_weights: ClassVar[dict[str, tuple[str, ...]]] = {
         "norm1": ("ln1",),
         "attn.qkv": ("attn.q", "attn.k", "attn.v"),
         "attn.proj": ("attn.o",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +29,8 @@ class Attention(nn.Module):
         layer: Its number.
         d_model, n_heads, n_key_value_heads, d_head: Sizes.
         qkv_bias, out_bias: Whether the projections have biases.
-        scale: Factor on the scores; default: 1 / √d_head.
         sliding: It reads the rotation and the mask of `AttentionContext.sliding`.
-        head_norm: Makes the norms of each head's queries and keys before their rotation (QK-norm), whose
-            outputs are `hook_q_norm` and `hook_k_norm`.
     """
-
-    q_norm: Norm
-    k_norm: Norm
 
     def __init__(
         self,
@@ -48,9 +41,7 @@ class Attention(nn.Module):
         d_head: int,
         qkv_bias: bool = False,
         out_bias: bool = False,
-        scale: float | None = None,
         sliding: bool = False,
-        head_norm: Callable[[int], Norm] | None = None,
     ):
         super().__init__()
         self.layer, self.n_heads, self.n_key_value_heads, self.d_head = (
@@ -63,7 +54,7 @@ class Attention(nn.Module):
         self.k = Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
         self.v = Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
         self.o = Linear(n_heads * d_head, d_model, bias=out_bias)
-        self.scale, self.sliding, self.has_head_norms = scale, sliding, head_norm is not None
+        self.sliding = sliding
         self.use_split_qkv_input = False
         self.hook_q_input = HookPoint()  # [batch pos head d_model], before the norm
         self.hook_k_input = HookPoint()  # [batch pos kv_head d_model]
@@ -71,10 +62,6 @@ class Attention(nn.Module):
         self.hook_q = HookPoint()  # [batch pos head d_head]
         self.hook_k = HookPoint()  # [batch pos kv_head d_head]
         self.hook_v = HookPoint()  # [batch pos kv_head d_head]
-        if head_norm is not None:
-            self.q_norm, self.k_norm = head_norm(d_head), head_norm(d_head)
-            self.hook_q_norm = HookPoint()  # [batch pos head d_head]
-            self.hook_k_norm = HookPoint()  # [batch pos kv_head d_head]
         self.hook_rot_q = HookPoint()  # [batch pos head d_head]
         self.hook_rot_k = HookPoint()  # [batch pos kv_head d_head]
         self.hook_attn_scores = HookPoint()  # [batch head query key], scaled and masked
@@ -88,16 +75,10 @@ class Attention(nn.Module):
         """Output of the attention layer, for a residual stream that `norm` normalises first."""
         here = self.own(context)
         q, k, v = self._project(resid, norm)
-        if self.has_head_norms:
-            q, k = self.hook_q_norm(self.q_norm(q)), self.hook_k_norm(self.k_norm(k))
         q, k = self.hook_rot_q(_rotated(q, here)), self.hook_rot_k(_rotated(k, here))
         if context.kv_cache is not None:
             k, v = context.kv_cache.extend(self.layer, k, v)
         return self.write(self._attend(q, k, v, here))
-
-    def scaled(self, q: Tensor) -> Tensor:
-        """Queries times the factor on scores."""
-        return q / math.sqrt(self.d_head) if self.scale is None else q * self.scale
 
     def own(self, context: AttentionContext) -> AttentionContext:
         """What this layer reads of a context."""
@@ -106,9 +87,9 @@ class Attention(nn.Module):
     def keys_and_values(
         self, x: Float[Tensor, "batch pos d_model"], context: AttentionContext
     ) -> tuple[Float[Tensor, "batch pos kv_head d_head"], Float[Tensor, "batch pos kv_head d_head"]]:
-        """Rotated keys, and values, of a normalised residual stream; runs no hooks but a key norm's."""
+        """Rotated keys, and values, of a normalised residual stream; runs no hooks."""
         k, v = (project(x).unflatten(-1, (-1, self.d_head)) for project in (self.k, self.v))
-        return _rotated(self.k_norm(k) if self.has_head_norms else k, self.own(context)), v
+        return _rotated(k, self.own(context)), v
 
     def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
         """Output of the attention layer, from the heads' z."""
@@ -141,12 +122,12 @@ class Attention(nn.Module):
             k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         has_hooks = is_hooked(self.hook_attn_scores, self.hook_pattern)
         if context.windows is not None:
-            return context.windows.attend(q, k, v, self._mix if has_hooks else None, self.scale)
+            return context.windows.attend(q, k, v, self._mix if has_hooks else None)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = context.mask
         if not has_hooks:
             is_causal = context.causal and mask is None
-            z = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=self.scale)
+            z = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
             return z.transpose(1, 2)
         if mask is None and context.causal:
             mask = torch.ones((q.shape[2], k.shape[2]), dtype=torch.bool, device=q.device).tril()
@@ -154,7 +135,7 @@ class Attention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention [... head pos d_head] by scores and pattern, for their hooks."""
-        scores = self.scaled(q) @ k.transpose(-1, -2)
+        scores = (q / math.sqrt(self.d_head)) @ k.transpose(-1, -2)
         if mask is not None:
             scores.masked_fill_(~mask, -torch.inf)
         scores = self.hook_attn_scores(scores)

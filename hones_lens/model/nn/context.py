@@ -45,16 +45,13 @@ class Windows:
     members: Int[Tensor, "batch window size"]
     real: Bool[Tensor, "batch window size"]
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mix: Mix | None = None, scale: float | None = None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mix: Mix | None = None) -> Tensor:
         """Attention [batch pos head d_head] within each window; zero at padding.
 
         Args:
             q, k, v: [batch pos head d_head].
             mix: Attention of [batch window head size d_head] under a mask in which filling attends to itself;
                 default: a fused kernel, over the windows alone that have tokens.
-            scale: Of the fused kernel's scores.
         """
         members, real = self.members, self.real
         if mix is None:
@@ -63,7 +60,7 @@ class Windows:
         q_in, k_in, v_in = (x.flatten(0, 1)[members].transpose(-3, -2) for x in (q, k, v))
         if mix is None:
             mask = None if bool(real.all()) else real[:, None, None]
-            mixed = F.scaled_dot_product_attention(q_in, k_in, v_in, attn_mask=mask, scale=scale)
+            mixed = F.scaled_dot_product_attention(q_in, k_in, v_in, attn_mask=mask)
         else:
             itself = torch.eye(real.shape[-1], dtype=torch.bool, device=real.device)
             mixed = mix(q_in, k_in, v_in, real[..., None, None, :] | itself)
@@ -71,7 +68,7 @@ class Windows:
         return z.index_copy(0, members[real], mixed.transpose(-3, -2)[real]).view_as(q)
 
 
-_BY_TOKEN = ("cos", "sin", "images")
+_BY_TOKEN = ("cos", "sin")
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,7 @@ class AttentionContext:
         windows: Instead of a mask: tokens attend only to their own window.
         kv_cache: Filled and read during generation.
         window: How many keys a query may attend to, itself and those before it; None: all.
-        images: Where the tokens of an image see one another both ways: the number of each token's image, −1
-            at text, [batch pos].
         sliding: For layers whose attention slides: their own rotation, mask and window.
-        deepstack: By layer, what is added to the stream behind the block's MLP, [batch pos d_model].
     """
 
     cos: Tensor | None = None
@@ -98,9 +92,7 @@ class AttentionContext:
     kv_cache: KVCache | None = None
     windows: Windows | None = None
     window: int | None = None
-    images: Tensor | None = None
     sliding: AttentionContext | None = None
-    deepstack: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     def __getitem__(self, index: Any) -> AttentionContext:
         """Some rows and positions, as tensors [batch pos …] are indexed; without masks (see `masked`)."""
@@ -110,36 +102,27 @@ class AttentionContext:
             **taken,
             mask=None,
             sliding=None if self.sliding is None else self.sliding[index],
-            deepstack={layer: x[index] for layer, x in self.deepstack.items()},
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but those of caches and windows, by name; `of_tensors` takes them."""
         own = {name: x for name in (*_BY_TOKEN, "mask") if (x := getattr(self, name)) is not None}
-        own |= {f"deepstack.{layer}": x for layer, x in self.deepstack.items()}
         sliding = {} if self.sliding is None else self.sliding.tensors()
         return own | {f"sliding.{name}": x for name, x in sliding.items()}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> AttentionContext:
         """The context of a decoder that `tensors` told; its masks are made, so it has no windows."""
-        parts: dict[str, dict[str, Tensor]] = {"sliding": {}, "deepstack": {}}
-        own: dict[str, Any] = {}
-        for name, tensor in tensors.items():
-            part, dot, rest = name.partition(".")
-            if dot:
-                parts[part][rest] = tensor
-            else:
-                own[name] = tensor
-        sliding = cls.of_tensors(parts["sliding"]) if parts["sliding"] else None
-        deepstack = {int(layer): tensor for layer, tensor in parts["deepstack"].items()}
-        return cls(**own, causal=True, sliding=sliding, deepstack=deepstack)
+        prefix = "sliding."
+        own: dict[str, Any] = {name: x for name, x in tensors.items() if not name.startswith(prefix)}
+        sliding = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        return cls(**own, causal=True, sliding=cls.of_tensors(sliding) if sliding else None)
 
     def masked(self, key_is_token: Bool[Tensor, "batch key"], n_queries: int) -> AttentionContext:
         """With masks for the last `n_queries` positions, see `attention_mask`."""
         return replace(
             self,
-            mask=attention_mask(key_is_token, n_queries, self.window, self.images),
+            mask=attention_mask(key_is_token, n_queries, self.window),
             sliding=None if self.sliding is None else self.sliding.masked(key_is_token, n_queries),
         )
 
@@ -188,7 +171,6 @@ class AttentionContext:
             **taken,
             mask=mask,
             sliding=None if self.sliding is None else self.sliding.repeated(times),
-            deepstack={layer: x.repeat(times, 1, 1) for layer, x in self.deepstack.items()},
         )
 
 
@@ -196,7 +178,6 @@ def attention_mask(
     key_is_token: Bool[Tensor, "batch key"],
     n_queries: int,
     window: int | None = None,
-    images: Int[Tensor, "batch query"] | None = None,
 ) -> Bool[Tensor, "batch 1 query key"] | None:
     """Causal mask for the last `n_queries` positions that hides padding; None where causality is all.
 
@@ -206,14 +187,10 @@ def attention_mask(
         key_is_token: False at padding.
         n_queries: How many of the positions, the last, are queries.
         window: How many keys a query sees at most, itself included; None: all before it.
-        images: The image that a query is in, −1: none; tokens of one image see one another. An image is
-            among the queries whole or not at all.
     """
     n_keys = key_is_token.shape[1]
     slides = window is not None and n_keys > window
-    if images is not None and not bool((images >= 0).any()):
-        images = None
-    if not slides and images is None and bool(key_is_token.all()):
+    if not slides and bool(key_is_token.all()):
         if n_queries == n_keys:
             return None
         if n_queries == 1:
@@ -222,8 +199,4 @@ def attention_mask(
     causal = torch.ones(shape, dtype=torch.bool, device=key_is_token.device).tril(diagonal)
     itself = causal ^ causal.tril(diagonal - 1)
     seen = causal ^ causal.tril(diagonal - window) if slides and window is not None else causal
-    mask = seen & key_is_token[:, None, None]
-    if images is not None:
-        together = (images[:, :, None] == images[:, None]) & (images[:, None] >= 0)
-        mask = mask | F.pad(together, (diagonal, 0))[:, None]
-    return mask | itself
+    return (seen & key_is_token[:, None, None]) | itself

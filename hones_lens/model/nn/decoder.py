@@ -26,7 +26,6 @@ class Decoder:
         blocks: From the lowest to the highest, with any norms and any feed-forward network.
         ln_final: The norm before the unembedding.
         unembed: From the normalised residual stream to logits.
-        rotary_local: Rotation angles in layers whose attention slides; None: those of `rotary`.
     """
 
     embed: nn.Embedding
@@ -34,7 +33,6 @@ class Decoder:
     blocks: Sequence[Block]
     ln_final: Norm
     unembed: Unembedding
-    rotary_local: Rotary | None = None
 
 
 def llama_decoder(

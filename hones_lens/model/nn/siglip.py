@@ -33,5 +33,9 @@ class SiglipEncoder(nn.Module):
     ) -> Float[Tensor, "image token features"]:
         """Hidden states of the feature layers side by side."""
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        embeds = self.hook_embed(patches + self.position_embedding)
+        embeds = self.hook_embed(patches + self.positions(pixels))
         return hidden_states(self.blocks, embeds, self.feature_layers)
+
+    def positions(self, pixels: Tensor) -> Float[Tensor, "token d_model"]:
+        """The position embedding of each patch of these pictures."""
+        return self.position_embedding

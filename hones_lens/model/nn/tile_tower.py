@@ -7,39 +7,29 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hones_lens.model.config import VisionConfig
-from hones_lens.model.nn.clip import vit_blocks
-from hones_lens.model.nn.context import AttentionContext
 from hones_lens.model.nn.hook_point import HookPoint
+from hones_lens.model.nn.linear import Linear
 from hones_lens.model.nn.norm import LayerNorm
+from hones_lens.model.nn.siglip import SiglipEncoder
 
 
-class TileEncoder(nn.Module):
-    """SigLIP's vision transformer with positions by bucket and a norm behind the blocks.
-
-    Args:
-        cfg: Sizes of the tower, whose tiles have one size; pixels that fill no patch are not read.
-        act: A name of transformers' activation table, e.g. `gelu_pytorch_tanh`.
-        eps: Of the norms.
-    """
+class TileEncoder(SiglipEncoder):
+    """SigLIP's vision transformer of tiles, with positions by bucket and a norm behind the blocks."""
 
     def __init__(self, cfg: VisionConfig, act: str, eps: float):
-        super().__init__()
+        super().__init__(cfg, act, eps)
         self.side = cfg.patches_per_side
-        self.patch_embedding = nn.Conv2d(3, cfg.d_model, cfg.patch_size, stride=cfg.patch_size)
-        self.position_embedding = nn.Parameter(torch.empty(self.side**2, cfg.d_model))
-        self.hook_embed = HookPoint()  # [tile patch d_model]
-        self.blocks = nn.ModuleList(vit_blocks(cfg, act, eps))
         self.ln_post = LayerNorm(cfg.d_model, eps)
 
     def forward(
         self, pixels: Float[Tensor, "tile channel height width"]
     ) -> Float[Tensor, "tile patch d_model"]:
         """The normalised stream above the last block, patches in raster order."""
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        resid = self.hook_embed(patches + self.position_embedding[bucketed_positions(self.side, pixels)])
-        for block in self.blocks:
-            resid = block(resid, AttentionContext())
-        return self.ln_post(resid)
+        return self.ln_post(super().forward(pixels))
+
+    def positions(self, pixels: Tensor) -> Float[Tensor, "patch d_model"]:
+        """The position embedding of each patch's bucket."""
+        return self.position_embedding[bucketed_positions(self.side, pixels)]
 
 
 def bucketed_positions(side: int, pixels: Tensor) -> Int[Tensor, " patch"]:
@@ -69,7 +59,7 @@ class PixelShuffle(nn.Module):
         super().__init__()
         self.merge = merge
         self.hook_in = HookPoint()  # [tile token merge² · d_vision]
-        self.linear = nn.Linear(d_vision * merge**2, d_out, bias=False)
+        self.linear = Linear(d_vision * merge**2, d_out, bias=False)
         self.hook_out = HookPoint()  # [tile token d_model]
 
     def forward(self, patches: Float[Tensor, "tile patch d_vision"]) -> Float[Tensor, "tile token d_model"]:

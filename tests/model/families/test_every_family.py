@@ -13,19 +13,16 @@ from torch import Tensor
 
 from hones_lens.model.nn.mlp import GatedMLP
 
-# Our hook in a block: the module at whose output or input Hugging Face's model has it; of two, the first one
-# that the family has.
+# Our hook in a block: the module at whose output or input Hugging Face's model has it.
 SITES = {
-    "attn.hook_q": (["attn.q"], "output"),
-    "attn.hook_k": (["attn.k"], "output"),
-    "attn.hook_v": (["attn.v"], "output"),
-    "attn.hook_q_norm": (["attn.q_norm"], "output"),
-    "attn.hook_k_norm": (["attn.k_norm"], "output"),
-    "attn.hook_z": (["attn.o"], "input"),
-    "hook_attn_out": (["ln1_post", "attn.o"], "output"),
-    "mlp.hook_post": (["mlp.down"], "input"),
-    "hook_mlp_out": (["ln2_post", "mlp.down"], "output"),
-    "mlp.hook_pre_linear": (["mlp.up"], "output"),
+    "attn.hook_q": ("attn.q", "output"),
+    "attn.hook_k": ("attn.k", "output"),
+    "attn.hook_v": ("attn.v", "output"),
+    "attn.hook_z": ("attn.o", "input"),
+    "hook_attn_out": ("attn.o", "output"),
+    "mlp.hook_post": ("mlp.down", "input"),
+    "hook_mlp_out": ("mlp.down", "output"),
+    "mlp.hook_pre_linear": ("mlp.up", "output"),
 }
 
 
@@ -67,12 +64,12 @@ def hf_site(pair: FamilyPair, name: str) -> tuple[str, str] | None:
             return None  # Hugging Face's towers record a state before a hook could change it
         of_block = modules[f"{block}.mlp.down"].rsplit(".", 2)[0]
         return of_block, "input" if site.endswith("pre") else "output"
-    ours, where = SITES.get(site, ([], ""))
+    ours, where = SITES.get(site, ("", ""))
     if site == "mlp.hook_pre":
         gated = isinstance(pair.model.get_submodule(f"{block}.mlp"), GatedMLP)
-        ours, where = [f"mlp.{'gate' if gated else 'up'}"], "output"
-    found = [modules[f"{block}.{module}"] for module in ours if f"{block}.{module}" in modules]
-    return (found[0], where) if found else None
+        ours, where = f"mlp.{'gate' if gated else 'up'}", "output"
+    theirs = modules.get(f"{block}.{ours}")
+    return None if theirs is None else (theirs, where)
 
 
 def test_edits_are_those_of_hf(pair: FamilyPair) -> None:
@@ -125,13 +122,11 @@ def test_norms_mean_what_they_mean_in_hf(pair: FamilyPair) -> None:
 
 
 def test_the_direct_parts_add_up_to_the_stream(pair: FamilyPair) -> None:
-    """Embedding, what attention and MLPs write, and deep image features are the last stream."""
+    """Embedding, and what attention and MLPs write, are the last stream."""
     _, cache = pair.model.run_with_cache(pair.inputs)
     total = cache["hook_embed"].clone()
     for layer in range(pair.model.cfg.n_layers):
         total += cache["attn_out", layer] + cache["mlp_out", layer]
-        if f"blocks.{layer}.hook_deepstack" in cache.cache_dict:
-            total += cache[f"blocks.{layer}.hook_deepstack"]
     last = cache["resid_post", pair.model.cfg.n_layers - 1]
     assert pair.difference(total, last) <= 1e-4 * float(last.abs().max())
     logits = pair.model.unembed(pair.model.ln_final(total))
