@@ -51,14 +51,15 @@ def is_hones_config(data: Any) -> bool:
 
 
 def read_options(
-    data: Mapping[str, Any], file: str | Path, dataset: str | None = None, steers: bool = False
+    data: Mapping[str, Any], file: str | Path, dataset: Any = None, steers: bool = False
 ) -> dict[str, Setting]:
     """The options that a HONES configuration gives.
 
     Args:
         data: The content of the YAML.
         file: Where it lies; errors name it, and paths start at the folder above its `configs/`.
-        dataset: Which of `data.datasets` to take; None for the file's main data.
+        dataset: Which of `data.datasets` to take, as it stands in the file or was typed; None for the file's
+            main data.
         steers: Whether limits and all else are those of steering.
 
     Returns:
@@ -164,11 +165,11 @@ def _dtype(name: Any, file: str | Path) -> str | None:
     return _DTYPES[str(name).lower()]
 
 
-def _data_options(read: _Reader, file: str | Path, dataset: str | None) -> dict[str, Setting | None]:
+def _data_options(read: _Reader, file: str | Path, dataset: Any) -> dict[str, Setting | None]:
     entry = "data"
     if dataset is not None:
         known, entry = read("data.datasets"), f"data.datasets.{dataset}"
-        if known is None or dataset not in known.value:
+        if known is None or dataset not in list(known.value):  # a list has no hash
             names = ", ".join(map(str, known.value)) if known is not None else "none"
             raise ValueError(f"{file}: data.datasets has no {dataset!r}; it has: {names}")
     return {

@@ -166,6 +166,7 @@ IN_A_FILE = [
     ("steer", "steering: {lr: fast}", "steering.lr is 'fast', which --lr does not take"),
     ("steer", "steering: {epochs: [2, x]}", "steering.epochs is [2, 'x'], which --epochs does not take"),
     ("steer", "steering: {dataset: 5}", "data.datasets has no 5; it has: none"),
+    ("steer", "data: {datasets: {a: {}}}\nsteering: {dataset: [a]}", "data.datasets has no ['a']; it has: a"),
     ("patch", "box: [1, 2, 3]", "box is [1, 2, 3], which --box does not take"),
     ("explore", "run_folder: x", "unknown key 'run_folder'; valid: "),
     ("localize", "engine: ray", "--engine: give --workers, too"),
