@@ -63,9 +63,9 @@ class Budget(Allowance):
         """How many rows of these inputs fit into a plain pass, with logits at `kept` positions."""
         return max(1, self._rows(inputs.input_ids.shape[1] * self._one_layer, kept))
 
-    def gradient_rows(self, inputs: VLMInputs, kept: int = 1) -> int:
-        """How many rows of these inputs fit into a forward and a backward pass."""
-        return max(1, self._rows(inputs.input_ids.shape[1] * self._graph_per_token, kept))
+    def gradient_rows(self, tokens: int, kept: int = 1) -> int:
+        """How many rows of so many tokens fit into a forward and a backward pass."""
+        return max(1, self._rows(tokens * self._graph_per_token, kept))
 
     def _rows(self, row_bytes: int, kept: int) -> int:
         return int(self.bytes // (row_bytes + 12 * kept * self.model.cfg.d_vocab))

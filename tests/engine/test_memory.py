@@ -18,6 +18,8 @@ from hones_lens.analysis.patching import batches as patching_batches
 from hones_lens.engine import Budget, SweepOptions, forks, speculation
 from hones_lens.hones.attribution import gradients
 from hones_lens.hones.attribution.neurons import write_in
+from hones_lens.hones.steering import batches as steering
+from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.interventions.hooks import replace_with_other_heads_mean
 from hones_lens.model import Allowance, bounded_by
 from hones_lens.tasks import load_task
@@ -70,6 +72,7 @@ def peak(work: Callable[..., torch.Tensor], model: HookedVLM, n: int) -> tuple[i
     return made.peak - made.live, out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", WORK)
 def test_the_peak_stays_where_it_is_while_the_batch_grows(name: str, family: str) -> None:
@@ -135,6 +138,7 @@ def test_hooks_of_the_tower_see_all_images_at_once() -> None:
     assert seen == [4, 4]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("task", ["ocr", "retrieval"])
 def test_a_clean_walk_that_runs_out_of_memory_is_walked_again(task: str, monkeypatch) -> None:
     model, known, examples = pair()[1], load_task(task), examples_of(task)
@@ -152,6 +156,7 @@ def test_a_clean_walk_that_runs_out_of_memory_is_walked_again(task: str, monkeyp
     assert max(sizes) > 1 and min(ticks) < 0 and sum(ticks) == 6 * len(examples)
 
 
+@pytest.mark.exhaustive
 def test_rows_that_decode_have_fewer_slots_and_steps_in_halves(monkeypatch) -> None:
     model, known, examples = pair()[1], load_task("ocr"), examples_of("ocr")
     tally = [speculation.Tally() for _ in range(3)]
@@ -175,6 +180,50 @@ def test_gradients_that_run_out_of_memory_are_taken_again(name: str, monkeypatch
     expected = work(model, batch)
     with scarce(monkeypatch, gradients, "_gradients_at", lambda model, inputs, names: len(inputs)) as sizes:
         torch.testing.assert_close(work(model, batch), expected, rtol=1e-4, atol=1e-7)
+    assert sizes[0] == 5 and sizes[-5:] == [1] * 5
+
+
+def step_of(model: HookedVLM, n: int) -> Callable[[], torch.Tensor]:
+    """The gradient and the loss of one step of learning scales, of so many rows, clean passes done."""
+    examples = hl.load_examples("shapes", "vqa", "test", n)
+    neurons, config = [(0, 3), (N_LAYERS - 1, 5)], SteeringConfig(accumulate=n, l2_weight=0.0)
+    batches = steering.TrainingBatches(model, load_task("vqa"), examples, 0, config, batch_size=n)
+    a = torch.tensor([0.4, -0.3], requires_grad=True)
+    assert [len(clean.ids) for clean in batches.of_step(0)] == [n]
+
+    def step() -> torch.Tensor:
+        with steering.frozen_parameters(model):
+            gradient, losses = steering.gradient_of_step(model, batches, 0, neurons, a, config)
+        return torch.cat((gradient, torch.tensor(list(losses.values()))))
+
+    return step
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_learning_keeps_to_the_budget_as_it_grows(family: str) -> None:
+    model = pair(family)[1]
+
+    def peak_of(n: int) -> tuple[int, torch.Tensor]:
+        step = step_of(model, n)
+        with Allocations() as made:
+            out = step()
+        return made.peak, out
+
+    needed, (unbounded, expected) = peak_of(2)[0], peak_of(12)
+    assert unbounded > 3 * needed, "there is nothing to bound"
+    with bounded_by(2.2 * needed / 1e9):
+        bounded = [peak_of(n) for n in (4, 12)]
+    assert max(size for size, _ in bounded) <= 2.2 * needed
+    torch.testing.assert_close(bounded[-1][1], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_of_learning_that_runs_out_of_memory_is_taken_again(monkeypatch) -> None:
+    step = step_of(pair("qwen")[1], 5)
+    expected = step()
+    with scarce(
+        monkeypatch, steering, "log_probs_from_layer", lambda model, segment, layer: len(segment.resid)
+    ) as sizes:
+        torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-6)
     assert sizes[0] == 5 and sizes[-5:] == [1] * 5
 
 
@@ -236,6 +285,7 @@ def test_a_budget_holds_inside_its_block_alone() -> None:
         pass
 
 
+@pytest.mark.exhaustive
 def test_a_stage_s_own_budget_bounds_its_pictures_too(monkeypatch) -> None:
     model, sizes = pair()[1], []
     true = type(model).encode_images

@@ -193,7 +193,7 @@ def _run_in_parts(
 ) -> list[tuple[Tensor, Tensor, Any]]:
     """What comes of batches of rows, or of what of them fits into memory with its graph."""
     budget = Budget(model)
-    most, parts = min(options.batch_size, budget.gradient_rows(pairs.clean)), []
+    most, parts = min(options.batch_size, budget.gradient_rows(pairs.clean.input_ids.shape[1])), []
     with tqdm(total=len(pairs), desc=f"attribution patching · {what}", disable=not options.progress) as bar:
 
         def run_rows(part: Sequence[int]) -> tuple[Tensor, Tensor, Any]:

@@ -357,7 +357,7 @@ def _summed(
         run: Takes a part, and the numbers of its examples in the batch.
     """
     budget, kept = engine.Budget(model), len(Answer.of(batch.inputs).positions)
-    most = budget.gradient_rows(batch.inputs, kept)
+    most = budget.gradient_rows(batch.inputs.input_ids.shape[1], kept)
     numbers = range(len(batch.examples))
     parts = budget.in_parts(numbers, lambda rest: most, lambda part: run(batch.part(part), part))
     return torch.stack([out for _, out in parts]).sum(0)

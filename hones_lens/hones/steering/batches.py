@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +21,11 @@ from hones_lens.hones.masking import Neurons
 from hones_lens.hones.steering.config import SteeringConfig
 from hones_lens.hones.steering.questions import LabelledPrompt, labelled_prompts, prepare_batch
 from hones_lens.hones.steering.scales import scaling_hooks
+from hones_lens.interventions import Hook
 from hones_lens.model import Answer, AttentionContext, HookedVLM, free_bytes, summed_log_probs
 from hones_lens.tasks import Task
 
+T = TypeVar("T")
 _SHARE = 0.5  # of free memory, for cached clean activations
 _ANSWER = ("positions", "ids", "mask")
 
@@ -61,6 +63,29 @@ class CleanBatch:
         named = {f"attention.{name}": tensor for name, tensor in self.segment.attention.tensors().items()}
         named |= {f"answer.{name}": getattr(self.answer, name) for name in _ANSWER}
         return {**named, "resid": self.segment.resid, "log_probs": self.log_probs, "weights": self.weights}
+
+    def part(self, rows: Sequence[int]) -> CleanBatch:
+        """Some of its rows, whose losses and weights are the same as in the whole."""
+        if len(rows) == len(self.ids):
+            return self
+        shared = {"answer.positions"}
+        tensors = {
+            name: x if name in shared or len(x) == 1 else x[list(rows)]  # one mask may be every row's
+            for name, x in self.to_tensors().items()
+        }
+        return CleanBatch.from_tensors([self.ids[row] for row in rows], tensors)
+
+    def in_parts(self, budget: engine.Budget, most: int, run: Callable[[CleanBatch], T]) -> Iterator[T]:
+        """What comes of parts of its rows.
+
+        Args:
+            budget: Halves a part that runs out of memory, which then runs again.
+            most: How many rows fit at once.
+            run: Takes a part.
+        """
+        rows = range(len(self.ids))
+        for _, out in budget.in_parts(rows, lambda rest: most, lambda part: run(self.part(part))):
+            yield out
 
     @classmethod
     def from_tensors(cls, ids: list[str], tensors: Mapping[str, Tensor]) -> CleanBatch:
@@ -207,17 +232,36 @@ def gradient_of_step(
     penalty = config.l2_weight * a.square().mean()
     (total_gradient,) = torch.autograd.grad(penalty, a)
     losses_by_name = {"loss": float(penalty.detach()), "ce": 0.0, "kl": 0.0}
+    budget = engine.Budget(model)
+
+    def run(clean: CleanBatch) -> tuple[Tensor, dict[str, float]]:
+        return _gradient(model, clean, batches.layer, scaling_hooks(neurons, 1 + a), a, config)
+
     for clean in batches.of_step(step):
-        hooks = scaling_hooks(neurons, 1 + a)
-        with engine.error_context(clean.ids, hooks), model.hooks(fwd_hooks=hooks):
-            ce, kl = losses(clean, log_probs_from_layer(model, clean.segment, batches.layer))
-            loss = (clean.weights * (ce + config.kl_weight * kl)).sum()
-            if not bool(torch.isfinite(loss)):
-                raise FloatingPointError(f"the loss is {loss.item()}")
-            (gradient,) = torch.autograd.grad(loss, a)
-            if not bool(torch.isfinite(gradient).all()):
-                raise FloatingPointError("the gradient is not finite")
-        total_gradient = total_gradient + gradient
-        for name, value in {"loss": loss, "ce": clean.weights @ ce, "kl": clean.weights @ kl}.items():
-            losses_by_name[name] += float(value.detach())
+        fits = budget.gradient_rows(clean.segment.resid.shape[1], clean.segment.keep)
+        for gradient, parts in clean.in_parts(budget, fits, run):
+            total_gradient = total_gradient + gradient
+            for name, value in parts.items():
+                losses_by_name[name] += value
     return total_gradient, losses_by_name
+
+
+def _gradient(
+    model: HookedVLM,
+    clean: CleanBatch,
+    layer: int,
+    hooks: Sequence[Hook],
+    a: Tensor,
+    config: SteeringConfig,
+) -> tuple[Float[Tensor, " neuron"], dict[str, float]]:
+    """What some rows add to the gradient of their step, and to its losses."""
+    with engine.error_context(clean.ids, hooks), model.hooks(fwd_hooks=list(hooks)):
+        ce, kl = losses(clean, log_probs_from_layer(model, clean.segment, layer))
+        loss = (clean.weights * (ce + config.kl_weight * kl)).sum()
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(f"the loss is {loss.item()}")
+        (gradient,) = torch.autograd.grad(loss, a)
+        if not bool(torch.isfinite(gradient).all()):
+            raise FloatingPointError("the gradient is not finite")
+    parts = {"loss": loss, "ce": clean.weights @ ce, "kl": clean.weights @ kl}
+    return gradient, {name: float(value.detach()) for name, value in parts.items()}
