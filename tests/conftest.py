@@ -7,6 +7,7 @@ Variables of the environment: `HONES_TEST_THREADS`, the threads that torch compu
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from typing import Any
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, why in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=why))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what there is by now, all modules and tests, out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:

@@ -215,6 +215,7 @@ def model() -> hl.HookedVLM:
     return hl.HookedVLM.from_pretrained("tiny-llava")
 
 
+@pytest.mark.exhaustive
 def test_a_task_that_is_not_registered_goes_through_every_function(model: hl.HookedVLM) -> None:
     """With VQA's prompt and answers of one word it must come to what VQA comes to."""
     task, quiet = ShoutedVQA(), {"progress": False}
@@ -243,6 +244,7 @@ def test_a_task_that_is_not_registered_goes_through_every_function(model: hl.Hoo
     assert torch.equal(patched.values, same.values) and patched.values.any()
 
 
+@pytest.mark.exhaustive
 def test_a_task_that_is_not_registered_goes_into_run_folders_and_their_report(
     model: hl.HookedVLM, tmp_path: Path
 ) -> None:

@@ -58,7 +58,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == shipped()
@@ -97,7 +97,7 @@ def test_the_wheel_has_the_licence_and_the_command(wheel: Path) -> None:
     assert any(n.endswith("/licenses/LICENSE") for n in archive.namelist())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_model_configs_are_found_in_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (

@@ -26,6 +26,7 @@ def folder(tmp_path: Path) -> Path:
     return run.folder
 
 
+@pytest.mark.exhaustive
 @pytest.mark.browser
 def test_the_top_of_the_report_is_taken(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("playwright")

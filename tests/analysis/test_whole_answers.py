@@ -91,6 +91,7 @@ def test_patching_measures_the_whole_answer() -> None:
     assert raw.notes[0] == f"log_prob: clean {mean[0]:.4g}, corrupted {mean[1]:.4g}"
 
 
+@pytest.mark.exhaustive
 def test_gradients_and_paths_measure_the_whole_answer() -> None:
     model = true_vocabularies.llava()[1]
     pairs, clean, corrupted = pairs_of(["7", "東京"])

@@ -246,6 +246,7 @@ def test_stages_one_after_the_other_then_steering_and_overlap(tmp_path, capsys):
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_a_configuration_of_hones_runs_as_it_is(tmp_path, capsys):
     """Paths start above configs/, split files are honoured, and tasks do not share an output folder."""
     hones(tmp_path / "data")

@@ -89,6 +89,7 @@ RUNS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("command", RUNS)
 def test_the_encoding_can_be_named_wherever_data_are_read(command, tmp_path, capsys):
     argv = [command, *in_latin_1(tmp_path / "mine"), *RUNS[command]]
@@ -148,6 +149,7 @@ def test_every_command_that_reads_pictures_bounds_them_alike():
     assert {name: bounds - options for name, options in commands.items() if bounds - options} == {}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "argv",
     [

@@ -83,6 +83,7 @@ def test_it_patches_counterfactual_pairs_and_resumes(folder: Path, capsys) -> No
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_was_killed_goes_on_from_its_last_batch(folder: Path, monkeypatch) -> None:
     argv = ["patch", "--batch-size", "2", "--layers", "1,2", *FAST]
     assert main([*argv, "--out", "whole"]) == 0
@@ -135,6 +136,7 @@ def own_pair() -> list[str]:
     return ["--image", "yellow.png", "--prompt", pair.clean.question, "--answer", "yellow", "--layers", "0"]
 
 
+@pytest.mark.exhaustive
 def test_two_pictures_of_ones_own_and_a_swapped_word(folder: Path) -> None:
     own = ["patch", *own_pair()]
     assert main([*own, "--corrupted-image", "red.png", "--foil", "red", "--out", "a"]) == 0
@@ -150,6 +152,7 @@ def test_two_pictures_of_ones_own_and_a_swapped_word(folder: Path) -> None:
     assert float(result.values.abs().sum()) == pytest.approx(1, abs=1e-4), "another position carries it too"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("corrupt", patch_run.CORRUPTIONS)
 def test_examples_under_each_corruption(corrupt: str, folder: Path) -> None:
     argv = ["patch", "--corrupt", corrupt, "--layers", "0", "--what", "resid_pre", "--out", "run", *FAST]
@@ -188,6 +191,7 @@ def test_plan_counts_and_times_and_does_nothing(folder: Path, capsys) -> None:
     assert not list(folder.iterdir())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2.5-vl"])
 def test_the_users_question_is_asked_in_the_form_of_the_task(name: str, folder: Path, capsys) -> None:
     """As Hugging Face's own model answers the task's prompt; `--raw-prompt` asks the text alone."""
@@ -211,6 +215,7 @@ def test_the_users_question_is_asked_in_the_form_of_the_task(name: str, folder: 
     assert (folder / "a" / "patch.json").read_bytes() == (folder / "c" / "patch.json").read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_where_the_clean_run_does_not_prefer_the_answer_nothing_is_concluded(folder: Path, capsys) -> None:
     own = ["patch", *own_pair(), "--corrupted-image", "red.png", "--out", "run"]
     own[own.index("--answer") + 1] = "blue"
@@ -231,7 +236,7 @@ def test_where_the_clean_run_does_not_prefer_the_answer_nothing_is_concluded(fol
     assert (folder / "run" / "patch.json").exists(), "what was forced stays"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_unpatched_runs_are_not_run_again(folder: Path, monkeypatch) -> None:
     """Killed before each batch of pairs in turn, and before each answer that is generated."""
     counts, kills = Counter[str](), Counter[str]()

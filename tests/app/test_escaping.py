@@ -67,6 +67,7 @@ class Read(HTMLParser):
         self.texts.append(data)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SHOWN)
 def test_tokens_and_names_are_shown_as_they_are(name: str, tmp_path: Path) -> None:
     figure = hostile_figures.settled(name)

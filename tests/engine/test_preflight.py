@@ -156,6 +156,7 @@ def test_evaluate_leaves_faulty_examples_out(tmp_path, model):
     assert hl.Evaluation.load(tmp_path / "e.json").left_out == found.left_out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("command", ["localize", "evaluate", "mask", "patch"])
 def test_commands_find_faults_before_they_compute(command, tmp_path, capsys):
     written = damaged(tmp_path / "data", "truncated", range(40))

@@ -58,6 +58,7 @@ class Killed(BaseException):
     """As a signal would end it."""
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stopped_stage_goes_on_to_the_same_bits(stage, tmp_path, monkeypatch):
     run = stages(fresh_pair()[1])[stage]

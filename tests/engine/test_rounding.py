@@ -23,6 +23,7 @@ def narrow(dtype: torch.dtype) -> HookedVLM:
     return HookedVLM.from_hf(copy.deepcopy(pair()[0]).to(dtype), pair()[1].processor)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("task_name", ["vqa", "caption", "retrieval"])
 def test_it_is_twice_the_mean_distance_from_hugging_face_in_float32(task_name: str) -> None:
     model, task, examples = narrow(torch.bfloat16), load_task(task_name), list(examples_of(task_name))

@@ -178,6 +178,7 @@ def test_lasting_hooks_are_kept() -> None:
     assert tally.forked == 0 and tally.full == 9
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["ocr", "retrieval"])
 def test_how_rows_are_put_together_does_not_matter(name: str) -> None:
     _, model = pair("qwen")
@@ -190,6 +191,7 @@ def test_how_rows_are_put_together_does_not_matter(name: str) -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.exhaustive
 def test_a_pass_that_runs_out_of_memory_is_run_again_with_half_the_rows(monkeypatch) -> None:
     _, model = pair()
     task, examples = load_task("ocr"), examples_of("ocr")

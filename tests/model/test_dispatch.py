@@ -64,6 +64,7 @@ def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[HookedVLM, H
     return plain, placed, FAMILIES[family].mixed_batch(plain)
 
 
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_passes_hooks_caches_and_answers_are_the_same_bits(models: tuple[HookedVLM, HookedVLM, Any]) -> None:
     plain, placed, inputs = models
@@ -157,7 +158,7 @@ def test_edits_that_would_be_lost_are_refused(models: tuple[HookedVLM, HookedVLM
         placed(models[2])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2.5-vl"])
 def test_stages_on_a_model_that_is_half_on_disk_give_the_same_numbers(name: str) -> None:
     plain = HookedVLM.from_pretrained(name)

@@ -31,6 +31,7 @@ def test_no_two_tokens_of_a_vocabulary_look_alike(family: str) -> None:
     assert len(shown) == len(names) == len(tokenizer)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.network
 @FAMILIES
 def test_names_are_what_the_tokenizer_decodes_behind_a_letter(family: str) -> None:

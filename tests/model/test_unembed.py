@@ -96,7 +96,7 @@ def test_weights_that_rest_elsewhere_give_the_same_logits(tmp_path: Path) -> Non
         assert expected.dtype == torch.float32 and torch.equal(placed(inputs), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2.5-vl"])
 def test_candidates_of_a_ranking_do_not_tie_in_bfloat16(name: str) -> None:
     model = HookedVLM.from_pretrained(name, "cpu", "bfloat16")

@@ -31,6 +31,7 @@ def scale_of(figure):
     return bar
 
 
+@pytest.mark.exhaustive
 @FAMILIES
 @pytest.mark.parametrize("image", [0, 1])
 def test_patching_by_position_lies_on_the_patches(made, image: int) -> None:

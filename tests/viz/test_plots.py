@@ -187,6 +187,7 @@ def test_nothing_is_clipped_at_the_figure_s_edges(name):
     assert box.y1 <= figure.get_figheight() + 0.01
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_show_in_jupyter_save_and_leave_nothing_behind(name, tmp_path):
     figure = FIGURES[name]()

@@ -206,6 +206,7 @@ def test_the_script_is_the_installed_one_and_asks_for_nothing(monkeypatch, tmp_p
     assert view._repr_html_() == view.html and len(repr(view)) < 60
 
 
+@pytest.mark.exhaustive
 def test_views_save_as_pages_and_pictures_and_nothing_else(bundle, tmp_path: Path) -> None:
     folded = hostile()
     values = torch.linspace(-1, 1, folded.cells.inputs.input_ids.shape[1])
@@ -256,6 +257,7 @@ def test_a_dark_page_has_dark_views_whose_text_stands_out(tmp_path: Path) -> Non
                 )
 
 
+@pytest.mark.exhaustive
 @needs_circuitsvis
 @pytest.mark.browser
 def test_a_browser_without_network_draws_tokens_as_they_are(tmp_path: Path) -> None:

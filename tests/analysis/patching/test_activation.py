@@ -174,6 +174,7 @@ def test_by_position_labels_tokens_and_equals_a_mask_of_one(made: ModuleType) ->
 # -- the task's own metric ---------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["vqa", "ocr"])
 def test_the_task_metric_is_that_of_answers_generated_one_by_one(name: str) -> None:
     """OCR's two words often begin alike; what they share is no part of the prompt here."""

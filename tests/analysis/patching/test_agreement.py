@@ -66,6 +66,7 @@ def test_ties_share_their_rank() -> None:
     assert tied.spearman().value == pytest.approx(expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 @pytest.mark.parametrize("what", ["z", "neurons", "k"])
 def test_both_sides_are_of_the_same_components(made: ModuleType, what: str) -> None:

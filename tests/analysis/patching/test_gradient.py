@@ -113,6 +113,7 @@ def test_on_a_linear_model_it_is_the_measured_effect(made: ModuleType, what: str
             close(found[:, layer, some], measured(model, pairs, what, direction, layer, some))
 
 
+@pytest.mark.exhaustive
 @EITHER_WAY
 @pytest.mark.parametrize("what", ["q", "k", "pattern"])
 def test_where_only_the_softmax_bends_the_recomputed_one_is_exact(
@@ -207,6 +208,7 @@ def test_pairs_that_differ_behind_the_vision_tower() -> None:
         estimate(model, blurred, "vision_z")
 
 
+@pytest.mark.exhaustive
 @FAMILIES
 @pytest.mark.parametrize("what", ["z", "resid_pre", "k"])
 def test_integrated_gradients_add_up_to_the_measured_change_of_a_layer(made: ModuleType, what: str) -> None:

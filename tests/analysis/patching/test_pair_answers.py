@@ -89,6 +89,7 @@ def test_half_of_the_pairs_are_not_enough() -> None:
     assert told(1, -1).problem and not told(1, 1, -1).problem
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_patching_notes_the_share_and_warns(model: hl.HookedVLM, kind: str) -> None:
     """That no warning comes where all is right is pytest's doing: there a warning is an error."""

@@ -118,6 +118,7 @@ def in_three_runs(
     return effect(model, pairs, "noise", got)
 
 
+@pytest.mark.exhaustive
 @FAMILIES
 @THROUGH
 def test_receivers_get_what_the_procedure_in_three_runs_gives_them(

@@ -56,6 +56,7 @@ def test_it_listens_on_this_computer_alone() -> None:
         open_listener(65_536)
 
 
+@pytest.mark.exhaustive
 def test_without_the_token_there_is_nothing_to_see(address: str) -> None:
     page, _, token = address.partition("?access_token=")
     assert len(token) >= 20

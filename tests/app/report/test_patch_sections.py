@@ -168,6 +168,7 @@ def test_of_many_layers_some_and_of_heads_the_strongest_lie_on_the_picture() -> 
     assert "8 of 32 components are drawn" in figure.heading.note
 
 
+@pytest.mark.exhaustive
 def test_large_maps_are_pictures_and_too_many_panels_the_strongest(tmp_path) -> None:
     labels = {"position": tuple(f"{i} t" for i in range(600))}
     large = result(("layer", "position"), (32, 600), labels=labels)

@@ -49,6 +49,7 @@ def ends(cell: str) -> list[float]:
     return [value(end) for end in cell.strip("[]").split(",")]
 
 
+@pytest.mark.exhaustive
 def test_sections_stand_in_the_order_of_the_method(pages):
     links = [v for tag, name, v in pages[0].attributes if (tag, name) == ("a", "href")]
     wanted = ["heads", "neurons", "masking", "kinds", "rankings", "steering", "lens", "settings"]
@@ -176,6 +177,7 @@ def test_side_effects_in_the_table_are_the_results(pages):
     assert "retrieval NDCG@5 0.700 [0.650, 0.750] (n = 12)" in pages[1].text
 
 
+@pytest.mark.exhaustive
 def test_lens_tables_show_tokens_as_they_are(pages, tmp_path):
     rows = pages[0].table("layer", "falls when masked", "rises when masked")
     assert rows == [

@@ -115,7 +115,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_checkpoint_that_is_changed_in_place_is_refused_by_its_part(
     checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -125,7 +125,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 SHARED = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("mask", "demo")]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [*(name for name in SMALL if name not in ("mask", "demo")), *SHARED])
 def test_no_changed_option_gives_the_numbers_of_a_finished_folder(name: str) -> None:
     start = [name, *SMALL[name], "--out", "run"]

@@ -11,6 +11,7 @@ from hones_lens.app.cli import main
 from hones_lens.engine.sweep import Sweep
 
 
+@pytest.mark.exhaustive
 def test_a_stopped_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     few = ["evaluate", "--task", "vqa", "--limit", "34", "--json", str(tmp_path / "result.json")]
     assert main(few) == 0  # in two batches

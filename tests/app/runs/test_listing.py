@@ -96,6 +96,7 @@ def quietly(watched: Watched) -> dict[str, Any]:
     return {"batch_size": 2, "progress": False, "journal": watched}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stage", [masked, raced, pytest.param(steered, marks=pytest.mark.slow)])
 def test_the_share_done_rises_to_the_whole(stage: Callable[[Watched], None], tmp_path: Path) -> None:
     watched = Watched(make(tmp_path), "masking")

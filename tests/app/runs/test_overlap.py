@@ -56,6 +56,7 @@ def test_groups_masked_and_lenses_in_a_folder(runs, tmp_path, capsys) -> None:
     assert "Neurons that tasks share" in page and "Groups masked" in page and "Logit lens" in page
 
 
+@pytest.mark.exhaustive
 def test_without_masking_nothing_is_loaded(runs, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("hones_lens.model.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
     out = tmp_path / "plain"

@@ -141,6 +141,7 @@ def test_a_patching_is_planned_without_weights(capsys, tmp_path):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "what", "metric", "most"),
     [

@@ -66,6 +66,7 @@ def test_stages_are_those_run_by_themselves(made):
     assert GroupMasking.load(folder / "across" / "groups.json") == found.groups
 
 
+@pytest.mark.exhaustive
 def test_tables_say_n_and_intervals(made):
     folder, found = made
     said = (folder / "tables.md").read_text(encoding="utf-8")

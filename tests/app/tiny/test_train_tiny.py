@@ -56,6 +56,7 @@ def test_another_recipe_is_refused(tmp_path):
         train(tiny_llava, tmp_path, Recipe(steps=2, naming_steps=0, batch=1))
 
 
+@pytest.mark.exhaustive
 def test_pictures_have_one_size_at_first(tmp_path, monkeypatch):
     drawn, draw = [], tiny_data.training_scenes
 
@@ -214,6 +215,7 @@ def test_the_third_part_dwells_on_shapes():
     assert 0.5 < other_shape / false < 0.75
 
 
+@pytest.mark.exhaustive
 def test_all_three_parts_train(tmp_path):
     train(tiny_qwen, tmp_path, Recipe(steps=1, naming_steps=1, shape_steps=1, batch=1, warmup=1))
     steps = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

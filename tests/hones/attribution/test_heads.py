@@ -222,6 +222,7 @@ def test_significant_heads_are_the_planted_ones() -> None:
         significant_heads(heads)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["vqa", "caption"])
 def test_intervals_are_bootstrapped_from_each_example_once_more(name: str) -> None:
     """The metric of resampled examples, worked out anew from what the models said under the head's change."""

@@ -26,6 +26,7 @@ def localized() -> HeadScores:
     return localize_heads(pair()[1], "vqa", parts("vqa")[0], top_k=3, progress=False)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "family"), [("vqa", "qwen"), ("caption", "llava")])
 def test_drops_are_those_of_a_localization_on_the_held_out_examples(name: str, family: str) -> None:
     model = pair(family)[1]
@@ -48,6 +49,7 @@ def test_drops_are_those_of_a_localization_on_the_held_out_examples(name: str, f
         assert mean == pytest.approx(np.mean([float(there.scores[cell]) for cell in some]), abs=1e-12)
 
 
+@pytest.mark.exhaustive
 def test_verdicts_come_from_both_sides() -> None:
     """A head is significant where it was selected, and holds on the others, each by its own p-values."""
     model = pair()[1]
@@ -119,6 +121,7 @@ def test_heads_of_a_race_are_measured_again_without_a_verdict_on_all_heads() -> 
     assert [h.drop for h in found.heads] == [h.drop for h in exact.heads]
 
 
+@pytest.mark.exhaustive
 def test_heads_are_replaced_where_they_were_when_they_were_selected() -> None:
     model = pair()[1]
     discovery, test = parts("ocr")

@@ -31,6 +31,7 @@ def places(found: HeadScores) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in found.measured.nonzero().tolist()]
 
 
+@pytest.mark.exhaustive
 @FAMILIES
 @pytest.mark.parametrize(
     ("limits", "wanted"),
@@ -80,6 +81,7 @@ def test_tests_count_only_what_was_asked_for(family: str, tmp_path: Any) -> None
     assert again.chosen == some.chosen and torch.equal(again.asked, some.asked)
 
 
+@pytest.mark.exhaustive
 @FAMILIES
 @pytest.mark.parametrize("how", ["prefilter", "racing"])
 def test_shortcuts_stay_within_the_limits(family: str, how: str) -> None:

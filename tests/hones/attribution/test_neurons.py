@@ -204,6 +204,7 @@ def test_nothing_below_a_replaced_head_runs_again() -> None:
     assert runs == [1] * (N_LAYERS - 2) + [1 + 1 + 1, 1 + 1 + 2]
 
 
+@pytest.mark.exhaustive
 def test_more_heads_take_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = random_llava.make_config(text={"intermediate_size": 4096})
     _, model = random_llava.make_pair(config, seed=3)

@@ -217,6 +217,7 @@ class Killed(BaseException):
     """As a signal would end it."""
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kept_in", ["a file", "a dictionary"])
 @pytest.mark.parametrize("patience", [None, 1])
 def test_a_killed_comparison_takes_at_most_one_step_again(kept_in, patience, tmp_path, monkeypatch) -> None:

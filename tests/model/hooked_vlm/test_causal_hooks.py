@@ -63,6 +63,7 @@ def test_gradients_pass_through_every_hook(pair: Pair) -> None:
     assert not blocked
 
 
+@pytest.mark.exhaustive
 def test_identity_hooks_change_nothing(pair: Pair) -> None:
     model, inputs = pair.model, pair.inputs
     with torch.no_grad():

@@ -8,6 +8,7 @@ from helpers import true_vocabularies
 pytestmark = [pytest.mark.network]
 
 
+@pytest.mark.exhaustive
 def test_llamas_tokenizer_does_and_qwens_does_not() -> None:
     for (_, model), expected in ((true_vocabularies.llava(), True), (true_vocabularies.qwen(), False)):
         assert model.cfg.default_prepend_bos is model.cfg.tokenizer_prepends_bos is expected

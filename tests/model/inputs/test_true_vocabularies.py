@@ -123,6 +123,7 @@ def pictures_in_text() -> Any:
         yield
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("n_images", range(4))
 def test_prompts_have_the_ids_of_hugging_faces_processor(
     case: Case, n_images: int, pictures_in_text: None
