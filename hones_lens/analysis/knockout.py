@@ -31,18 +31,22 @@ from hones_lens.analysis.patching.pairs import (
 )
 from hones_lens.data import Example
 from hones_lens.engine import (
+    MOST_COMPARED,
+    Outcome,
     Sweep,
     SweepKeywords,
     SweepOptions,
     answer_batches,
     as_task,
     check_examples,
+    dtype_name,
     logits_under,
     prompt_batches,
+    type_noise,
 )
 from hones_lens.interventions import Group, Hook, block_attention, group_name, token_mask
-from hones_lens.model import HookedVLM, VLMInputs, takes_iterables
-from hones_lens.results import Labelled, bootstrap_ends, bootstrap_interval, mean_over_pairs
+from hones_lens.model import HookedVLM, VLMInputs, in_float32, takes_iterables
+from hones_lens.results import Labelled, Noise, bootstrap_ends, bootstrap_interval, mean_over_pairs
 from hones_lens.tasks import Task
 
 Edge = tuple[Group, Group]  # source (keys), target (queries)
@@ -98,9 +102,14 @@ class _Plan:
         ]
 
     def result(
-        self, description: str, statistics: Mapping[str, Any], n: int, notes: Sequence[str]
+        self,
+        description: str,
+        statistics: Mapping[str, Any],
+        n: int,
+        notes: Sequence[str],
+        noise: Noise | None,
     ) -> Labelled:
-        """The result, from values (and interval ends) by arm."""
+        """The result, from values (and interval ends) by arm, and the noise of the model's type."""
         shape = (len(self.windows), len(self.edges))
         fields: dict[str, Any] = {
             name: torch.as_tensor(statistics[name]).reshape(shape) for name in statistics if name != "n"
@@ -120,10 +129,8 @@ class _Plan:
             for name, count in self.spared.items()
             if count
         ]
-        labels = {"edge": tuple(self.edges)}
-        return Labelled(
-            description, axes=("layer", "edge"), labels=labels, n=n, notes=tuple(all_notes), **fields
-        )
+        fields |= {"labels": {"edge": tuple(self.edges)}, "notes": tuple(all_notes), "noise": noise}
+        return Labelled(description, axes=("layer", "edge"), n=n, **fields)
 
 
 @takes_iterables
@@ -165,7 +172,8 @@ def attention_knockout(
         options, sweep: How it runs: `batch_size`, `progress`, `memory_budget`, `tally` of `SweepOptions`.
 
     Returns:
-        Labelled: layer (centre of the window), edge.
+        Labelled: layer (centre of the window), edge. For a model in bfloat16 or float16, what is smaller than
+        the noise of its type, of at most 64 rows with nothing cut, is marked.
 
     Raises:
         ValueError: No edges, two of one name, one that cuts nothing, a window below 1, an unknown metric,
@@ -179,6 +187,7 @@ def attention_knockout(
         return _task_metric_changes(model, examples, plan, options, (draws, level, seed))
     measure = log_prob if metric == "probability" else as_metric(metric)
     before, after = _metric_values(model, data, known_task, plan, measure, options)
+    noise = _noise(model, data, known_task, before, measure, options, relative=metric == "probability")
     if metric == "probability":
         description = "relative change of the right answer's probability when the target can't see the source"
         before, after = before.exp(), after.exp()
@@ -187,7 +196,40 @@ def attention_knockout(
         description = f"change of {metric_name(metric)} when the target can't see the source"
         statistics = mean_over_pairs(after - before[:, None], draws, level, seed)
     base = f"mean {metric_name(metric)} with nothing cut: {float(before.mean()):.4g}"
-    return plan.result(description, statistics, len(before), (base,))
+    return plan.result(description, statistics, len(before), (base,), noise)
+
+
+def _noise(
+    model: HookedVLM,
+    data: PatchPairs | VLMInputs | Sequence[Example],
+    task: Task | None,
+    before: Float[Tensor, " row"],
+    metric: Metric,
+    options: SweepOptions,
+    *,
+    relative: bool,
+) -> Noise | None:
+    """Twice the mean distance of rows with nothing cut from float32 (see `Noise`).
+
+    Args:
+        model, data, task, metric, options: As they were measured.
+        before: What was.
+        relative: These are log-probabilities, and what is reported is relative to their mean probability.
+
+    Returns:
+        None for float32 and wider types, whose noise no table shows.
+    """
+    if model.cfg.dtype.itemsize > 2:
+        return None
+    first = model.as_inputs(data) if isinstance(data, VLMInputs) else data
+    first = first[:MOST_COMPARED] if len(first) > MOST_COMPARED else first
+    own = SweepOptions(options.batch_size, progress=False, memory_budget=options.memory_budget)
+    wide, _ = _metric_values(in_float32(model), first, task, _Plan({}, []), metric, own)
+    narrow, unit = before[: len(wide)], 1.0
+    if relative:
+        wide, narrow, unit = wide.exp(), narrow.exp(), float(before.exp().mean())
+    distance = float((wide - narrow).abs().mean())
+    return Noise(2 * distance / unit, None, len(wide), dtype_name(model))
 
 
 def _metric_values(
@@ -347,7 +389,9 @@ def _task_metric_changes(
     description = f"change of {task.metric_name} when the target can't see the source"
     base = f"{task.metric_name} with nothing cut: {metric[0]:.4g}"
     new = "New tokens are in the groups that the prompt's last token is in."
-    return plan.result(description, fields, len(examples), (base, new))
+    outcome = Outcome(statistics=list(clean))
+    noise = type_noise(model, task, examples, outcome, None, options, label="knockout")
+    return plan.result(description, fields, len(examples), (base, new), noise)
 
 
 def _relative_change(

@@ -62,3 +62,30 @@ def test_heads_and_steering() -> None:
         if heads.top():
             found.append(remeasure_heads(of, "vqa", examples[1], heads, draws=0, **QUIET).noise)
         assert [noise is not None and noise.dtype == "bfloat16" for noise in found] == [known] * len(found)
+
+
+@pytest.mark.exhaustive
+def test_knockout() -> None:
+    """Of probabilities of whole answers, each given alone; of a patching metric; of the task's own."""
+    examples = hl.load_examples("shapes", "vqa", "test", limit=6)
+    narrow, wide = model(torch.bfloat16), model(torch.float32)
+    prompts = [hl.load_task("vqa").target_prompt(e) for e in examples]
+    answers = [hl.load_task("vqa").answer(e) for e in examples]
+
+    def log_probs(of: hl.HookedVLM) -> torch.Tensor:
+        own = [of.prepare([e.image], [p], [a]) for e, p, a in zip(examples, prompts, answers, strict=True)]
+        with torch.no_grad():
+            return torch.cat([of.log_probs(inputs) for inputs in own]).double()
+
+    def noise(of: hl.HookedVLM, metric: str) -> Any:
+        how: dict[str, Any] = {"task": "vqa", "metric": metric, "window": 2, "progress": False}
+        return hl.attention_knockout(of, examples, [("image", "last")], batch_size=1, **how).noise
+
+    distance = (log_probs(narrow) - log_probs(wide)).abs().mean()
+    of_log_prob, relative = noise(narrow, "log_prob"), noise(narrow, "probability")
+    assert of_log_prob.metric == pytest.approx(2 * float(distance), rel=0.1) and of_log_prob.n == 6
+    p, q = log_probs(narrow).exp(), log_probs(wide).exp()
+    expected = 2 * float((p - q).abs().mean() / p.mean())
+    assert relative.metric == pytest.approx(expected, rel=0.1) and relative.dtype == "bfloat16"
+    assert noise(narrow, "task").n == 6
+    assert noise(wide, "probability") is None and noise(wide, "task") is None
