@@ -215,8 +215,9 @@ def true_counts(kind: str, folder: Path) -> Iterator[Usage]:
     yield run("rankings", folder, _rank, model, data, layers)
     files = ["--dataset", "own", "--data-file", str(data / "own.jsonl"), "--image-dir", str(data)]
     patching = ["--split", "all", "--limit", "1", "--corrupt", "blank", "--what", "z", "--force"]
-    patching += ["--layers", str(LAYERS[kind][1]), "--out", str(folder / "patch")]
-    yield hones("patching of a layer's heads", folder, "patch", *base, *files, *patching)
+    top = LAYERS[kind][1]
+    patching += ["--heads", f"L{top}H0,L{top}H1,L{top}H2", "--out", str(folder / "patch")]
+    yield hones("patching of three heads", folder, "patch", *base, *files, *patching)
     pages = [str(out), str(folder / "patch"), "--out", str(folder / "report.html")]
     yield hones("report", folder, "report", *pages)
     page = ["--image", str(data / "a.png"), "--prompt", QUESTION, "--run", str(out)]

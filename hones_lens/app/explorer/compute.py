@@ -98,33 +98,36 @@ def run_with_edits(
     model: HookedVLM, answered: AnsweredPrompt, edits: tuple[Edit, ...], token: int
 ) -> Activations:
     """Run the sequence under the edits; `token` is the query position of `pattern`."""
-    recorded: dict[str, list[Tensor]] = {}
+    recorded: dict[str, Tensor] = {}
+    n_layers = model.cfg.n_layers
 
-    def recorder(name: str, index: Any = slice(None)) -> Any:
+    def recorder(name: str, index: Any = slice(None), row: int = 0, n_rows: int = n_layers) -> Any:
         def record(x: Tensor, hook: HookPoint) -> None:
-            recorded.setdefault(name, []).append(x.detach()[0][index].clone())
+            values = x.detach()[0][index]
+            if name not in recorded:  # one array for all layers: those of the neurons are gigabytes
+                recorded[name] = values.new_empty(n_rows, *values.shape)
+            recorded[name][row] = values
 
         return record
 
-    recorders: list[Hook] = [("blocks.0.hook_resid_pre", recorder("resid"))]
-    for layer in range(model.cfg.n_layers):
+    recorders: list[Hook] = [("blocks.0.hook_resid_pre", recorder("resid", row=0, n_rows=n_layers + 1))]
+    for layer in range(n_layers):
         block = f"blocks.{layer}"
         recorders += [
-            (f"{block}.attn.hook_pattern", recorder("pattern", (slice(None), token))),
-            (f"{block}.attn.hook_z", recorder("z")),
-            (f"{block}.ln2.hook_scale", recorder("scale", (slice(None), 0))),
-            (f"{block}.mlp.hook_pre", recorder("gate", token)),
-            (f"{block}.mlp.hook_pre_linear", recorder("linear", token)),
-            (f"{block}.mlp.hook_post", recorder("post")),
-            (f"{block}.hook_resid_post", recorder("resid")),
+            (f"{block}.attn.hook_pattern", recorder("pattern", (slice(None), token), layer)),
+            (f"{block}.attn.hook_z", recorder("z", row=layer)),
+            (f"{block}.ln2.hook_scale", recorder("scale", (slice(None), 0), layer)),
+            (f"{block}.mlp.hook_pre", recorder("gate", token, layer)),
+            (f"{block}.mlp.hook_pre_linear", recorder("linear", token, layer)),
+            (f"{block}.mlp.hook_post", recorder("post", row=layer)),
+            (f"{block}.hook_resid_post", recorder("resid", row=layer + 1, n_rows=n_layers + 1)),
         ]
     hooks: Any = [
         *(edit.hook for edit in edits),
         *recorders,
     ]  # recorders come last, so they see edited values
     logits = model.run_with_hooks(answered.sequence, fwd_hooks=hooks, logits_to_keep=len(answered.answer))
-    stacked = {name: torch.stack(tensors) for name, tensors in recorded.items()}
-    return Activations(log_probs=logits[0].float().log_softmax(-1), **stacked)
+    return Activations(log_probs=logits[0].float().log_softmax(-1), **recorded)
 
 
 # -- reading vectors as tokens ---------------------------------------------------------------------
