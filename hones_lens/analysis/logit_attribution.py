@@ -18,7 +18,9 @@ from hones_lens.model import (
     bare_text_ids,
     leading_blanks,
     require_choice,
+    scale_hook,
     token_names,
+    weighted,
 )
 from hones_lens.results import Labelled, mean_over_pairs
 
@@ -154,18 +156,20 @@ class _Attribution:
         reads = self._readers()
 
         def keep(x: Tensor, hook: Any) -> None:
-            if hook.name == "ln_final.hook_scale":
-                kept["scale"] = x[:, columns].float()
-            else:
-                kept[hook.name] = reads[hook.name](x[:, columns].float(), direction)
+            read = reads.get(hook.name)
+            kept[hook.name] = (
+                x[:, columns].float() if read is None else read(x[:, columns].float(), direction)
+            )
 
-        watch: list[Hook] = [(name, keep) for name in ("ln_final.hook_scale", *reads)]
+        post_scales = self._post_scales()
+        watch: list[Hook] = [(name, keep) for name in ("ln_final.hook_scale", *reads, *post_scales.values())]
         with self.model.hooks(fwd_hooks=[*hooks, *watch]):
             logits = self.model(inputs, logits_to_keep=columns).float()
+        for name, scale_name in post_scales.items():
+            kept[name] = kept[name] / kept[scale_name]
         contributions = torch.stack([kept[name] for name in reads], dim=2)  # [row column part …]
-        contributions = contributions / kept["scale"].view(
-            *kept["scale"].shape, *[1] * (contributions.ndim - 3)
-        )
+        scale = kept["ln_final.hook_scale"]
+        contributions = contributions / scale.view(*scale.shape, *[1] * (contributions.ndim - 3))
         if self.by == "layer":
             contributions = torch.cat(
                 (contributions[:, :, :1], contributions[:, :, 1:].unflatten(2, (-1, 2)).sum(3)), dim=2
@@ -189,20 +193,31 @@ class _Attribution:
         writes = [f"blocks.{layer}.hook_{part}_out" for layer in layers for part in ("attn", "mlp")]
         return dict.fromkeys(["hook_embed", *writes], _along_direction)
 
+    def _post_scales(self) -> dict[str, str]:
+        """For what is read before a norm of what the heads or the neurons write: the hook of its scale."""
+        layers = range(self.model.cfg.n_layers)
+        if self.by not in ("head", "neuron"):
+            return {}
+        read, part = ("attn.hook_z", "attn") if self.by == "head" else ("mlp.hook_post", "mlp")
+        found = {f"blocks.{i}.{read}": scale_hook(self.model.blocks[i], i, part) for i in layers}
+        return {name: scale for name, scale in found.items() if scale is not None}
+
     def _heads(self, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-        w_o = self.model.blocks[layer].attn.W_O
+        block = self.model.blocks[layer]
+        w_o = block.attn.W_O
 
         def read(z: Float[Tensor, "row column head d_head"], direction: Tensor) -> Tensor:
-            along = torch.einsum("hdm,rm->rhd", w_o.float(), direction)
+            along = torch.einsum("hdm,rm->rhd", w_o.float(), weighted(block, "attn", direction))
             return torch.einsum("rchd,rhd->rch", z, along)
 
         return read
 
     def _neurons(self, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-        w_out = self.model.blocks[layer].mlp.W_out
+        block = self.model.blocks[layer]
+        w_out = block.mlp.W_out
 
         def read(neurons: Float[Tensor, "row column d_mlp"], direction: Tensor) -> Tensor:
-            return neurons * (direction @ w_out.float().T)[:, None]
+            return neurons * (weighted(block, "mlp", direction) @ w_out.float().T)[:, None]
 
         return read
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hones_lens.model import HookedVLM, takes_iterables
+from hones_lens.model import HookedVLM, takes_iterables, weighted
 
 _NEURONS_AT_ONCE = 256  # neurons whose logits are in memory at the same time
 
@@ -56,7 +56,8 @@ def promoted_tokens(
     """The k tokens that each neuron promotes most: `vocabulary_logits` of `sign(m_i) W_out[i]`.
 
     A neuron writes its activation times its output row, so a neuron with a negative activation promotes the
-    tokens that its row suppresses.
+    tokens that its row suppresses. Where a norm is behind the MLP, the row is that times the norm's weight:
+    what the neuron adds, but for the scale.
 
     Args:
         model: The model.
@@ -66,7 +67,10 @@ def promoted_tokens(
         k: Number of tokens per neuron.
         largest: False for the tokens that each neuron suppresses most.
     """
-    rows = torch.stack([model.blocks[layer].mlp.W_out[index] for layer, index in neurons])
+    blocks = model.blocks
+    rows = torch.stack(
+        [weighted(blocks[layer], "mlp", blocks[layer].mlp.W_out[index]) for layer, index in neurons]
+    )
     signs = torch.where(activations < 0, -1.0, 1.0).to(rows.device)
     written = signs[:, None] * rows.float()
     top_tokens = [

@@ -27,11 +27,13 @@ class ForkPoint(IntEnum):
 # By the lowest hook that a fork has there; elsewhere it starts from the block.
 _FORK_POINTS = {
     "attn.hook_z": ForkPoint.Z,
+    "ln1_post": ForkPoint.Z,
     "hook_attn_out": ForkPoint.MID,
     "hook_resid_mid": ForkPoint.MID,
     "ln2": ForkPoint.MID,
     "mlp": ForkPoint.MID,
     "mlp.hook_post": ForkPoint.POST,
+    "ln2_post": ForkPoint.POST,
     "hook_mlp_out": ForkPoint.POST,
     "hook_resid_post": ForkPoint.POST,
 }

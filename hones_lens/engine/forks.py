@@ -28,7 +28,7 @@ class LayerStep:
     Attributes:
         layer: Its index.
         before, mid, after: The stream, [row pos d_model].
-        attn_out: What the heads write, [row pos d_model].
+        attn_out: What attention adds, [row pos d_model].
         z: Output of the heads, [row pos head d_head].
         scale: Of the norm in front of the neurons, [row pos 1].
         gate, up, neurons: Inputs of the neurons, and the neurons, [row pos d_mlp].
@@ -177,14 +177,17 @@ def _is_above_attention(top: int, name: str) -> bool:
 def _has_shortcut(model: HookedVLM, arm: Arm) -> bool:
     """Whether the difference alone that an arm makes in its lowest block gives what leaves it.
 
-    Not so for heads where the neurons read another norm than RMSNorm, or have biases.
+    Not so for heads where the neurons read another norm than RMSNorm, or have biases; nor where a norm comes
+    behind what heads or neurons write.
     """
     edit = arm.shortcut
     if edit is None or arm.start is None:
         return False
-    if not isinstance(edit, HeadEdit):
-        return True
     block = model.blocks[arm.start[0]]
+    if not isinstance(edit, HeadEdit):
+        return block.ln2_post is None
+    if block.ln1_post is not None:
+        return False
     gated = isinstance(block.mlp, GatedMLP) and bias_or_none(block.mlp.gate) is None
     return gated and isinstance(block.ln2, RMSNorm)
 
@@ -204,10 +207,13 @@ def _block_output(
     if place == ForkPoint.BLOCK:
         return block(_repeat(step.before, times), context)
     if place == ForkPoint.POST:
-        return block.after_mlp(_repeat(step.mid, times), block.mlp.write(_repeat(step.neurons, times)))
-    wrote = step.attn_out
-    wrote = block.attn.write(_repeat(step.z, times)) if place == ForkPoint.Z else _repeat(wrote, times)
-    return block.after_attention(_repeat(step.before, times), wrote)
+        added = block.mlp_out(block.mlp.write(_repeat(step.neurons, times)))
+        return block.after_mlp(_repeat(step.mid, times), added)
+    if place == ForkPoint.Z:
+        added = block.attn_out(block.attn.write(_repeat(step.z, times)))
+    else:
+        added = _repeat(step.attn_out, times)
+    return block.after_attention(_repeat(step.before, times), added)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
@@ -240,7 +246,7 @@ def _output_with_changed_heads(model: HookedVLM, step: LayerStep, edits: Sequenc
     scale = (mid_float32.pow(2).mean(-1, keepdim=True) + block.ln2.eps).sqrt().to(mid.dtype)
     gu = torch.baddbmm(shared["gu"].expand(len(edits), -1, -1), dz, shared["into"][heads])
     gate, up = gu.div_(scale).chunk(2, dim=-1)
-    after = mid + block.mlp.down(block.mlp.act(gate) * up)
+    after = mid + block.mlp_out(block.mlp.down(block.mlp.act(gate) * up))
     return after.view(len(edits) * len(step.mid), -1, d_model)
 
 

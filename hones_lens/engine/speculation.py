@@ -316,7 +316,7 @@ class Answers:
         token = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
         parts = [(len(same), same[0].arm.hooks) for same in _by_arm(rows)]
         with model.hooks(fwd_hooks=stack_hooks(parts)):
-            resid = model.hook_embed(model.hook_text_embed(model.embed(token)))
+            resid = model.hook_embed(model.embed_text(token))
             resid = model.run_blocks(resid, _context(rows, slots))
             logits = model.unembed(model.ln_final(resid))[:, 0]
         for i, row in enumerate(rows):

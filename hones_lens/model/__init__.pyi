@@ -56,6 +56,13 @@ from .pictures import (
     opened_image as opened_image,
     read_image as read_image,
 )
+from .post_norms import (
+    PARTS as PARTS,
+    Part as Part,
+    post_norm as post_norm,
+    scale_hook as scale_hook,
+    weighted as weighted,
+)
 from .prompting import prompt_lengths as prompt_lengths
 from .qwen_like import QwenProcessor as QwenProcessor
 from .tiles import n_tiles as n_tiles

@@ -14,6 +14,7 @@ from transformer_lens.utilities.slice import Slice
 
 from hones_lens.model.hook_names import HookFunction
 from hones_lens.model.names import did_you_mean
+from hones_lens.model.post_norms import scale_hook, weighted
 from hones_lens.model.typed import to_list
 
 _BY_HEAD_PAIR = ("hook_attn_scores", "hook_pattern")
@@ -197,6 +198,79 @@ class VLMCache(ActivationCache):
         """As in TransformerLens, of a cache that has all components; KeyError where it lacks one."""
         self._require_embed("")
         return super().get_full_resid_decomposition(*args, **options)
+
+    # -- norms behind attention and MLP ----------------------------------------------------------
+
+    def stack_head_results(self, *args: Any, **options: Any) -> Any:
+        """As in TransformerLens: what each head adds to the stream, also where a norm is behind attention.
+
+        There it is the head's `hook_result` times that norm's weight over its scale; `hook_result` itself is
+        what the head writes before.
+
+        Raises:
+            KeyError: The norm's scale is not in the cache.
+        """
+        blocks = self.model.blocks
+        if all(scale_hook(block, layer, "attn") is None for layer, block in enumerate(blocks)):
+            return super().stack_head_results(*args, **options)
+        added = VLMCache(
+            dict(self.cache_dict), self.model, self.image_tokens, self.has_batch_dim, self.tower_entries
+        )
+        added._ensure_head_results()
+        for layer, block in enumerate(blocks):
+            if (name := scale_hook(block, layer, "attn")) is None:
+                continue
+            result = f"blocks.{layer}.attn.hook_result"
+            written, scale = added.cache_dict[result], self._post_scale(name)
+            added.cache_dict[result] = weighted(block, "attn", written) / scale[..., None].to(written)
+        return ActivationCache.stack_head_results(added, *args, **options)
+
+    def get_neuron_results(
+        self,
+        layer: int,
+        neuron_slice: Any = None,
+        pos_slice: Any = None,
+        project_output_onto: Tensor | None = None,
+    ) -> Tensor:
+        """As in TransformerLens: what each neuron adds to the stream, also where a norm is behind the MLP.
+
+        Raises:
+            KeyError: The norm's scale is not in the cache.
+        """
+        block, onto = self.model.blocks[layer], project_output_onto
+        name = scale_hook(block, layer, "mlp")
+        if name is None:
+            return super().get_neuron_results(layer, neuron_slice, pos_slice, onto)
+        pos_slice = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        onto = None if onto is None else weighted(block, "mlp", onto.movedim(0, -1)).movedim(-1, 0)
+        results = super().get_neuron_results(layer, neuron_slice, pos_slice, onto)
+        results = weighted(block, "mlp", results) if onto is None else results
+        scale = pos_slice.apply(self._post_scale(name), dim=-2).to(results)
+        return results / (scale if onto is not None and onto.ndim == 1 else scale[..., None])
+
+    def _stack_neuron_results_apply_ln_projected(
+        self,
+        layer: int,
+        pos_slice: Slice,
+        neuron_slice: Slice,
+        project_2d: Tensor,
+        mlp_input: bool = False,
+    ) -> Tensor:
+        names = [scale_hook(block, i, "mlp") for i, block in enumerate(self.model.blocks[:layer])]
+        if all(name is None for name in names):
+            return super()._stack_neuron_results_apply_ln_projected(
+                layer, pos_slice, neuron_slice, project_2d, mlp_input
+            )
+        if self._uses_ln_centering(layer):
+            raise ValueError("a norm behind the MLP together with a LayerNorm is not handled: apply_ln=False")
+        scale = self._get_cached_ln_scale(layer, mlp_input, pos_slice)
+        results = [self.get_neuron_results(i, neuron_slice, pos_slice, project_2d) for i in range(layer)]
+        return (torch.cat(results, dim=-2) / scale[..., None]).movedim(-2, 0)
+
+    def _post_scale(self, name: str) -> Tensor:
+        if (scale := self.cache_dict.get(name)) is None:
+            raise KeyError(f"{name} is not in this cache: what is written before that norm is divided by it")
+        return scale
 
     def _require_embed(self, hint: str) -> None:
         if not self.has_embed:

@@ -32,6 +32,20 @@ class HasChatFormat(HasProcessor, Protocol):
     default_chat_template: str
     image_markup: str
 
+    def image_placeholder(self) -> str | None:
+        """The token that chat templates write for an image, where it is not the image token."""
+        ...
+
+
+def placeholder_of(model: HasChatFormat) -> str:
+    """The token that stands for an image in the model's chat template.
+
+    Raises:
+        ValueError: The tokenizer has no such token, or not the image token.
+    """
+    image_token = image_token_of(model)
+    return model.image_placeholder() or image_token
+
 
 class ChatFormat:
     """A model's chat template, filled in.
@@ -52,8 +66,10 @@ class ChatFormat:
         self._tokenizer = tokenizer_of(model)
         self._template = chat_template_of(model)
         image_token = find_image_token(model)
-        self._image_markup = "" if image_token is None else model.image_markup.format(image=image_token)
-        self._markers = [t for t in self._tokenizer.get_added_vocab() if t in self._image_markup]
+        written = None if image_token is None else placeholder_of(model)
+        self._image_markup = "" if written is None else model.image_markup.format(image=written)
+        added = self._tokenizer.get_added_vocab()
+        self._markers = [token for token in added if token in self._image_markup or token == image_token]
         self._reads_parts: dict[bool, bool] = {}
         turn = self._render([self._message("user", _PROMPT, 0, self._chosen_form(with_image=False))])
         self.prefix, _, self.suffix = turn.rpartition(_PROMPT)
@@ -67,7 +83,7 @@ class ChatFormat:
         """
         self._refuse_raw(prompt)
         if n_images:
-            image_token_of(self._model)
+            placeholder_of(self._model)
         as_parts = self._chosen_form(n_images > 0)
         if n_images and not as_parts:
             warnings.warn(
@@ -149,7 +165,7 @@ class ChatFormat:
             return "prints the list"
         if _PROMPT not in text:
             return "leaves out the prompt"
-        if with_image and (n := text.count(image_token_of(self._model))) != 1:
+        if with_image and (n := text.count(placeholder_of(self._model))) != 1:
             return f"writes {n} image tokens for one image"
         return None
 

@@ -68,6 +68,7 @@ class VLMConfig:
         sliding_window: How many keys a query sees in the layers whose attention slides; None where none does.
         use_split_qkv_input: Set through `HookedVLM.set_use_split_qkv_input`.
         unembed_in_float32: Set through `HookedVLM.set_unembed_in_float32`.
+        query_scalar: Attention scores are divided by its root; None: by that of d_head.
         default_prepend_bos: Whether the tokenizer puts a beginning-of-sequence token before a text by itself.
     """
 
@@ -95,6 +96,7 @@ class VLMConfig:
     use_split_qkv_input: bool = False
     unembed_in_float32: bool = True
     default_prepend_bos: bool = False
+    query_scalar: float | None = None
 
     # What code written for TransformerLens reads besides; the same for every family.
     attention_dir: ClassVar[str] = "causal"
@@ -111,7 +113,7 @@ class VLMConfig:
     @property
     def attn_scale(self) -> float:
         """What attention scores are divided by."""
-        return self.d_head**0.5
+        return (self.query_scalar or self.d_head) ** 0.5
 
     @property
     def tokenizer_prepends_bos(self) -> bool:

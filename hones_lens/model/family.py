@@ -28,6 +28,7 @@ class Family(ABC):
         default_chat_template: Used if the checkpoint has no chat template.
         image_markup: What stands for an image in a chat template that takes only text; `{image}` is the image
             token.
+        reads_token_types: Hugging Face's model reads `token_type_ids`: which tokens are an image's.
     """
 
     family = ""
@@ -36,6 +37,7 @@ class Family(ABC):
     answer_separator = ""
     default_chat_template = ""
     image_markup = "{image}\n"
+    reads_token_types = False
 
     @classmethod
     @abstractmethod
@@ -49,6 +51,14 @@ class Family(ABC):
     @abstractmethod
     def positions(self, inputs: VLMInputs) -> Tensor:
         """Rotary positions of every token, [batch pos] or [3 batch pos]."""
+
+    def mutual_groups(self, inputs: VLMInputs) -> Tensor | None:
+        """Groups of tokens that see each other both ways, [batch pos]; −1: none. None: all are causal."""
+        return None
+
+    def image_placeholder(self) -> str | None:
+        """The token that chat templates write for an image, where it is not the image token."""
+        return None
 
     @abstractmethod
     def locate_images(self, inputs: VLMInputs) -> VLMInputs:

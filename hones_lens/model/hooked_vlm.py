@@ -26,6 +26,7 @@ from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.placed import is_placed
 from hones_lens.model.nn.unembed import Unembedding
 from hones_lens.model.padding import find_attention_mask
+from hones_lens.model.positions import require_token_types
 from hones_lens.model.saving import HFSource
 
 
@@ -60,7 +61,8 @@ class HookedVLM(HookedRoot, Family):
         self.vision_encoder = vision
         self.vision_projector = projector
         self.embed = decoder.embed
-        self.rotary = decoder.rotary
+        self.embed_scale = decoder.embed_scale
+        self.rotary, self.sliding_rotary = decoder.rotary, decoder.sliding_rotary
         self.hook_text_embed = HookPoint()  # [batch pos d_model]
         self.hook_image_embed = HookPoint()  # [image token d_model], or [image_token d_model] at many sizes
         self.hook_embed = HookPoint()  # [batch pos d_model], images merged in
@@ -168,9 +170,13 @@ class HookedVLM(HookedRoot, Family):
             ids = model_input if model_input.ndim == 2 else model_input[None]
             model_input = {"input_ids": ids}
         if isinstance(model_input, Mapping):
+            if self.reads_token_types:
+                require_token_types(model_input)
             model_input = VLMInputs.from_hf(model_input)
         assert isinstance(model_input, VLMInputs)
         inputs = model_input.to(self.cfg.device, self.cfg.dtype)
+        if not self.reads_token_types:
+            inputs = replace(inputs, token_type_ids=None)
         if inputs.mask_is_assumed:
             mask = find_attention_mask(self, inputs.input_ids)
             inputs = replace(inputs, attention_mask=mask, mask_is_assumed=False)
@@ -267,9 +273,16 @@ class HookedVLM(HookedRoot, Family):
             )
         return located, model_input
 
+    def embed_text(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Token embeddings as they enter the stream; runs `hook_text_embed`."""
+        embeds = self.embed(ids)
+        if self.embed_scale is not None:
+            embeds = embeds * torch.tensor(self.embed_scale, dtype=embeds.dtype, device=embeds.device)
+        return self.hook_text_embed(embeds)
+
     def embed_inputs(self, inputs: VLMInputs) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that enters block 0: text embedded, images encoded and merged in."""
-        embeds = self.hook_text_embed(self.embed(inputs.input_ids))
+        embeds = self.embed_text(inputs.input_ids)
         if inputs.pixel_values is None:
             self.note_skipped("vision", "the inputs have no pictures")
         else:
@@ -288,15 +301,19 @@ class HookedVLM(HookedRoot, Family):
     ) -> AttentionContext:
         """Rotations and masks for the last `n_queries` positions of these inputs (default: for all)."""
         n_queries = inputs.input_ids.shape[1] if n_queries is None else n_queries
-        context = self.rotations(inputs)[:, -n_queries:]
-        return replace(context.masked(inputs.attention_mask.bool(), n_queries), kv_cache=kv_cache)
+        context = self.rotations(inputs).masked(inputs.attention_mask.bool(), n_queries)
+        return replace(context.behind(n_queries), kv_cache=kv_cache)
 
     def rotations(self, inputs: VLMInputs) -> AttentionContext:
         """What the blocks read of all tokens besides the stream; without masks, see `attention_context`."""
-        cos, sin = self.rotary(self.positions(inputs), self.cfg.dtype)
-        window = self.cfg.sliding_window
-        sliding = None if window is None else AttentionContext(cos, sin, causal=True, window=window)
-        return AttentionContext(cos, sin, causal=True, sliding=sliding)
+        positions, groups = self.positions(inputs), self.mutual_groups(inputs)
+        cos, sin = self.rotary(positions, self.cfg.dtype)
+        whole = AttentionContext(cos, sin, causal=True, groups=groups)
+        if (window := self.cfg.sliding_window) is None:
+            return whole
+        if self.sliding_rotary is not None:
+            cos, sin = self.sliding_rotary(positions, self.cfg.dtype)
+        return replace(whole, sliding=replace(whole, cos=cos, sin=sin, window=window))
 
     def run_blocks(
         self,
@@ -326,7 +343,7 @@ class HookedVLM(HookedRoot, Family):
         if kv_cache is None or said.shape[1] == 0:
             resid, context = self.embed_inputs(extended), self.attention_context(extended, kv_cache=kv_cache)
         else:
-            resid = self.hook_embed(self.hook_text_embed(self.embed(said[:, -1:])))
+            resid = self.hook_embed(self.embed_text(said[:, -1:]))
             context = self.attention_context(extended, 1, kv_cache)
         return self._logits(self.run_blocks(resid, context, 0, self.cfg.n_layers), 1)[:, -1]
 
@@ -403,8 +420,8 @@ class HookedVLM(HookedRoot, Family):
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """Token embeddings."""
-        return self.embed.weight
+        """Token embeddings as they enter the stream; no view where they are scaled (see `embed_text`)."""
+        return tl_weights.token_embeddings(self)
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

@@ -21,12 +21,14 @@ _FROM_HF = (
     "image_grid_thw",
     "position_ids",
     "mm_token_type_ids",
+    "token_type_ids",
     "labels",
 )
 _BY_ROW_AND_POSITION = (
     "input_ids",
     "attention_mask",
     "mm_token_type_ids",
+    "token_type_ids",
     "labels",
     "image_mask_or_none",
     "question_mask",
@@ -36,7 +38,6 @@ _POSITIONS = ("position_ids", "counted_position_ids")
 Region = tuple[float, float, float, float]
 ImageText = int | str  # what stands for a picture in a prompt: so many image tokens, or a text with some
 _UNSEEN_MASK = "which tokens are padding is the model's to say: use model.as_inputs(inputs)"
-_UNREAD_BY_HF = ("token_type_ids",)  # some tokenizers return it; no family's forward reads it
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,8 @@ class VLMInputs(ImageGrids):
             known yet: `attention_mask` is 1 everywhere until a model has seen them (`HookedVLM.as_inputs`).
         counted_position_ids: The positions that the model counted itself, [3 batch pos] (Qwen); other
             `position_ids` were given.
+        token_type_ids: 1 at image tokens, [batch pos], where Hugging Face's model reads it (Gemma 3). Some
+            tokenizers return it for others, too: None once such a model has seen the inputs.
         pixels_by_row: Hugging Face's model takes `pixel_values` with a first axis of rows; `to_hf` adds one.
     """
 
@@ -89,6 +92,7 @@ class VLMInputs(ImageGrids):
     counted_position_ids: Tensor | None = field(default=None, repr=False)
     pixel_attention_mask: Tensor | None = field(default=None, repr=False)
     pixels_by_row: bool = field(default=False, repr=False)
+    token_type_ids: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Tensor | None]) -> VLMInputs:
@@ -104,7 +108,7 @@ class VLMInputs(ImageGrids):
         for key, value in mapping.items():
             if "video" in key and value is not None:
                 raise ValueError(f"inputs key {key!r}: video is not handled; give still images")
-            if key not in (*_FROM_HF, *_UNREAD_BY_HF) and value is not None:
+            if key not in _FROM_HF and value is not None:
                 raise ValueError(f"inputs key {key!r} is not handled; handled: {', '.join(_FROM_HF)}")
         if (ids := mapping.get("input_ids")) is None:
             raise ValueError("inputs have no 'input_ids'")
@@ -125,13 +129,15 @@ class VLMInputs(ImageGrids):
             position_ids=mapping.get("position_ids"),
             labels=mapping.get("labels"),
             mm_token_type_ids=token_types,
+            token_type_ids=mapping.get("token_type_ids"),
             image_mask_or_none=image_mask,
             mask_is_assumed=mask is None,
         )
 
     def to_hf(self) -> dict[str, Tensor]:
         """Keyword arguments for the Hugging Face model's `forward` and `generate`, without `labels`."""
-        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
+        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+        names = (*names, "mm_token_type_ids", "token_type_ids")
         if self.positions_are_given:
             names = (*names, "position_ids")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -274,8 +280,9 @@ class VLMInputs(ImageGrids):
         for name in ("question_mask", "answer_mask"):
             if (mask := getattr(self, name)) is not None:
                 fields[name] = torch.cat((mask, zeros.bool()), dim=1)
-        if self.mm_token_type_ids is not None:
-            fields["mm_token_type_ids"] = torch.cat((self.mm_token_type_ids, zeros), dim=1)
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if (types := getattr(self, name)) is not None:
+                fields[name] = torch.cat((types, zeros), dim=1)
         if self.labels is not None:
             fields["labels"] = torch.cat((self.labels, zeros - 100), dim=1)
         steps = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)

@@ -42,7 +42,7 @@ class PilProcessor:
         pictures = cls.pictures.from_pretrained(folder, revision=revision, **options)
         settings, _ = processor.get_processor_dict(folder, revision=revision)
         template = settings.pop("chat_template", None) or tokenizer.chat_template
-        kept = {key: value for key, value in settings.items() if key == "image_seq_len"}
+        kept = {key: value for key, value in settings.items() if key in ("image_seq_len", "image_seq_length")}
         return cls(pictures, tokenizer, template, **kept)
 
     def save_pretrained(self, folder: str | Path) -> None:

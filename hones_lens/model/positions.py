@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -38,23 +40,41 @@ def expand_positions(given: Tensor, inputs: VLMInputs, axes: int) -> Tensor:
     return given.expand(*((axes,) if axes > 1 else ()), rows, n)
 
 
-def check_token_types(inputs: VLMInputs, image_mask: Bool[Tensor, "batch pos"]) -> None:
+def require_token_types(mapping: Mapping[str, Tensor | None]) -> None:
+    """Check that pictures come with `token_type_ids`, for a model whose image tokens see each other by them.
+
+    Raises:
+        ValueError: They do not; Hugging Face's model would treat the picture as text.
+    """
+    if mapping.get("pixel_values") is not None and mapping.get("token_type_ids") is None:
+        raise ValueError(
+            "pixel_values without token_type_ids: this model's image tokens see each other where "
+            "token_type_ids are 1, and Hugging Face's processor returns them"
+        )
+
+
+def check_token_types(
+    inputs: VLMInputs, image_mask: Bool[Tensor, "batch pos"], name: str = "mm_token_type_ids"
+) -> None:
     """Check that `mm_token_type_ids` (1 at image tokens) mark the image tokens of `input_ids`.
+
+    Args:
+        inputs: The inputs.
+        image_mask: Their image tokens.
+        name: The name of the field, `mm_token_type_ids` or `token_type_ids`.
 
     Raises:
         ValueError: They mark others; names the row.
     """
-    if inputs.mm_token_type_ids is None:
+    if (given := getattr(inputs, name)) is None:
         return
-    types = torch.as_tensor(inputs.mm_token_type_ids, device=image_mask.device)
+    types = torch.as_tensor(given, device=image_mask.device)
     if types.shape != image_mask.shape:
-        raise ValueError(
-            f"mm_token_type_ids {list(types.shape)} do not fit input_ids {list(image_mask.shape)}"
-        )
+        raise ValueError(f"{name} {list(types.shape)} do not fit input_ids {list(image_mask.shape)}")
     different: list[int] = to_list((types != image_mask).any(-1).nonzero()[:, 0])
     if different:
         row = different[0]
         raise ValueError(
-            f"row {row}: mm_token_type_ids mark {int((types[row] == 1).sum())} image tokens, input_ids have "
+            f"row {row}: {name} mark {int((types[row] == 1).sum())} image tokens, input_ids have "
             f"{int(image_mask[row].sum())}, not all in the same places"
         )

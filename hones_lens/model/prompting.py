@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hones_lens.model.chat import ChatFormat
+from hones_lens.model.chat import ChatFormat, placeholder_of
 from hones_lens.model.config import VLMConfig
 from hones_lens.model.inputs import ImageText, Region, VLMInputs
 from hones_lens.model.iterables import takes_iterables
@@ -36,6 +36,10 @@ class ReadsPrompts(Protocol):
 
     def process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Any], Sequence[ImageText]]:
         """Pixel inputs of the vision tower for these pictures, and what stands for each in a prompt."""
+        ...
+
+    def image_placeholder(self) -> str | None:
+        """The token that chat templates write for an image, where it is not the image token."""
         ...
 
     def pixel_rows(self, pixels: Mapping[str, Tensor], texts: Sequence[ImageText]) -> list[int]:
@@ -221,19 +225,21 @@ def prompt_lengths(model: ReadsPrompts, image: Image.Image, prompts: Sequence[st
 
 def _write_out(model: ReadsPrompts, chat: ChatFormat, prompt: str, image_tokens: Sequence[ImageText]) -> str:
     text = chat.user_turn(prompt, len(image_tokens))
-    return expand_images(text, image_token_of(model), image_tokens) if image_tokens else text
+    if not image_tokens:
+        return text
+    return expand_images(text, image_token_of(model), image_tokens, placeholder_of(model))
 
 
-def expand_images(text: str, image_token: str, texts: Sequence[ImageText]) -> str:
-    """Write each image token as often as its image has tokens, or as the text that stands for the image.
+def expand_images(text: str, image_token: str, texts: Sequence[ImageText], placeholder: str) -> str:
+    """Write for each placeholder as many image tokens as its image has, or the text that stands for it.
 
     Raises:
-        ValueError: More or fewer image tokens than images; names both counts.
+        ValueError: More or fewer placeholders than images; names both counts.
     """
-    segments = text.split(image_token)
+    segments = text.split(placeholder)
     if len(segments) - 1 != len(texts):
         raise ValueError(
-            f"{len(segments) - 1} image tokens {image_token!r} in the prompt for {len(texts)} images"
+            f"{len(segments) - 1} image tokens {placeholder!r} in the prompt for {len(texts)} images"
         )
     written = [image_token * text if isinstance(text, int) else text for text in texts]
     return "".join(a + b for a, b in zip(segments, [*written, ""], strict=True))

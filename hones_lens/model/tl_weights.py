@@ -14,8 +14,10 @@ from hones_lens.model.config import VLMConfig
 from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.placed import LazyTensors
 from hones_lens.model.nn.unembed import Unembedding
+from hones_lens.model.post_norms import Part, post_norm
 
 _STACKED = {"attn": ("W_Q", "b_Q", "W_O", "b_O"), "mlp": ("W_gate", "W_in", "b_in", "W_out", "b_out")}
+_NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 _BY_KEY_VALUE_HEAD = ("W_K", "b_K", "W_V", "b_V")
 
 
@@ -24,6 +26,7 @@ class HasDecoder(Protocol):
 
     blocks: Any  # nn.ModuleList of Block
     embed: nn.Embedding
+    embed_scale: float | None
     ln_final: Norm
     unembed: Unembedding
 
@@ -56,6 +59,12 @@ def _stack(model: HasDecoder, part: str, name: str) -> Tensor:
     return torch.stack([getattr(getattr(block, part), name) for block in model.blocks])
 
 
+def token_embeddings(model: HasDecoder) -> Float[Tensor, "d_vocab d_model"]:
+    """Embeddings of all tokens as they enter the stream."""
+    weight = model.embed.weight
+    return weight if model.embed_scale is None else weight * weight.new_tensor(model.embed_scale)
+
+
 def by_query_head(weight: Tensor, n_heads: int, axis: int = 0) -> Tensor:
     """Weights of key-value heads, repeated for the query heads that share them (GQA)."""
     return weight.repeat_interleave(n_heads // weight.shape[axis], dim=axis)
@@ -64,17 +73,18 @@ def by_query_head(weight: Tensor, n_heads: int, axis: int = 0) -> Tensor:
 def tl_parameters(model: HasDecoder) -> LazyTensors:
     """Weights by TransformerLens's names, keys and values by query head (for `SVDInterpreter`).
 
-    Norms are not folded: `blocks.{l}.ln1.w`, `ln2.w` and `ln_final.w` are there.
+    Norms are not folded: `blocks.{l}.ln1.w`, `ln2.w` (with norms behind attention and MLP, `ln1_post.w` and
+    `ln2_post.w` too) and `ln_final.w` are there.
     """
     readers: dict[str, Callable[[], Tensor]] = {
-        "embed.W_E": lambda: model.embed.weight,
+        "embed.W_E": lambda: token_embeddings(model),
         "unembed.W_U": lambda: model.unembed.W_U,
         "unembed.b_U": lambda: model.unembed.b_U,
         "ln_final.w": lambda: model.ln_final.weight,
     }
     for layer, block in enumerate(model.blocks):
         prefix = f"blocks.{layer}"
-        for norm in ("ln1", "ln2"):
+        for norm in (n for n in _NORMS if getattr(block, n, None) is not None):
             readers[f"{prefix}.{norm}.w"] = _reader(getattr(block, norm), "weight")
         for part, names in _STACKED.items():
             module = getattr(block, part)
@@ -107,13 +117,23 @@ def qk(model: HasDecoder) -> FactoredMatrix:
 def accumulated_bias(
     model: HasDecoder, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
 ) -> Float[Tensor, " d_model"]:
-    """Sum of the output biases of all blocks below `layer` (and of its attention, if mlp_input)."""
+    """Sum of the output biases of all blocks below `layer` (and of its attention, if mlp_input).
+
+    Raises:
+        ValueError: A bias behind which there is a norm.
+    """
     total = torch.zeros(model.cfg.d_model, device=model.cfg.device, dtype=model.cfg.dtype)
     for i, block in enumerate(model.blocks[: layer + mlp_input]):
-        total = total + block.attn.b_O
+        total = total + _added_bias(block, "attn", block.attn.b_O)
         if include_mlp_biases and i < layer:
-            total = total + block.mlp.b_out
+            total = total + _added_bias(block, "mlp", block.mlp.b_out)
     return total
+
+
+def _added_bias(block: Any, part: Part, bias: Tensor) -> Tensor:
+    if post_norm(block, part) is not None and bool(bias.any()):
+        raise ValueError(f"what the output bias of {part} adds depends on the scale of the norm behind it")
+    return bias
 
 
 def tokens_to_residual_directions(
@@ -128,4 +148,5 @@ def tokens_to_residual_directions(
     if isinstance(tokens, str):
         tokens = model.to_single_token(tokens)
     index = torch.as_tensor(tokens, device=model.cfg.device)
-    return model.unembed.W_U.T[index] * model.ln_final.weight
+    directions = model.unembed.W_U.T[index]
+    return (directions * model.ln_final.weight).to(directions.dtype)

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from helpers import random_llava, random_qwen, random_smolvlm
+from helpers import random_gemma, random_llava, random_qwen, random_smolvlm
 from hones_lens import HookedVLM, VLMInputs
 from hones_lens.model.weights import WeightMap
 
 SIGLIP = {"model_type": "siglip_vision_model", "num_hidden_layers": 2}
+GEMMA_LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 # By name: the module of `helpers` that makes it, and the options of its `make_config`.
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llava": (random_llava, {"text": {"num_key_value_heads": 2}, "vision": {"num_hidden_layers": 2}}),
@@ -43,13 +44,14 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "vipllava": (random_llava, {"vip": True, "vision_feature_layer": [-1, 1, 2]}),
     "smolvlm": (random_smolvlm, {"tiles": 1}),
     "idefics3 with tiles": (random_smolvlm, {"kind": "idefics3"}),
+    "gemma3": (random_gemma, {"text": GEMMA_LAYERS, "vision": {"num_hidden_layers": 1}}),
     "qwen2_vl": (random_qwen, {"kind": "qwen2_vl", "vision": {"depth": 2}}),
     "qwen2_5_vl": (random_qwen, {"vision": {"depth": 2, "window_size": 28}}),
 }
 
 
 # Tests of these run always, though they are slow; those of the others are exhaustive.
-_ALWAYS = ("llava of mistral and siglip", "idefics3 with tiles", "qwen2_vl")
+_ALWAYS = ("llava of mistral and siglip", "idefics3 with tiles", "gemma3", "qwen2_vl")
 SHAPE_PARAMS = [
     pytest.param(name, marks=pytest.mark.slow if name in _ALWAYS else pytest.mark.exhaustive)
     for name in SHAPES
@@ -75,14 +77,14 @@ class FamilyPair:
 
     @property
     def hf_modules(self) -> dict[str, str]:
-        """Our modules with weights, and the names of Hugging Face's; fused ones are left out."""
+        """Our modules with a weight, and the names of Hugging Face's; fused ones are left out."""
         source = self.model.hf_source
         assert source is not None
         weights: WeightMap = source.weight_map
         return {
-            ours.removesuffix(".weight"): theirs.removesuffix(".weight")
+            ours.rpartition(".")[0]: theirs.removesuffix(".weight")
             for theirs, ours in weights.items()
-            if isinstance(ours, str) and ours.endswith(".weight") and theirs.endswith(".weight")
+            if isinstance(ours, str) and ours.endswith((".weight", ".offset")) and theirs.endswith(".weight")
         }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,3 +63,47 @@ def test_tensors_and_back(whole: AttentionContext) -> None:
     again = AttentionContext.of_tensors(masked.tensors())
     assert again.mask is None and torch.equal(again.sliding.mask, masked.sliding.mask)
     assert torch.equal(again.cos, masked.cos) and again.causal and again.sliding.causal
+
+
+GROUPS = [-1, 0, 0, 0, -1, -1, 1, 1, -1]
+
+
+def sees_in_groups(query: int, key: int, window: int | None) -> bool:
+    one = GROUPS[query] == GROUPS[key] >= 0
+    return (key <= query or one) and (window is None or query - key < window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, WINDOW, N])
+def test_tokens_of_a_group_see_each_other(window: int | None) -> None:
+    """Queries see what is behind them in their group; the window bounds what is before them there, too."""
+    groups, seen = torch.tensor([GROUPS, [-1] * N]), torch.ones(2, N, dtype=torch.bool)
+    seen[1, :2] = False
+    rule = torch.tensor([[sees_in_groups(q, k, window) for k in range(N)] for q in range(N)])
+    plain = by_hand(list(range(N)), N, window) & seen[1] | torch.eye(N, dtype=torch.bool)
+    for n_queries in (1, 3, N):
+        mask = attention_mask(seen, n_queries, window, groups)
+        assert mask is not None
+        assert torch.equal(mask[0, 0], rule[N - n_queries :])
+        assert torch.equal(mask[1, 0], plain[N - n_queries :])
+
+
+def test_groups_of_parts_of_a_context(whole: AttentionContext) -> None:
+    groups = torch.tensor([GROUPS, GROUPS])
+    grouped = replace(whole, groups=groups, sliding=replace(whole.sliding, groups=groups))
+    seen = torch.ones(2, N, dtype=torch.bool)
+    masked = grouped.masked(seen, N)
+    for part, window in ((masked, None), (masked.sliding, WINDOW)):
+        rule = torch.tensor([[sees_in_groups(q, k, window) for k in range(N)] for q in range(N)])
+        for some in (part.last(4, N), grouped.masked(seen, 4).behind(4)):
+            of = some if window is None or some.window else some.sliding
+            assert torch.equal(of.mask[1, 0], rule[5:]) and torch.equal(of.cos, whole.cos[:, 5:])
+            assert torch.equal(of.groups, groups[:, 5:])
+    behind = grouped[:, 4:].masked(seen, 5)  # the last tokens alone, behind keys that they do not know
+    assert torch.equal(
+        behind.mask[0, 0], torch.tensor([[sees_in_groups(q, k, None) for k in range(N)] for q in range(4, N)])
+    )
+    assert torch.equal(masked.repeated(2).groups, torch.cat((groups, groups)))
+    again = AttentionContext.of_tensors(masked.tensors())
+    assert again.groups is None and torch.equal(again.mask, masked.mask)
+    assert torch.equal(again.sliding.mask, masked.sliding.mask)
+    assert AttentionContext.of_text([(grouped, 0, 2)]).groups is None

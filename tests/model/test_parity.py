@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_llava, random_qwen, random_smolvlm
+from helpers import random_gemma, random_llava, random_qwen, random_smolvlm
 from transformers import (
+    Gemma3Config,
     Idefics3Config,
     LlavaConfig,
     Qwen2_5_VLConfig,
@@ -250,7 +251,48 @@ QWEN2_CONFIGS = {
         "vision": {"spatial_merge_size": 1, "temporal_patch_size": 1},
     },
 }
+GEMMA_CONFIGS = {
+    "gemma3, two kv heads": {},
+    "gemma3, one kv head, odd sizes, no head scale, sixteen patches a token, pixels that fill no patch": {
+        "text": {
+            "hidden_size": 30,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 10,
+            "intermediate_size": 37,
+            "query_pre_attn_scalar": 10,
+            "sliding_window": 7,
+        },
+        "vision": {"image_size": 59, "hidden_size": 15, "num_attention_heads": 5},
+    },
+    "gemma3, mha, global layers alone, default rope, no pooling": {
+        "text": {
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention"] * 2,
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}},
+            "hidden_activation": "gelu",
+        },
+        "mm_tokens_per_image": 16,
+    },
+    "gemma3, sliding layers alone, a window smaller than a picture, other eps": {
+        "text": {
+            "layer_types": ["sliding_attention"] * 3,
+            "sliding_window": 3,
+            "rms_norm_eps": 0.1,
+            "num_key_value_heads": 4,
+        },
+        "vision": {"layer_norm_eps": 0.1, "num_hidden_layers": 1, "hidden_act": "gelu"},
+        "mm_tokens_per_image": 16,
+    },
+    "gemma3, head not tied, one token a picture": {
+        "text": {"tie_word_embeddings": False},
+        "tie_word_embeddings": False,
+        "mm_tokens_per_image": 1,
+    },
+}
 MADE = {
+    Gemma3Config: random_gemma,
     LlavaConfig: random_llava,
     VipLlavaConfig: random_llava,
     Qwen2_5_VLConfig: random_qwen,
@@ -261,8 +303,14 @@ MADE = {
 
 
 FIRST = ("mistral, sliding", "qwen2, siglip", "vip, five", next(iter(SMOLVLM_CONFIGS)), "qwen2-vl, two")
-KNOWN = [*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS, *QWEN2_CONFIGS]
-SELDOM = [*list(CONFIGS)[10:], *SMOLVLM_CONFIGS, *QWEN2_CONFIGS]  # not once more for each kind of kernels
+FIRST = (*FIRST, "gemma3, sliding")
+KNOWN = [*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS, *QWEN2_CONFIGS, *GEMMA_CONFIGS]
+SELDOM = [
+    *list(CONFIGS)[10:],
+    *SMOLVLM_CONFIGS,
+    *QWEN2_CONFIGS,
+    *GEMMA_CONFIGS,
+]  # not once more for each kind of kernels
 PARAMS = [
     pytest.param(name, marks=pytest.mark.slow if name in SELDOM and not name.startswith(FIRST) else ())
     for name in KNOWN
@@ -297,6 +345,9 @@ def case(request: pytest.FixtureRequest) -> Case:
         return Case(config, names.index(request.param))
     if request.param in QWEN2_CONFIGS:
         config = random_qwen.make_config(kind="qwen2_vl", **QWEN2_CONFIGS[request.param])
+        return Case(config, names.index(request.param))
+    if request.param in GEMMA_CONFIGS:
+        config = random_gemma.make_config(**GEMMA_CONFIGS[request.param])
         return Case(config, names.index(request.param))
     # Other seeds than above: at one of those two tokens of the odd sizes are equally likely.
     return Case(random_qwen.make_config(**QWEN_CONFIGS[request.param]), 20 + names.index(request.param))
@@ -340,6 +391,8 @@ def test_padding_changes_nothing(case: Case) -> None:
         alone = case.inputs[row]
         mapping = {"input_ids": alone.input_ids[:, -n:], "pixel_values": alone.pixel_values}
         mapping["image_grid_thw"] = alone.image_grid_thw
+        if alone.token_type_ids is not None:
+            mapping["token_type_ids"] = alone.token_type_ids[:, -n:]
         difference = (case.ours(mapping)[0] - logits[row, -n:]).abs().max()
         assert difference <= TOLERANCE * max(1.0, logits[row, -n:].abs().max())
 

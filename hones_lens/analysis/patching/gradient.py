@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
@@ -240,7 +239,8 @@ def _softmax_recomputed(job: _AttributionBatch) -> list[Float[Tensor, "batch com
         gradient = gradients[name + "hook_z"][1]
         pattern_gradient = torch.einsum("bqhd,bkhd->bhqk", gradient, _repeat_kv_heads(v, gradient.shape[2]))
         replacement = source[name + ("hook_rot_q" if job.site.what == "q" else "hook_rot_k")]
-        mixing = _Mixing(job.model.blocks[layer].attn.own(context).mask)
+        attn = job.model.blocks[layer].attn
+        mixing = _Mixing(attn.own(context).mask, attn.divisor)
         effects.append(_pattern_effect(job, mixing, q, k, replacement, pattern_gradient))
     return effects
 
@@ -250,10 +250,11 @@ class _Mixing:
     """The pattern of a layer's attention, from its rotated queries and keys."""
 
     mask: Tensor | None
+    divisor: float  # of the scores
 
     def __call__(self, q: Tensor, k: Tensor) -> Float[Tensor, "batch head query key"]:
         n_heads, visible = q.shape[2], self.mask
-        scores = torch.einsum("bqhd,bkhd->bhqk", q / math.sqrt(q.shape[-1]), _repeat_kv_heads(k, n_heads))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q / self.divisor, _repeat_kv_heads(k, n_heads))
         if visible is None:
             visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         return scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)

@@ -275,8 +275,7 @@ class _Path:
 
         def send(z: Tensor, hook: HookPoint) -> None:
             other = torch.where(self.where[..., None, None], self.source[layer].to(z.dtype), z)
-            w_o = block.attn.W_O[heads]
-            more = torch.einsum("bphd,hdm->bpm", (other - z)[:, :, heads], w_o)
+            more = _attention_change(block, z, other, heads)
             self.change = more if layer == self.first else self._current_change() + more
 
         return send
@@ -301,7 +300,9 @@ class _Path:
     def _pass_mlp(self, block: Any) -> Callable:
         def pass_on(wrote: Tensor, hook: HookPoint) -> None:
             self.change = (
-                self._current_change() + block.mlp.down(_neurons(block, self._patched_stream())) - wrote
+                self._current_change()
+                + block.mlp_out(block.mlp.down(_neurons(block, self._patched_stream())))
+                - wrote
             )
 
         return pass_on
@@ -310,6 +311,17 @@ class _Path:
         out = resid + self._current_change() if self.logits else resid
         self.stream = self.change = None
         return out
+
+
+def _attention_change(
+    block: Any, z: Float[Tensor, "batch pos head d_head"], other: Tensor, heads: list[int]
+) -> Float[Tensor, "batch pos d_model"]:
+    """By how much attention adds something else where some heads have another z."""
+    if block.ln1_post is None:
+        return torch.einsum("bphd,hdm->bpm", (other - z)[:, :, heads], block.attn.W_O[heads])
+    changed = _replaced(z, other, heads, axis=2)
+    after, before = (block.attn_out(block.attn.o(x.flatten(2))) for x in (changed, z))
+    return after - before
 
 
 def _neurons(block: Any, stream: Tensor) -> Float[Tensor, "batch pos d_mlp"]:

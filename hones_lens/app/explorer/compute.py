@@ -7,6 +7,9 @@ All quantities are those of the model *as edited*. Two conventions hold througho
 - What a head *feeds* a neuron is direct: `m_i(x) − m_i(x − γ₂ ∘ w / s)`, where x enters the neuron's FFN, w
   is what the head writes at that position, and γ₂, s are weight and scale of the norm before the FFN, the
   scale held. Paths through other heads and neurons are not counted, nor is an edit of the neuron itself.
+
+Where a norm is behind attention or MLP, what a head or a neuron writes means what it adds to the stream, that
+norm's scale held.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from transformer_lens.hook_points import HookPoint
 
 from hones_lens.app.explorer.state import Edit, LayerIndex
 from hones_lens.interventions import Hook
-from hones_lens.model import HookedVLM, VLMInputs
+from hones_lens.model import PARTS, HookedVLM, Part, VLMInputs, scale_hook, weighted
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,7 @@ class Activations:
         post: Activations of the neurons, [layer pos d_mlp].
         resid: The residual stream that enters block 0, and that leaves each block, [layer + 1 pos d_model].
         scale: What the norm before the FFN divides by, [layer pos].
+        attn_scale, mlp_scale: What the norms behind attention and MLP divide by, [layer pos]; None without.
     """
 
     log_probs: Tensor
@@ -76,6 +80,8 @@ class Activations:
     post: Tensor
     resid: Tensor
     scale: Tensor
+    attn_scale: Tensor | None = None
+    mlp_scale: Tensor | None = None
 
 
 @torch.no_grad()
@@ -122,6 +128,9 @@ def run_with_edits(
             (f"{block}.mlp.hook_post", recorder("post", row=layer)),
             (f"{block}.hook_resid_post", recorder("resid", row=layer + 1, n_rows=n_layers + 1)),
         ]
+        for part in PARTS:
+            if (hook := scale_hook(model.blocks[layer], layer, part)) is not None:
+                recorders.append((hook, recorder(f"{part}_scale", (slice(None), 0), layer)))
     hooks: Any = [
         *(edit.hook for edit in edits),
         *recorders,
@@ -144,22 +153,33 @@ def logit_direction(model: HookedVLM, token_id: int) -> Float[Tensor, " d_model"
     return model.tokens_to_residual_directions(token_id).detach().float() - mean
 
 
+def added(
+    model: HookedVLM, activations: Activations, layer: int, part: Part, token: int, written: Tensor
+) -> Tensor:
+    """What heads or neurons add at a position, from what they write; so too directions to read that along."""
+    scale = activations.attn_scale if part == "attn" else activations.mlp_scale
+    vectors = weighted(model.blocks[layer], part, written.float())
+    return vectors if scale is None else vectors / scale[layer, token].float()
+
+
 def head_writes(
     model: HookedVLM, activations: Activations, component: LayerIndex, token: int
 ) -> Float[Tensor, " d_model"]:
     """What a head adds to the residual stream at a position: `z W_O`."""
     layer, head = component
-    return (activations.z[layer, token, head] @ model.blocks[layer].attn.W_O[head].detach()).float()
+    written = activations.z[layer, token, head] @ model.blocks[layer].attn.W_O[head].detach()
+    return added(model, activations, layer, "attn", token, written)
 
 
 def direct_heads(
     model: HookedVLM, activations: Activations, direction: Float[Tensor, " d_model"], token: int
 ) -> Float[Tensor, "layer head"]:
     """Direct contribution of each head to a token's centred logit: `⟨z W_O, direction⟩ / scale`."""
-    contributions = [
-        (activations.z[layer, token].float() * (block.attn.W_O.detach().float() @ direction)).sum(-1)
-        for layer, block in enumerate(model.blocks)
-    ]
+    contributions: list[Tensor] = []
+    for layer, block in enumerate(model.blocks):
+        along = added(model, activations, layer, "attn", token, direction)
+        read = block.attn.W_O.detach().float() @ along
+        contributions.append((activations.z[layer, token].float() * read).sum(-1))
     return torch.stack(contributions) / final_scale(model, activations.resid[-1, token])
 
 
@@ -167,11 +187,12 @@ def direct_neurons(
     model: HookedVLM, activations: Activations, direction: Float[Tensor, " d_model"], token: int
 ) -> Float[Tensor, "layer d_mlp"]:
     """Direct contribution of each neuron to a token's centred logit: `m_i ⟨W_out[i], direction⟩ / scale`."""
-    contributions = [
-        activations.post[layer, token].float()
-        * (block.mlp.W_out.detach() @ direction.to(model.cfg.dtype)).float()
-        for layer, block in enumerate(model.blocks)
-    ]
+    contributions: list[Tensor] = []
+    for layer, block in enumerate(model.blocks):
+        along = added(model, activations, layer, "mlp", token, direction).to(model.cfg.dtype)
+        contributions.append(
+            activations.post[layer, token].float() * (block.mlp.W_out.detach() @ along).float()
+        )
     return torch.stack(contributions) / final_scale(model, activations.resid[-1, token])
 
 
@@ -186,14 +207,15 @@ def ov_directions(
 ) -> tuple[Float[Tensor, " count"], Float[Tensor, "count d_model"]]:
     """The `count` largest singular values of `diag(γ₁) W_V W_O`, and their output directions.
 
-    γ₁ is the weight of the norm before the attention. The product has rank d_head, so only small matrices
-    are decomposed.
+    γ₁ is the weight of the norm before the attention; that of a norm behind it is multiplied to `W_O`. The
+    product has rank d_head, so only small matrices are decomposed.
     """
     layer, head = component
     attn, norm = model.blocks[layer].attn, model.blocks[layer].ln1
     group = head // (attn.n_heads // attn.n_key_value_heads)
     value_weights = norm.weight.detach().float()[:, None] * attn.W_V[group].detach().float()
-    basis, mixing = torch.linalg.qr(attn.W_O[head].detach().float().T)
+    output_weights = weighted(model.blocks[layer], "attn", attn.W_O[head].detach().float())
+    basis, mixing = torch.linalg.qr(output_weights.T)
     _, sizes, right_vectors = torch.linalg.svd(torch.linalg.qr(value_weights)[1] @ mixing.T)
     return sizes[:count], right_vectors[:count] @ basis.T
 
@@ -227,7 +249,8 @@ def feeding_heads(
         writes = torch.einsum(
             "hd,hdm->hm", activations.z[lower_layer, token], model.blocks[lower_layer].attn.W_O.detach()
         )
-        ffn_input = _ffn_input(model, activations, layer, token, writes.float())
+        writes = added(model, activations, lower_layer, "attn", token, writes)
+        ffn_input = _ffn_input(model, activations, layer, token, writes)
         contributions = (
             ffn_input @ mlp.W_gate.detach()[:, index, None],
             ffn_input @ mlp.W_in.detach()[:, index, None],
@@ -255,5 +278,6 @@ def _activation_change(
 
 
 def neuron_output_norms(model: HookedVLM) -> Float[Tensor, "layer d_mlp"]:
-    """L2 norms of the neurons' output rows, ‖W_out[i]‖."""
-    return torch.stack([block.mlp.W_out.detach().float().norm(dim=1) for block in model.blocks])
+    """L2 norms of the neurons' output rows, ‖W_out[i]‖, or ‖γ ∘ W_out[i]‖ with γ of a norm behind the MLP."""
+    rows = [weighted(block, "mlp", block.mlp.W_out.detach().float()) for block in model.blocks]
+    return torch.stack([of_layer.norm(dim=1) for of_layer in rows])

@@ -109,10 +109,11 @@ class ExplorerViews:
 
         Δm_i is the part of the activation that is due to the head. Ordered by `|Δm_i| ‖W_out[i]‖`.
         """
-        change = compute.fed_neurons(
-            self.model, self.activations(state.edits, state.token), state.head, state.token
-        )
+        activations = self.activations(state.edits, state.token)
+        change = compute.fed_neurons(self.model, activations, state.head, state.token)
         written = change * self._norms
+        if (scale := activations.mlp_scale) is not None:
+            written = written / scale[:, state.token, None].float()
         order = largest(written.abs().flatten(), NEURONS)
         width = change.shape[1]
         neurons = [(i // width, i % width) for i in order]
@@ -304,12 +305,19 @@ class ExplorerViews:
     def _neuron(self, state: State) -> dict[str, Any]:
         """A neuron: its activations, and at the token what it raises and lowers and which heads feed it."""
         activations, (layer, index) = self.activations(state.edits, state.token), state.neuron
-        output_row = self.model.blocks[layer].mlp.W_out[index].detach()
         feeding = compute.feeding_heads(self.model, activations, state.neuron, state.token)
         order = largest(feeding.abs().flatten(), HEADS)
         heads: list[LayerIndex] = [(i // feeding.shape[1], i % feeding.shape[1]) for i in order]
         target_position, direction = self._target(state)
-        direct = activations.post[layer, target_position, index].float() * (output_row.float() @ direction)
+        output_row = compute.added(
+            self.model,
+            activations,
+            layer,
+            "mlp",
+            target_position,
+            self.model.blocks[layer].mlp.W_out[index].detach(),
+        )
+        direct = activations.post[layer, target_position, index].float() * (output_row @ direction)
         activation, k = activations.post[layer, state.token, index, None], self._n_tokens
         up, down = (
             promoted_tokens(self.model, [state.neuron], activation, k, largest=largest)

@@ -12,7 +12,7 @@ import string
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import LlamaTokenizer, Qwen2Tokenizer
+from transformers import GemmaTokenizer, LlamaTokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hones_lens.data import COLORS, NUMBER_WORDS, SHAPES, THING_NAMES
@@ -69,6 +69,29 @@ SMOLVLM_CHAT = (
     "{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}"
     "{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+GEMMA_SPECIAL = (
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<unk>",
+    "<mask>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<image_soft_token>",
+)
+GEMMA_CHAT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<start_of_image>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 _LINE_STARTS = ("Question", "Answer", "Transcribe", "Output", "Candidate", "Describe", "Does")
 _WORDS = """
@@ -203,6 +226,36 @@ def build_smolvlm_tokenizer(
     )
     tokenizer.add_tokens(list(SMOLVLM_MARKERS), special_tokens=True)
     tokenizer.chat_template = SMOLVLM_CHAT
+    return tokenizer
+
+
+def build_gemma_tokenizer(
+    model_max_length: int, special_ids: Mapping[str, int] | None = None
+) -> GemmaTokenizer:
+    """Make a tokenizer with the special tokens and the chat template of Gemma 3.
+
+    Args:
+        model_max_length: Longest text, in tokens.
+        special_ids: Ids of all special tokens, if the vocabulary is to reach up to these.
+    """
+    merges: Any = _merges()
+    printable = string.ascii_letters + string.digits + string.punctuation + "\n" + SPACE
+    pieces = [*GEMMA_SPECIAL, *printable, *(left + right for left, right in merges)]
+    tokenizer = GemmaTokenizer(
+        vocab=_numbered(pieces, special_ids),
+        merges=merges,
+        extra_special_tokens={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "start_of_turn_token": "<start_of_turn>",
+            "end_of_turn_token": "<end_of_turn>",
+        },
+        model_max_length=model_max_length,
+        add_bos_token=True,
+    )
+    tokenizer.update_post_processor()
+    tokenizer.chat_template = GEMMA_CHAT
     return tokenizer
 
 

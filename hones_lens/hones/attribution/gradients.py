@@ -247,13 +247,13 @@ def integrated_gradients(
     if len(inputs) != 1 or steps < 1:
         raise ValueError(f"one row and at least one step are needed, not {len(inputs)} and {steps}")
     position_mask, answer = at_positions(inputs, positions)[..., None], Answer.of(inputs)
-    m, W_out = step.neurons, model.blocks[step.layer].mlp.W_out.detach()
+    m, block = step.neurons, model.blocks[step.layer]
     total = torch.zeros(model.cfg.d_mlp, dtype=torch.float64)
     for fractions in (torch.arange(1, steps + 1, device=m.device) / steps).to(m.dtype).split(batch_size):
         scaled = torch.where(position_mask, fractions[:, None, None] * m, m)
         with torch.enable_grad():
             scaled.requires_grad_()
-            resid = step.after + (scaled - m) @ W_out
+            resid = _stream_with(block, step, scaled)
             repeated = inputs[[0] * len(fractions)]
             logits = model(
                 resid, start_at_layer=step.layer + 1, inputs=repeated, logits_to_keep=answer.positions
@@ -264,6 +264,14 @@ def integrated_gradients(
         per_step = (position_mask * m * gradient).sum(1).double()
         total += (log_probs.detach().double().exp() @ per_step).cpu()
     return total / steps
+
+
+def _stream_with(block: Any, step: LayerStep, neurons: Tensor) -> Float[Tensor, "row pos d_model"]:
+    """The stream that leaves a layer whose neurons have other activations."""
+    if block.ln2_post is None:
+        return step.after + (neurons - step.neurons) @ block.mlp.W_out.detach()
+    written = neurons @ block.mlp.W_out.detach() + block.mlp.b_out.detach()
+    return step.mid + block.mlp_out(written)
 
 
 def _first_order_drops(

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from hones_lens import engine
 from hones_lens.data import Example
 from hones_lens.interventions import Hook, choose_layers, neuron_hook, replace_with_other_heads_mean
-from hones_lens.model import HookedVLM, find_settings
+from hones_lens.model import HookedVLM, find_settings, scale_hook, weighted
 from hones_lens.results import Component
 from hones_lens.tasks import Task
 
@@ -101,12 +101,15 @@ def write_in(
 ) -> Float[Tensor, "example layer d_mlp"]:
     """Each neuron's write-in towards the target at the last prompt position (HONES eq. H2).
 
-    `c(l, i) = m_i · ⟨W_out[i], u_y⟩`, in float32; with `apply_ln` divided by the final norm's scale.
+    `c(l, i) = m_i · ⟨W_out[i], u_y⟩`, in float32; with `apply_ln` divided by the final norm's scale. Where a
+    norm is behind the MLP, `γ ∘ W_out[i] / s` takes the place of `W_out[i]`, γ and s its weight and scale.
     Of some layers, by default of all. From a start none below it runs, and none of `layers` may lie there.
     """
     layers = range(model.cfg.n_layers) if layers is None else layers
-    names = [neuron_hook(layer) for layer in layers]
-    watch = [*names, "ln_final.hook_scale"] if apply_ln else names
+    names, blocks = [neuron_hook(layer) for layer in layers], model.blocks
+    scales = {layer: scale_hook(blocks[layer], layer, "mlp") for layer in layers}
+    watch = [*names, *(name for name in scales.values() if name is not None)]
+    watch += ["ln_final.hook_scale"] if apply_ln else []
     stop = None if apply_ln else max(layers) + 1
 
     def run(part: engine.Batch, numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -123,8 +126,9 @@ def write_in(
     kept = {name: torch.cat([part[name] for part in parts]) for name in watch}
     written = []
     for layer, name in zip(layers, names, strict=True):
-        towards = directions.float() @ model.blocks[layer].mlp.W_out.detach().float().T
-        written.append(kept[name] * towards)
+        block, scale = blocks[layer], scales[layer]
+        towards = weighted(block, "mlp", directions.float()) @ block.mlp.W_out.detach().float().T
+        written.append(kept[name] * towards if scale is None else kept[name] * towards / kept[scale])
     out = torch.stack(written, dim=1)
     return out / kept["ln_final.hook_scale"][:, :, None] if apply_ln else out
 

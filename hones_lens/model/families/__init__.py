@@ -11,6 +11,7 @@ from hones_lens.model.choices import require_choice
 FAMILIES = {
     "llava": "hones_lens.model.families.llava:HookedLlava",
     "vipllava": "hones_lens.model.families.vipllava:HookedVipLlava",
+    "gemma3": "hones_lens.model.families.gemma3:HookedGemma3",
     "idefics3": "hones_lens.model.families.idefics3:HookedIdefics3",
     "smolvlm": "hones_lens.model.families.smolvlm:HookedSmolVLM",
     "qwen2_vl": "hones_lens.model.families.qwen2_vl:HookedQwen2VL",

@@ -30,7 +30,15 @@ class Attention(nn.Module):
         d_model, n_heads, n_key_value_heads, d_head: Sizes.
         qkv_bias, out_bias: Whether the projections have biases.
         sliding: It reads the rotation and the mask of `AttentionContext.sliding`.
+        qk_norm: Norms of each head's queries and keys, in front of their rotation (QK-norm); None: none.
+        divisor: What scores are divided by; None: √d_head.
+
+    `hook_q` and `hook_k` are what the projections give; with norms, `hook_q_norm` and `hook_k_norm` are what
+    these make of it, with their weights.
     """
+
+    q_norm: Norm | None
+    k_norm: Norm | None
 
     def __init__(
         self,
@@ -42,6 +50,8 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         out_bias: bool = False,
         sliding: bool = False,
+        qk_norm: tuple[Norm, Norm] | None = None,
+        divisor: float | None = None,
     ):
         super().__init__()
         self.layer, self.n_heads, self.n_key_value_heads, self.d_head = (
@@ -54,7 +64,9 @@ class Attention(nn.Module):
         self.k = Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
         self.v = Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
         self.o = Linear(n_heads * d_head, d_model, bias=out_bias)
+        self.q_norm, self.k_norm = qk_norm or (None, None)
         self.sliding = sliding
+        self.divisor = math.sqrt(d_head) if divisor is None else divisor
         self.use_split_qkv_input = False
         self.hook_q_input = HookPoint()  # [batch pos head d_model], before the norm
         self.hook_k_input = HookPoint()  # [batch pos kv_head d_model]
@@ -62,6 +74,9 @@ class Attention(nn.Module):
         self.hook_q = HookPoint()  # [batch pos head d_head]
         self.hook_k = HookPoint()  # [batch pos kv_head d_head]
         self.hook_v = HookPoint()  # [batch pos kv_head d_head]
+        if qk_norm is not None:
+            self.hook_q_norm = HookPoint()  # [batch pos head d_head]
+            self.hook_k_norm = HookPoint()  # [batch pos kv_head d_head]
         self.hook_rot_q = HookPoint()  # [batch pos head d_head]
         self.hook_rot_k = HookPoint()  # [batch pos kv_head d_head]
         self.hook_attn_scores = HookPoint()  # [batch head query key], scaled and masked
@@ -75,6 +90,8 @@ class Attention(nn.Module):
         """Output of the attention layer, for a residual stream that `norm` normalises first."""
         here = self.own(context)
         q, k, v = self._project(resid, norm)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.hook_q_norm(self.q_norm(q)), self.hook_k_norm(self.k_norm(k))
         q, k = self.hook_rot_q(_rotated(q, here)), self.hook_rot_k(_rotated(k, here))
         if context.kv_cache is not None:
             k, v = context.kv_cache.extend(self.layer, k, v)
@@ -87,8 +104,9 @@ class Attention(nn.Module):
     def keys_and_values(
         self, x: Float[Tensor, "batch pos d_model"], context: AttentionContext
     ) -> tuple[Float[Tensor, "batch pos kv_head d_head"], Float[Tensor, "batch pos kv_head d_head"]]:
-        """Rotated keys, and values, of a normalised residual stream; runs no hooks."""
+        """Rotated keys, and values, of a normalised residual stream; runs no hooks of its own."""
         k, v = (project(x).unflatten(-1, (-1, self.d_head)) for project in (self.k, self.v))
+        k = k if self.k_norm is None else self.k_norm(k)
         return _rotated(k, self.own(context)), v
 
     def write(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
@@ -122,12 +140,12 @@ class Attention(nn.Module):
             k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         has_hooks = is_hooked(self.hook_attn_scores, self.hook_pattern)
         if context.windows is not None:
-            return context.windows.attend(q, k, v, self._mix if has_hooks else None)
+            return context.windows.attend(q, k, v, self._mix if has_hooks else None, 1 / self.divisor)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = context.mask
         if not has_hooks:
             is_causal = context.causal and mask is None
-            z = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+            z = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=1 / self.divisor)
             return z.transpose(1, 2)
         if mask is None and context.causal:
             mask = torch.ones((q.shape[2], k.shape[2]), dtype=torch.bool, device=q.device).tril()
@@ -135,7 +153,7 @@ class Attention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention [... head pos d_head] by scores and pattern, for their hooks."""
-        scores = (q / math.sqrt(self.d_head)) @ k.transpose(-1, -2)
+        scores = (q / self.divisor) @ k.transpose(-1, -2)
         if mask is not None:
             scores.masked_fill_(~mask, -torch.inf)
         scores = self.hook_attn_scores(scores)

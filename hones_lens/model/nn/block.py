@@ -1,4 +1,4 @@
-"""The pre-norm transformer block of decoder and vision tower alike."""
+"""The transformer block of decoder and vision tower alike."""
 
 from __future__ import annotations
 
@@ -17,13 +17,28 @@ class Block(nn.Module):
 
     The skip connections carry the values that the hooks return, so an edit at
     `hook_resid_mid` equals the same edit at `hook_attn_out`.
+
+    Args:
+        attn, mlp: Attention and feed-forward network.
+        ln1, ln2: The norms in front of them.
+        ln1_post, ln2_post: Norms of what they write, before it is added (Gemma), which subtract no mean;
+            None: it is added as it is. `hook_attn_out` and `hook_mlp_out` are what is added.
     """
 
     hook_out_is_single_residual_stream = True
 
-    def __init__(self, attn: Attention, mlp: FeedForward, ln1: Norm, ln2: Norm):
+    def __init__(
+        self,
+        attn: Attention,
+        mlp: FeedForward,
+        ln1: Norm,
+        ln2: Norm,
+        ln1_post: Norm | None = None,
+        ln2_post: Norm | None = None,
+    ):
         super().__init__()
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
+        self.ln1_post, self.ln2_post = ln1_post, ln2_post
         self.hook_resid_pre = HookPoint()  # [batch pos d_model]
         self.hook_attn_out = HookPoint()  # [batch pos d_model]
         self.hook_resid_mid = HookPoint()  # [batch pos d_model]
@@ -35,17 +50,25 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after this block."""
         pre = self.hook_resid_pre(resid)
-        return self.after_attention(pre, self.attn(pre, self.ln1, context))
+        return self.after_attention(pre, self.attn_out(self.attn(pre, self.ln1, context)))
+
+    def attn_out(self, written: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What attention adds to the stream, from what its heads write; runs `ln1_post`."""
+        return written if self.ln1_post is None else self.ln1_post(written)
+
+    def mlp_out(self, written: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the MLP adds to the stream, from what its neurons write; runs `ln2_post`."""
+        return written if self.ln2_post is None else self.ln2_post(written)
 
     def after_attention(
         self, pre: Float[Tensor, "batch pos d_model"], attn_out: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after this block, from its input and the output of its attention."""
+        """The residual stream after this block, from its input and what its attention adds."""
         mid = self.hook_resid_mid(pre + self.hook_attn_out(attn_out))
-        return self.after_mlp(mid, self.mlp(self.ln2(mid)))
+        return self.after_mlp(mid, self.mlp_out(self.mlp(self.ln2(mid))))
 
     def after_mlp(
         self, mid: Float[Tensor, "batch pos d_model"], mlp_out: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after this block, from `resid_mid` and the output of its MLP."""
+        """The residual stream after this block, from `resid_mid` and what its MLP adds."""
         return self.hook_resid_post(mid + self.hook_mlp_out(mlp_out))

@@ -45,13 +45,16 @@ class Windows:
     members: Int[Tensor, "batch window size"]
     real: Bool[Tensor, "batch window size"]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mix: Mix | None = None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mix: Mix | None = None, scale: float | None = None
+    ) -> Tensor:
         """Attention [batch pos head d_head] within each window; zero at padding.
 
         Args:
             q, k, v: [batch pos head d_head].
             mix: Attention of [batch window head size d_head] under a mask in which filling attends to itself;
                 default: a fused kernel, over the windows alone that have tokens.
+            scale: Of the kernel's scores; default: 1 / √d_head.
         """
         members, real = self.members, self.real
         if mix is None:
@@ -60,7 +63,7 @@ class Windows:
         q_in, k_in, v_in = (x.flatten(0, 1)[members].transpose(-3, -2) for x in (q, k, v))
         if mix is None:
             mask = None if bool(real.all()) else real[:, None, None]
-            mixed = F.scaled_dot_product_attention(q_in, k_in, v_in, attn_mask=mask)
+            mixed = F.scaled_dot_product_attention(q_in, k_in, v_in, attn_mask=mask, scale=scale)
         else:
             itself = torch.eye(real.shape[-1], dtype=torch.bool, device=real.device)
             mixed = mix(q_in, k_in, v_in, real[..., None, None, :] | itself)
@@ -68,7 +71,7 @@ class Windows:
         return z.index_copy(0, members[real], mixed.transpose(-3, -2)[real]).view_as(q)
 
 
-_BY_TOKEN = ("cos", "sin")
+_BY_TOKEN = ("cos", "sin", "groups")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class AttentionContext:
         kv_cache: Filled and read during generation.
         window: How many keys a query may attend to, itself and those before it; None: all.
         sliding: For layers whose attention slides: their own rotation, mask and window.
+        groups: Tokens of one group see each other, also those behind them, [batch pos]; −1: none. None: all
+            are causal.
     """
 
     cos: Tensor | None = None
@@ -93,6 +98,7 @@ class AttentionContext:
     windows: Windows | None = None
     window: int | None = None
     sliding: AttentionContext | None = None
+    groups: Tensor | None = None
 
     def __getitem__(self, index: Any) -> AttentionContext:
         """Some rows and positions, as tensors [batch pos …] are indexed; without masks (see `masked`)."""
@@ -105,26 +111,35 @@ class AttentionContext:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors but those of caches and windows, by name; `of_tensors` takes them."""
-        own = {name: x for name in (*_BY_TOKEN, "mask") if (x := getattr(self, name)) is not None}
+        """All tensors but those of caches, windows and groups, by name; `of_tensors` takes them."""
+        own = {name: x for name in ("cos", "sin", "mask") if (x := getattr(self, name)) is not None}
         sliding = {} if self.sliding is None else self.sliding.tensors()
         return own | {f"sliding.{name}": x for name, x in sliding.items()}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> AttentionContext:
-        """The context of a decoder that `tensors` told; its masks are made, so it has no windows."""
+        """The context of a decoder that `tensors` told; its masks are made, so it needs no more."""
         prefix = "sliding."
         own: dict[str, Any] = {name: x for name, x in tensors.items() if not name.startswith(prefix)}
         sliding = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         return cls(**own, causal=True, sliding=cls.of_tensors(sliding) if sliding else None)
 
-    def masked(self, key_is_token: Bool[Tensor, "batch key"], n_queries: int) -> AttentionContext:
-        """With masks for the last `n_queries` positions, see `attention_mask`."""
+    def masked(self, key_is_token: Bool[Tensor, "#batch key"], n_queries: int) -> AttentionContext:
+        """With masks for the last `n_queries` positions, see `attention_mask`.
+
+        Where there are more keys than this context has tokens, those before them are of other groups.
+        """
         return replace(
             self,
-            mask=attention_mask(key_is_token, n_queries, self.window),
+            mask=attention_mask(key_is_token, n_queries, self.window, self.groups),
             sliding=None if self.sliding is None else self.sliding.masked(key_is_token, n_queries),
         )
+
+    def behind(self, n_queries: int) -> AttentionContext:
+        """The last tokens alone, of a context that is `masked` for these."""
+        first = 0 if self.cos is None else self.cos.shape[-2] - n_queries
+        sliding = None if self.sliding is None else self.sliding.behind(n_queries)
+        return replace(self[:, first:], mask=self.mask, sliding=sliding)
 
     def last(self, n_queries: int, n_keys: int) -> AttentionContext:
         """For the last queries alone, of a context that has this mask for all of them."""
@@ -175,10 +190,11 @@ class AttentionContext:
 
 
 def attention_mask(
-    key_is_token: Bool[Tensor, "batch key"],
+    key_is_token: Bool[Tensor, "#batch key"],
     n_queries: int,
     window: int | None = None,
-) -> Bool[Tensor, "batch 1 query key"] | None:
+    groups: Int[Tensor, "#batch token"] | None = None,
+) -> Bool[Tensor, "#batch 1 query key"] | None:
     """Causal mask for the last `n_queries` positions that hides padding; None where causality is all.
 
     A padding query attends to itself, so that no row of the softmax is empty.
@@ -187,10 +203,13 @@ def attention_mask(
         key_is_token: False at padding.
         n_queries: How many of the positions, the last, are queries.
         window: How many keys a query sees at most, itself included; None: all before it.
+        groups: Of the last keys, at least of all queries: those of one group see each other, also behind
+            them; of those before it in its group a query sees what the window lets it. −1: none.
     """
     n_keys = key_is_token.shape[1]
     slides = window is not None and n_keys > window
-    if not slides and bool(key_is_token.all()):
+    mutual = groups is not None and bool((groups[:, -n_queries:] >= 0).any())
+    if not slides and not mutual and bool(key_is_token.all()):
         if n_queries == n_keys:
             return None
         if n_queries == 1:
@@ -198,5 +217,11 @@ def attention_mask(
     shape, diagonal = (n_queries, n_keys), n_keys - n_queries
     causal = torch.ones(shape, dtype=torch.bool, device=key_is_token.device).tril(diagonal)
     itself = causal ^ causal.tril(diagonal - 1)
-    seen = causal ^ causal.tril(diagonal - window) if slides and window is not None else causal
+    seen = causal
+    if mutual and groups is not None:
+        of_keys = F.pad(groups, (n_keys - groups.shape[1], 0), value=-1)
+        of_queries = groups[:, -n_queries:, None]
+        seen = (causal | ((of_queries == of_keys[:, None]) & (of_queries >= 0)))[:, None]
+    if slides and window is not None:
+        seen = seen & ~torch.ones_like(causal).tril(diagonal - window)
     return (seen & key_is_token[:, None, None]) | itself

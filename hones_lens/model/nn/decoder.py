@@ -26,6 +26,8 @@ class Decoder:
         blocks: From the lowest to the highest, with any norms and any feed-forward network.
         ln_final: The norm before the unembedding.
         unembed: From the normalised residual stream to logits.
+        sliding_rotary: Rotation angles of the layers whose attention slides; None: the same.
+        embed_scale: Factor on token embeddings, rounded to their type (Gemma); None: 1.
     """
 
     embed: nn.Embedding
@@ -33,6 +35,8 @@ class Decoder:
     blocks: Sequence[Block]
     ln_final: Norm
     unembed: Unembedding
+    sliding_rotary: Rotary | None = None
+    embed_scale: float | None = None
 
 
 def llama_decoder(

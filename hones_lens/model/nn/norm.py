@@ -51,6 +51,31 @@ class RMSNorm(nn.Module):
         return self.weight * self.hook_normalized((x_float / scale).to(x.dtype))
 
 
+class OffsetRMSNorm(nn.Module):
+    """Root-mean-square norm whose weight is `1 + offset`, as Gemma's; rounded once, behind the weight.
+
+    Hooks as of `RMSNorm`; `hook_normalized` is in float32.
+    """
+
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(d))
+        self.eps = eps
+        self.hook_scale = HookPoint()  # [batch pos 1]
+        self.hook_normalized = HookPoint()  # [batch pos d]
+
+    @property
+    def weight(self) -> Float[Tensor, " d"]:
+        """Factor on the normalised stream, in float32 (no view: the checkpoint has `offset`)."""
+        return 1.0 + self.offset.float()
+
+    def forward(self, x: Float[Tensor, "*lead d"]) -> Float[Tensor, "*lead d"]:
+        """Normalise the last axis."""
+        x_float = x.float()
+        scale = self.hook_scale((x_float.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        return (self.weight * self.hook_normalized(x_float / scale)).to(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """Layer norm with bias, as CLIP's vision tower uses it.
 

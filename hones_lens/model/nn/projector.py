@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -30,3 +31,28 @@ class Projector(nn.Module):
         x = self.hook_in(features)
         x = x if self.ln is None else self.ln(x)
         return self.hook_out(self.linear_2(self.act(self.linear_1(x))))
+
+
+class PoolingProjector(nn.Module):
+    """The mean of each square of patches, normalised, and mapped to the decoder's width (Gemma 3).
+
+    Args:
+        d_vision: Width of a patch.
+        merge: Side of a square in patches.
+        d_out: Width of the decoder.
+        ln: The norm of the means.
+    """
+
+    def __init__(self, d_vision: int, merge: int, d_out: int, ln: Norm):
+        super().__init__()
+        self.merge, self.ln = merge, ln
+        self.hook_in = HookPoint()  # [image token d_vision], the means
+        self.matrix = nn.Parameter(torch.empty(d_vision, d_out))
+        self.hook_out = HookPoint()  # [image token d_model]
+
+    def forward(self, patches: Float[Tensor, "image patch d_vision"]) -> Float[Tensor, "image token d_model"]:
+        """Image embeddings, in raster order."""
+        n, merge = int(patches.shape[1] ** 0.5) // self.merge, self.merge
+        squares = patches.reshape(len(patches), n, merge, n, merge, patches.shape[-1])
+        means = squares.mean((2, 4)).flatten(1, 2)
+        return self.hook_out(self.ln(self.hook_in(means)) @ self.matrix)

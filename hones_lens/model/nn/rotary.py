@@ -73,22 +73,34 @@ class Rotary(nn.Module):
 
 
 def rotary_frequencies(
-    hf_config: Any, d_head: int, handled: Sequence[str] = STATIC_ROPE_TYPES
+    hf_config: Any,
+    d_head: int,
+    handled: Sequence[str] = STATIC_ROPE_TYPES,
+    layer_type: str | None = None,
 ) -> tuple[Tensor, float]:
     """Frequencies [d_head / 2] and scaling that a Hugging Face text config asks for.
+
+    Args:
+        hf_config: The text config.
+        d_head: Width of a head.
+        handled: The rope types that are handled.
+        layer_type: Of the layers, where the config has parameters for each type of them.
 
     Raises:
         ValueError: A rope type that is not handled. (Those of `dynamic` are the default ones up to the length
             that the checkpoint was made for: give `Rotary` that limit.)
     """
     parameters = hf_config.rope_parameters
+    by_type: dict[str, str] = {} if layer_type is None else {"layer_type": layer_type}
+    if layer_type is not None:
+        parameters = parameters[layer_type]
     rope_type = parameters["rope_type"]
     if rope_type not in handled:
         raise ValueError(f"config value rope_type={rope_type!r} is not handled; handled: {handled}")
     if rope_type in ("default", "dynamic"):
         steps = torch.arange(0, d_head, 2, dtype=torch.float) / d_head
         return 1.0 / parameters["rope_theta"] ** steps, 1.0
-    return ROPE_INIT_FUNCTIONS[rope_type](hf_config)
+    return ROPE_INIT_FUNCTIONS[rope_type](hf_config, **by_type)
 
 
 def rotate(

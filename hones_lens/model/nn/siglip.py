@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hones_lens.model.config import VisionConfig
 from hones_lens.model.nn.clip import hidden_states, vit_blocks
 from hones_lens.model.nn.hook_point import HookPoint
+from hones_lens.model.nn.norm import LayerNorm
 
 
 class SiglipEncoder(nn.Module):
@@ -39,3 +40,17 @@ class SiglipEncoder(nn.Module):
     def positions(self, pixels: Tensor) -> Float[Tensor, "token d_model"]:
         """The position embedding of each patch of these pictures."""
         return self.position_embedding
+
+
+class NormedSiglip(SiglipEncoder):
+    """SigLIP's vision transformer with the norm behind its blocks, as Gemma 3 and Idefics3 read it."""
+
+    def __init__(self, cfg: VisionConfig, act: str, eps: float):
+        super().__init__(cfg, act, eps)
+        self.ln_post = LayerNorm(cfg.d_model, eps)
+
+    def forward(
+        self, pixels: Float[Tensor, "image channel height width"]
+    ) -> Float[Tensor, "image token d_model"]:
+        """The normalised stream above the last block, patches in raster order."""
+        return self.ln_post(super().forward(pixels))

@@ -9,23 +9,15 @@ from torch import Tensor, nn
 from hones_lens.model.config import VisionConfig
 from hones_lens.model.nn.hook_point import HookPoint
 from hones_lens.model.nn.linear import Linear
-from hones_lens.model.nn.norm import LayerNorm
-from hones_lens.model.nn.siglip import SiglipEncoder
+from hones_lens.model.nn.siglip import NormedSiglip
 
 
-class TileEncoder(SiglipEncoder):
+class TileEncoder(NormedSiglip):
     """SigLIP's vision transformer of tiles, with positions by bucket and a norm behind the blocks."""
 
     def __init__(self, cfg: VisionConfig, act: str, eps: float):
         super().__init__(cfg, act, eps)
         self.side = cfg.patches_per_side
-        self.ln_post = LayerNorm(cfg.d_model, eps)
-
-    def forward(
-        self, pixels: Float[Tensor, "tile channel height width"]
-    ) -> Float[Tensor, "tile patch d_model"]:
-        """The normalised stream above the last block, patches in raster order."""
-        return self.ln_post(super().forward(pixels))
 
     def positions(self, pixels: Tensor) -> Float[Tensor, "patch d_model"]:
         """The position embedding of each patch's bucket."""

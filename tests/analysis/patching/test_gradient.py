@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import random_llava, random_qwen
+from helpers import random_gemma, random_llava, random_qwen
 from helpers.patching_pairs import (
     D_MLP,
     HEADS,
@@ -33,8 +33,8 @@ from hones_lens.results.statistics import mean_interval
 FAMILIES = pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
 EITHER_WAY = pytest.mark.parametrize(
     ("made", "direction"),
-    [(random_llava, "noise"), (random_qwen, "denoise")],
-    ids=["llava-noise", "qwen-denoise"],
+    [(random_llava, "noise"), (random_qwen, "denoise"), (random_gemma, "noise")],
+    ids=["llava-noise", "qwen-denoise", "gemma-noise"],
 )
 SIZES = {"head": HEADS, "kv_head": KV_HEADS, "neuron": D_MLP, None: 1}
 
@@ -44,7 +44,7 @@ def linear(model: HookedVLM, inputs: VLMInputs, patterns_above: int = -1) -> Ite
     """The model made linear around a run: norm scales, gates and patterns (of layers above one) are held."""
 
     def held(name: str) -> bool:
-        if name.endswith("attn.hook_pattern"):
+        if name.endswith(("attn.hook_pattern", "q_norm.hook_scale", "k_norm.hook_scale")):
             return name.startswith("blocks") and int(name.split(".")[1]) > patterns_above
         return name.startswith(("blocks", "ln_final")) and name.endswith(("hook_scale", "mlp.hook_pre"))
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import random_llava, random_qwen
+from helpers import random_gemma, random_llava, random_qwen
 from helpers.patching_pairs import (
     D_MLP,
     HEADS,
@@ -27,7 +27,9 @@ from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.path import path_patching, path_patching_matrix
 from hones_lens.analysis.patching.receivers import every_receiver
 
-FAMILIES = pytest.mark.parametrize("made", [random_llava, random_qwen], ids=["llava", "qwen"])
+# Gemma's attention and MLPs have norms behind them.
+MADE = {"llava": random_llava, "qwen": random_qwen, "gemma": random_gemma}
+FAMILIES = pytest.mark.parametrize("made", MADE.values(), ids=MADE)
 DIRECTIONS = pytest.mark.parametrize("direction", ["noise", "denoise"])
 THROUGH = pytest.mark.parametrize("through_mlps", [False, True], ids=["stream", "mlps"])
 WHOLE = slice(None)
@@ -154,8 +156,15 @@ def test_the_direct_path_to_the_logits_by_hand(made: ModuleType) -> None:
         was = corrupted["blocks.2.hook_resid_post"][:, -1].double()
         now = was.clone()
         for layer, head in ((0, 3), (2, 1)):
-            name = f"blocks.{layer}.attn.hook_z"
-            now += ((clean[name] - corrupted[name])[:, -1, head] @ model.W_O[layer, head]).double()
+            name, block = f"blocks.{layer}.attn.hook_z", model.blocks[layer]
+            changed = corrupted[name].clone()
+            changed[:, :, head] = clean[name][:, :, head]
+            wrote, writes = (
+                (z.flatten(2) @ block.attn.o.weight.T)[:, -1] for z in (corrupted[name], changed)
+            )
+            if block.ln1_post is not None:
+                wrote, writes = block.ln1_post(wrote), block.ln1_post(writes)
+            now += (writes - wrote).double()
         directions = (model.W_U[:, pairs.answer] - model.W_U[:, pairs.foil]).T * model.ln_final.weight
         scores = [
             ((x * directions).sum(-1) / (x.pow(2).mean(-1) + model.ln_final.eps).sqrt()) for x in (now, was)

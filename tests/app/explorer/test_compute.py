@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import random_llava, random_qwen
+from helpers import random_gemma, random_llava, random_qwen
 
 from hones_lens import HookedVLM
 from hones_lens.analysis.vocabulary import vocabulary_logits
@@ -16,9 +16,12 @@ TOKEN = -2  # looked from, counted from the end
 EDITS = (Edit("head", 0, 1), Edit("neuron", 1, 3, 2.5))
 
 
-@pytest.fixture(params=["llava", "qwen"], scope="module")
+MADE = {"llava": random_llava, "qwen": random_qwen, "gemma": random_gemma}
+
+
+@pytest.fixture(params=MADE, scope="module")
 def model(request: pytest.FixtureRequest) -> HookedVLM:
-    return (random_llava.make_pair if request.param == "llava" else random_qwen.make_pair)()[1]
+    return MADE[request.param].make_pair()[1]
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,8 @@ def test_what_a_head_feeds_is_what_neurons_lose_when_it_is_cut_from_their_stream
     head, token = (0, 1), answered.n_tokens + TOKEN
     _, clean = cached(model, answered, edits)
     writes = clean["blocks.0.attn.hook_z"][0, token, 1] @ model.blocks[0].attn.W_O[1]
+    if (behind := model.blocks[0].ln1_post) is not None:
+        writes = writes * behind.weight / clean["blocks.0.ln1_post.hook_scale"][0, token]
     found = compute.fed_neurons(model, activations, head, token)
     for layer in range(model.cfg.n_layers):
         mid, scale = f"blocks.{layer}.hook_resid_mid", f"blocks.{layer}.ln2.hook_scale"
@@ -178,6 +183,8 @@ def test_heads_write_along_the_largest_directions_of_their_ov_matrix(model: Hook
     attn, norm = model.blocks[1].attn, model.blocks[1].ln1
     group = 3 // (attn.n_heads // attn.n_key_value_heads)
     whole = torch.diag(norm.weight) @ attn.W_V[group] @ attn.W_O[3]
+    if (behind := model.blocks[1].ln1_post) is not None:
+        whole = whole * behind.weight
     _, sizes, right = torch.linalg.svd(whole.detach())
     found, directions = compute.ov_directions(model, (1, 3), 3)
     torch.testing.assert_close(found, sizes[:3], atol=1e-5, rtol=1e-4)

@@ -18,6 +18,8 @@ SITES = {
     "attn.hook_q": ("attn.q", "output"),
     "attn.hook_k": ("attn.k", "output"),
     "attn.hook_v": ("attn.v", "output"),
+    "attn.hook_q_norm": ("attn.q_norm", "output"),
+    "attn.hook_k_norm": ("attn.k_norm", "output"),
     "attn.hook_z": ("attn.o", "input"),
     "hook_attn_out": ("attn.o", "output"),
     "mlp.hook_post": ("mlp.down", "input"),
@@ -68,7 +70,8 @@ def hf_site(pair: FamilyPair, name: str) -> tuple[str, str] | None:
     if site == "mlp.hook_pre":
         gated = isinstance(pair.model.get_submodule(f"{block}.mlp"), GatedMLP)
         ours, where = f"mlp.{'gate' if gated else 'up'}", "output"
-    theirs = modules.get(f"{block}.{ours}")
+    behind = {"hook_attn_out": "ln1_post", "hook_mlp_out": "ln2_post"}.get(site)
+    theirs = modules.get(f"{block}.{behind}", modules.get(f"{block}.{ours}"))
     return None if theirs is None else (theirs, where)
 
 
@@ -96,7 +99,8 @@ def _disturb(noise: list[Tensor], x: Tensor, hook: object) -> Tensor:
 
 
 def _add(noise: list[Tensor], x: Tensor) -> Tensor:
-    return x + noise[0].reshape(x.shape)
+    heads_first = x.ndim == 4 and noise[0].ndim == 4 and x.shape != noise[0].shape
+    return x + (noise[0].transpose(1, 2) if heads_first else noise[0]).reshape(x.shape)
 
 
 def test_norms_mean_what_they_mean_in_hf(pair: FamilyPair) -> None:
