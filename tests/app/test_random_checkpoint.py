@@ -16,10 +16,12 @@ from hones_lens.app.cli import main
 from hones_lens.app.random_checkpoint import write
 from hones_lens.app.random_checkpoint.write import write_random_checkpoint
 from hones_lens.model import all_settings, hook_hf_model, known_config, load_hf_model
+from hones_lens.model.config import token_ids
 
 # Parameters as the model pages and the index files of the repositories give them.
 PARAMETERS = {
     "llava-1.5-7b": 7_063_427_072,
+    "gemma-3-4b": 4_300_079_472,
     "smolvlm-256m": 256_484_928,
     "smolvlm2-500m": 507_482_304,
     "qwen2-vl-7b": 8_291_375_616,
@@ -35,6 +37,13 @@ HUB_NAMES = {
         "vision_tower.vision_model.embeddings.class_embedding",
         "vision_tower.vision_model.encoder.layers.23.self_attn.out_proj.weight",
         "vision_tower.vision_model.pre_layrnorm.weight",
+    ),
+    "gemma-3-4b": (
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.33.pre_feedforward_layernorm.weight",
+        "language_model.model.layers.33.self_attn.q_norm.weight",
+        "multi_modal_projector.mm_input_projection_weight",
+        "vision_tower.vision_model.post_layernorm.weight",
     ),
     "qwen2.5-vl-7b": (
         "lm_head.weight",
@@ -159,7 +168,7 @@ def _at_counts(tmp_path, name):
     folder = write_random_checkpoint(name, tmp_path / "model", shard_gb=0.2)
     tokenizer, config = AutoTokenizer.from_pretrained(folder), known_config(name)
     text = config.text_config
-    for token_id in (text.bos_token_id, text.eos_token_id, text.pad_token_id):
+    for token_id in (text.bos_token_id, *token_ids(text.eos_token_id), text.pad_token_id):
         assert token_id in tokenizer.all_special_ids
     hooked, inputs = _equal_logits(folder)
     assert (hooked.cfg.n_layers, hooked.cfg.d_mlp) == (text.num_hidden_layers, text.intermediate_size)

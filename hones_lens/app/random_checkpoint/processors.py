@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, Q
 
 from hones_lens.app.tiny.tiny_tokenizer import (
     SMOLVLM_MARKERS,
+    build_gemma_tokenizer,
     build_llava_tokenizer,
     build_qwen_tokenizer,
     build_smolvlm_tokenizer,
@@ -26,6 +27,13 @@ SMOLVLM_IDS = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2} | {
     token: 49152 + i for i, token in enumerate(SMOLVLM_MARKERS[:-1])
 }
 SMOLVLM_IDS["<end_of_utterance>"] = 49279
+GEMMA_IDS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4} | {
+    "<start_of_turn>": 105,
+    "<end_of_turn>": 106,
+    "<start_of_image>": 255999,
+    "<end_of_image>": 256000,
+    "<image_soft_token>": 262144,
+}
 
 
 def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path | None = None) -> Any:
@@ -46,6 +54,7 @@ def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path 
         )
     auto: Any = AutoTokenizer
     build, ids = {
+        "gemma3": (build_gemma_tokenizer, GEMMA_IDS),
         "llava": (build_llava_tokenizer, LLAVA_IDS),
         "qwen2_vl": (build_qwen_tokenizer, QWEN_IDS),
         "qwen2_5_vl": (build_qwen_tokenizer, QWEN_IDS),
@@ -60,6 +69,8 @@ def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path 
         made.chat_template = made.chat_template or template
     if settings.family == "llava":
         return _llava(settings.images["side"], made, config)
+    if settings.family == "gemma3":
+        return _gemma(settings.images["side"], made, config)
     if "longest_edge" in settings.images:
         return _of_tiles(settings, made, config)
     bounds: dict[str, Any] = dict(settings.images)
@@ -78,6 +89,12 @@ def _llava(side: int, tokenizer: Any, config: Any) -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=tokenizer.chat_template,
     )
+
+
+def _gemma(side: int, tokenizer: Any, config: Any) -> Any:
+    parts: Any = load_family("gemma3").processor_class
+    pictures = parts.pictures(size={"height": side, "width": side})
+    return parts(pictures, tokenizer, tokenizer.chat_template, image_seq_length=config.mm_tokens_per_image)
 
 
 def _of_tiles(settings: ModelSettings, tokenizer: Any, config: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, post_norm
 
 
 class Segment(NamedTuple):
@@ -45,6 +45,7 @@ class Operations:
     def __init__(self, model: HookedVLM):
         self._model, self.cfg = model, model.cfg
         self._block = _matrices(model.blocks[0])
+        self._norms_behind = post_norm(model.blocks[0], "attn") is not None
         self._vision_block = _matrices(model.vision_encoder.get_submodule("blocks.0"))
 
     def block(self, tokens: float, past: float = 0) -> float:
@@ -88,8 +89,13 @@ class Operations:
         return layers + sum(s.rows * self.logits(s.keep) for s in segments)
 
     def head_tables(self) -> float:
-        """What the forks of one layer's heads share: each head's way into the layer's neurons."""
+        """What the forks of one layer's heads share: each head's way into the layer's neurons.
+
+        Nothing where a norm lies on that way.
+        """
         cfg = self.cfg
+        if self._norms_behind:
+            return 0
         return 2 * cfg.n_heads * cfg.d_head * cfg.d_model * 2 * cfg.d_mlp
 
     def fork(self, layer: int, segments: Sequence[Segment], heads: bool = True) -> float:
@@ -98,8 +104,12 @@ class Operations:
         total = 0.0
         for rows, tokens, past, keep in segments:
             operations = 0.0
-            if heads:
-                changed = keep if layer == top else tokens
+            changed = keep if layer == top else tokens
+            if self._norms_behind:  # nothing that is behind the change can be left out
+                operations += 2 * changed * cfg.d_mlp * cfg.d_model
+                if heads:
+                    operations += 2 * changed * cfg.d_model * (cfg.n_heads * cfg.d_head + 2 * cfg.d_mlp)
+            elif heads:
                 operations += 2 * changed * cfg.d_head * (cfg.d_model + 2 * cfg.d_mlp)
                 operations += 2 * changed * cfg.d_mlp * cfg.d_model
             if layer < top:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import random_llava
+from helpers import random_gemma, random_llava
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,7 +13,8 @@ from hones_lens.engine import Segment as EngineSegment, Sweep
 from hones_lens.interventions import replace_with_other_heads_mean, zero_neurons
 from hones_lens.model import HookedVLM
 
-MODELS = ("tiny-llava", "tiny-qwen2.5-vl")
+# That of Gemma has norms behind attention and MLP, so that no fork is shortened.
+MODELS = ("tiny-llava", "tiny-qwen2.5-vl", "gemma3")
 
 
 def counted(run) -> float:
@@ -25,7 +26,10 @@ def counted(run) -> float:
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request) -> HookedVLM:
-    return HookedVLM.from_pretrained(request.param)
+    if request.param != "gemma3":
+        return HookedVLM.from_pretrained(request.param)
+    text = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    return random_gemma.make_pair(random_gemma.make_config(text={**text, "intermediate_size": 96}))[1]
 
 
 @pytest.fixture
