@@ -43,7 +43,8 @@ def token_mask(inputs: VLMInputs, group: Group) -> Bool[Tensor, "batch pos"]:
     Args:
         inputs: From `prepare` or `model.as_inputs`.
         group: `all` (every token), a name in `inputs.token_groups` (`image`, `text`, `question`, `last`,
-            `answer`), a `Box`: the image tokens whose cells it touches, or a mask [batch pos].
+            `answer`; `newline`, of families that write newlines into pictures), a `Box`: the image tokens
+            whose cells it touches, or a mask [batch pos].
 
     Raises:
         ValueError: An unknown name, a box outside of a picture, a mask of another shape, or a group that is

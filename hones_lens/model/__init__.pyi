@@ -66,6 +66,7 @@ from .post_norms import (
 from .prompting import prompt_lengths as prompt_lengths
 from .qwen_like import QwenProcessor as QwenProcessor
 from .tiles import n_tiles as n_tiles
+from .tiling import tiling_of as tiling_of
 from .tokens import (
     bare_text_ids as bare_text_ids,
     leading_blanks as leading_blanks,

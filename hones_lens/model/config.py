@@ -32,6 +32,9 @@ class VisionConfig:
             `vision_feature_select_strategy="default"`, does so with SigLIP.
         merge_size: Side, in patches, of the square of patches that one image token stands for.
         window_size: Side in pixels of the attention windows; None without windows.
+        tile_sizes: Heights and widths in pixels to one of which a picture is brought before it is cut into
+            tiles of `image_size`; empty where pictures are not cut so.
+        most_tiles: Of how many tiles at most a picture has the tokens; more are pooled. None: of all.
         full_attention_layers: Blocks that attend over the whole image even if there are windows.
     """
 
@@ -49,6 +52,8 @@ class VisionConfig:
     merge_size: int = 1
     window_size: int | None = None
     full_attention_layers: tuple[int, ...] = ()
+    tile_sizes: tuple[tuple[int, int], ...] = ()
+    most_tiles: int | None = None
 
     @property
     def patches_per_side(self) -> int:

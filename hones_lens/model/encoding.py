@@ -43,8 +43,7 @@ def with_image_embeds(model: EncodesImages, inputs: VLMInputs) -> VLMInputs:
     hooked = any(name.startswith("vision") for name in model.hooked_names())
     if hooked or len(inputs.grids) != len(inputs):
         return replace(inputs, image_embeds=model.encode_images(inputs))
-    merged = model.cfg.vision.merge_size**2
-    patches = [[tokens * merged for tokens in row] for row in inputs.image_tokens]
+    patches = inputs.tower_patches
     allowance = Allowance(model.cfg.device)
     most_patches = int(allowance.bytes // bytes_per_patch(model.cfg))
     parts = allowance.in_parts(

@@ -26,6 +26,8 @@ class Family(ABC):
         processor_options: Names of these options.
         answer_separator: Text between the rendered prompt and an answer, where the chat template shows none.
         default_chat_template: Used if the checkpoint has no chat template.
+        whole_among_others: Whether pictures of a row that has several are read as wholes, unlike one alone.
+        more_inputs: Keys of inputs that it reads and not every family does.
         image_markup: What stands for an image in a chat template that takes only text; `{image}` is the image
             token.
         reads_token_types: Hugging Face's model reads `token_type_ids`: which tokens are an image's.
@@ -34,6 +36,8 @@ class Family(ABC):
     family = ""
     processor_class: Any = AutoProcessor
     processor_options: tuple[str, ...] = ()
+    more_inputs: tuple[str, ...] = ()
+    whole_among_others = False
     answer_separator = ""
     default_chat_template = ""
     image_markup = "{image}\n"
@@ -71,6 +75,12 @@ class Family(ABC):
         That is a number of image tokens, or a text with image tokens in it.
         """
 
+    def process_pictures(
+        self, images: Sequence[Image.Image], wholes: Sequence[bool]
+    ) -> tuple[dict[str, Any], Sequence[ImageText]]:
+        """As `process_images`, where some pictures are read as wholes (`whole_among_others`)."""
+        return self.process_images(images)
+
     def pixel_rows(self, pixels: Mapping[str, Tensor], texts: Sequence[ImageText]) -> list[int]:
         """How many rows of `pixel_values` each picture has, of what `process_images` returns."""
         grid_thw = pixels.get("image_grid_thw")
@@ -79,6 +89,10 @@ class Family(ABC):
     def shown_regions(self, width: int, height: int) -> list[Region]:
         """The part of a picture that each of its grids covers, where a picture may have several."""
         return [self.shown_region(width, height)]
+
+    def whole_region(self, width: int, height: int) -> Region:
+        """The part of a picture that its one grid covers where it is read as a whole."""
+        return self.shown_region(width, height)
 
     @abstractmethod
     def pictures(self, inputs: VLMInputs) -> list[Float[Tensor, "channel _ _"]]:

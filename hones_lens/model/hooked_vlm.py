@@ -180,10 +180,10 @@ class HookedVLM(HookedRoot, Family):
         if inputs.mask_is_assumed:
             mask = find_attention_mask(self, inputs.input_ids)
             inputs = replace(inputs, attention_mask=mask, mask_is_assumed=False)
-        located = self.locate_images(inputs)
-        if located.pixel_attention_mask is not None:
-            raise ValueError(f"inputs key 'pixel_attention_mask' is not read by {self.family}")
-        return located
+        for key in ("pixel_attention_mask", "image_sizes", "batch_num_images"):
+            if getattr(inputs, key) is not None and key not in self.more_inputs:
+                raise ValueError(f"inputs key {key!r} is not read by {self.family}")
+        return self.locate_images(inputs)
 
     def bind(self, inputs: ModelInput) -> bound.BoundModel:
         """This model with the pictures of `inputs`, for functions that pass tokens alone."""

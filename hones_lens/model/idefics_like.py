@@ -41,6 +41,7 @@ class IdeficsLike(HookedVLM):
     layout's `picture` says of which picture. The markers between them are text.
     """
 
+    more_inputs = ("pixel_attention_mask",)
     answer_separator = " "
     image_markup = "{image}"
     default_chat_template = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,16 @@ class ImageGrids:
         """How the tokens of an image lie around its grid."""
         return self.layouts[row][image] if self.layouts else PLAIN
 
+    def picture_of(self, row: int, image: int) -> int:
+        """Which of its row's pictures an image shows: itself, but where a picture has several grids."""
+        picture = self.layout(row, image).picture
+        return image if picture is None else picture
+
+    def n_pictures(self, row: int) -> int:
+        """How many pictures a row has."""
+        n_images = len(self.grids[row]) if self.grids else 0
+        return len({self.picture_of(row, image) for image in range(n_images)})
+
     @property
     def tower_entries(self) -> tuple[tuple[int, ...], ...]:
         """By row, how many entries of the vision tower's activations each image has."""
@@ -44,6 +55,29 @@ class ImageGrids:
             tuple(self.layout(row, i).entries for i in range(len(grids)))
             for row, grids in enumerate(self.grids or ((),) * len(self.input_ids))
         )
+
+    @property
+    def tower_patches(self) -> tuple[tuple[int, ...], ...]:
+        """By row, how many patches each entry of the vision tower's activations has."""
+        return tuple(
+            tuple(
+                prod(self.layout(row, i).tile or patches)
+                for i, patches in enumerate(grids)
+                for _ in range(self.layout(row, i).entries)
+            )
+            for row, grids in enumerate(self.patch_grids or ((),) * len(self.input_ids))
+        )
+
+    @property
+    def newline_mask(self) -> Tensor:
+        """True at image tokens that stand behind the rows of a grid, or behind the last, [batch pos]."""
+        mask = torch.zeros_like(self.image_mask)
+        for row, layouts in enumerate(self.layouts):
+            for i, layout in enumerate(layouts):
+                newlines = layout.newlines(self.grids[row][i])
+                positions = self.image_positions(row, i)
+                mask[row, positions[newlines.to(positions.device)]] = True
+        return mask
 
     def image_positions(self, row: int, image: int) -> Tensor:
         """The positions of an image's tokens, its grid's and others, [token].
@@ -89,8 +123,9 @@ class ImageGrids:
         """Arrange values on the grid of one image, in raster order.
 
         Args:
-            values: One value per position [pos], per token of that image [n_tokens], or per patch
-                of it [n_patches] (padding up to the batch's largest image may follow).
+            values: One value per position [pos], per token of that image [n_tokens], per patch
+                of it [n_patches] (padding up to the batch's largest image may follow), or, of an image of
+                several tiles, per patch of each, as the vision tower has them [n_tiles n_patches].
             row, image: Row, and index of the image in it.
             pixels: Enlarge to this (height, width) by bilinear interpolation, each value at the centre of its
                 cell.
@@ -105,14 +140,16 @@ class ImageGrids:
         positions = self.image_positions(row, image)
         if values.shape == self.input_ids.shape[1:]:
             values = values[positions.to(values.device)]
-        grid, patches = self.grids[row][image], self.patch_grids[row][image]
+        layout, grid, patches = self.layout(row, image), self.grids[row][image], self.patch_grids[row][image]
         n_patches = patches[0] * patches[1]
         longest = max(r * c for row_grids in self.patch_grids for r, c in row_grids)
         if values.shape == positions.shape:
-            cells = self.layout(row, image).cells(grid).to(values.device)
+            cells = layout.cells(grid).to(values.device)
             values = torch.where(cells < 0, 0, values[cells]) if bool((cells < 0).any()) else values[cells]
         elif values.shape in ((n_patches,), (longest,)):
             grid, values = patches, values[:n_patches]
+        elif layout.tile and values.shape == (layout.entries, prod(layout.tile)):
+            grid, values = patches, values.flatten()[layout.patch_places(patches).to(values.device)]
         else:
             raise ValueError(
                 f"{tuple(values.shape)} values fit neither the {self.input_ids.shape[1]} positions "

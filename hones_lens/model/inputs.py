@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ _FROM_HF = (
     "pixel_values",
     "pixel_attention_mask",
     "image_grid_thw",
+    "image_sizes",
+    "batch_num_images",
     "position_ids",
     "mm_token_type_ids",
     "token_type_ids",
@@ -71,6 +74,9 @@ class VLMInputs(ImageGrids):
             `position_ids` were given.
         token_type_ids: 1 at image tokens, [batch pos], where Hugging Face's model reads it (Gemma 3). Some
             tokenizers return it for others, too: None once such a model has seen the inputs.
+        image_sizes: Height and width of each picture in pixels, [n_pictures 2] (LLaVA-NeXT).
+        batch_num_images: Numbers of pictures that belong together, one after the other, as LLaVA-OneVision
+            has them, which cuts into tiles what is alone; None: each is alone.
         pixels_by_row: Hugging Face's model takes `pixel_values` with a first axis of rows; `to_hf` adds one.
     """
 
@@ -93,6 +99,8 @@ class VLMInputs(ImageGrids):
     pixel_attention_mask: Tensor | None = field(default=None, repr=False)
     pixels_by_row: bool = field(default=False, repr=False)
     token_type_ids: Tensor | None = field(default=None, repr=False)
+    image_sizes: Tensor | None = None
+    batch_num_images: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def from_hf(cls, mapping: Mapping[str, Tensor | None]) -> VLMInputs:
@@ -126,6 +134,8 @@ class VLMInputs(ImageGrids):
             pixel_values=mapping.get("pixel_values"),
             pixel_attention_mask=mapping.get("pixel_attention_mask"),
             image_grid_thw=mapping.get("image_grid_thw"),
+            image_sizes=mapping.get("image_sizes"),
+            batch_num_images=mapping.get("batch_num_images"),
             position_ids=mapping.get("position_ids"),
             labels=mapping.get("labels"),
             mm_token_type_ids=token_types,
@@ -136,8 +146,8 @@ class VLMInputs(ImageGrids):
 
     def to_hf(self) -> dict[str, Tensor]:
         """Keyword arguments for the Hugging Face model's `forward` and `generate`, without `labels`."""
-        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
-        names = (*names, "mm_token_type_ids", "token_type_ids")
+        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_sizes")
+        names = (*names, "batch_num_images", "mm_token_type_ids", "token_type_ids")
         if self.positions_are_given:
             names = (*names, "position_ids")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -177,7 +187,8 @@ class VLMInputs(ImageGrids):
     def token_groups(self) -> dict[str, Tensor]:
         """Boolean masks [batch pos]: `image`, `text`, `last`, and `question`, `answer` where prepared.
 
-        `last` is the last token of each row that is not padding.
+        `last` is the last token of each row that is not padding. Where a family writes newlines into the
+        pictures, those of the tokens of `image` are `newline`, too.
 
         Raises:
             ValueError: No model has seen the inputs yet.
@@ -187,6 +198,8 @@ class VLMInputs(ImageGrids):
         tokens = self.attention_mask.bool()
         last = tokens & (tokens.flip(-1).cumsum(-1).flip(-1) == 1)
         groups = {"image": self.image_mask, "text": tokens & ~self.image_mask, "last": last}
+        if any(layout.row_end or layout.trailing for row in self.layouts for layout in row):
+            groups["newline"] = self.newline_mask
         if self.question_mask is not None:
             groups["question"] = self.question_mask
         if self.answer_mask is not None:
@@ -257,8 +270,22 @@ class VLMInputs(ImageGrids):
             "pixel_values": _take_images_of(pixels, sizes, images) if images else None,
             "image_embeds": self._take_embeds(images),
             "image_grid_thw": None if grid_thw is None or not images else grid_thw[images],
+            **self._take_pictures(rows if images else []),
             "grids": tuple(self.grids[row] for row in rows),
         }
+
+    def _take_pictures(self, rows: list[int]) -> dict[str, Tensor | None]:
+        """What is known by picture, of which each may have several grids, of these rows."""
+        ends = [0, *accumulate(self.n_pictures(row) for row in range(self.batch_size))]
+        sizes, groups = self.image_sizes, self.batch_num_images
+        taken: dict[str, Tensor | None] = {"image_sizes": None, "batch_num_images": None}
+        if sizes is not None and rows:
+            taken["image_sizes"] = sizes[[i for row in rows for i in range(ends[row], ends[row + 1])]]
+        if groups is not None and rows:
+            of_group: list[int] = to_list(groups.cumsum(0))
+            index = [i for row in rows for i, end in enumerate(of_group) if ends[row] < end <= ends[row + 1]]
+            taken["batch_num_images"] = groups[index]
+        return taken
 
     def _take_embeds(self, images: list[int]) -> Tensor | None:
         if self.image_embeds is None or not images:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoTokenizer, ProcessorMixin
 
@@ -21,10 +21,12 @@ class PilProcessor:
         pictures: Class of the image processor.
         processor_class: Name of Hugging Face's own processor, written into `processor_config.json`; empty: no
             such file is written.
+        kept_settings: Which of its other keys are kept.
     """
 
     pictures: Any = None
     processor_class = ""
+    kept_settings: ClassVar[tuple[str, ...]] = ("image_seq_len", "image_seq_length")
 
     def __init__(self, image_processor: Any, tokenizer: Any, chat_template: Any = None, **settings: Any):
         self.image_processor, self.tokenizer, self.chat_template = image_processor, tokenizer, chat_template
@@ -42,7 +44,7 @@ class PilProcessor:
         pictures = cls.pictures.from_pretrained(folder, revision=revision, **options)
         settings, _ = processor.get_processor_dict(folder, revision=revision)
         template = settings.pop("chat_template", None) or tokenizer.chat_template
-        kept = {key: value for key, value in settings.items() if key in ("image_seq_len", "image_seq_length")}
+        kept = {key: value for key, value in settings.items() if key in cls.kept_settings}
         return cls(pictures, tokenizer, template, **kept)
 
     def save_pretrained(self, folder: str | Path) -> None:

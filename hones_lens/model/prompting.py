@@ -28,6 +28,8 @@ class ReadsPrompts(Protocol):
     default_chat_template: str
     image_markup: str
     processor: Any
+    processor_options: tuple[str, ...]
+    whole_among_others: bool
 
     @property
     def cfg(self) -> VLMConfig:
@@ -42,12 +44,22 @@ class ReadsPrompts(Protocol):
         """The token that chat templates write for an image, where it is not the image token."""
         ...
 
+    def process_pictures(
+        self, images: Sequence[Image.Image], wholes: Sequence[bool]
+    ) -> tuple[dict[str, Any], Sequence[ImageText]]:
+        """The same, where some pictures are read as wholes."""
+        ...
+
     def pixel_rows(self, pixels: Mapping[str, Tensor], texts: Sequence[ImageText]) -> list[int]:
         """How many rows of `pixel_values` each picture has."""
         ...
 
     def shown_regions(self, width: int, height: int) -> list[Region]:
         """The part of a picture that each of its grids covers."""
+        ...
+
+    def whole_region(self, width: int, height: int) -> Region:
+        """The part of a picture that is read as a whole."""
         ...
 
     def as_inputs(self, model_input: VLMInputs) -> VLMInputs:
@@ -99,17 +111,30 @@ def pair_images_with_prompts(
     return rows
 
 
-def _processed(model: ReadsPrompts, images: Sequence[Image.Image]) -> tuple[dict[str, Any], list[ImageText]]:
+def _processed(
+    model: ReadsPrompts, rows: Sequence[Sequence[Image.Image]]
+) -> tuple[dict[str, Any], list[ImageText]]:
     """As `process_images`, but that one picture at several places is processed once."""
-    distinct = {id(image): image for image in images}
-    pixels, texts = model.process_images(list(distinct.values()))
-    if len(distinct) == len(images):
-        return pixels, list(texts)
+    places = [(image, _is_whole(model, row)) for row in rows for image in row]
+    distinct = {(id(image), whole): (image, whole) for image, whole in places}
+    pixels, texts = model.process_pictures(
+        [image for image, _ in distinct.values()], [whole for _, whole in distinct.values()]
+    )
+    groups = {}
+    if model.whole_among_others and places:
+        groups["batch_num_images"] = torch.tensor([len(row) for row in rows if row])
+    if len(distinct) == len(places):
+        return pixels | groups, list(texts)
     numbers = {key: number for number, key in enumerate(distinct)}
-    index = [numbers[id(image)] for image in images]
+    index = [numbers[id(image), whole] for image, whole in places]
     parts = torch.split(pixels["pixel_values"], model.pixel_rows(pixels, texts))
     repeated = {name: of_pictures[index] for name, of_pictures in pixels.items() if name != "pixel_values"}
-    return repeated | {"pixel_values": torch.cat([parts[i] for i in index])}, [texts[i] for i in index]
+    repeated["pixel_values"] = torch.cat([parts[i] for i in index])
+    return repeated | groups, [texts[i] for i in index]
+
+
+def _is_whole(model: ReadsPrompts, row: Sequence[Image.Image]) -> bool:
+    return model.whole_among_others and len(row) > 1
 
 
 @takes_iterables
@@ -147,7 +172,7 @@ def prepare(
     answer_texts = [answers] if isinstance(answers, str) else answers
     if answer_texts is not None and len(answer_texts) != len(rows):
         raise ValueError(f"{len(answer_texts)} answers for {len(rows)} prompts")
-    pixels, image_texts = _processed(model, [image for pictures, _ in rows for image in pictures])
+    pixels, image_texts = _processed(model, [pictures for pictures, _ in rows])
     _warn_of_large_pictures(model, image_texts)
     chat = ChatFormat(model)
     texts: list[tuple[str, str]] = []
@@ -179,9 +204,15 @@ def _regions(
     model: ReadsPrompts, pictures: Sequence[Sequence[Image.Image]]
 ) -> tuple[tuple[Region, ...], ...]:
     """Which part of its picture each grid shows, by row."""
-    return tuple(
-        tuple(region for picture in row for region in model.shown_regions(*picture.size)) for row in pictures
-    )
+    by_row = list[tuple[Region, ...]]()
+    for row in pictures:
+        whole = _is_whole(model, row)
+        of_row = [
+            [model.whole_region(*picture.size)] if whole else model.shown_regions(*picture.size)
+            for picture in row
+        ]
+        by_row.append(tuple(region for regions in of_row for region in regions))
+    return tuple(by_row)
 
 
 def _warn_of_large_pictures(model: ReadsPrompts, texts: Sequence[ImageText]) -> None:
@@ -189,7 +220,11 @@ def _warn_of_large_pictures(model: ReadsPrompts, texts: Sequence[ImageText]) -> 
     if counts and max(counts) > MOST_IMAGE_TOKENS:
         warnings.warn(
             f"a picture becomes {max(counts):,} tokens, more than {MOST_IMAGE_TOKENS:,}: "
-            "max_pixels= of from_pretrained (--max-pixels) bounds it",
+            + (
+                "max_pixels= of from_pretrained (--max-pixels) bounds it"
+                if "max_pixels" in model.processor_options
+                else "smaller pictures become fewer"
+            ),
             stacklevel=4,
         )
 

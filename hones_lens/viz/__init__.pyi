@@ -1,7 +1,7 @@
 from .attention_plots import attention_maps as attention_maps, attention_over_image as attention_over_image
 from .cell_plots import cell_patterns as cell_patterns, cell_values as cell_values
 from .flow_plots import flow_tooltips as flow_tooltips, head_neuron_token_flow as head_neuron_token_flow
-from .image_plots import check_region as check_region, on_image as on_image
+from .image_plots import check_region as check_region, is_cut as is_cut, on_image as on_image
 from .interval_plots import (
     evaluation_dots as evaluation_dots,
     held_out_bars as held_out_bars,

@@ -17,7 +17,7 @@ from torch import Tensor
 from hones_lens.analysis import SINK_RATIO, HeadAttention
 from hones_lens.model import PictureLike, Pictures, Region, open_image, open_images, takes_iterables
 from hones_lens.viz import theme
-from hones_lens.viz.image_plots import check_region, on_grey, region_of, veil
+from hones_lens.viz.image_plots import check_region, is_cut, on_grey, region_of, veil
 from hones_lens.viz.text import nonbreaking, number
 from hones_lens.viz.theme import BRIGHT, GRID, MUTED, Plot, styled
 
@@ -52,8 +52,8 @@ def attention_over_image(
     """
     values = _check_attention(heatmap)
     shown = open_image(image)
-    visible = check_region(region, shown)
     rows, columns = values.shape
+    visible = check_region(region, shown, (rows, columns))
     width, height = shown.size
     if bare:
         figure = Plot(figsize=(4, 4 * height / width))
@@ -61,7 +61,7 @@ def attention_over_image(
     else:
         brightest, total = number(float(values.max())), number(float(values.sum()))
         note = f"{rows} × {columns} patches; brightest {brightest}, in all {total}."
-        if visible != (0, 0, width, height):
+        if is_cut(visible, shown):
             note += " Veiled: cut off before the model sees it."
         tall = min(5.0, (theme.WIDTH - 0.8) * height / width + 0.2)
         figure, (axes,) = theme.new_plot(title, note, tall)
@@ -116,8 +116,9 @@ def attention_maps(
         IndexError: No such image.
     """
     picture_list = open_images(pictures)
-    if len(picture_list) != found.n_images or not picture_list:
-        raise ValueError(f"{len(picture_list)} pictures for a row with {found.n_images} images")
+    expected = found.inputs.n_pictures(0) if found.n_images else 0
+    if len(picture_list) != expected or not picture_list:
+        raise ValueError(f"{len(picture_list)} pictures for a row with {expected} images")
     lines = []
     for image in range(found.n_images) if images is None else images:
         maps = _head_maps(found, picture_list, image, remove_sinks, times)
@@ -162,7 +163,7 @@ def _head_maps(
         removed = found.sinks(image, times)
     if tuple(removed.shape) != grid:
         raise ValueError(f"a mask of {tuple(removed.shape)} for image {image}, whose grid is {grid}")
-    picture = pictures[image]
+    picture = pictures[found.inputs.picture_of(0, image)]
     region = region_of(found.inputs, 0, image, picture)
     several = f" · image {image}" if found.n_images > 1 else ""
     maps = []
@@ -184,7 +185,7 @@ def _maps_note(
     grids = ", ".join(dict.fromkeys(f"{m.values.shape[0]} × {m.values.shape[1]}" for m in firsts))
     note = f"{found.model_name}; {grids} image tokens, one row. "
     note += "One scale for all. " if one_scale else "Each map has its own scale. "
-    if any(m.region != (0, 0, *m.picture.size) for m in firsts):
+    if any(is_cut(m.region, m.picture) for m in firsts):
         note += "Veiled: cut off before the model sees it. "
     if remove_sinks is False:
         return note + "Above: attention on the picture, and the brightest token's."

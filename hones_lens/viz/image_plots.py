@@ -30,18 +30,32 @@ _BACKING = 0.88  # grey under a scale of see-through colours, on light and dark 
 ON_PALE = "#16191d"  # marks on pale pictures, whatever the page
 
 
-def check_region(region: Region | None, picture: Image.Image) -> Region:
-    """The part of a picture that a grid shows; None: all of it.
+def check_region(region: Region | None, picture: Image.Image, grid: tuple[int, int]) -> Region:
+    """The part of a picture that a grid of so many rows and columns shows; None: all of it.
+
+    Cells at its sides may lie on padding: in part, or as many at both sides.
 
     Raises:
-        ValueError: A region that has no area or reaches out of the picture.
+        ValueError: A region that has no area or reaches out of the picture otherwise.
     """
     width, height = picture.size
     left, top, right, bottom = region or (0.0, 0.0, float(width), float(height))
-    if not (0 <= left < right <= width + 1e-6 and 0 <= top < bottom <= height + 1e-6):
+    if not (_lies_on(left, right, width, grid[1]) and _lies_on(top, bottom, height, grid[0])):
         shown = f"{left:g},{top:g} – {right:g},{bottom:g}"
         raise ValueError(f"the region {shown} does not lie in a picture of {width} × {height}")
     return (left, top, right, bottom)
+
+
+def _lies_on(start: float, end: float, side: int, cells: int) -> bool:
+    """Whether so many cells lie on a side of a picture, or are padded at both ends alike."""
+    cell = (end - start) / cells
+    return cell > 0 and (-cell < start < end < side + cell or (start < 0 and abs(start + end - side) < cell))
+
+
+def is_cut(region: Region, picture: Image.Image) -> bool:
+    """Whether a part of the picture lies outside a region of it."""
+    left, top, right, bottom = region
+    return left > 0 or top > 0 or right < picture.width or bottom < picture.height
 
 
 def region_of(inputs: VLMInputs, row: int, image: int, picture: Image.Image) -> Region:
@@ -55,7 +69,7 @@ def region_of(inputs: VLMInputs, row: int, image: int, picture: Image.Image) -> 
         raise IndexError(f"there is no image {image} in row {row}")
     if len(inputs.regions) != len(inputs):
         raise ValueError("where pictures lie is not known of these inputs: make them with model.prepare")
-    return check_region(inputs.regions[row][image], picture)
+    return check_region(inputs.regions[row][image], picture, inputs.grids[row][image])
 
 
 def veil(axes: Axes, size: tuple[int, int], region: Region) -> None:
@@ -263,7 +277,7 @@ def _note(
         parts.append("One scale for all.")
     if result.low is not None:
         parts.append("Dot: 95 % interval away from 0.")
-    if region != (0, 0, *picture.size):
+    if is_cut(region, picture):
         parts.append("Veiled: cut off before the model sees it.")
     parts += [_largest_in_text(result, inputs, row)] if "position" in result.labels else []
     parts += [f"{line.rstrip('.')}." for line in result.notes]

@@ -18,7 +18,7 @@ from hones_lens.analysis import LogitLens
 from hones_lens.model import PictureLike, Region, open_image, takes_iterables
 from hones_lens.results import Labelled
 from hones_lens.viz import theme
-from hones_lens.viz.image_plots import ON_PALE, check_region, on_grey, veil
+from hones_lens.viz.image_plots import ON_PALE, check_region, is_cut, on_grey, veil
 from hones_lens.viz.text import nonbreaking, number
 from hones_lens.viz.theme import (
     GRID,
@@ -157,9 +157,9 @@ def image_lens(
     rows, columns = maps[0].shape
     shown = open_image(image)
     height = down * ((theme.WIDTH - 0.9) / across * shown.height / shown.width + 0.27)
-    visible = check_region(region, shown)
+    visible = check_region(region, shown, (rows, columns))
     note = f"{rows} × {columns} image tokens; each layer's strongest is outlined. One scale for all layers."
-    if visible != (0, 0, *shown.size):
+    if is_cut(visible, shown):
         note += " Veiled: cut off before the model sees it."
     figure, axes = _panels(title or _capitalised(result.what), note, height, (down, across))
     for panel in axes.flat:

@@ -257,10 +257,10 @@ def _image_details(
 ) -> str:
     """Fold-out of an image's cell: a patch grid for each map."""
     picture_list = open_images(pictures)
-    count = sum(i is not None for i in cells.images)
+    count = cells.inputs.n_pictures(0)
     if picture_list and len(picture_list) != count:
         raise ValueError(f"{len(picture_list)} pictures for a row with {count} images")
-    picture = picture_list[image] if picture_list else None
+    picture = picture_list[cells.inputs.picture_of(0, image)] if picture_list else None
     if picture is not None:
         left, top, right, bottom = region_of(cells.inputs, 0, image, picture)
         picture = picture.crop((round(left), round(top), round(right), round(bottom)))

@@ -22,6 +22,7 @@ from hones_lens.model.config import token_ids
 PARAMETERS = {
     "llava-1.5-7b": 7_063_427_072,
     "gemma-3-4b": 4_300_079_472,
+    "llava-v1.6-mistral-7b": 7_566_747_648,
     "smolvlm-256m": 256_484_928,
     "smolvlm2-500m": 507_482_304,
     "qwen2-vl-7b": 8_291_375_616,
@@ -44,6 +45,13 @@ HUB_NAMES = {
         "language_model.model.layers.33.self_attn.q_norm.weight",
         "multi_modal_projector.mm_input_projection_weight",
         "vision_tower.vision_model.post_layernorm.weight",
+    ),
+    "llava-v1.6-mistral-7b": (
+        "image_newline",
+        "language_model.lm_head.weight",
+        "language_model.model.layers.31.mlp.down_proj.weight",
+        "multi_modal_projector.linear_1.weight",
+        "vision_tower.vision_model.embeddings.position_embedding.weight",
     ),
     "qwen2.5-vl-7b": (
         "lm_head.weight",

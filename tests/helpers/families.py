@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from helpers import random_gemma, random_llava, random_qwen, random_smolvlm
+from helpers import random_anyres, random_gemma, random_llava, random_qwen, random_smolvlm
 from hones_lens import HookedVLM, VLMInputs
 from hones_lens.model.weights import WeightMap
 
@@ -42,6 +42,15 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"text": {"attention_bias": True, "mlp_bias": True}, "vision": {"num_hidden_layers": 2}},
     ),
     "vipllava": (random_llava, {"vip": True, "vision_feature_layer": [-1, 1, 2]}),
+    "llava_next": (random_anyres, {"vision": {"num_hidden_layers": 2}}),
+    "llava_next of mistral and siglip": (
+        random_anyres,
+        {
+            "text": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 41},
+            "vision": SIGLIP,
+        },
+    ),
+    "llava_onevision": (random_anyres, {"kind": "llava_onevision", "vision": {"num_hidden_layers": 2}}),
     "smolvlm": (random_smolvlm, {"tiles": 1}),
     "idefics3 with tiles": (random_smolvlm, {"kind": "idefics3"}),
     "gemma3": (random_gemma, {"text": GEMMA_LAYERS, "vision": {"num_hidden_layers": 1}}),
@@ -51,7 +60,14 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 # Tests of these run always, though they are slow; those of the others are exhaustive.
-_ALWAYS = ("llava of mistral and siglip", "idefics3 with tiles", "gemma3", "qwen2_vl")
+_ALWAYS = (
+    "llava of mistral and siglip",
+    "llava_next",
+    "llava_onevision",
+    "idefics3 with tiles",
+    "gemma3",
+    "qwen2_vl",
+)
 SHAPE_PARAMS = [
     pytest.param(name, marks=pytest.mark.slow if name in _ALWAYS else pytest.mark.exhaustive)
     for name in SHAPES

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_gemma, random_llava, random_qwen, random_smolvlm
+from helpers import random_anyres, random_gemma, random_llava, random_qwen, random_smolvlm
 from transformers import (
     Gemma3Config,
     Idefics3Config,
     LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     SmolVLMConfig,
@@ -291,7 +293,74 @@ GEMMA_CONFIGS = {
         "mm_tokens_per_image": 1,
     },
 }
+NEXT_CONFIGS = {
+    "next, clip, mistral, sliding (llava-v1.6-mistral)": {
+        "text": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 31},
+    },
+    "next, larger tiles, mha, one layer, pixels over the last patch": {
+        "text": {"num_hidden_layers": 1},
+        "vision": {"image_size": 30, "num_attention_heads": 1},
+        "multimodal_projector_bias": False,
+    },
+    "next, siglip, qwen2, tied, three layers, two resolutions": {
+        "text": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
+        "vision": {**random_anyres.SIGLIP, "image_size": 28},
+        "vision_feature_layer": [-1, 0, 1],
+        "image_grid_pinpoints": [[28, 28], [56, 84]],
+        "tie_word_embeddings": True,
+    },
+    "next, one patch a tile, odd sizes, biases": {
+        "text": {
+            "hidden_size": 30,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "intermediate_size": 37,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        "vision": {"image_size": 8, "patch_size": 8, "hidden_size": 15, "num_attention_heads": 5},
+        "image_grid_pinpoints": [[24, 32], [40, 16], [16, 56]],
+    },
+}
+ONEVISION = {"kind": "llava_onevision"}
+NEXT_CONFIGS |= {
+    "onevision, tied, pooled (llava-onevision-qwen2-0.5b)": {
+        **ONEVISION,
+        "text": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+        "vision_feature_layer": -1,
+        "tie_word_embeddings": True,
+    },
+    "onevision, many tiles, one layer, one kv head, pixels over the last patch": {
+        **ONEVISION,
+        "text": {"num_hidden_layers": 1, "num_key_value_heads": 1},
+        "vision": {"image_size": 15, "num_hidden_layers": 1},
+        "image_grid_pinpoints": [[15, 15], [60, 75], [105, 45], [45, 120]],
+        "vision_aspect_ratio": "anyres_max_3",
+    },
+    "onevision, llama, clip, three layers, nothing pooled": {
+        **ONEVISION,
+        "text": {"model_type": "llama"},
+        "vision": {"model_type": "clip_vision_model"},
+        "vision_feature_layer": [-1, 0, 1],
+        "vision_aspect_ratio": "anyres_max_9",
+    },
+    "onevision, ratio close to where pooling begins, no biases, odd sizes": {
+        **ONEVISION,
+        "text": {
+            "hidden_size": 30,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "intermediate_size": 37,
+        },
+        "vision": {"image_size": 24, "patch_size": 8, "hidden_size": 15, "num_attention_heads": 5},
+        "image_grid_pinpoints": [[24, 48], [48, 48], [72, 24]],
+        "vision_aspect_ratio": "anyres_max_2",
+        "multimodal_projector_bias": False,
+    },
+}
 MADE = {
+    LlavaNextConfig: random_anyres,
+    LlavaOnevisionConfig: random_anyres,
     Gemma3Config: random_gemma,
     LlavaConfig: random_llava,
     VipLlavaConfig: random_llava,
@@ -302,14 +371,23 @@ MADE = {
 }
 
 
-FIRST = ("mistral, sliding", "qwen2, siglip", "vip, five", next(iter(SMOLVLM_CONFIGS)), "qwen2-vl, two")
-FIRST = (*FIRST, "gemma3, sliding")
-KNOWN = [*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS, *QWEN2_CONFIGS, *GEMMA_CONFIGS]
+FIRST = (
+    "mistral, sliding",
+    "qwen2, siglip",
+    "vip, five",
+    next(iter(SMOLVLM_CONFIGS)),
+    "qwen2-vl, two",
+    "gemma3, sliding",
+    "next, clip",
+    "onevision, tied",
+)
+KNOWN = [*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS, *QWEN2_CONFIGS, *GEMMA_CONFIGS, *NEXT_CONFIGS]
 SELDOM = [
     *list(CONFIGS)[10:],
     *SMOLVLM_CONFIGS,
     *QWEN2_CONFIGS,
     *GEMMA_CONFIGS,
+    *NEXT_CONFIGS,
 ]  # not once more for each kind of kernels
 PARAMS = [
     pytest.param(name, marks=pytest.mark.slow if name in SELDOM and not name.startswith(FIRST) else ())
@@ -342,6 +420,9 @@ def case(request: pytest.FixtureRequest) -> Case:
         return Case(random_llava.make_config(**CONFIGS[request.param]), names.index(request.param))
     if request.param in SMOLVLM_CONFIGS:
         config = random_smolvlm.make_config(**SMOLVLM_CONFIGS[request.param])
+        return Case(config, names.index(request.param))
+    if request.param in NEXT_CONFIGS:
+        config = random_anyres.make_config(**NEXT_CONFIGS[request.param])
         return Case(config, names.index(request.param))
     if request.param in QWEN2_CONFIGS:
         config = random_qwen.make_config(kind="qwen2_vl", **QWEN2_CONFIGS[request.param])
@@ -390,7 +471,8 @@ def test_padding_changes_nothing(case: Case) -> None:
         n = int(case.inputs.attention_mask[row].sum())
         alone = case.inputs[row]
         mapping = {"input_ids": alone.input_ids[:, -n:], "pixel_values": alone.pixel_values}
-        mapping["image_grid_thw"] = alone.image_grid_thw
+        mapping |= {"image_grid_thw": alone.image_grid_thw, "image_sizes": alone.image_sizes}
+        mapping["batch_num_images"] = alone.batch_num_images
         if alone.token_type_ids is not None:
             mapping["token_type_ids"] = alone.token_type_ids[:, -n:]
         difference = (case.ours(mapping)[0] - logits[row, -n:]).abs().max()

@@ -24,7 +24,7 @@ PICTURES = {"attention_maps", "attention_over_image", "image_lens", "on_image"}
 NOT_FIGURES = {
     *("Plot", "TokenView", "attention_tokens", "coloured_tokens", "draw", "flow_tooltips", "themed_svg"),
     # What the report draws and writes with.
-    *("BRIGHT", "PAGE", "WIDTH", "image_uri", "plot_image", "check_region", "significant"),
+    *("BRIGHT", "PAGE", "WIDTH", "image_uri", "plot_image", "check_region", "is_cut", "significant"),
     *("palette_css", "reader_css", "scheme_css", "brackets", "p_value"),
     *("join_words", "level", "nonbreaking", "number", "percent", "span"),
 }

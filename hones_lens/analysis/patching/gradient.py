@@ -88,9 +88,7 @@ class _AttributionBatch:
         if not self.site.vision:
             return torch.einsum("bpc,gbp->bcg", by_position, self.masks)
         base = self.batch.base
-        masks = [
-            vision_mask(self.model, base, m, by_position.shape[1], name) for name, m in self.where.items()
-        ]
+        masks = [vision_mask(base, m, by_position.shape[1], name) for name, m in self.where.items()]
         by_image = torch.einsum("ipc,gip->icg", by_position, torch.stack(masks).double())
         row = torch.tensor(
             [row for row, entries in enumerate(base.tower_entries) for _ in range(sum(entries))],

@@ -121,7 +121,7 @@ class PatchBatch:
         masks = dict(self.positions)
         if self.site.vision:
             width = source_cache[self.site.name(self.targets.layers[0])].shape[1]
-            masks = {name: vision_mask(self.model, base, mask, width, name) for name, mask in masks.items()}
+            masks = {name: vision_mask(base, mask, width, name) for name, mask in masks.items()}
         puts, changed = {}, {}
         for layer in self.targets.layers:
             name = self.site.name(layer)

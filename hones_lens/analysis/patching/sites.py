@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -290,35 +291,44 @@ def position_labels(model: HookedVLM, pairs: PatchPairs) -> tuple[str, ...]:
 
 
 def vision_mask(
-    model: HookedVLM, inputs: VLMInputs, mask: Bool[Tensor, "batch pos"], width: int, group: str
+    inputs: VLMInputs, mask: Bool[Tensor, "batch pos"], width: int, group: str
 ) -> Bool[Tensor, "image token"]:
     """A mask over the decoder's positions as one over the tokens of the vision tower.
 
-    Tower tokens that are not patches (a class token, padding) are included where the whole image is.
+    A patch is included where the cell is that it lies in. Tower tokens of no cell (a class token, padding)
+    are included where the whole image is.
 
     Args:
-        model: The model.
         inputs: A prepared batch.
         mask: Mask over the positions of the inputs.
-        width: Number of tower tokens per image.
+        width: Number of tower tokens per image, or tile.
         group: Name of the mask, for error messages.
 
     Raises:
-        ValueError: A row without an image token in the mask.
+        ValueError: A row without an image token in the mask, newlines aside.
     """
-    merge, masks = model.cfg.vision.merge_size, []
-    lead = width - max(r * c for row in inputs.patch_grids for r, c in row)
+    lead, masks = width - max(n for row in inputs.tower_patches for n in row), list[Tensor]()
     for row, grids in enumerate(inputs.grids):
-        image_tokens = mask[row][inputs.image_mask[row]]
-        if not bool(image_tokens.any()):
+        if not bool(mask[row][inputs.image_mask[row] & ~inputs.newline_mask[row]].any()):
             raise ValueError(
                 f"token group {group!r} has no image token in row {row}, and the vision tower no other"
             )
         for image in range(len(grids)):
-            positions = inputs.cell_positions(row, image)
+            positions, layout = inputs.cell_positions(row, image), inputs.layout(row, image)
             cells = mask[row][positions] & (positions >= 0)
-            patches = cells.repeat_interleave(merge, 0).repeat_interleave(merge, 1).flatten()
-            out = torch.full((width,), bool(cells.all()), dtype=torch.bool, device=mask.device)
-            out[lead : lead + len(patches)] = patches
+            patch_grid = inputs.patch_grids[row][image]
+            of_entry = prod(layout.tile or patch_grid)
+            out = torch.full((layout.entries, width), bool(cells.all()), dtype=torch.bool, device=mask.device)
+            patches = out[:, lead : lead + of_entry].clone().flatten()
+            patches[layout.patch_places(patch_grid).to(mask.device)] = _enlarged(cells, patch_grid)
+            out[:, lead : lead + of_entry] = patches.view(layout.entries, of_entry)
             masks.append(out)
-    return torch.stack(masks)
+    return torch.cat(masks)
+
+
+def _enlarged(cells: Bool[Tensor, "rows columns"], grid: tuple[int, int]) -> Bool[Tensor, "_ _"]:
+    """The cell that each patch of a finer grid lies in."""
+    for axis, n in enumerate(grid):
+        centres = 2 * torch.arange(n, device=cells.device) + 1
+        cells = cells.index_select(axis, centres * cells.shape[axis] // (2 * n))
+    return cells

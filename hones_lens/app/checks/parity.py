@@ -151,8 +151,8 @@ def _geometry(hooked: HookedVLM) -> Check:
         for image in sorted({0, len(grids) - 1})
         for place in _corners(*grids[image])
     ]
-    rows, columns = grids[0]
-    shape = f"grid of {rows} × {columns}" if len(grids) == 1 else f"{len(grids)} grids of {rows} × {columns}"
+    sizes = " and ".join(dict.fromkeys(f"{rows} × {columns}" for rows, columns in grids))
+    shape = f"grid of {sizes}" if len(grids) == 1 else f"{len(grids)} grids of {sizes}"
     figure = f"{shape}, {placed.count(False)} of {len(placed)} marks misplaced"
     return Check("patches lie where the picture has them", all(placed), figure)
 
@@ -168,10 +168,15 @@ def _mark_is_placed(hooked: HookedVLM, blank: Image.Image, image: int, place: tu
     marked.paste((255, 255, 255), (x_range[0], y_range[0], x_range[1], y_range[1]))
     inputs = hooked.prepare([blank, marked], ["Look.", "Look."])
     _, cache = hooked.run_with_cache(inputs, names_filter="vision_encoder.hook_embed", stop_at_layer=0)
-    entries, before = inputs.tower_entries, sum(clean.tower_entries[0][:image])
-    embeds = cache["vision_encoder.hook_embed"].float()
-    change = (embeds[sum(entries[0]) + before] - embeds[before]).norm(dim=-1)[-rows * columns :]
-    return divmod(int(change.argmax()), columns) == place
+    entries = inputs.tower_entries[0]
+    before, of_blank, of_marked = (
+        sum(entries[:image]),
+        *cache["vision_encoder.hook_embed"].split(sum(entries)),
+    )
+    change = (of_marked.float() - of_blank.float()).norm(dim=-1)[before : before + entries[image]]
+    change = change[:, -clean.tower_patches[0][before] :]
+    found = clean.heatmap(change if clean.layout(0, image).tile else change[0], 0, image)
+    return divmod(int(found.argmax()), columns) == place
 
 
 def _corners(rows: int, columns: int) -> Sequence[tuple[int, int]]:

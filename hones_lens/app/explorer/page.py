@@ -226,7 +226,6 @@ def static_html(views: ExplorerViews, state: State) -> str:
 def _attention_overlay(views: ExplorerViews, image: int, pattern: Any) -> Image.Image:
     """The part of a picture that the model sees, with a head's attention over it."""
     grid = views.answered.sequence.heatmap(pattern.cpu(), 0, image)
-    shown = views.answered.prompt.layout(0, image).picture
-    picture = views.pictures[image if shown is None else shown]
+    picture = views.pictures[views.answered.prompt.picture_of(0, image)]
     left, top, right, bottom = (round(side) for side in views.answered.prompt.regions[0][image])
     return plot_image(attention_over_image(picture.crop((left, top, right, bottom)), grid, bare=True))

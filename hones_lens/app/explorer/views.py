@@ -142,8 +142,7 @@ class ExplorerViews:
     def _images(self) -> list[dict[str, Any]]:
         inputs, images = self.answered.prompt, []
         for i, (rows, columns) in enumerate(inputs.grids[0]):
-            shown = inputs.layout(0, i).picture
-            picture = self.pictures[i if shown is None else shown]
+            picture = self.pictures[inputs.picture_of(0, i)]
             cells: list[int] = inputs.cell_positions(0, i).flatten().tolist()
             left, top, right, bottom = inputs.regions[0][i]
             width, height = picture.size

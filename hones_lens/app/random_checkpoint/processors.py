@@ -8,9 +8,11 @@ from typing import Any
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, Qwen2VLImageProcessorPil
 
 from hones_lens.app.tiny.tiny_tokenizer import (
+    ONEVISION_SPECIAL,
     SMOLVLM_MARKERS,
     build_gemma_tokenizer,
     build_llava_tokenizer,
+    build_onevision_tokenizer,
     build_qwen_tokenizer,
     build_smolvlm_tokenizer,
 )
@@ -22,7 +24,7 @@ _QWEN_TOKENS = (
     "vision_start vision_end vision_pad image_pad video_pad"
 )
 QWEN_IDS = {f"<|{name}|>": 151643 + i for i, name in enumerate(_QWEN_TOKENS.split())}
-
+ONEVISION_IDS = {token: 151643 + i for i, token in enumerate(ONEVISION_SPECIAL)}
 SMOLVLM_IDS = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2} | {
     token: 49152 + i for i, token in enumerate(SMOLVLM_MARKERS[:-1])
 }
@@ -56,6 +58,8 @@ def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path 
     build, ids = {
         "gemma3": (build_gemma_tokenizer, GEMMA_IDS),
         "llava": (build_llava_tokenizer, LLAVA_IDS),
+        "llava_next": (build_llava_tokenizer, LLAVA_IDS),
+        "llava_onevision": (build_onevision_tokenizer, ONEVISION_IDS),
         "qwen2_vl": (build_qwen_tokenizer, QWEN_IDS),
         "qwen2_5_vl": (build_qwen_tokenizer, QWEN_IDS),
         "idefics3": (build_smolvlm_tokenizer, SMOLVLM_IDS),
@@ -71,6 +75,8 @@ def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path 
         return _llava(settings.images["side"], made, config)
     if settings.family == "gemma3":
         return _gemma(settings.images["side"], made, config)
+    if hasattr(config, "image_grid_pinpoints"):
+        return _of_any_resolution(settings, made, config)
     if "longest_edge" in settings.images:
         return _of_tiles(settings, made, config)
     bounds: dict[str, Any] = dict(settings.images)
@@ -95,6 +101,24 @@ def _gemma(side: int, tokenizer: Any, config: Any) -> Any:
     parts: Any = load_family("gemma3").processor_class
     pictures = parts.pictures(size={"height": side, "width": side})
     return parts(pictures, tokenizer, tokenizer.chat_template, image_seq_length=config.mm_tokens_per_image)
+
+
+def _of_any_resolution(settings: ModelSettings, tokenizer: Any, config: Any) -> Any:
+    assert settings.images is not None
+    parts: Any = load_family(settings.family).processor_class
+    side, vision = settings.images["side"], config.vision_config
+    square, resolutions = {"height": side, "width": side}, config.image_grid_pinpoints
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", config.image_token_index
+    options: dict[str, Any] = {"vision_feature_select_strategy": config.vision_feature_select_strategy}
+    if hasattr(config, "vision_aspect_ratio"):
+        pictures = parts.pictures(size=square, image_grid_pinpoints=resolutions)
+        options["num_image_tokens"] = (side // vision.patch_size) ** 2
+        options["vision_aspect_ratio"] = config.vision_aspect_ratio
+    else:
+        edge = {"shortest_edge": side}
+        pictures = parts.pictures(size=edge, crop_size=square, image_grid_pinpoints=resolutions)
+        options |= {"patch_size": vision.patch_size, "num_additional_image_tokens": 1}
+    return parts(pictures, tokenizer, tokenizer.chat_template, **options)
 
 
 def _of_tiles(settings: ModelSettings, tokenizer: Any, config: Any) -> Any:

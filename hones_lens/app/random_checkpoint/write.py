@@ -89,8 +89,6 @@ def _hub_shapes(config: Any) -> dict[str, torch.Size]:
     if config.text_config.tie_word_embeddings:
         weights.pop("lm_head.weight")
     shapes = {key: weight.shape for key, weight in revert_weight_conversion(model, weights).items()}
-    if config.model_type not in ("llava", "gemma3"):
-        return shapes
     tower = "vision_tower."  # Hugging Face has since dropped a level that the files on the Hub have
     return {key.replace(tower, f"{tower}vision_model.", 1): shape for key, shape in shapes.items()}
 

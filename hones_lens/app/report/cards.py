@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hones_lens import viz
 from hones_lens.app.report.run_view import ExampleView, PairView
-from hones_lens.viz import check_region, number
+from hones_lens.viz import check_region, is_cut, number
 
 _SHADE, _DARKEST = 13, 163  # of the veil over patches without attention: grey, and opacity out of 255
 _MOST_COLUMNS = 8  # heads in a line while lines are layers
@@ -88,13 +88,13 @@ def _columns(heads: Sequence[str]) -> int:
 
 def _head_map(example: ExampleView, head: str, values: Tensor) -> HeadMap:
     width, height = example.image.size
-    left, top, right, bottom = check_region(example.region, example.image)
     rows, columns = values.shape
+    left, top, right, bottom = check_region(example.region, example.image, (rows, columns))
     row, column = divmod(int(values.argmax()), columns)
     total, most = float(values.sum()), float(values.max())
     note = f"Attention of {head} from {example.attention_from} to {rows} × {columns} patches: "
     note += f"{number(total)} on the picture in all, {number(most)} on the brightest patch; dark is 0."
-    if (left, top, right, bottom) != (0, 0, width, height):
+    if is_cut((left, top, right, bottom), example.image):
         note += " Veiled: cut off before the model sees it."
     return HeadMap(
         head=head,

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from hones_lens.app.runs.operations import Segment
 from hones_lens.data import Example
 from hones_lens.engine import MAX_NEW_TOKENS
-from hones_lens.model import HookedVLM, checkpoint_path, find_settings, n_tiles
+from hones_lens.model import HookedVLM, checkpoint_path, find_settings, n_tiles, tiling_of
 from hones_lens.tasks import Task
 
 _CHAT_TOKENS = 16  # of a chat template, and of the system prompt that some have
@@ -87,11 +87,16 @@ class Lengths:
     def of_picture(self, size: tuple[int, int]) -> int:
         """Tokens of a picture (width, height), of all its grids and the markers in front of them."""
         vision, (rows, columns), n_grids = self._cfg.vision, self.grid(size), self.n_grids(size)
+        if vision.tile_sizes:
+            cut = tiling_of((size[1], size[0]), vision)
+            return rows * columns + cut.layout(0).n_tokens(cut.grid)
         of_grid = rows * columns // vision.merge_size**2 + int(vision.keep_class_token)
         return of_grid if self._cutter is None else n_grids * (of_grid + _MARKERS)
 
     def n_grids(self, size: tuple[int, int]) -> int:
         """Tiles of a picture (width, height), the picture as a whole among them."""
+        if self._cfg.vision.tile_sizes:
+            return tiling_of((size[1], size[0]), self._cfg.vision).n_tiles + 1
         if self._cutter is None:
             return 1
         rows, columns = n_tiles(self._cutter, *size)

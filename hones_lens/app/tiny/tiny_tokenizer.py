@@ -53,6 +53,15 @@ QWEN_CHAT = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ONEVISION_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+ONEVISION_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SMOLVLM_MARKERS = (
     "<global-img>",
     *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
@@ -198,6 +207,31 @@ def build_qwen_tokenizer(
         model_max_length=model_max_length,
     )
     tokenizer.chat_template = QWEN_CHAT
+    return tokenizer
+
+
+def build_onevision_tokenizer(
+    model_max_length: int, special_ids: Mapping[str, int] | None = None
+) -> Qwen2Tokenizer:
+    """Make a byte-level tokenizer with the image token and the chat template of LLaVA-OneVision.
+
+    Args:
+        model_max_length: Longest text, in tokens.
+        special_ids: Ids of all special tokens, if the vocabulary is to reach up to these.
+    """
+    tokenizer = Qwen2Tokenizer(
+        **_bytes_and_words("user assistant", ONEVISION_SPECIAL, special_ids),
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens={
+            "im_start_token": "<|im_start|>",
+            "image_token": "<image>",
+            "video_token": "<video>",
+        },
+        model_max_length=model_max_length,
+    )
+    tokenizer.chat_template = ONEVISION_CHAT
     return tokenizer
 
 

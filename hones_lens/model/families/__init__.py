@@ -10,6 +10,8 @@ from hones_lens.model.choices import require_choice
 # Hugging Face's `model_type`: module and class.
 FAMILIES = {
     "llava": "hones_lens.model.families.llava:HookedLlava",
+    "llava_next": "hones_lens.model.families.llava_next:HookedLlavaNext",
+    "llava_onevision": "hones_lens.model.families.llava_onevision:HookedLlavaOnevision",
     "vipllava": "hones_lens.model.families.vipllava:HookedVipLlava",
     "gemma3": "hones_lens.model.families.gemma3:HookedGemma3",
     "idefics3": "hones_lens.model.families.idefics3:HookedIdefics3",

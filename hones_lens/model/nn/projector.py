@@ -56,3 +56,11 @@ class PoolingProjector(nn.Module):
         squares = patches.reshape(len(patches), n, merge, n, merge, patches.shape[-1])
         means = squares.mean((2, 4)).flatten(1, 2)
         return self.hook_out(self.ln(self.hook_in(means)) @ self.matrix)
+
+
+class NewlineProjector(Projector):
+    """A projector, and the embedding of the newline behind the rows of a grid, as wide as the decoder."""
+
+    def __init__(self, d_in: int, d_out: int, act: str, bias: bool):
+        super().__init__(d_in, d_out, act, bias)
+        self.newline = nn.Parameter(torch.empty(d_out))

@@ -141,8 +141,8 @@ def test_from_hf_takes_no_mask_for_all_tokens(model: HookedVLM) -> None:
 def test_from_hf_refuses_what_it_would_ignore(batch: VLMInputs) -> None:
     with pytest.raises(ValueError, match="'pixel_values_videos': video is not handled; give still images"):
         VLMInputs.from_hf({**batch.to_hf(), "pixel_values_videos": torch.zeros(1)})
-    with pytest.raises(ValueError, match="'image_sizes' is not handled; handled: input_ids"):
-        VLMInputs.from_hf({**batch.to_hf(), "image_sizes": torch.zeros(1)})
+    with pytest.raises(ValueError, match="'output_attentions' is not handled; handled: input_ids"):
+        VLMInputs.from_hf({**batch.to_hf(), "output_attentions": torch.zeros(1)})
     with pytest.raises(ValueError, match="no 'input_ids'"):
         VLMInputs.from_hf({"attention_mask": torch.ones(1, 2)})
 
