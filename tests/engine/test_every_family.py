@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import random_llava
 from helpers.families import SHAPE_PARAMS, family_pair
 from helpers.hf_task_loops import plain_examples
 
@@ -14,7 +15,7 @@ from hones_lens.data.examples import Example
 from hones_lens.engine import SweepOptions, Tally, full_passes
 from hones_lens.interventions import replace_with_other_heads_mean, scale, zero_head, zero_neurons
 from hones_lens.interventions.hooks import position_wise
-from hones_lens.model import HookedVLM
+from hones_lens.model import HookedVLM, RMSNorm
 from hones_lens.tasks import Task, load_task
 
 NAMES = [param for param in SHAPE_PARAMS if param.values[0] not in ("llava", "qwen2_5_vl")]
@@ -74,3 +75,19 @@ def test_all_cells_equal_the_naive_loop(name: str, task_name: str) -> None:
         ]
         assert values == pytest.approx(naive, abs=1e-4, rel=1e-5), hooks
     assert len({tuple(values) for values in log_probs}) > len(arms) // 2, "the arms do next to nothing"
+
+
+def test_a_norm_behind_the_heads_leaves_no_shortcut() -> None:
+    """Also where the norm before the neurons is one that heads have a shortcut through."""
+    _, model = random_llava.make_pair(seed=8)
+    for block in model.blocks:
+        block.ln1_post = RMSNorm(model.cfg.d_model, 1e-3)
+        block.ln1_post.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    model.setup()
+    task, examples = load_task("vqa"), list(plain_examples("vqa", 1))
+    arms = [[replace_with_other_heads_mean(layer, 1)] for layer in range(model.cfg.n_layers)]
+    found = engine.measure_log_probs(model, task, examples, arms, SweepOptions(progress=False))
+    (batch,) = engine.answer_batches(model, task, examples, 1)
+    for hooks, values in zip(arms, found, strict=True):
+        expected = [float(value) for value in full_passes.log_probs(model, batch, hooks)]
+        assert values == pytest.approx(expected, abs=1e-4, rel=1e-5), hooks
