@@ -39,6 +39,11 @@ class ImageLayout:
     across: int = 1
     cut: tuple[int, int] = (0, 0)
 
+    def __post_init__(self) -> None:
+        for name in ("patches", "tile", "cut"):  # lists where they come from a file
+            if (sizes := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(sizes))
+
     def n_tokens(self, grid: tuple[int, int]) -> int:
         """How many tokens a grid of so many rows and columns has in all."""
         rows, columns = grid

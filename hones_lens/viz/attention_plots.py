@@ -102,7 +102,7 @@ def attention_maps(
     Args:
         found: From `head_attention`.
         pictures: All pictures of the row, in order; a single picture need not be in a list.
-        images: Indices of the pictures to draw; default: all.
+        images: Indices of the images to draw, of which a picture in tiles has several; default: all.
         smooth: Interpolate between patches; else the brightest patch is outlined.
         remove_sinks: Set attention sinks (`HeadAttention.sinks`), or the tokens of a mask on the grid, to 0.
             They are crossed out, and the attention they held is written above each map.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import torch
 from helpers.families import family_pair
 
@@ -15,6 +18,15 @@ def test_cells_of_a_layout_with_all_kinds_of_tokens() -> None:
         [4, 5, 6],
     ]  # class, two cells, newline, three cells, …
     assert layout.n_tokens((2, 3)) == 1 + 2 + 1 + 3 + 1 + 2
+
+
+def test_newlines_and_tiles_by_hand() -> None:
+    """Two tiles of 2 × 3 patches side by side, without their first row and first column."""
+    layout = ImageLayout(leading=1, row_end=1, trailing=1, entries=2, tile=(2, 3), across=2, cut=(1, 1))
+    assert layout.newlines((1, 5)).tolist() == [False] * 6 + [True, True]
+    assert layout.patch_places((1, 5)).tolist() == [[4, 5, 9, 10, 11]]
+    assert ImageLayout(missing=2, row_end=1).newlines((2, 3)).tolist() == [False, True, *[False] * 3, True]
+    assert ImageLayout(**json.loads(json.dumps(asdict(layout)))) == layout
 
 
 def test_siglip_without_its_first_patch() -> None:

@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from hones_lens import HookedVLM
+from hones_lens import HookedVLM, viz
+from hones_lens.analysis import head_attention
 from hones_lens.analysis.patching.sites import vision_mask
 from hones_lens.app.checks.parity import check_model
+from hones_lens.app.runs.lengths import Lengths
 from hones_lens.interventions import Box, patch_shuffle, token_mask
-from hones_lens.model import VLMInputs
+from hones_lens.model import VLMInputs, model_without_weights
 from hones_lens.model.tiling import tiling_of
 
 GREY, WHITE = (114, 114, 114), (255, 255, 255)
@@ -327,3 +329,29 @@ def test_encoded_pictures_are_not_read_again(pair: tuple[Any, HookedVLM]) -> Non
     assert encoded.image_embeds.shape == (115, 32)
     other = replace(encoded, pixel_values=torch.zeros_like(inputs.pixel_values))
     assert torch.equal(model(other), model(inputs))
+
+
+def test_a_plan_counts_tiles_and_newlines(pair: tuple[Any, HookedVLM]) -> None:
+    """By hand: 640 × 480 fills 672 × 504 of 2 × 2 tiles, 36 rows of 48 patches, and the whole has 24 × 24."""
+    known = Lengths(model_without_weights("llava-v1.6-mistral-7b"))
+    assert known.n_grids((640, 480)) == 5 and known.of_picture((640, 480)) == 24 * 24 + 36 * 49
+    onevision = Lengths(model_without_weights("llava-onevision-qwen2-0.5b"))
+    assert onevision.n_grids((640, 480)) == 5 and onevision.of_picture((640, 480)) == 27 * 27 + 40 * 55
+
+
+def test_figures_take_one_picture_for_its_two_grids(pair: tuple[Any, HookedVLM]) -> None:
+    model, (one, two, _) = pair[1], random_anyres.make_images()
+    inputs = model.prepare([one, two], "what is it?")
+    assert inputs.n_pictures(0) == 2 and [inputs.picture_of(0, i) for i in range(4)] == [0, 0, 1, 1]
+    found = head_attention(model, inputs, [(0, 1)])
+    assert viz.attention_maps(found, [one, two], images=[0, 3]).axes
+    with pytest.raises(ValueError, match="4 pictures for a row with 2 images"):
+        viz.attention_maps(found, [one, one, two, two])
+
+
+def test_a_region_may_reach_out_by_less_than_a_cell() -> None:
+    picture = Image.new("RGB", (60, 40))
+    assert viz.check_region((-9.0, 0.0, 66.0, 40.0), picture, (4, 7)) == (-9.0, 0.0, 66.0, 40.0)
+    for region in ((-12.0, 0.0, 60.0, 40.0), (0.0, 0.0, 71.0, 40.0), (0.0, 5.0, 60.0, 60.0)):
+        with pytest.raises(ValueError, match="does not lie in a picture of 60 × 40"):
+            viz.check_region(region, picture, (4, 7))
