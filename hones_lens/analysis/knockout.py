@@ -156,8 +156,8 @@ def attention_knockout(
 
     Args:
         model: The model.
-        data: Pairs, of which the clean inputs are run; inputs prepared with answers (masks are for the
-            prompts alone); or examples, with `task`.
+        data: Pairs, of which the clean inputs are run; inputs prepared with answers (masks: of prompts alone);
+            or examples, with `task`.
         edges: (source, target) as names of token groups, `Box`es or, except for examples, masks
             [batch pos]; or these by a name of your own.
         task: Of the examples.
@@ -167,36 +167,33 @@ def attention_knockout(
             tokens together, Σ p cut / Σ p clean − 1. A patching metric (`log_prob`, of the whole answer too,
             `logit_diff`, `kl`, or a function): mean change. `task`: change of the task's own metric on what
             is generated. Tokens behind the prompt are in the groups that its last token is in.
-        draws, level, seed: Of the paired bootstrap over examples; without draws, or with one
-            example, there is none.
+        draws, level, seed: Of the paired bootstrap over examples; none without draws, or with one example.
         options, sweep: How it runs: `batch_size`, `progress`, `memory_budget`, `tally` of `SweepOptions`.
 
     Returns:
-        Labelled: layer (centre of the window), edge. For a model in bfloat16 or float16, what is smaller than
-        the noise of its type, of at most 64 rows with nothing cut, is marked.
+        Labelled: layer (centre of the window), edge. What is below the noise of a 16-bit type is marked.
 
     Raises:
-        ValueError: No edges, two of one name, one that cuts nothing, a window below 1, an unknown metric,
-            data and task that don't fit.
+        ValueError: No edges, two of one name, one that cuts nothing; a bad window, metric or task.
         FloatingPointError: Logits that are not finite.
     """
     options, plan = SweepOptions.of(options, sweep, unused=("journal",)), _plan(model, edges, window)
-    known_task = None if task is None else as_task(task)
+    known_task, resampling = None if task is None else as_task(task), (draws, level, seed)
     if metric == "task":
         examples = _check_task_examples(data, known_task)
-        return _task_metric_changes(model, examples, plan, options, (draws, level, seed))
+        return _task_metric_changes(model, examples, plan, options, resampling)
     measure = log_prob if metric == "probability" else as_metric(metric)
     before, after = _metric_values(model, data, known_task, plan, measure, options)
     noise = _noise(model, data, known_task, before, measure, options, relative=metric == "probability")
     if metric == "probability":
         description = "relative change of the right answer's probability when the target can't see the source"
         before, after = before.exp(), after.exp()
-        statistics = _relative_change(before.numpy(), after.numpy(), draws, level, seed)
+        statistics = _relative_change(before.numpy(), after.numpy(), *resampling)
     else:
         description = f"change of {metric_name(metric)} when the target can't see the source"
-        statistics = mean_over_pairs(after - before[:, None], draws, level, seed)
-    base = f"mean {metric_name(metric)} with nothing cut: {float(before.mean()):.4g}"
-    return plan.result(description, statistics, len(before), (base,), noise)
+        statistics = mean_over_pairs(after - before[:, None], *resampling)
+    base = (f"mean {metric_name(metric)} with nothing cut: {float(before.mean()):.4g}",)
+    return plan.result(description, statistics, len(before), base, noise)
 
 
 def _noise(
