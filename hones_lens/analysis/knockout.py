@@ -156,7 +156,7 @@ def attention_knockout(
 
     Args:
         model: The model.
-        data: Pairs, of which the clean inputs are run; inputs prepared with answers (masks: of prompts alone);
+        data: Pairs, of which the clean inputs are run; inputs prepared with answers (masks: of prompts);
             or examples, with `task`.
         edges: (source, target) as names of token groups, `Box`es or, except for examples, masks
             [batch pos]; or these by a name of your own.
