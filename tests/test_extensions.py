@@ -110,7 +110,7 @@ for load in (load_task, load_ranking, load_family, lambda name: load_examples(na
     assert lines[5].startswith("unknown method 'none'; valid: hones, activation_probability")
     assert "random, write_norm" in lines[5]
     families = "llava, llava_next, llava_onevision, vipllava, gemma3, idefics3, smolvlm, qwen2_vl, "
-    families += "qwen2_5_vl, outside"
+    families += "qwen2_5_vl, qwen3_vl, outside"
     assert lines[7] == f"unknown model family 'none'; valid: {families}"
     assert lines[9].startswith("unknown data set 'none'; valid: shapes, shapes-varied")
     assert "own, discs, listed, hf:" in lines[9]

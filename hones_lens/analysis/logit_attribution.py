@@ -44,8 +44,8 @@ def direct_logit_attribution(
 
     What a component writes into the residual stream, divided by the final norm's scale, times its weight,
     times the token's column of W_U (HONES eq. H2 with `apply_ln`, for every component). The embedding and
-    what the attention and the MLP of each layer write add up to the logit; a layer's heads add up to its
-    attention, its neurons to its MLP.
+    what the attention and the MLP of each layer write (and pictures, behind the first layers of a model with
+    DeepStack) add up to the logit; a layer's heads add up to its attention, its neurons to its MLP.
 
     Args:
         model: The model.
@@ -54,7 +54,7 @@ def direct_logit_attribution(
             tokens it is the first that tells it apart: from the foil where that is text too, else from white
             space. The result's notes say which.
         foils: Token whose logit is subtracted, given in the same ways.
-        by: `layer` (attention and MLP together), `component` (apart), `head` or `neuron`.
+        by: `layer` (attention, MLP and DeepStack together), `component` (apart), `head` or `neuron`.
         group: Positions to read; see `token_mask`.
         mean: Whether to average over the rows, with 95 % bootstrap intervals where there are several.
         hooks: Hooks of an intervention, active during the run.
@@ -171,9 +171,8 @@ class _Attribution:
         scale = kept["ln_final.hook_scale"]
         contributions = contributions / scale.view(*scale.shape, *[1] * (contributions.ndim - 3))
         if self.by == "layer":
-            contributions = torch.cat(
-                (contributions[:, :, :1], contributions[:, :, 1:].unflatten(2, (-1, 2)).sum(3)), dim=2
-            )
+            counts = [1, *(len(self._parts(layer)) for layer in range(self.model.cfg.n_layers))]
+            contributions = torch.stack([x.sum(2) for x in torch.split(contributions, counts, dim=2)], dim=2)
         return contributions.cpu(), self._target_logits(logits).cpu()
 
     def _direction(self) -> Float[Tensor, "row d_model"]:
@@ -190,7 +189,7 @@ class _Attribution:
             return {f"blocks.{layer}.attn.hook_z": self._heads(layer) for layer in layers}
         if self.by == "neuron":
             return {neuron_hook(layer): self._neurons(layer) for layer in layers}
-        writes = [f"blocks.{layer}.hook_{part}_out" for layer in layers for part in ("attn", "mlp")]
+        writes = [f"blocks.{layer}.{hook}" for layer in layers for hook in self._parts(layer).values()]
         return dict.fromkeys(["hook_embed", *writes], _along_direction)
 
     def _post_scales(self) -> dict[str, str]:
@@ -201,6 +200,11 @@ class _Attribution:
         read, part = ("attn.hook_z", "attn") if self.by == "head" else ("mlp.hook_post", "mlp")
         found = {f"blocks.{i}.{read}": scale_hook(self.model.blocks[i], i, part) for i in layers}
         return {name: scale for name, scale in found.items() if scale is not None}
+
+    def _parts(self, layer: int) -> dict[str, str]:
+        """What writes into the stream in a layer, and the hook of what it writes."""
+        parts = {"attn": "hook_attn_out", "mlp": "hook_mlp_out"}
+        return parts | ({"deepstack": "hook_deepstack"} if layer < self.model.cfg.n_deepstack else {})
 
     def _heads(self, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
         block = self.model.blocks[layer]
@@ -232,7 +236,7 @@ class _Attribution:
         """The result, from contributions [row …] and logits [row …]; NaN where a row lacks a position."""
         layers = range(self.model.cfg.n_layers)
         if self.by == "component":
-            labels["component"] = ("embed", *(f"{part} {i}" for i in layers for part in ("attn", "mlp")))
+            labels["component"] = ("embed", *(f"{part} {i}" for i in layers for part in self._parts(i)))
         if self.by == "layer":
             labels["layer"] = ("embed", *layers)
         inner = ("layer", self.by) if self.by in ("head", "neuron") else (self.by,)
@@ -242,6 +246,7 @@ class _Attribution:
         note = f"Mean {quantity} {float(logits.nanmean()):.4g}; the {self.by}s shown add up to {total:.4g}."
         if self.by in ("head", "neuron"):
             rest = "the embedding and the MLPs" if self.by == "head" else "the embedding and the heads"
+            rest += " (and what pictures write behind the first layers)" if self.model.cfg.n_deepstack else ""
             note += f" The rest is {rest}."
         quantity, notes = f"added to the {quantity} by each {self.by}", (note, *self.notes)
         if not mean:

@@ -35,6 +35,7 @@ _FORK_POINTS = {
     "mlp.hook_post": ForkPoint.POST,
     "ln2_post": ForkPoint.POST,
     "hook_mlp_out": ForkPoint.POST,
+    "hook_deepstack": ForkPoint.POST,
     "hook_resid_post": ForkPoint.POST,
 }
 HookFunction = Callable[..., Any]

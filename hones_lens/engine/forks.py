@@ -147,8 +147,10 @@ def fork(
         context = segment.context(len(arms), outputs[0].cache if segment.prefixed else None, above=layer)
         skip = 1 if _has_shortcut(model, arms[0]) else 0
         with model.hooks(fwd_hooks=stack_hooks([(rows, arm.hooks[skip:]) for arm in arms])):
-            top_step = step.last(keep) if layer == top else step
-            resid = _block_output(model, top_step, arms, context)
+            starts, reads = step, context
+            if layer == top and keep < length:  # behind attention, where masks are not read
+                starts, reads = step.last(keep), context[:, length - keep :]
+            resid = _block_output(model, starts, arms, reads)
             if layer < top:
                 resid = _run_to_top(model, resid, layer + 1, context, keep)
             logits: Tensor | None = None
@@ -198,7 +200,7 @@ def _block_output(
     """The stream that leaves the layer where the arms start, [arm·row pos d_model]."""
     edits = [arm.shortcut for arm in arms] if _has_shortcut(model, arms[0]) else [None]
     if isinstance(edits[0], HeadEdit):
-        return _output_with_changed_heads(model, step, [e for e in edits if isinstance(e, HeadEdit)])
+        return _output_with_changed_heads(model, step, [e for e in edits if isinstance(e, HeadEdit)], context)
     if isinstance(edits[0], Scale):
         return _output_with_scaled_neurons(model, step, [e for e in edits if isinstance(e, Scale)])
     block, times = model.blocks[step.layer], len(arms)
@@ -208,19 +210,21 @@ def _block_output(
         return block(_repeat(step.before, times), context)
     if place == ForkPoint.POST:
         added = block.mlp_out(block.mlp.write(_repeat(step.neurons, times)))
-        return block.after_mlp(_repeat(step.mid, times), added)
+        return block.after_mlp(_repeat(step.mid, times), added, context)
     if place == ForkPoint.Z:
         added = block.attn_out(block.attn.write(_repeat(step.z, times)))
     else:
         added = _repeat(step.attn_out, times)
-    return block.after_attention(_repeat(step.before, times), added)
+    return block.after_attention(_repeat(step.before, times), added, context)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
     return x.repeat(times, *[1] * (x.ndim - 1))
 
 
-def _output_with_changed_heads(model: HookedVLM, step: LayerStep, edits: Sequence[HeadEdit]) -> Tensor:
+def _output_with_changed_heads(
+    model: HookedVLM, step: LayerStep, edits: Sequence[HeadEdit], context: AttentionContext
+) -> Tensor:
     """The stream with one head changed: attention's output, gate and up change by what this head adds.
 
     With r the new norm's scale, `gate' = (r_clean · gate + Δz · W_O[h] · diag(w) · W_gate) / r`.
@@ -247,7 +251,7 @@ def _output_with_changed_heads(model: HookedVLM, step: LayerStep, edits: Sequenc
     gu = torch.baddbmm(shared["gu"].expand(len(edits), -1, -1), dz, shared["into"][heads])
     gate, up = gu.div_(scale).chunk(2, dim=-1)
     after = mid + block.mlp_out(block.mlp.down(block.mlp.act(gate) * up))
-    return after.view(len(edits) * len(step.mid), -1, d_model)
+    return block.with_deepstack(after.view(len(edits) * len(step.mid), -1, d_model), context)
 
 
 def _output_with_scaled_neurons(model: HookedVLM, step: LayerStep, edits: Sequence[Scale]) -> Tensor:

@@ -39,7 +39,8 @@ class Budget(Allowance):
     @property
     def _one_layer(self) -> int:
         cfg = self.model.cfg
-        return (6 * cfg.d_model + 3 * cfg.n_heads * cfg.d_head + 6 * cfg.d_mlp) * self._number
+        streams = 6 + cfg.n_deepstack
+        return (streams * cfg.d_model + 3 * cfg.n_heads * cfg.d_head + 6 * cfg.d_mlp) * self._number
 
     @property
     def _graph_per_token(self) -> int:

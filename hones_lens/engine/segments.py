@@ -19,7 +19,7 @@ class Segment:
 
     Attributes:
         resid: The stream that enters block 0, [row pos d_model].
-        attention: Rotations of their positions, and masks.
+        attention: Rotations of their positions, masks, and what pictures write behind the first layers.
         keep: At how many of the last positions logits are wanted.
         prefixed: Whether the first segment, which then has one row, is in front of every row of this one.
         past: Keys and values of other tokens in front of each row, which no arm changes.
@@ -35,7 +35,7 @@ class Segment:
     def of(cls, model: HookedVLM, inputs: VLMInputs, keep: int) -> Segment:
         """One segment of whole inputs."""
         with torch.no_grad():
-            return cls(model.embed_inputs(inputs), model.attention_context(inputs), keep)
+            return cls(*model.enter(inputs), keep)
 
     def late(self, past: KVCache) -> Segment:
         """The positions whose logits are wanted alone, behind the keys and values of those before."""
@@ -48,7 +48,7 @@ class Segment:
         Args:
             times: How often.
             prefix: Where prefixed: with one row for each repetition.
-            above: Of `past`, layers above this one are needed.
+            above: Layers above this one run whole; of this one, what comes behind its attention may.
         """
         cache = KVCache()
         if self.prefixed:
@@ -57,7 +57,7 @@ class Segment:
         if self.past is not None:
             for target, source in ((cache.keys, self.past.keys), (cache.values, self.past.values)):
                 target |= {n: x.repeat(times, 1, 1, 1) for n, x in source.items() if n > above}
-        return replace(self.attention.repeated(times), kv_cache=cache)
+        return replace(self.attention.from_layer(above).repeated(times), kv_cache=cache)
 
 
 @dataclass
@@ -115,7 +115,8 @@ def split_shared_prefix(model: HookedVLM, inputs: VLMInputs) -> tuple[list[Segme
     if any(bool(mask[pad + shared :].any()) for mask, pad in zip(inputs.image_mask, pads, strict=True)):
         shared = 0
     with torch.no_grad():
-        resid, tokens = model.embed_inputs(inputs), model.rotations(inputs)
+        encoded = model.with_image_embeds(inputs)
+        resid, tokens = model.embed_inputs(encoded), model.token_context(encoded)
 
     def cut(rows: list[int], first: int, last: int, keep: int) -> Segment:
         n_keys = last - first + (shared if keep else 0)

@@ -45,7 +45,7 @@ def gaussian_noise(sigma: float = 3.0, seed: int = 0) -> Corruption:
 
     Args:
         sigma: Standard deviation of the noise, in units of the standard deviation of the same image's
-            embeddings, over tokens and dimensions.
+            embeddings, over tokens and dimensions; with DeepStack, of each part of them apart.
         seed: Same seed and same image, same noise.
 
     Raises:
@@ -61,9 +61,14 @@ def gaussian_noise(sigma: float = 3.0, seed: int = 0) -> Corruption:
             _image_indices(inputs), pictures, _embeds_by_image(encoded), strict=True
         ):
             noise = torch.randn(embed.shape, generator=_image_generator(seed, image, picture))
-            noisy_embeds.append(
-                (embed + sigma * embed.float().std() * noise.to(embed.device)).to(embed.dtype)
-            )
+            width, noise = model.cfg.d_model, noise.to(embed.device)
+            noisy = [
+                (part + sigma * part.float().std() * of_part).to(embed.dtype)
+                for part, of_part in zip(
+                    torch.split(embed, width, -1), torch.split(noise, width, -1), strict=True
+                )
+            ]
+            noisy_embeds.append(torch.cat(noisy, dim=-1))
         return _with_embeds(encoded, noisy_embeds)
 
     return NamedCorruption(f"Gaussian noise of {sigma:g} standard deviations on the image embeddings", change)
@@ -73,16 +78,21 @@ def mean_image_token(mean: Float[Tensor, " d_model"] | None = None) -> Corruptio
     """Replace every image token's embedding by the mean over that image's tokens.
 
     Args:
-        mean: Use this embedding instead, e.g. a mean over a data set.
+        mean: Use this embedding instead, e.g. a mean over a data set; with DeepStack all of its parts, side
+            by side.
 
     Raises:
-        ValueError: When run: no images.
+        ValueError: When run: no images, or a mean of another width than the embeddings.
     """
 
     def change(model: HookedVLM, inputs: VLMInputs) -> VLMInputs:
         _require_pictures(model, inputs)
         encoded = model.with_image_embeds(inputs)
         embeds = _embeds_by_image(encoded)
+        if mean is not None and mean.shape != embeds[0].shape[-1:]:
+            raise ValueError(
+                f"a mean of shape {tuple(mean.shape)} for embeddings of {embeds[0].shape[-1]} numbers"
+            )
         means = [embed.mean(0) if mean is None else mean.to(embed) for embed in embeds]
         return _with_embeds(encoded, [m.expand_as(e) for m, e in zip(means, embeds, strict=True)])
 

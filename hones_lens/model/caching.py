@@ -12,6 +12,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 
+from hones_lens.model import deepstack
 from hones_lens.model.hook_names import HookFunction
 from hones_lens.model.names import did_you_mean
 from hones_lens.model.post_norms import scale_hook, weighted
@@ -182,6 +183,9 @@ class VLMCache(ActivationCache):
     ) -> Any:
         """As in TransformerLens, of a cache that has all components.
 
+        With DeepStack, `all` has what pictures write behind each layer, too: `0_deepstack` comes behind
+        `0_mlp_out`.
+
         Raises:
             ValueError: Another `mode`.
             KeyError: A component that the cache lacks, the embedding included where `mode` is `all`.
@@ -190,14 +194,37 @@ class VLMCache(ActivationCache):
             raise ValueError(f"unknown mode {mode!r}; valid: {', '.join(modes)}{did_you_mean(mode, modes)}")
         if mode == "all" and incl_embeds:
             self._require_embed("; incl_embeds=False leaves it out")
-        return super().decompose_resid(
-            layer, mlp_input, mode, apply_ln, pos_slice, incl_embeds, return_labels
+        decomposed: Any = super().decompose_resid(
+            layer, mlp_input, mode, apply_ln, pos_slice, incl_embeds, return_labels=True
         )
+        stack, labels = decomposed
+        if mode == "all":
+            stack, labels = deepstack.with_parts(self, stack, labels, layer, mlp_input, apply_ln, pos_slice)
+        return (stack, labels) if return_labels else stack
 
-    def get_full_resid_decomposition(self, *args: Any, **options: Any) -> Any:
-        """As in TransformerLens, of a cache that has all components; KeyError where it lacks one."""
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        return_labels: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Any:
+        """As in TransformerLens, of a cache that has all components; KeyError where it lacks one.
+
+        With DeepStack, what pictures write behind each layer comes last: `0_deepstack`, `1_deepstack`, ….
+        """
         self._require_embed("")
-        return super().get_full_resid_decomposition(*args, **options)
+        decomposed: Any = super().get_full_resid_decomposition(
+            layer, mlp_input, expand_neurons, apply_ln, pos_slice, True, project_output_onto
+        )
+        stack, labels = decomposed
+        stack, labels = deepstack.with_parts(
+            self, stack, labels, layer, mlp_input, apply_ln, pos_slice, project_output_onto
+        )
+        return (stack, labels) if return_labels else stack
 
     # -- norms behind attention and MLP ----------------------------------------------------------
 

@@ -71,6 +71,7 @@ class VLMConfig:
         n_ctx: Longest sequence that the checkpoint was made for.
         eos_token_ids: Any of them ends a generation.
         sliding_window: How many keys a query sees in the layers whose attention slides; None where none does.
+        n_deepstack: Behind how many of the first layers pictures write into the stream again (DeepStack).
         use_split_qkv_input: Set through `HookedVLM.set_use_split_qkv_input`.
         unembed_in_float32: Set through `HookedVLM.set_unembed_in_float32`.
         query_scalar: Attention scores are divided by its root; None: by that of d_head.
@@ -98,6 +99,7 @@ class VLMConfig:
     normalization_type: str = "RMS"
     attn_only: bool = False
     sliding_window: int | None = None
+    n_deepstack: int = 0
     use_split_qkv_input: bool = False
     unembed_in_float32: bool = True
     default_prepend_bos: bool = False

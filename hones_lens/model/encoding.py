@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from hones_lens.model.config import VLMConfig
+from hones_lens.model.deepstack import written_by_pictures
 from hones_lens.model.inputs import VLMInputs
 from hones_lens.model.memory import Allowance
+from hones_lens.model.nn.context import AttentionContext
 
 
 class EncodesImages(Protocol):
@@ -29,6 +31,40 @@ class EncodesImages(Protocol):
     def hooked_names(self) -> list[str]:
         """Names of the hook points where hooks act."""
         ...
+
+    def note_skipped(self, part: str, why: str) -> None:
+        """Tell the hooks of this context why a part of the model does not run."""
+        ...
+
+
+class Rotates(EncodesImages, Protocol):
+    """The part of a model that what blocks read of tokens needs."""
+
+    def rotations(self, inputs: VLMInputs) -> AttentionContext:
+        """The rotations of all tokens."""
+        ...
+
+
+def encoded(model: EncodesImages, inputs: VLMInputs) -> VLMInputs:
+    """The same inputs with `image_embeds`, if they have pictures; for one run, with its gradients."""
+    if inputs.pixel_values is None:
+        model.note_skipped("vision", "the inputs have no pictures")
+        return inputs
+    if inputs.image_embeds is None:
+        return replace(inputs, image_embeds=model.encode_images(inputs))
+    model.note_skipped(
+        "vision", "the pictures were encoded before (image_embeds), so the vision tower did not run"
+    )
+    return inputs
+
+
+def token_context(model: Rotates, inputs: VLMInputs, first: int = 0) -> AttentionContext:
+    """What blocks from `first` on read besides the stream, without masks (see `attention_context`)."""
+    context = model.rotations(inputs)
+    if first >= model.cfg.n_deepstack or inputs.pixel_values is None:
+        return context
+    known = encoded(model, inputs) if inputs.image_embeds is None else inputs
+    return replace(context, deepstack=written_by_pictures(known, model.cfg.d_model).to(model.cfg.dtype))
 
 
 @torch.no_grad()

@@ -190,6 +190,7 @@ class HookedVLM(HookedRoot, Family):
         return bound.BoundModel(self, self.as_inputs(inputs))
 
     with_image_embeds = encoding.with_image_embeds
+    encoded = encoding.encoded
 
     def continuation(self, prompt: str, answer: str, n_images: int = 1) -> list[int]:
         """The ids of an answer as it is tokenized after this prompt."""
@@ -213,7 +214,8 @@ class HookedVLM(HookedRoot, Family):
             model_input: VLMInputs, what a Hugging Face processor returns, or bare text tokens. With
                 `start_at_layer` the residual stream [batch pos d_model] that enters that block.
             inputs: With `start_at_layer`: the inputs that give positions and mask.
-            start_at_layer: Skip the embedding, the vision tower and all blocks below.
+            start_at_layer: Skip the embedding, the vision tower and all blocks below. (The first
+                `cfg.n_deepstack` blocks need the tower, unless `with_image_embeds` made `inputs`.)
             stop_at_layer: Skip this block and all above, and return the residual stream.
             logits_to_keep: Unembed only the last so many positions, or these (a tensor of indices);
                 0 for all. Every hook, `ln_final`'s too, sees all positions.
@@ -238,7 +240,7 @@ class HookedVLM(HookedRoot, Family):
                 "layers", f"only blocks {first} … {last - 1} ran (start_at_layer, stop_at_layer)"
             )
         located, resid = self._entering(model_input, inputs, start_at_layer)
-        resid = self.run_blocks(resid, self.attention_context(located), first, last)
+        resid = self.run_blocks(resid, self.attention_context(located, first=first), first, last)
         if stop_at_layer is not None:
             return resid
         if return_type is None:
@@ -262,7 +264,7 @@ class HookedVLM(HookedRoot, Family):
                 raise ValueError("inputs= goes with start_at_layer and a residual stream [batch pos d_model]")
             located = self.as_inputs(model_input)
             self.check_last_positions(located)
-            return located, self.embed_inputs(located)
+            return (encoded := self.encoded(located)), self._merged(encoded)
         if inputs is None or not isinstance(model_input, Tensor) or not model_input.is_floating_point():
             raise ValueError("start_at_layer takes a residual stream [batch pos d_model] and inputs=")
         located = self.as_inputs(inputs)
@@ -282,30 +284,42 @@ class HookedVLM(HookedRoot, Family):
 
     def embed_inputs(self, inputs: VLMInputs) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that enters block 0: text embedded, images encoded and merged in."""
-        embeds = self.embed_text(inputs.input_ids)
-        if inputs.pixel_values is None:
-            self.note_skipped("vision", "the inputs have no pictures")
-        else:
-            if inputs.image_embeds is not None:
-                self.note_skipped(
-                    "vision",
-                    "the pictures were encoded before (image_embeds), so the vision tower did not run",
-                )
-            images = self.encode_images(inputs) if inputs.image_embeds is None else inputs.image_embeds
-            images = self.hook_image_embed(images).to(embeds.dtype)
-            embeds = embeds.masked_scatter(inputs.image_mask[..., None], images)
+        return self._merged(self.encoded(inputs))
+
+    def enter(
+        self, inputs: VLMInputs, kv_cache: KVCache | None = None
+    ) -> tuple[Float[Tensor, "batch pos d_model"], AttentionContext]:
+        """The stream that enters block 0, and what all blocks read besides it; images are encoded once."""
+        encoded = self.encoded(inputs)
+        return self._merged(encoded), self.attention_context(encoded, kv_cache=kv_cache)
+
+    def _merged(self, encoded: VLMInputs) -> Float[Tensor, "batch pos d_model"]:
+        embeds = self.embed_text(encoded.input_ids)
+        if encoded.image_embeds is not None:
+            images = self.hook_image_embed(encoded.image_embeds[..., : self.cfg.d_model]).to(embeds.dtype)
+            embeds = embeds.masked_scatter(encoded.image_mask[..., None], images)
         return self.hook_embed(embeds)
 
     def attention_context(
-        self, inputs: VLMInputs, n_queries: int | None = None, kv_cache: KVCache | None = None
+        self,
+        inputs: VLMInputs,
+        n_queries: int | None = None,
+        kv_cache: KVCache | None = None,
+        first: int = 0,
     ) -> AttentionContext:
-        """Rotations and masks for the last `n_queries` positions of these inputs (default: for all)."""
-        n_queries = inputs.input_ids.shape[1] if n_queries is None else n_queries
-        context = self.rotations(inputs).masked(inputs.attention_mask.bool(), n_queries)
+        """What blocks from `first` on read besides the stream: rotations, masks, what pictures write.
+
+        `n_queries`: of the last positions alone, which are text. Pictures are encoded where they are needed.
+        """
+        context = self.rotations(inputs) if n_queries else self.token_context(inputs, first)
+        n_queries = n_queries or inputs.input_ids.shape[1]
+        context = context.masked(inputs.attention_mask.bool(), n_queries)
         return replace(context.behind(n_queries), kv_cache=kv_cache)
 
+    token_context = encoding.token_context
+
     def rotations(self, inputs: VLMInputs) -> AttentionContext:
-        """What the blocks read of all tokens besides the stream; without masks, see `attention_context`."""
+        """The rotations of all tokens, and which of them see each other."""
         positions, groups = self.positions(inputs), self.mutual_groups(inputs)
         cos, sin = self.rotary(positions, self.cfg.dtype)
         whole = AttentionContext(cos, sin, causal=True, groups=groups)
@@ -341,7 +355,7 @@ class HookedVLM(HookedRoot, Family):
         """
         extended = inputs.extended(said)
         if kv_cache is None or said.shape[1] == 0:
-            resid, context = self.embed_inputs(extended), self.attention_context(extended, kv_cache=kv_cache)
+            resid, context = self.enter(extended, kv_cache)
         else:
             resid = self.hook_embed(self.embed_text(said[:, -1:]))
             context = self.attention_context(extended, 1, kv_cache)

@@ -1,4 +1,4 @@
-"""What Qwen2-VL and Qwen2.5-VL share: a tower with 2-D rotary positions, a patch merger, a Qwen2 decoder.
+"""What Qwen2-VL, Qwen2.5-VL and Qwen3-VL share: a tower with 2-D rotary positions, a merger, mRoPE.
 
 Images keep their own size, so the tower sees a padded batch: [image patch …], patches in raster
 order, padding behind them. Hugging Face's order (squares of patches that become one token, and
@@ -22,9 +22,8 @@ from hones_lens.model.config import VisionConfig, VLMConfig, require, require_in
 from hones_lens.model.hooked_vlm import HookedVLM
 from hones_lens.model.inputs import ModelInput, VLMInputs
 from hones_lens.model.nn.block import Block
-from hones_lens.model.nn.decoder import llama_decoder
+from hones_lens.model.nn.decoder import Decoder, llama_decoder
 from hones_lens.model.nn.mrope import mrope_positions
-from hones_lens.model.nn.norm import Norm
 from hones_lens.model.nn.patch_tower import PatchMerger, PatchTower
 from hones_lens.model.nn.patches import PatchLayout, PatchShape, pack_pictures, unpack_patches
 from hones_lens.model.nn.rotary import Rotary, rotary_frequencies
@@ -34,9 +33,9 @@ from hones_lens.model.typed import activation_names, to_list
 from hones_lens.model.weights import WeightMap, decoder_weights, parameters
 
 VISION_EPS = 1e-6  # not in the config: Hugging Face's code has this number
-_VISION_THETA = 10000.0
-_TOP = {
-    "model.visual.patch_embed.proj": "vision_encoder.patch_embedding",
+VISION_THETA = 10000.0
+_PATCHES = {"model.visual.patch_embed.proj": "vision_encoder.patch_embedding"}
+_MERGER = {
     "model.visual.merger.ln_q": "vision_projector.ln",
     "model.visual.merger.mlp.0": "vision_projector.linear_1",
     "model.visual.merger.mlp.2": "vision_projector.linear_2",
@@ -50,16 +49,20 @@ class QwenProcessor(PilProcessor):
 
 
 class QwenLike(HookedVLM):
-    """A tower over packed patches, a merger, and a Qwen2 decoder with positions in time, row and column.
+    """A tower over packed patches, a merger, and a decoder with positions in time, row and column.
 
     Attributes:
         text_type, vision_type: `model_type` of the configs of the parts.
         tower_weights: Hugging Face's names of the modules of a tower block, and ours.
+        merger_weights: Hugging Face's names of the modules of the merger, and ours.
+        sections_take_turns: Whether the frequencies of the axes are interleaved (`Rotary`).
     """
 
     text_type: ClassVar[str]
     vision_type: ClassVar[str]
     tower_weights: ClassVar[dict[str, tuple[str, ...]]]
+    merger_weights: ClassVar[dict[str, str]] = _MERGER
+    sections_take_turns: ClassVar[bool] = False
     processor_class = QwenProcessor
     processor_options = ("min_pixels", "max_pixels")
     video_token_id: int
@@ -77,18 +80,13 @@ class QwenLike(HookedVLM):
     def from_config(cls, hf_config: Any, name: str, device: torch.device, dtype: torch.dtype) -> QwenLike:
         """Build the modules without weights (on the meta device)."""
         cfg = cls.read_config(hf_config, name, device, dtype)
-        frequencies, scaling = rotary_frequencies(hf_config.text_config, cfg.d_head)
-        vision = hf_config.vision_config
-        rotary = Rotary(frequencies.to(device), scaling, _sections(hf_config.text_config, cfg.d_head))
-        shape = PatchShape(
-            cfg.vision.merge_size, vision.in_channels, vision.temporal_patch_size, vision.patch_size
-        )
+        text, vision = hf_config.text_config, hf_config.vision_config
+        frequencies, scaling = rotary_frequencies(text, cfg.d_head)
+        sections = _sections(text, cfg.d_head)
+        rotary = Rotary(frequencies.to(device), scaling, sections, interleaved=cls.sections_take_turns)
         with torch.device("meta"):
-            blocks = cls.tower_blocks(cfg.vision, vision.hidden_act)
-            encoder = PatchTower(cfg.vision, shape, blocks, _VISION_THETA)
-            norm = cls.merger_norm(cfg.vision.d_model)
-            projector = PatchMerger(cfg.vision.d_model, cfg.vision.merge_size, cfg.d_model, norm)
-            decoder = llama_decoder(cfg, rotary, qkv_bias=True)
+            encoder, projector = cls.tower(vision, cfg), cls.merger(cfg)
+            decoder = cls.decoder(text, cfg, rotary)
         model = cls(cfg, decoder, encoder, projector)
         model.video_token_id = hf_config.video_token_id
         return model
@@ -97,8 +95,9 @@ class QwenLike(HookedVLM):
     def read_config(cls, hf_config: Any, name: str, device: torch.device, dtype: torch.dtype) -> VLMConfig:
         """Hugging Face's config as ours; raises ValueError for a value that the code does not handle."""
         text = hf_config.text_config
-        d_head = text.hidden_size // text.num_attention_heads
+        d_head = cls.head_width(text)
         cls._check(hf_config, d_head)
+        vision = cls.tower_sizes(hf_config.vision_config, text.hidden_size)
         eos, pad = special_ids(text)
         return VLMConfig(
             family=cls.family,
@@ -116,10 +115,16 @@ class QwenLike(HookedVLM):
             image_token_id=hf_config.image_token_id,
             eos_token_ids=eos,
             pad_token_id=pad,
-            vision=cls.tower_sizes(hf_config.vision_config, text.hidden_size),
+            vision=vision,
             device=device,
             dtype=dtype,
+            n_deepstack=len(vision.feature_layers) - 1,
         )
+
+    @classmethod
+    def head_width(cls, text: Any) -> int:
+        """Width of a head of the decoder."""
+        return text.hidden_size // text.num_attention_heads
 
     @classmethod
     def _check(cls, hf_config: Any, d_head: int) -> None:
@@ -132,9 +137,9 @@ class QwenLike(HookedVLM):
         require("vision_config", vision, {"in_channels": (3,)})
         require_integers("vision_config", vision, ("patch_size", "temporal_patch_size"))
         rope: dict[str, Any] = vision.rope_parameters or {}
-        if rope.get("rope_type") != "axial" or rope.get("rope_theta") != _VISION_THETA:
+        if rope.get("rope_type") != "axial" or rope.get("rope_theta") != VISION_THETA:
             raise ValueError(
-                f"vision_config.rope_parameters={rope!r} is not handled; handled: axial, {_VISION_THETA}"
+                f"vision_config.rope_parameters={rope!r} is not handled; handled: axial, {VISION_THETA}"
             )
 
     @classmethod
@@ -148,14 +153,32 @@ class QwenLike(HookedVLM):
         """The tower's blocks."""
 
     @classmethod
+    def tower(cls, vision: Any, cfg: VLMConfig) -> PatchTower:
+        """The vision tower."""
+        blocks = cls.tower_blocks(cfg.vision, vision.hidden_act)
+        return PatchTower(cfg.vision, cls.patch_shape(vision), blocks, VISION_THETA)
+
+    @classmethod
+    def patch_shape(cls, vision: Any) -> PatchShape:
+        """The shape of a patch."""
+        return PatchShape(
+            vision.spatial_merge_size, vision.in_channels, vision.temporal_patch_size, vision.patch_size
+        )
+
+    @classmethod
     @abstractmethod
-    def merger_norm(cls, d_vision: int) -> Norm:
-        """The norm of the patches that are merged."""
+    def merger(cls, cfg: VLMConfig) -> PatchMerger:
+        """What maps the patches to image embeddings."""
+
+    @classmethod
+    def decoder(cls, text: Any, cfg: VLMConfig, rotary: Rotary) -> Decoder:
+        """The decoder's modules."""
+        return llama_decoder(cfg, rotary, qkv_bias=True)
 
     @classmethod
     def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> WeightMap:
         """Hugging Face name → ours; the tower's fused QKV is three row blocks."""
-        names = decoder_weights(cfg.n_layers) | parameters(_TOP)
+        names = decoder_weights(cfg.n_layers) | parameters(_PATCHES | cls.merger_weights)
         for layer in range(cfg.vision.n_layers):
             for hf_name, our_names in cls.tower_weights.items():
                 for suffix in ("weight", "bias"):

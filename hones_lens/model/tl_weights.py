@@ -109,9 +109,24 @@ def ov(model: HasDecoder) -> FactoredMatrix:
 
 
 def qk(model: HasDecoder) -> FactoredMatrix:
-    """W_Q W_Kᵀ of every query head, [layer head d_model d_model], without biases and rotation."""
-    keys = by_query_head(_stack(model, "attn", "W_K"), model.cfg.n_heads, axis=1)
-    return FactoredMatrix(_stack(model, "attn", "W_Q"), keys.transpose(-2, -1))
+    """W_Q W_Kᵀ of every query head, [layer head d_model d_model], without biases and rotation.
+
+    Where queries and keys have norms (QK-norm), with the weights of these: the scores are the products with
+    it, each over the scales of both norms (`attn.q_norm.hook_scale`, `attn.k_norm.hook_scale`).
+    """
+    queries, keys = (_stack(model, "attn", name) for name in ("W_Q", "W_K"))
+    queries, keys = (_with_norms(model, w, norm) for w, norm in ((queries, "q_norm"), (keys, "k_norm")))
+    keys = by_query_head(keys, model.cfg.n_heads, axis=1)
+    return FactoredMatrix(queries, keys.transpose(-2, -1))
+
+
+def _with_norms(model: HasDecoder, weight: Tensor, name: str) -> Tensor:
+    """Weights [layer head d_model d_head] times those of the norm behind them, if there is one."""
+    norms: list[Norm | None] = [getattr(block.attn, name) for block in model.blocks]
+    if all(norm is None for norm in norms):
+        return weight
+    ones = torch.ones_like(weight[0, 0, 0])
+    return weight * torch.stack([ones if norm is None else norm.weight for norm in norms])[:, None, None]
 
 
 def accumulated_bias(

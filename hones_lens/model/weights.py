@@ -12,6 +12,8 @@ _BLOCK = {
     "self_attn.k_proj": "attn.k",
     "self_attn.v_proj": "attn.v",
     "self_attn.o_proj": "attn.o",
+    "self_attn.q_norm": "attn.q_norm",
+    "self_attn.k_norm": "attn.k_norm",
     "post_attention_layernorm": "ln2",
     "mlp.gate_proj": "mlp.gate",
     "mlp.up_proj": "mlp.up",

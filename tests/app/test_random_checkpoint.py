@@ -29,6 +29,8 @@ PARAMETERS = {
     "qwen2.5-vl-3b": 3_754_622_976,
     "qwen2.5-vl-7b": 8_292_166_656,
     "qwen2.5-vl-72b": 73_410_777_344,
+    "qwen3-vl-2b": 2_127_532_032,
+    "qwen3-vl-8b": 8_767_123_696,
 }
 HUB_NAMES = {
     "llava-1.5-7b": (
@@ -59,6 +61,11 @@ HUB_NAMES = {
         "visual.blocks.31.attn.qkv.weight",
         "visual.merger.mlp.2.weight",
         "visual.patch_embed.proj.weight",
+    ),
+    "qwen3-vl-2b": (
+        "model.language_model.layers.27.self_attn.q_norm.weight",
+        "model.visual.deepstack_merger_list.2.linear_fc1.weight",
+        "model.visual.pos_embed.weight",
     ),
 }
 ON_HUB = [name for name, settings in all_settings().items() if settings.hub_id]

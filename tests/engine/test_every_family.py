@@ -37,7 +37,9 @@ def arms_of(model: HookedVLM) -> list:
         [scale("blocks.1.mlp.hook_post", [2], 3.0)],
     ]
     names = [name for name in model.hook_dict if name.startswith(("blocks.0.", "blocks.1."))]
-    return arms + [[(name, half)] for name in names if not name.endswith(("attn_scores", "pattern"))][::5]
+    some = [name for name in names if not name.endswith(("attn_scores", "pattern"))][::5]
+    own = [name for name in names if name.endswith(("hook_deepstack", "hook_q_norm", "k_norm.hook_scale"))]
+    return arms + [[(name, half)] for name in dict.fromkeys((*some, *own))]
 
 
 def spoken(model: HookedVLM, task: Task, example: Example) -> Example:

@@ -56,6 +56,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "gemma3": (random_gemma, {"text": GEMMA_LAYERS, "vision": {"num_hidden_layers": 1}}),
     "qwen2_vl": (random_qwen, {"kind": "qwen2_vl", "vision": {"depth": 2}}),
     "qwen2_5_vl": (random_qwen, {"vision": {"depth": 2, "window_size": 28}}),
+    "qwen3_vl": (random_qwen, {"kind": "qwen3_vl", "vision": {"depth": 2}}),
 }
 
 
@@ -67,6 +68,7 @@ _ALWAYS = (
     "idefics3 with tiles",
     "gemma3",
     "qwen2_vl",
+    "qwen3_vl",
 )
 SHAPE_PARAMS = [
     pytest.param(name, marks=pytest.mark.slow if name in _ALWAYS else pytest.mark.exhaustive)

@@ -1,4 +1,4 @@
-"""Tiny random Qwen2.5-VLs for tests, as `random_llava.py` has LLaVAs."""
+"""Tiny random Qwen-VLs for tests, as `random_llava.py` has LLaVAs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 
@@ -20,10 +22,15 @@ from hones_lens.app.tiny.tiny_tokenizer import build_qwen_tokenizer
 from hones_lens.model.qwen_like import QwenProcessor
 
 PATCH = 7
+KINDS = {
+    "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+}
 SIZES = ((40, 31), (70, 28), (28, 84))  # width, height: grids of tokens (2, 3), (2, 5), (6, 2)
 
 
-def make_processor(config: Qwen2_5_VLConfig | Qwen2VLConfig) -> QwenProcessor:
+def make_processor(config: Any) -> QwenProcessor:
     """The processor that fits a config; pictures become 4 to 40 tokens."""
     tokenizer = build_qwen_tokenizer(config.text_config.max_position_embeddings)
     vision = config.vision_config
@@ -56,7 +63,7 @@ def make_config(
     kind: str = "qwen2_5_vl",
     **top: Any,
 ) -> Any:
-    """A config of tiny sizes, of Qwen2.5-VL or (`qwen2_vl`) Qwen2-VL; arguments overrule them."""
+    """A config of tiny sizes, of Qwen2.5-VL or another of `KINDS`; arguments overrule them."""
     tokenizer = build_qwen_tokenizer(512)
     text_config = {
         "vocab_size": len(tokenizer) + 3,
@@ -87,6 +94,10 @@ def make_config(
         width = (text or {}).get("hidden_size", 32)
         vision_config = {"depth": 3, "embed_dim": 24, "hidden_size": width, "mlp_ratio": 2, "num_heads": 3}
         vision_config["patch_size"] = PATCH
+    if kind == "qwen3_vl":
+        text_config["head_dim"] = 8
+        vision_config |= {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1]}
+        del vision_config["window_size"], vision_config["fullatt_block_indexes"]
     ids = {
         name: tokenizer.convert_tokens_to_ids(token)
         for name, token in (
@@ -96,7 +107,7 @@ def make_config(
             ("vision_end_token_id", "<|vision_end|>"),
         )
     }
-    return (Qwen2VLConfig if kind == "qwen2_vl" else Qwen2_5_VLConfig)(
+    return KINDS[kind][0](
         text_config={**text_config, **(text or {})},
         vision_config={**vision_config, **(vision or {})},
         **ids,
@@ -107,8 +118,7 @@ def make_config(
 def make_hf(config: Any = None, seed: int = 0) -> Any:
     """A random Hugging Face model in eval mode."""
     config = config or make_config()
-    two = isinstance(config, Qwen2VLConfig)
-    model = (Qwen2VLForConditionalGeneration if two else Qwen2_5_VLForConditionalGeneration)(config).eval()
+    model: Any = KINDS[config.model_type][1](config).eval()
     random_llava.randomise(model, seed)
     return model
 

@@ -43,7 +43,7 @@ def test_models_of_the_hub_are_pinned_to_a_commit() -> None:
         "qwen2-vl-7b",
     }
     hub = [s for s in all_settings().values() if s.hub_id and s.name not in unpinned]
-    assert len(hub) == 7
+    assert len(hub) == 9
     for settings in hub:
         assert re.fullmatch(r"[0-9a-f]{40}", settings.revision or ""), settings.name
 

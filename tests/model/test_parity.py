@@ -16,6 +16,7 @@ from transformers import (
     LlavaOnevisionConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen3VLConfig,
     SmolVLMConfig,
     VipLlavaConfig,
 )
@@ -358,6 +359,46 @@ NEXT_CONFIGS |= {
         "multimodal_projector_bias": False,
     },
 }
+QWEN3_CONFIGS = {
+    "qwen3-vl, two kv heads, deepstack in two layers": {},
+    "qwen3-vl, mha, tied, odd sizes, wide heads, biases, positions that fill no square": {
+        "text": {
+            "hidden_size": 30,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "head_dim": 16,
+            "intermediate_size": 37,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [4, 2, 2]},
+        },
+        "vision": {
+            "hidden_size": 40,
+            "num_heads": 5,
+            "patch_size": 6,
+            "num_position_embeddings": 11,
+            "deepstack_visual_indexes": [2],
+        },
+        "tie_word_embeddings": True,
+    },
+    "qwen3-vl, three patches merged, one layer each, gelu, other eps": {
+        "text": {"num_hidden_layers": 1, "hidden_act": "gelu", "num_key_value_heads": 1, "rms_norm_eps": 0.1},
+        "vision": {
+            "depth": 1,
+            "spatial_merge_size": 3,
+            "hidden_act": "gelu",
+            "num_heads": 1,
+            "deepstack_visual_indexes": [0],
+        },
+    },
+    "qwen3-vl, yarn, one patch of merging, deepstack in every layer": {
+        "text": {"rope_parameters": {**YARN, "mrope_section": [2, 1, 1]}},
+        "vision": {"spatial_merge_size": 1, "temporal_patch_size": 1, "deepstack_visual_indexes": [0, 1, 2]},
+    },
+    "qwen3-vl, no deepstack, more positions than patches": {
+        "vision": {"deepstack_visual_indexes": [], "num_position_embeddings": 400},
+    },
+}
 MADE = {
     LlavaNextConfig: random_anyres,
     LlavaOnevisionConfig: random_anyres,
@@ -366,6 +407,7 @@ MADE = {
     VipLlavaConfig: random_llava,
     Qwen2_5_VLConfig: random_qwen,
     Qwen2VLConfig: random_qwen,
+    Qwen3VLConfig: random_qwen,
     SmolVLMConfig: random_smolvlm,
     Idefics3Config: random_smolvlm,
 }
@@ -380,14 +422,17 @@ FIRST = (
     "gemma3, sliding",
     "next, clip",
     "onevision, tied",
+    "qwen3-vl, two",
 )
 KNOWN = [*CONFIGS, *QWEN_CONFIGS, *SMOLVLM_CONFIGS, *QWEN2_CONFIGS, *GEMMA_CONFIGS, *NEXT_CONFIGS]
+KNOWN += QWEN3_CONFIGS
 SELDOM = [
     *list(CONFIGS)[10:],
     *SMOLVLM_CONFIGS,
     *QWEN2_CONFIGS,
     *GEMMA_CONFIGS,
     *NEXT_CONFIGS,
+    *QWEN3_CONFIGS,
 ]  # not once more for each kind of kernels
 PARAMS = [
     pytest.param(name, marks=pytest.mark.slow if name in SELDOM and not name.startswith(FIRST) else ())
@@ -429,6 +474,9 @@ def case(request: pytest.FixtureRequest) -> Case:
         return Case(config, names.index(request.param))
     if request.param in GEMMA_CONFIGS:
         config = random_gemma.make_config(**GEMMA_CONFIGS[request.param])
+        return Case(config, names.index(request.param))
+    if request.param in QWEN3_CONFIGS:
+        config = random_qwen.make_config(kind="qwen3_vl", **QWEN3_CONFIGS[request.param])
         return Case(config, names.index(request.param))
     # Other seeds than above: at one of those two tokens of the odd sizes are equally likely.
     return Case(random_qwen.make_config(**QWEN_CONFIGS[request.param]), 20 + names.index(request.param))

@@ -47,8 +47,8 @@ def patch_activations(
 
     Args:
         model, pairs: What to patch.
-        what: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`; heads: `z`, `q`, `k`, `v`,
-            `pattern`; `neurons`; of the vision tower `vision_z` and `vision_neurons`.
+        what: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, `deepstack`; heads: `z`, `q`,
+            `k`, `v`, `pattern`; `neurons`; of the vision tower `vision_z` and `vision_neurons`.
         by: Positions that are patched at once: those of a token `group`, each `position` alone (pairs of one
             prompt), or `all`. Of a pattern, positions are queries.
         groups: For `by="group"`, as in `named_groups`: names, `Box`es, masks. Default: `image`, `question`

@@ -231,7 +231,7 @@ def _softmax_recomputed(job: _AttributionBatch) -> list[Float[Tensor, "batch com
     source, base = job.activations(read, source=True), job.activations(read, source=False)
     gradients = job.gradients([prefixes[n] + "hook_z" for n in prefixes])
     effects = []
-    context = job.model.attention_context(job.batch.base)
+    context = job.model.attention_context(job.batch.base, first=job.model.cfg.n_layers)  # for its masks
     for layer, name in prefixes.items():
         q, k, v = (base[name + part] for part in ("hook_rot_q", "hook_rot_k", "hook_v"))
         gradient = gradients[name + "hook_z"][1]

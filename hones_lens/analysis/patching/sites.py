@@ -43,6 +43,7 @@ class PatchSite:
         unit_axis, position_axis: Axes of components and positions in the activation.
         count: Number of components in a layer.
         vision: Whether the site is in the vision tower instead of the decoder.
+        layers: How many of the first layers have it, where not all do.
     """
 
     what: str
@@ -52,6 +53,7 @@ class PatchSite:
     position_axis: int = 1
     count: Callable[[VLMConfig], int] = lambda cfg: 1
     vision: bool = False
+    layers: Callable[[VLMConfig], int] | None = None
 
     def name(self, layer: int) -> str:
         """Full name of the hook point in a layer."""
@@ -59,6 +61,8 @@ class PatchSite:
 
     def n_layers(self, cfg: VLMConfig) -> int:
         """Number of layers that have this site."""
+        if self.layers is not None:
+            return self.layers(cfg)
         return cfg.vision.n_layers if self.vision else cfg.n_layers
 
     def by_unit(self, x: Bool[Tensor, "row *rest"]) -> Bool[Tensor, "row pos unit"]:
@@ -83,6 +87,7 @@ def _decoder_sites() -> list[PatchSite]:
         *(PatchSite(name, f"attn.hook_{name}", "kv_head", count=kv_heads) for name in ("k", "v")),
         PatchSite("pattern", "attn.hook_pattern", "head", unit_axis=1, position_axis=2, count=heads),
         PatchSite("neurons", "mlp.hook_post", "neuron", count=lambda cfg: cfg.d_mlp),
+        PatchSite("deepstack", "hook_deepstack", layers=lambda cfg: cfg.n_deepstack),
     ]
 
 
@@ -152,9 +157,11 @@ def targets_of(
             Default: heads each alone, neurons together.
 
     Raises:
-        ValueError: A layer or unit that is not there or given twice, units of what has none, or layers
-            beside units that say theirs.
+        ValueError: A layer or unit that is not there or given twice, units of what has none, layers
+            beside units that say theirs, or what no layer of the model has.
     """
+    if not site.n_layers(cfg):
+        raise ValueError(f"no layer of {cfg.model_name} has {site.what}")
     if units is None:
         units = "each" if site.unit in ("head", "kv_head") else "together"
     if isinstance(units, str):

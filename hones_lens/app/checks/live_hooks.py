@@ -2,7 +2,8 @@
 
 A hook of a decoder layer is edited in that layer alone: it must change what the layer hands on. That every
 layer's stream in turn changes the logits is measured, too, so that the two together say what an edit before a
-whole pass would. A hook of the vision tower must change the stream that enters the decoder.
+whole pass would. A hook of the vision tower must change the stream that enters the decoder, or the one above
+the layers behind which pictures write (DeepStack).
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def hooks_without_effect(model: HookedVLM, inputs: VLMInputs, names: Sequence[st
 
     places = {name: _layer_of(name) for name in names}
     before = [name for name, layer in places.items() if layer is None and not name.startswith("ln_final")]
-    found = without_effect(lambda: model(inputs, stop_at_layer=0), before)
+    found = without_effect(lambda: model(inputs, stop_at_layer=model.cfg.n_deepstack), before)
+    inputs = model.with_image_embeds(inputs)
     resid = model(inputs, stop_at_layer=0)
     for layer in range(model.cfg.n_layers):
         # defaults, so that each function keeps its own layer

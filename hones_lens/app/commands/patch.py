@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CORRUPTIONS = ("noise", "blank", "blur", "shuffle", "mean")
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
-SITES += ("neurons", "vision_z", "vision_neurons")
+SITES += ("neurons", "deepstack", "vision_z", "vision_neurons")
 
 
 def add(commands: Any) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, Q
 
 from hones_lens.app.tiny.tiny_tokenizer import (
     ONEVISION_SPECIAL,
+    QWEN3_CHAT,
     SMOLVLM_MARKERS,
     build_gemma_tokenizer,
     build_llava_tokenizer,
@@ -36,6 +37,9 @@ GEMMA_IDS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4} | {
     "<end_of_image>": 256000,
     "<image_soft_token>": 262144,
 }
+# By family, where they are others than those of the tokenizer and the image processor by themselves.
+_TEMPLATES = {"qwen3_vl": QWEN3_CHAT}
+_NORMALISED = {"qwen3_vl": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}}
 
 
 def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path | None = None) -> Any:
@@ -62,11 +66,12 @@ def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path 
         "llava_onevision": (build_onevision_tokenizer, ONEVISION_IDS),
         "qwen2_vl": (build_qwen_tokenizer, QWEN_IDS),
         "qwen2_5_vl": (build_qwen_tokenizer, QWEN_IDS),
+        "qwen3_vl": (build_qwen_tokenizer, QWEN_IDS),
         "idefics3": (build_smolvlm_tokenizer, SMOLVLM_IDS),
         "smolvlm": (build_smolvlm_tokenizer, SMOLVLM_IDS),
     }[settings.family]
     made = build(config.text_config.max_position_embeddings, ids)
-    template = made.chat_template
+    template = made.chat_template = _TEMPLATES.get(settings.family, made.chat_template)
     if tokenizer is not None:
         made = auto.from_pretrained(tokenizer)
         _check_ids(made, ids, tokenizer)
@@ -79,8 +84,9 @@ def build_processor(settings: ModelSettings, config: Any, tokenizer: str | Path 
         return _of_any_resolution(settings, made, config)
     if "longest_edge" in settings.images:
         return _of_tiles(settings, made, config)
-    bounds: dict[str, Any] = dict(settings.images)
-    return QwenProcessor(Qwen2VLImageProcessorPil(**bounds), made, made.chat_template)
+    options: dict[str, Any] = {**settings.images, **_NORMALISED.get(settings.family, {})}
+    pictures = Qwen2VLImageProcessorPil(patch_size=config.vision_config.patch_size, **options)
+    return QwenProcessor(pictures, made, made.chat_template)
 
 
 def _llava(side: int, tokenizer: Any, config: Any) -> LlavaProcessor:

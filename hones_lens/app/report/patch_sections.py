@@ -25,6 +25,7 @@ _SITES = {
     "v": "Attention heads' values",
     "pattern": "Attention heads' patterns",
     "neurons": "Neurons",
+    "deepstack": "What pictures add behind a layer (DeepStack)",
     "vision_z": "Outputs of the vision tower's heads",
     "vision_neurons": "Neurons of the vision tower",
 }

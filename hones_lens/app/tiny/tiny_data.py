@@ -196,9 +196,9 @@ def answer_logits(model: HookedVLM, batch: PackedBatch) -> Float[Tensor, "n_answ
     """Logits where the next token is an answer token."""
     positions = model.positions(batch.inputs) - batch.shift
     cos, sin = model.rotary(positions, model.cfg.dtype)
-    resid = model.run_blocks(
-        model.embed_inputs(batch.inputs), AttentionContext(cos, sin, batch.mask, causal=True)
-    )
+    resid, read = model.enter(batch.inputs)
+    context = AttentionContext(cos, sin, batch.mask, causal=True, deepstack=read.deepstack)
+    resid = model.run_blocks(resid, context)
     return model.unembed(model.ln_final(resid[batch.rows, batch.cols]))
 
 

@@ -184,7 +184,7 @@ class TrainingBatches:
         answer = Answer.of(batch.inputs)
         segment = Segment.of(self.model, batch.inputs, len(answer.positions) + 1)
         resid = self.model.run_blocks(segment.resid, segment.context(1), 0, self.layer)
-        segment = replace(segment, resid=resid)
+        segment = replace(segment, resid=resid, attention=segment.attention.from_layer(self.layer))
         weights = torch.tensor([prompt.weight / total for prompt in prompts], device=resid.device)
         log_probs = log_probs_from_layer(self.model, segment, self.layer)
         return CleanBatch(batch.ids, segment, answer, log_probs, weights)

@@ -18,6 +18,7 @@ FAMILIES = {
     "smolvlm": "hones_lens.model.families.smolvlm:HookedSmolVLM",
     "qwen2_vl": "hones_lens.model.families.qwen2_vl:HookedQwen2VL",
     "qwen2_5_vl": "hones_lens.model.families.qwen2_5_vl:HookedQwen2_5_VL",
+    "qwen3_vl": "hones_lens.model.families.qwen3_vl:HookedQwen3VL",
 }
 
 

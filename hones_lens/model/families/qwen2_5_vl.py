@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from hones_lens.model.config import VisionConfig, require
+from hones_lens.model.config import VisionConfig, VLMConfig, require
 from hones_lens.model.nn.attention import Attention
 from hones_lens.model.nn.block import Block
 from hones_lens.model.nn.mlp import GatedMLP
 from hones_lens.model.nn.norm import RMSNorm
+from hones_lens.model.nn.patch_tower import PatchMerger
 from hones_lens.model.qwen_like import VISION_EPS, QwenLike
 
 
@@ -68,6 +69,7 @@ class HookedQwen2_5_VL(QwenLike):
         ]
 
     @classmethod
-    def merger_norm(cls, d_vision: int) -> RMSNorm:
-        """The norm of the patches that are merged."""
-        return RMSNorm(d_vision, VISION_EPS)
+    def merger(cls, cfg: VLMConfig) -> PatchMerger:
+        """What maps the patches to image embeddings."""
+        width = cfg.vision.d_model
+        return PatchMerger(width, cfg.vision.merge_size, cfg.d_model, RMSNorm(width, VISION_EPS))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from hones_lens.model.config import VisionConfig
+from hones_lens.model.config import VisionConfig, VLMConfig
 from hones_lens.model.nn.block import Block
 from hones_lens.model.nn.clip import vit_blocks
 from hones_lens.model.nn.norm import LayerNorm
+from hones_lens.model.nn.patch_tower import PatchMerger
 from hones_lens.model.qwen_like import VISION_EPS, QwenLike
 
 
@@ -52,6 +53,7 @@ class HookedQwen2VL(QwenLike):
         return vit_blocks(cfg, act, VISION_EPS)
 
     @classmethod
-    def merger_norm(cls, d_vision: int) -> LayerNorm:
-        """The norm of the patches that are merged."""
-        return LayerNorm(d_vision, VISION_EPS)
+    def merger(cls, cfg: VLMConfig) -> PatchMerger:
+        """What maps the patches to image embeddings."""
+        width = cfg.vision.d_model
+        return PatchMerger(width, cfg.vision.merge_size, cfg.d_model, LayerNorm(width, VISION_EPS))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hones_lens.model.nn.attention import Attention
 from hones_lens.model.nn.context import AttentionContext
-from hones_lens.model.nn.hook_point import HookPoint
+from hones_lens.model.nn.hook_point import HookPoint, is_hooked
 from hones_lens.model.nn.mlp import FeedForward
 from hones_lens.model.nn.norm import Norm
 
@@ -23,6 +24,9 @@ class Block(nn.Module):
         ln1, ln2: The norms in front of them.
         ln1_post, ln2_post: Norms of what they write, before it is added (Gemma), which subtract no mean;
             None: it is added as it is. `hook_attn_out` and `hook_mlp_out` are what is added.
+        deepstack: Whether what pictures write behind this block (`AttentionContext.deepstack`) is added to
+            the stream, `post = mid + mlp(ln2(mid)) + deepstack`. `hook_deepstack` is zero at text, and where
+            no picture is.
     """
 
     hook_out_is_single_residual_stream = True
@@ -35,6 +39,7 @@ class Block(nn.Module):
         ln2: Norm,
         ln1_post: Norm | None = None,
         ln2_post: Norm | None = None,
+        deepstack: bool = False,
     ):
         super().__init__()
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
@@ -43,6 +48,9 @@ class Block(nn.Module):
         self.hook_attn_out = HookPoint()  # [batch pos d_model]
         self.hook_resid_mid = HookPoint()  # [batch pos d_model]
         self.hook_mlp_out = HookPoint()  # [batch pos d_model]
+        self.deepstack = deepstack
+        if deepstack:
+            self.hook_deepstack = HookPoint()  # [batch pos d_model]
         self.hook_resid_post = HookPoint()  # [batch pos d_model]
 
     def forward(
@@ -50,7 +58,8 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after this block."""
         pre = self.hook_resid_pre(resid)
-        return self.after_attention(pre, self.attn_out(self.attn(pre, self.ln1, context)))
+        attn_out = self.attn_out(self.attn(pre, self.ln1, context))
+        return self.after_attention(pre, attn_out, context)
 
     def attn_out(self, written: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What attention adds to the stream, from what its heads write; runs `ln1_post`."""
@@ -61,14 +70,30 @@ class Block(nn.Module):
         return written if self.ln2_post is None else self.ln2_post(written)
 
     def after_attention(
-        self, pre: Float[Tensor, "batch pos d_model"], attn_out: Float[Tensor, "batch pos d_model"]
+        self,
+        pre: Float[Tensor, "batch pos d_model"],
+        attn_out: Float[Tensor, "batch pos d_model"],
+        context: AttentionContext,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after this block, from its input and what its attention adds."""
         mid = self.hook_resid_mid(pre + self.hook_attn_out(attn_out))
-        return self.after_mlp(mid, self.mlp_out(self.mlp(self.ln2(mid))))
+        return self.after_mlp(mid, self.mlp_out(self.mlp(self.ln2(mid))), context)
 
     def after_mlp(
-        self, mid: Float[Tensor, "batch pos d_model"], mlp_out: Float[Tensor, "batch pos d_model"]
+        self,
+        mid: Float[Tensor, "batch pos d_model"],
+        mlp_out: Float[Tensor, "batch pos d_model"],
+        context: AttentionContext,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after this block, from `resid_mid` and what its MLP adds."""
-        return self.hook_resid_post(mid + self.hook_mlp_out(mlp_out))
+        return self.hook_resid_post(self.with_deepstack(mid + self.hook_mlp_out(mlp_out), context))
+
+    def with_deepstack(
+        self, resid: Float[Tensor, "batch pos d_model"], context: AttentionContext
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream with what pictures write behind this block."""
+        if not self.deepstack or (context.deepstack is None and not is_hooked(self.hook_deepstack)):
+            return resid
+        stack = context.deepstack
+        wrote = torch.zeros_like(resid) if stack is None else stack[:, :, self.attn.layer]
+        return resid + self.hook_deepstack(wrote)

@@ -71,7 +71,7 @@ class Windows:
         return z.index_copy(0, members[real], mixed.transpose(-3, -2)[real]).view_as(q)
 
 
-_BY_TOKEN = ("cos", "sin", "groups")
+_BY_TOKEN = ("cos", "sin", "groups", "deepstack")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class AttentionContext:
         sliding: For layers whose attention slides: their own rotation, mask and window.
         groups: Tokens of one group see each other, also those behind them, [batch pos]; −1: none. None: all
             are causal.
+        deepstack: What pictures write into the stream behind each of the first layers (DeepStack), zero at
+            text, [batch pos layer d_model]; None: nothing.
     """
 
     cos: Tensor | None = None
@@ -99,6 +101,7 @@ class AttentionContext:
     window: int | None = None
     sliding: AttentionContext | None = None
     groups: Tensor | None = None
+    deepstack: Tensor | None = None
 
     def __getitem__(self, index: Any) -> AttentionContext:
         """Some rows and positions, as tensors [batch pos …] are indexed; without masks (see `masked`)."""
@@ -123,6 +126,12 @@ class AttentionContext:
         own: dict[str, Any] = {name: x for name, x in tensors.items() if not name.startswith(prefix)}
         sliding = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         return cls(**own, causal=True, sliding=cls.of_tensors(sliding) if sliding else None)
+
+    def from_layer(self, layer: int) -> AttentionContext:
+        """Of that, what blocks from this one on read."""
+        if self.deepstack is None or layer < self.deepstack.shape[2]:
+            return self
+        return replace(self, deepstack=None)
 
     def masked(self, key_is_token: Bool[Tensor, "#batch key"], n_queries: int) -> AttentionContext:
         """With masks for the last `n_queries` positions, see `attention_mask`.
@@ -161,7 +170,10 @@ class AttentionContext:
 
     @classmethod
     def of_text(cls, tokens: Sequence[tuple[AttentionContext, int, int]]) -> AttentionContext:
-        """Single text tokens, [token 1 …], each given as a context, a row of it and a position."""
+        """Single text tokens, [token 1 …], each given as a context, a row of it and a position.
+
+        No picture writes at them.
+        """
         first = tokens[0][0]
         cos, sin = (
             torch.stack([getattr(of, name)[row, position] for of, row, position in tokens])[:, None]

@@ -47,6 +47,7 @@ def llama_decoder(
     out_bias: bool = False,
     mlp_bias: bool = False,
     sliding: Sequence[bool] = (),
+    qk_norm: bool = False,
 ) -> Decoder:
     """RMSNorm before attention and before a gated MLP, as LLaMA, Mistral and Qwen2 have it.
 
@@ -55,6 +56,7 @@ def llama_decoder(
         rotary: Rotation angles.
         qkv_bias, out_bias, mlp_bias: Where there are biases.
         sliding: For each layer whether its attention slides; default: nowhere.
+        qk_norm: Whether each head's queries and keys have an RMSNorm, as in Qwen3.
     """
     heads = (cfg.n_heads, cfg.n_key_value_heads, cfg.d_head)
     slides = sliding or (False,) * cfg.n_layers
@@ -63,10 +65,19 @@ def llama_decoder(
         rotary=rotary,
         blocks=[
             Block(
-                Attention(layer, cfg.d_model, *heads, qkv_bias, out_bias, sliding=slides[layer]),
+                Attention(
+                    layer,
+                    cfg.d_model,
+                    *heads,
+                    qkv_bias,
+                    out_bias,
+                    sliding=slides[layer],
+                    qk_norm=(RMSNorm(cfg.d_head, cfg.eps), RMSNorm(cfg.d_head, cfg.eps)) if qk_norm else None,
+                ),
                 GatedMLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, mlp_bias),
                 RMSNorm(cfg.d_model, cfg.eps),
                 RMSNorm(cfg.d_model, cfg.eps),
+                deepstack=layer < cfg.n_deepstack,
             )
             for layer in range(cfg.n_layers)
         ],

@@ -22,6 +22,8 @@ class Rotary(nn.Module):
         sections: Where positions come in streams: how many frequencies in a row read stream 0, 1, 2,
             and 0 again where there are more (mRoPE of Qwen2-VL, `mrope_section`). None: one stream.
         limit: How many positions these frequencies hold for; None: any number.
+        interleaved: The sections take turns from the first frequency on (0, 1, 2, 0, …), as long as they have
+            frequencies; stream 0 has all others (Qwen3-VL, `mrope_interleaved`).
     """
 
     inv_freq: Tensor
@@ -32,13 +34,16 @@ class Rotary(nn.Module):
         scaling: float = 1.0,
         sections: Sequence[int] | None = None,
         limit: int | None = None,
+        interleaved: bool = False,
     ):
         super().__init__()
         self.limit = limit
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.scaling = scaling
         self.streams = None
-        if sections is not None:
+        if sections is not None and interleaved:
+            self.streams = [i % 3 if i // 3 < sections[i % 3] else 0 for i in range(sum(sections))]
+        elif sections is not None:
             self.streams = [i % 3 for i, width in enumerate(sections) for _ in range(width)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:

@@ -61,7 +61,11 @@ def hf_site(pair: FamilyPair, name: str) -> tuple[str, str] | None:
     prefix, _, rest = name.rpartition("blocks.")
     layer, _, site = rest.partition(".")
     block = f"{prefix}blocks.{layer}"
-    if site in ("hook_resid_pre", "hook_resid_post"):
+    if site in (
+        "hook_resid_pre",
+        "hook_resid_post",
+        "hook_deepstack",
+    ):  # what is added behind a block commutes
         if prefix:
             return None  # Hugging Face's towers record a state before a hook could change it
         of_block = modules[f"{block}.mlp.down"].rsplit(".", 2)[0]
@@ -126,12 +130,15 @@ def test_norms_mean_what_they_mean_in_hf(pair: FamilyPair) -> None:
 
 
 def test_the_direct_parts_add_up_to_the_stream(pair: FamilyPair) -> None:
-    """Embedding, and what attention and MLPs write, are the last stream."""
+    """Embedding, and what attention, MLPs and pictures (DeepStack) write, are the last stream."""
     _, cache = pair.model.run_with_cache(pair.inputs)
     total = cache["hook_embed"].clone()
     for layer in range(pair.model.cfg.n_layers):
         total += cache["attn_out", layer] + cache["mlp_out", layer]
+    for layer in range(pair.model.cfg.n_deepstack):
+        total += cache[f"blocks.{layer}.hook_deepstack"]
     last = cache["resid_post", pair.model.cfg.n_layers - 1]
     assert pair.difference(total, last) <= 1e-4 * float(last.abs().max())
+    assert pair.difference(cache.decompose_resid().sum(0), last) <= 1e-4 * float(last.abs().max())
     logits = pair.model.unembed(pair.model.ln_final(total))
     assert pair.difference(logits, pair.hf_logits(pair.inputs)) <= 1e-3
