@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import random_gemma, random_llava, random_qwen
+from helpers import random_gemma, random_llava, random_qwen, random_qwen3
 from helpers.patching_pairs import (
     D_MLP,
     HEADS,
@@ -27,9 +27,10 @@ from hones_lens.analysis.patching.pairs import PatchPairs
 from hones_lens.analysis.patching.path import path_patching, path_patching_matrix
 from hones_lens.analysis.patching.receivers import every_receiver
 
-# Gemma's attention and MLPs have norms behind them.
+# Gemma's attention and MLPs have norms behind them; queries and keys of Gemma and Qwen3-VL have norms.
 MADE = {"llava": random_llava, "qwen": random_qwen, "gemma": random_gemma}
-FAMILIES = pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+QWEN3 = pytest.param(random_qwen3, marks=pytest.mark.exhaustive, id="qwen3")
+FAMILIES = pytest.mark.parametrize("made", [*(pytest.param(m, id=n) for n, m in MADE.items()), QWEN3])
 DIRECTIONS = pytest.mark.parametrize("direction", ["noise", "denoise"])
 THROUGH = pytest.mark.parametrize("through_mlps", [False, True], ids=["stream", "mlps"])
 WHOLE = slice(None)

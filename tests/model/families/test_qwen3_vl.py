@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hones_lens import VLMInputs
 from hones_lens.analysis import direct_logit_attribution
+from hones_lens.model import AttentionContext
 from hones_lens.model.families import load_family
 from hones_lens.model.nn.patch_tower import grid_positions
 from hones_lens.model.nn.patches import PatchLayout
@@ -118,6 +119,22 @@ def test_the_hooks_run_on_text_and_at_every_new_token(pair: Pair) -> None:
                 said.append(pair.model.generate(inputs, 6, "tokens", use_kv_cache=use_kv_cache))
         assert torch.equal(*said)
         assert not torch.equal(said[0], pair.model.generate(inputs, 6, "tokens"))
+
+
+def test_what_a_context_tells_is_enough_from_every_layer_on(pair: Pair) -> None:
+    """As steering keeps clean activations: a stream, and the tensors of what blocks read besides it."""
+    model = pair.model
+    resid, context = model.enter(pair.inputs)
+    full = model(pair.inputs, stop_at_layer=model.cfg.n_layers)
+    for layer in range(model.cfg.n_layers):
+        tensors = context.from_layer(layer).tensors()
+        assert ("deepstack" in tensors) == (layer < 2)
+        told = AttentionContext.of_tensors(tensors)
+        assert torch.equal(model.run_blocks(resid, told, layer), full)
+        rows = told[[1, 1]].masked(pair.inputs.attention_mask[[1, 1]].bool(), resid.shape[1]).repeated(2)
+        repeated = model.run_blocks(resid[[1, 1, 1, 1]], rows, layer)
+        torch.testing.assert_close(repeated, full[[1] * 4], atol=1e-4, rtol=1e-4)
+        resid = model.run_blocks(resid, context, layer, layer + 1)
 
 
 def test_decompositions_add_up_in_every_layer(pair: Pair) -> None:
