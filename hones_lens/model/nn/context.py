@@ -115,7 +115,9 @@ class AttentionContext:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but those of caches, windows and groups, by name; `of_tensors` takes them."""
-        own = {name: x for name in ("cos", "sin", "mask") if (x := getattr(self, name)) is not None}
+        own = {
+            name: x for name in ("cos", "sin", "mask", "deepstack") if (x := getattr(self, name)) is not None
+        }
         sliding = {} if self.sliding is None else self.sliding.tensors()
         return own | {f"sliding.{name}": x for name, x in sliding.items()}
 

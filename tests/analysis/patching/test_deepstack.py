@@ -23,7 +23,7 @@ def test_each_layer_is_patched_alone() -> None:
     assert found.values.shape == (3, 2, 2)
     for layer, name in enumerate(STACK):
         real = effect(model, pairs, "noise", [put(name, cached(model, pairs.corrupted, name), WHOLE)])
-        assert real.abs().min() > 1e-2
+        assert real.abs().max() > 0.1
         assert (found.values[:, layer, 0] - real).abs().max() < 1e-4 * real.abs().max().clamp(min=1)
     assert not found.values[:, :, 1].any(), "pictures write at no token of text"
 
