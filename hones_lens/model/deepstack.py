@@ -50,7 +50,7 @@ def with_parts(
     apply_ln: bool,
     pos_slice: Any,
     project_onto: Tensor | None = None,
-) -> tuple[Float[Tensor, "component *shape"], list[str]]:
+) -> tuple[Float[Tensor, "more *shape"], list[str]]:
     """Components of the stream, and those that pictures write, each behind `{l}_mlp_out`, else last.
 
     Args:
