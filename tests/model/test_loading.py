@@ -251,8 +251,8 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_another_family_in_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_next"}))
-    with pytest.raises(ValueError, match=r"unknown model family 'llava_next'; valid: .*llava"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mllama"}))
+    with pytest.raises(ValueError, match=r"unknown model family 'mllama'; valid: .*llava"):
         HookedVLM.from_pretrained(str(tmp_path))
 
 
