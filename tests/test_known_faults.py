@@ -219,9 +219,9 @@ def patching_as_text(case: Case, patch: Patch) -> None:
 def no_skip_path(case: Case, patch: Patch) -> None:
     """Only the neurons read the edited stream."""
 
-    def after_attention(self: Block, pre: Tensor, attn_out: Tensor) -> Tensor:
+    def after_attention(self: Block, pre: Tensor, attn_out: Tensor, context: AttentionContext) -> Tensor:
         mid = pre + self.hook_attn_out(attn_out)
-        return self.after_mlp(mid, self.mlp(self.ln2(self.hook_resid_mid(mid))))
+        return self.after_mlp(mid, self.mlp(self.ln2(self.hook_resid_mid(mid))), context)
 
     patch.setattr(Block, "after_attention", after_attention)
 
@@ -306,14 +306,14 @@ def vision_heads_out_of_reach(case: Case, patch: Patch) -> None:
 def embed_before_the_merge(case: Case, patch: Patch) -> None:
     """The hook sees text, and image tokens as words."""
 
-    def embed_inputs(self: HookedVLM, inputs: VLMInputs) -> Tensor:
-        embeds = self.hook_embed(self.hook_text_embed(self.embed(inputs.input_ids)))
-        if inputs.pixel_values is None:
+    def merged(self: HookedVLM, encoded: VLMInputs) -> Tensor:
+        embeds = self.hook_embed(self.hook_text_embed(self.embed(encoded.input_ids)))
+        if encoded.image_embeds is None:
             return embeds
-        images = self.hook_image_embed(self.encode_images(inputs))
-        return embeds.masked_scatter(inputs.image_mask[..., None], images)
+        images = self.hook_image_embed(encoded.image_embeds)
+        return embeds.masked_scatter(encoded.image_mask[..., None], images)
 
-    patch.setattr(HookedVLM, "embed_inputs", embed_inputs)
+    patch.setattr(HookedVLM, "_merged", merged)
 
 
 def _changed_cache(case: Case, patch: Patch, part: str, change: Callable[[Tensor], Tensor]) -> None:

@@ -147,11 +147,8 @@ def test_what_was_traded_is_a_setting_and_is_told(tmp_path, capsys):
     assert "race: 0.5 there, 0.1 now" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "task",
-    ["vqa", *(pytest.param(t, marks=pytest.mark.exhaustive) for t in ("ocr", "caption", "retrieval"))],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("task", ["vqa", "ocr", "caption", "retrieval"])
 def test_demo_runs_resumes_and_reports(task, tmp_path, capsys):
     size = ["--limit", "2" if task == "retrieval" else "8", "--controls", "2"]
     argv = ["demo", "--task", task, "--out", str(tmp_path / "run"), "--json", str(tmp_path / "r.json"), *size]

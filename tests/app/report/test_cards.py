@@ -73,7 +73,7 @@ def test_the_map_lies_where_the_patches_are() -> None:
     assert "Veiled: cut off" in look.note and "Veiled" not in example_card(made.example()).looks[0].note
     assert example_card(example).aspect == "160 / 112"
     with pytest.raises(ValueError, match="does not lie in a picture"):
-        example_card(made.example(region=(0.0, 0.0, 113.0, 112.0)))
+        example_card(made.example(region=(0.0, 0.0, 160.0, 112.0)))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from hones_lens.hones.steering.side_effects import SideEffects, side_effects
 from hones_lens.results.statistics import metric_interval
 from hones_lens.tasks.registry import load_task
 
+pytestmark = pytest.mark.exhaustive  # what they share takes twenty seconds
 DATA = DataChoice("shapes-shifted", n_discovery=6, n_dev=5, n_held_out=6)
 STEERING = {"learning_rates": (5e-2,), "epochs": (1,), "draws": 2, "factors": (0.5, 2.0)}
 OPTIONS = {"tasks": ("vqa", "ocr"), "shifted": None, "ratios": (0.02,), "n_controls": 2}
@@ -42,7 +43,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Repro
     yield folder, reproduce(model(), folder, DATA, steering=STEERING, **OPTIONS)
 
 
-@pytest.mark.exhaustive
 def test_stages_are_those_run_by_themselves(made):
     folder, found = made
     for task, results in found.tasks.items():
@@ -66,7 +66,6 @@ def test_stages_are_those_run_by_themselves(made):
     assert GroupMasking.load(folder / "across" / "groups.json") == found.groups
 
 
-@pytest.mark.exhaustive
 def test_tables_say_n_and_intervals(made):
     folder, found = made
     said = (folder / "tables.md").read_text(encoding="utf-8")
@@ -147,7 +146,6 @@ def test_a_killed_run_gives_the_same_numbers(made, tmp_path):
     assert again.to_markdown() == found.to_markdown()
 
 
-@pytest.mark.exhaustive
 def test_a_file_with_split_files(tmp_path):
     """Each stage reads the images of its own split file, and folders and tables are called after the file."""
     written = hones_path(tmp_path / "data")
