@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -39,10 +41,10 @@ class ImageLayout:
     across: int = 1
     cut: tuple[int, int] = (0, 0)
 
-    def __post_init__(self) -> None:
-        for name in ("patches", "tile", "cut"):  # lists where they come from a file
-            if (sizes := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(sizes))
+    @classmethod
+    def of_json(cls, fields: Mapping[str, Any]) -> ImageLayout:
+        """The layout whose fields (`dataclasses.asdict`) were written as JSON, which has no tuples."""
+        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
 
     def n_tokens(self, grid: tuple[int, int]) -> int:
         """How many tokens a grid of so many rows and columns has in all."""

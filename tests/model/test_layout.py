@@ -26,7 +26,7 @@ def test_newlines_and_tiles_by_hand() -> None:
     assert layout.newlines((1, 5)).tolist() == [False] * 6 + [True, True]
     assert layout.patch_places((1, 5)).tolist() == [[4, 5, 9, 10, 11]]
     assert ImageLayout(missing=2, row_end=1).newlines((2, 3)).tolist() == [False, True, *[False] * 3, True]
-    assert ImageLayout(**json.loads(json.dumps(asdict(layout)))) == layout
+    assert ImageLayout.of_json(json.loads(json.dumps(asdict(layout)))) == layout
 
 
 def test_siglip_without_its_first_patch() -> None:
