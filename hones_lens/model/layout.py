@@ -44,7 +44,11 @@ class ImageLayout:
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> ImageLayout:
         """The layout whose fields (`dataclasses.asdict`) were written as JSON, which has no tuples."""
-        return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+        read: dict[str, Any] = dict(fields)
+        for name in ("patches", "tile", "cut"):
+            if (sizes := read.get(name)) is not None:
+                read[name] = tuple(sizes)
+        return cls(**read)
 
     def n_tokens(self, grid: tuple[int, int]) -> int:
         """How many tokens a grid of so many rows and columns has in all."""

@@ -195,7 +195,7 @@ def _pair(files: RunFiles, answers: dict[str, Any]) -> PairView | None:
         image_mask_or_none=mask,
         grids=(tuple((rows, columns) for rows, columns in data["grids"]),),
         regions=(tuple((left, top, right, bottom) for left, top, right, bottom in data["regions"]),),
-        layouts=(tuple(ImageLayout.of_json(layout) for layout in data["layouts"]),) if data["layouts"] else (),
+        layouts=(tuple(map(ImageLayout.of_json, data["layouts"])),) if data["layouts"] else (),
     )
     texts = {name: data[name] for name in ("id", "prompt", "answer", "foil")}
     texts |= {f"{side}_answer": answers.get(side, "") for side in ("clean", "corrupted")}
