@@ -125,7 +125,8 @@ class ImageGrids:
         Args:
             values: One value per position [pos], per token of that image [n_tokens], per patch
                 of it [n_patches] (padding up to the batch's largest image may follow), or, of an image of
-                several tiles, per patch of each, as the vision tower has them [n_tiles n_patches].
+                several tiles, per patch of each, as the vision tower has them [n_tiles n_patches]. A number
+                that fits several is the first of these.
             row, image: Row, and index of the image in it.
             pixels: Enlarge to this (height, width) by bilinear interpolation, each value at the centre of its
                 cell.

@@ -230,6 +230,27 @@ SMOLVLM_CONFIGS = {
         "text": {"rms_norm_eps": 0.1},
         "vision": {"image_size": 98, "patch_size": 2, "layer_norm_eps": 0.1},
     },
+    "smolvlm, three tiles a side, yarn, one head of the tower": {
+        "tiles": 3,
+        "text": {"rope_parameters": YARN, "num_key_value_heads": 1},
+        "vision": {"num_attention_heads": 1, "num_hidden_layers": 3},
+    },
+    "idefics3, no tiles, tied, mha, gelu": {
+        "kind": "idefics3",
+        "tiles": 1,
+        "text": {"num_key_value_heads": 4, "tie_word_embeddings": True, "hidden_act": "gelu"},
+        "tie_word_embeddings": True,
+    },
+    "idefics3, tiles, linear rope, one layer, sixteen patches a token": {
+        "kind": "idefics3",
+        "scale_factor": 4,
+        "text": {
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+            "num_hidden_layers": 1,
+            "rms_norm_eps": 0.1,
+        },
+        "vision": {"num_hidden_layers": 1},
+    },
 }
 QWEN2_CONFIGS = {
     "qwen2-vl, two kv heads": {},

@@ -175,8 +175,8 @@ def _mark_is_placed(hooked: HookedVLM, blank: Image.Image, image: int, place: tu
     )
     change = (of_marked.float() - of_blank.float()).norm(dim=-1)[before : before + entries[image]]
     change = change[:, -clean.tower_patches[0][before] :]
-    found = clean.heatmap(change if clean.layout(0, image).tile else change[0], 0, image)
-    return divmod(int(found.argmax()), columns) == place
+    places = clean.layout(0, image).patch_places((rows, columns)).to(change.device)
+    return divmod(int(change.flatten()[places].argmax()), columns) == place
 
 
 def _corners(rows: int, columns: int) -> Sequence[tuple[int, int]]:
