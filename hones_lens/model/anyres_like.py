@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from hones_lens.model.config import VisionConfig, VLMConfig, require
 from hones_lens.model.inputs import ImageText, Region, VLMInputs
@@ -49,6 +49,7 @@ class AnyResLike(LlavaLike):
     """
 
     more_inputs = ("image_sizes",)
+    projector_class = NewlineProjector
 
     @classmethod
     def read_config(cls, hf_config: Any, name: str, device: torch.device, dtype: torch.dtype) -> VLMConfig:
@@ -58,16 +59,6 @@ class AnyResLike(LlavaLike):
         require("config", hf_config, {"vision_feature_select_strategy": (strategy,)})
         cfg = llava_config(hf_config, name, device, dtype, strategy)
         return replace(cfg, vision=replace(cfg.vision, tile_sizes=_tile_sizes(hf_config, cfg.vision)))
-
-    @classmethod
-    def projector(cls, hf_config: Any, cfg: VLMConfig) -> nn.Module:
-        """As LLaVA's, and the newline's embedding."""
-        return NewlineProjector(
-            cfg.vision.d_model * len(cfg.vision.feature_layers),
-            cfg.d_model,
-            hf_config.projector_hidden_act,
-            hf_config.multimodal_projector_bias,
-        )
 
     @classmethod
     def weight_map(cls, cfg: VLMConfig, hf_names: Sequence[str]) -> WeightMap:

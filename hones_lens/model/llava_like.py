@@ -32,9 +32,11 @@ class LlavaLike(HookedVLM):
     """A CLIP or SigLIP tower, a two-layer projector, and a LLaMA, Mistral or Qwen2 decoder.
 
     Attributes:
+        projector_class: Made of the widths of features and decoder, an activation, and whether it has biases.
         projector_weights: Hugging Face's names of the projector's modules, and ours.
     """
 
+    projector_class: ClassVar[type[Projector]] = Projector
     projector_weights: ClassVar[dict[str, str]] = _PROJECTOR
     answer_separator = " "
     default_chat_template = (
@@ -62,7 +64,7 @@ class LlavaLike(HookedVLM):
     @classmethod
     def projector(cls, hf_config: Any, cfg: VLMConfig) -> nn.Module:
         """From the features of all feature layers, side by side, to the decoder's width."""
-        return Projector(
+        return cls.projector_class(
             cfg.vision.d_model * len(cfg.vision.feature_layers),
             cfg.d_model,
             hf_config.projector_hidden_act,
